@@ -1,0 +1,8 @@
+"""specbasis: what finetuning changes in the singular vectors and values of a model's weights."""
+
+from specbasis.errors import InputError, NonFiniteError
+from specbasis.svd import SVD, decompose, low_rank_svd
+
+__version__ = "0.1.0"
+
+__all__ = ["SVD", "InputError", "NonFiniteError", "decompose", "low_rank_svd"]
