@@ -73,7 +73,10 @@ class Verdict:
 
 def summarise(rows: pa.Table, pair: str) -> list[RoleSummary]:
     """One line per role of a pair, in the order of `ROLES`, and one over all matrices."""
-    mine = _where(rows, pair=pair)
+    needed = pa.array(
+        [f"{m}_{s}" for m in ("alignment", "chance_alignment") for s in SIDES] + ["rsd", "relative_update"]
+    )
+    mine = _where(rows, pair=pair).filter(pc.is_in(pc.field("measure"), needed))
     present = set(mine["role"].unique().to_pylist())
     lines = [_line(role, _where(mine, role=role)) for role in ROLES if role in present]
     return [*lines, _line("all", mine)]
