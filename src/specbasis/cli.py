@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -124,7 +125,7 @@ def _summary_table(pair: str, lines: list[RoleSummary]) -> Table:
     headings = ("role", "n", "top-10\nL     R", "top-30\nL     R", "chance\nL    R", "RSD", "‖Δ‖/‖W‖", "?")
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "role" else "right", no_wrap=True)
-    table.caption = "top-k: mean alignment of the leading k ranks; L left, R right; ?: unresolved, left out"
+    table.caption, table.caption_justify = "L left, R right; ?: unresolved ranks, left out of the means", "left"
     for line in lines:
         if line is lines[-1]:
             table.add_section()
@@ -166,8 +167,8 @@ def _numbers(text: str) -> list[int]:
     """Block numbers from a list with ranges: "0,10-11" is 0, 10, 11."""
     numbers: list[int] = []
     for word in _words(text):
-        first, _, last = word.partition("-")
-        if not first.isdigit() or (last and not last.isdigit()):
+        if not re.fullmatch(r"\d+(-\d+)?", word):
             raise InputError(f"--blocks got {word!r}; want numbers and ranges, such as 0,10-11")
+        first, _, last = word.partition("-")
         numbers += range(int(first), int(last or first) + 1)
     return numbers

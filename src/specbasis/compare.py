@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import torch
-from loky import ProcessPoolExecutor, as_completed
+from loky import ProcessPoolExecutor, as_completed, cpu_count
+from loky.process_executor import BrokenProcessPool
 from torch import Tensor
 
 from specbasis import results as store
@@ -190,6 +190,8 @@ def compare(
     sources = [tuned] if isinstance(tuned, str | Path | Mapping) else list(tuned)
     if not sources:
         raise InputError("got no tuned checkpoint; want at least one")
+    if workers is not None and workers < 1:
+        raise InputError(f"got workers = {workers}; want at least 1")
     kept = tempfile.TemporaryDirectory(prefix="specbasis-") if out is None else None
     folder = Path(kept.name) if kept else Path(str(out))
 
@@ -227,16 +229,17 @@ def compare(
     tasks = [Task(_portable(base), tuple(todo), bare, options) for todo in by_matrix.values()]
     tasks.sort(key=lambda task: -task.flops)  # longest first: no worker is left with a long one at the end
 
+    workers = workers or cpu_count()
     started, done, total = time.perf_counter(), 0.0, sum(task.flops for task in tasks)
     report = progress or (lambda _: None)
     report(Progress(0.0, total, tasks[0].name if tasks else ""))
-    for task, failures in _run(tasks, workers or len(os.sched_getaffinity(0))):
+    for task, failures in _run(tasks, workers):
         done += task.flops
         report(Progress(done, total, task.name))
         results.manifest["failed"] += failures
     results.manifest["failed"].sort(key=lambda failure: (failure["pair"], failure["matrix"]))
     if tasks:
-        run = {"seconds": round(time.perf_counter() - started, 3), "matrices": len(tasks)}
+        run = {"seconds": round(time.perf_counter() - started, 3), "matrices": len(tasks), "workers": workers}
         results.manifest["runs"].append(run)
     results.write_manifest()
     if not any(results.part(label, m.key.name).exists() for label, p in pairings.items() for m in p.matched):
@@ -340,6 +343,11 @@ def _run(tasks: list[Task], workers: int) -> Iterator[tuple[Task, list[dict[str,
         futures = {executor.submit(Task.run, task): task for task in tasks}
         for future in as_completed(futures):
             yield futures[future], future.result()
+    except BrokenProcessPool as error:
+        raise InputError(
+            f"a worker process died, perhaps for lack of memory; what is done is kept: run again with fewer than "
+            f"{workers} workers"
+        ) from error
     finally:
         executor.shutdown(kill_workers=True)
 

@@ -23,7 +23,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
 from specbasis.errors import InputError
 
@@ -169,7 +168,6 @@ def environment() -> dict[str, Any]:
         "machine": {
             "platform": platform.platform(),
             "processors": os.cpu_count(),
-            "threads": torch.get_num_threads(),
         },
         "command": sys.argv,
     }
@@ -207,7 +205,7 @@ def _write(path: Path, write: Callable[[Path], Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             write(temporary)
-            with temporary.open("rb") as file:
+            with temporary.open("r+b") as file:
                 os.fsync(file.fileno())
             temporary.replace(path)
         finally:

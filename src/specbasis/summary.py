@@ -8,11 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import reduce
-from operator import and_
-from statistics import fmean, median
+from statistics import median
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -27,7 +26,10 @@ RELATED_SIGMAS = 6.0
 SMALL_SHARE = 0.1
 """A share of the parameters below this does not change the verdict: it is named beside it."""
 
-SIDES = ("left", "right")
+_BOTH = {measure: [f"{measure}_left", f"{measure}_right"] for measure in ("alignment", "chance_alignment")}
+_NEEDED = ("matrix", "role", "out_features", "in_features", "measure", "index", "value", "resolved")
+
+Columns = dict[str, np.ndarray[Any, Any]]
 
 
 @dataclass(frozen=True)
@@ -73,12 +75,9 @@ class Verdict:
 
 def summarise(rows: pa.Table, pair: str) -> list[RoleSummary]:
     """One line per role of a pair, in the order of `ROLES`, and one over all matrices."""
-    needed = pa.array(
-        [f"{m}_{s}" for m in ("alignment", "chance_alignment") for s in SIDES] + ["rsd", "relative_update"]
-    )
-    mine = _where(rows, pair=pair).filter(pc.is_in(pc.field("measure"), needed))
-    present = set(mine["role"].unique().to_pylist())
-    lines = [_line(role, _where(mine, role=role)) for role in ROLES if role in present]
+    mine = _columns(rows, pair, [*_BOTH["alignment"], *_BOTH["chance_alignment"], "rsd", "relative_update"])
+    present = set(mine["role"])
+    lines = [_line(role, _where(mine, mine["role"] == role)) for role in ROLES if role in present]
     return [*lines, _line("all", mine)]
 
 
@@ -94,7 +93,7 @@ def judge(rows: pa.Table, pair: str) -> Verdict:
     - finetuned: at most `SMALL_SHARE` frozen and at most `SMALL_SHARE` unrelated;
     - mixed: everything else; the frozen and the unrelated parts are named.
     """
-    matrices = _matrices(_where(rows, pair=pair))
+    matrices = _matrices(rows, pair)
     total = sum(m["size"] for m in matrices)
     groups: dict[str, list[dict[str, Any]]] = {"frozen": [], "related": [], "unrelated": []}
     for m in matrices:
@@ -125,51 +124,65 @@ def named_parts(names: Iterable[str], limit: int = 4) -> str:
     return ", ".join(names[:limit]) + more
 
 
-def _where(rows: pa.Table, **columns: str) -> pa.Table:
-    return rows.filter(reduce(and_, (pc.field(name) == value for name, value in columns.items())))
+def _columns(rows: pa.Table, pair: str, measures: list[str]) -> Columns:
+    """The rows of some measures of one pair, as NumPy columns."""
+    wanted = (pc.field("pair") == pair) & pc.is_in(pc.field("measure"), pa.array(measures))
+    kept = rows.filter(wanted)
+    return {name: _array(kept[name]) for name in _NEEDED}
 
 
-def _line(role: str, mine: pa.Table) -> RoleSummary:
-    def side(s: str, top: int) -> float:
-        aligned = _where(mine, measure=f"alignment_{s}").filter((pc.field("index") < top) & pc.field("resolved"))
-        return _mean(aligned)
+def _array(column: pa.ChunkedArray) -> np.ndarray[Any, Any]:
+    whole = column.combine_chunks()
+    if isinstance(whole, pa.DictionaryArray):
+        whole = whole.dictionary_decode()
+    return np.asarray(whole.to_numpy(zero_copy_only=False))
 
+
+def _where(mine: Columns, mask: np.ndarray[Any, Any]) -> Columns:
+    return {name: column[mask] for name, column in mine.items()}
+
+
+def _of(mine: Columns, measure: str) -> Columns:
+    return _where(mine, mine["measure"] == measure)
+
+
+def _line(role: str, mine: Columns) -> RoleSummary:
+    parts = {name: _of(mine, name) for name in set(mine["measure"])}
+    sides = [parts[name] for name in _BOTH["alignment"]]
+    left, right = (_where(side, side["resolved"] == True) for side in sides)  # noqa: E712 - may be null
+    chance_left, chance_right = (_mean(parts[name]) for name in _BOTH["chance_alignment"])
     return RoleSummary(
         role,
-        len(mine["matrix"].unique()),
-        (side("left", 10), side("right", 10)),
-        (side("left", 30), side("right", 30)),
-        (
-            _mean(_where(mine, measure="chance_alignment_left")),
-            _mean(_where(mine, measure="chance_alignment_right")),
-        ),
-        _mean(_where(mine, measure="rsd")),
-        _mean(_where(mine, measure="relative_update")),
-        sum(_where(mine, measure=f"alignment_{s}").filter(~pc.field("resolved")).num_rows for s in SIDES),
+        len(parts["rsd"]["value"]),
+        (_mean(left, top=10), _mean(right, top=10)),
+        (_mean(left, top=30), _mean(right, top=30)),
+        (chance_left, chance_right),
+        _mean(parts["rsd"]),
+        _mean(parts["relative_update"]),
+        sum(len(side["value"]) for side in sides) - len(left["value"]) - len(right["value"]),
     )
 
 
-def _mean(rows: pa.Table) -> float:
-    return fmean(rows["value"].to_pylist()) if rows.num_rows else math.nan
+def _mean(mine: Columns, top: int | None = None) -> float:
+    values = mine["value"] if top is None else mine["value"][mine["index"] < top]
+    return float(np.mean(values)) if len(values) else math.nan
 
 
-def _matrices(mine: pa.Table) -> list[dict[str, Any]]:
+def _matrices(rows: pa.Table, pair: str) -> list[dict[str, Any]]:
     """One dictionary per matrix with what the verdict needs."""
+    mine = _columns(rows, pair, ["relative_update", "weight_cosine", "chance_alignment_left", *_BOTH["alignment"]])
     found: dict[str, dict[str, Any]] = {}
-    for measure in ("relative_update", "weight_cosine"):
-        for row in _where(mine, measure=measure).to_pylist():
-            m = found.setdefault(row["matrix"], {"matrix": row["matrix"], "role": row["role"]})
-            m |= {measure: row["value"], "size": row["out_features"] * row["in_features"]}
-    leading = mine.filter(
-        pc.is_in(pc.field("measure"), pa.array([f"alignment_{s}" for s in SIDES]))
-        & (pc.field("index") < 10)
-        & pc.field("resolved")
-    )
-    by_matrix = leading.group_by("matrix").aggregate([("value", "mean")]).to_pylist()
-    means = {row["matrix"]: row["value_mean"] for row in by_matrix}
-    chance = {row["matrix"]: row["value"] for row in _where(mine, measure="chance_alignment_left").to_pylist()}
-    for name, m in found.items():
-        m |= {"top10": means.get(name, math.nan), "chance": chance[name]}
+    for measure in ("relative_update", "weight_cosine", "chance_alignment_left"):
+        part = _of(mine, measure)
+        sizes = part["out_features"] * part["in_features"]
+        for name, value, size in zip(part["matrix"], part["value"], sizes, strict=True):
+            found.setdefault(name, {"matrix": name, "top10": math.nan, "size": int(size)})[measure] = float(value)
+    leading = _where(mine, np.isin(mine["measure"], _BOTH["alignment"]))
+    leading = _where(leading, (leading["index"] < 10) & (leading["resolved"] == True))  # noqa: E712
+    names, at = np.unique(leading["matrix"].astype(str), return_inverse=True)
+    means = np.bincount(at, weights=leading["value"]) / np.bincount(at)
+    for name, value in zip(names, means, strict=True):
+        found[str(name)]["top10"] = float(value)
     return list(found.values())
 
 
@@ -187,19 +200,19 @@ def _sentence(kind: str, matrices: list[dict[str, Any]], groups: dict[str, list[
         return f"identical: all {n} compared matrices are equal bit for bit"
     changed = groups["related"] + groups["unrelated"]
     evidence = (
-        f"weights keep a cosine of {_median(changed, 'weight_cosine'):.3f} with base (median; independent: 0), "
-        f"‖Δ‖/‖W‖ is {_median(changed, 'relative_update'):.3g}, top-10 alignment {_median(changed, 'top10'):.2f} "
-        f"(chance {_median(changed, 'chance'):.2f})"
+        f"weight cosine with base {_median(changed, 'weight_cosine'):.3f} (chance 0), "
+        f"‖Δ‖/‖W‖ {_median(changed, 'relative_update'):.3g}, top-10 alignment {_median(changed, 'top10'):.3f} "
+        f"(chance {_median(changed, 'chance_alignment_left'):.3f}); medians over matrices"
     )
     frozen, unrelated = ([m["matrix"] for m in groups[group]] for group in ("frozen", "unrelated"))
     frozen_part = f"; frozen, bit for bit: {len(frozen)} ({named_parts(frozen)})" if frozen else ""
     new_part = f"; not from this base: {len(unrelated)} ({named_parts(unrelated)})" if unrelated else ""
     if kind == "independent":
-        return f"independent training, or another base: in {len(unrelated)} of {n} matrices {evidence}{frozen_part}"
+        return f"independent training, or another base: {len(unrelated)} of {n} matrices: {evidence}{frozen_part}"
     related = f"{len(groups['related'])} of {n} matrices"
     if kind == "finetuned":
-        return f"finetuned from this base: in {related} {evidence}{frozen_part}{new_part}"
-    return f"mixed: {related} finetuned, {evidence}{frozen_part}{new_part}"
+        return f"finetuned from this base: {related}: {evidence}{frozen_part}{new_part}"
+    return f"mixed: {related} finetuned: {evidence}{frozen_part}{new_part}"
 
 
 def _median(members: list[dict[str, Any]], field: str) -> float:
