@@ -98,7 +98,7 @@ def test_frozen_matrices_are_exactly_one_and_zero(tmp_path: Path, dtype: torch.d
     frozen = [r for r in c.rows.to_pylist() if r["matrix"] != changed]
     exact = {"alignment_left": 1.0, "alignment_right": 1.0, "subspace_overlap_left": 1.0,
              "subspace_overlap_right": 1.0, "principal_angle_left": 0.0, "singular_value_change": 0.0,
-             "singular_value_ratio": 0.0, "singular_value_delta": 0.0, "relative_update": 0.0, "rsd": 0.0, "max_rc": 0.0}  # fmt: skip
+             "singular_value_ratio": 0.0, "singular_value_delta": 0.0, "relative_update": 0.0, "rsd": 0.0}  # fmt: skip
     for measure, value in exact.items():
         assert {r["value"] for r in frozen if r["measure"] == measure} == {value}, measure
     assert {r["bound"] for r in frozen if r["measure"] == "alignment_left"} == {0.0}
