@@ -96,9 +96,11 @@ def test_frozen_matrices_are_exactly_one_and_zero(tmp_path: Path, dtype: torch.d
     tuned[changed] = tuned[changed] + 0.1
     c = specbasis.compare(write(tmp_path / "a.safetensors", base), write(tmp_path / "b.safetensors", tuned))
     frozen = [r for r in c.rows.to_pylist() if r["matrix"] != changed]
-    exact = {"alignment_left": 1.0, "alignment_right": 1.0, "subspace_overlap_left": 1.0,
-             "subspace_overlap_right": 1.0, "principal_angle_left": 0.0, "singular_value_change": 0.0,
-             "singular_value_ratio": 0.0, "singular_value_delta": 0.0, "relative_update": 0.0, "rsd": 0.0}  # fmt: skip
+    exact = dict.fromkeys(
+        ("alignment_left", "alignment_right", "subspace_overlap_left", "subspace_overlap_right"), 1.0
+    )
+    zeros = ("principal_angle_left", "singular_value_change", "singular_value_ratio", "singular_value_delta", "rsd")
+    exact |= dict.fromkeys((*zeros, "relative_update", "max_rc"), 0.0)
     for measure, value in exact.items():
         assert {r["value"] for r in frozen if r["measure"] == measure} == {value}, measure
     assert {r["bound"] for r in frozen if r["measure"] == "alignment_left"} == {0.0}
