@@ -208,7 +208,8 @@ class _Blocks:
     def __init__(self, A: Tensor, name: str) -> None:
         self.A = A if A.element_size() > 1 else A.to(torch.bfloat16)  # exact: torch has no arithmetic in float8
         self.width = max(1, _BLOCK_BYTES // (8 * A.shape[0]))
-        largest = max(float(block.abs().max()) for block in self._columns())
+        # torch's maximum keeps a NaN, Python's loses one that does not come first.
+        largest = float(torch.stack([block.abs().max() for block in self._columns()]).max())
         if not math.isfinite(largest):
             bad = sum(int((~torch.isfinite(block)).sum()) for block in self._columns())
             raise NonFiniteError(

@@ -1,0 +1,22 @@
+"""The decomposition against gesdd, gesvd and 45-digit arithmetic, and what it promises about its own error."""
+
+import math
+
+import pytest
+import torch
+from helpers.matrices import gaussian
+
+from specbasis import InputError, NonFiniteError, decompose, low_rank_svd
+
+EPS = torch.finfo(torch.float64).eps
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("column", [0, -1])
+def test_a_bad_entry_is_found_in_every_column_block(monkeypatch, value, transposed, column):
+    monkeypatch.setattr("specbasis.svd._BLOCK_BYTES", 8 * 4 * 3)  # blocks of 3 columns
+    W = gaussian(4, 20).float()
+    W[1, column] = value
+    with pytest.raises(NonFiniteError, match=r"layer\.7: 1 of 80 entries"):
+        decompose(W.mT if transposed else W, name="layer.7")
