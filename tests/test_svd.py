@@ -20,3 +20,10 @@ def test_a_bad_entry_is_found_in_every_column_block(monkeypatch, value, transpos
     W[1, column] = value
     with pytest.raises(NonFiniteError, match=r"layer\.7: 1 of 80 entries"):
         decompose(W.mT if transposed else W, name="layer.7")
+
+
+@pytest.mark.parametrize("value", [5e-324, 1e-310, 1e-200, 1e200, 1e308, 1.5e308])
+def test_neither_huge_nor_tiny_entries_overflow(value):
+    d = decompose(value * torch.eye(3, dtype=torch.float64)[:2])
+    assert d.S.tolist() == [value, value]
+    assert float((d.U @ d.U.mT - torch.eye(2)).abs().max()) <= 4 * EPS

@@ -215,8 +215,8 @@ class _Blocks:
             raise NonFiniteError(
                 f"{name}: {bad} of {A.numel()} entries are NaN or Inf, so it has no SVD; repair or leave it out"
             )
-        self.scale = 2.0 ** math.frexp(largest)[1] if largest > 0 else 1.0
-        self.scale = min(max(self.scale, 2.0**-1000), 2.0**1000)
+        exponent = math.frexp(largest)[1]
+        self.scale = 2.0 ** min(max(exponent, -1000), 1000)  # 2¹⁰²⁴ is not a float
 
     def _columns(self) -> Iterator[Tensor]:
         yield from torch.split(self.A, self.width, dim=1)
