@@ -27,3 +27,15 @@ def test_neither_huge_nor_tiny_entries_overflow(value):
     d = decompose(value * torch.eye(3, dtype=torch.float64)[:2])
     assert d.S.tolist() == [value, value]
     assert float((d.U @ d.U.mT - torch.eye(2)).abs().max()) <= 4 * EPS
+
+
+def test_a_parameter_is_decomposed_outside_of_its_graph(recwarn):
+    W = torch.nn.Parameter(gaussian(4, 5))
+    d = decompose(W)
+    product = low_rank_svd(torch.nn.Parameter(gaussian(6, 2)), torch.nn.Parameter(gaussian(2, 5)))
+    for held in (d.U, d.S, d.Vh, d.residual, product.U, product.S, product.Vh):
+        assert not held.requires_grad
+    assert not recwarn.list
+    assert W.requires_grad
+
+

@@ -100,6 +100,7 @@ class SVD:
         return (self.U.mT @ X.to(self.U.dtype)) @ self.Vh.mT
 
 
+@torch.no_grad()
 def decompose(W: Float[Tensor, "out in"], ranks: int | None = None, *, name: str = "matrix") -> SVD:
     """Singular value decomposition of a weight matrix in float64, with error bounds.
 
@@ -108,6 +109,8 @@ def decompose(W: Float[Tensor, "out in"], ranks: int | None = None, *, name: str
     One joint sign rule: in each pair (u_i, v_i) the entry of u_i that is largest in magnitude (the first such) is
     positive. Zero and rank-deficient matrices get orthonormal vectors for their zero singular values, with an
     infinite ``bound``; so do equal singular values, whose single vectors are arbitrary inside their subspace.
+
+    No gradient flows through it: a parameter may be passed as it is.
 
     Cost for short side n, long side m, k ranks: n²m (Gram) + about 9n³ (eigensolver) + 4nmk flops; memory n² and
     (n + m)k float64 beside W.
@@ -162,6 +165,7 @@ def decompose(W: Float[Tensor, "out in"], ranks: int | None = None, *, name: str
     )
 
 
+@torch.no_grad()
 def low_rank_svd(B: Float[Tensor, "out r"], A: Float[Tensor, "r in"], *, name: str = "B @ A") -> SVD:
     """Singular value decomposition of a product without forming it, such as a LoRA update.
 
