@@ -39,3 +39,18 @@ def test_a_parameter_is_decomposed_outside_of_its_graph(recwarn):
     assert W.requires_grad
 
 
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("bad", [torch.ones(4, 2, dtype=torch.int64), torch.ones(4, 2, dtype=torch.complex64)])
+def test_a_product_needs_floating_factors(bad):
+    with pytest.raises(InputError, match="delta: got"):
+        low_rank_svd(bad, torch.ones(2, 3), name="delta")
+    with pytest.raises(InputError, match="delta: got"):
+        low_rank_svd(torch.ones(3, 4), bad, name="delta")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.float16])
+def test_a_product_of_short_floats_is_exact(dtype):
+    B, A = gaussian(7, 3).to(dtype), gaussian(3, 5, 1).to(dtype)
+    short, wide = low_rank_svd(B, A), low_rank_svd(B.double(), A.double())
+    assert torch.equal(short.S, wide.S)
+    assert torch.equal(short.U, wide.U)

@@ -181,11 +181,13 @@ def low_rank_svd(B: Float[Tensor, "out r"], A: Float[Tensor, "r in"], *, name: s
     """
     if B.ndim != 2 or A.ndim != 2 or B.shape[1] != A.shape[0] or not B.numel() or not A.numel():
         raise InputError(f"{name}: got shapes {tuple(B.shape)} and {tuple(A.shape)}; want (out, r) and (r, in)")
-    for operand in (B, A):
-        if not bool(torch.isfinite(operand).all()):
-            raise NonFiniteError(f"{name}: an operand holds NaN or Inf, so the product has no SVD")
-    QB, RB = torch.linalg.qr(B.double())
-    QA, RA = torch.linalg.qr(A.double().mT)
+    if not (B.is_floating_point() and A.is_floating_point()):
+        raise InputError(f"{name}: got {B.dtype} and {A.dtype}; want floating-point matrices (out, r) and (r, in)")
+    B, A = B.double(), A.double()
+    if not bool(torch.isfinite(B).all() and torch.isfinite(A).all()):
+        raise NonFiniteError(f"{name}: an operand holds NaN or Inf, so the product has no SVD")
+    QB, RB = torch.linalg.qr(B)
+    QA, RA = torch.linalg.qr(A.mT)
     core = decompose(RB @ RA.mT, name=name)
     U = QB @ core.U
     V = QA @ core.Vh.mT
