@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from helpers.matrices import gaussian
+from helpers.matrices import gaussian, log_spectrum, off_orthonormal, with_spectrum
+from helpers.tolerance import rounding
 
 from specbasis import InputError, NonFiniteError, decompose, low_rank_svd
 
@@ -54,3 +55,25 @@ def test_a_product_of_short_floats_is_exact(dtype):
     short, wide = low_rank_svd(B, A), low_rank_svd(B.double(), A.double())
     assert torch.equal(short.S, wide.S)
     assert torch.equal(short.U, wide.U)
+
+
+# --- orthonormal vectors -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("smallest", [0.5, 0.1, 0.9e-3, 1e-5, 1e-9, 1e-13, 1e-17])
+@pytest.mark.parametrize("shape", [(80, 120), (120, 80), (80, 80)])
+def test_vectors_are_orthonormal_to_rounding_whatever_the_spectrum(smallest, shape):
+    d = decompose(with_spectrum(log_spectrum(smallest, 80), *shape))
+    assert off_orthonormal(d.U) <= rounding(shape)
+    assert off_orthonormal(d.Vh.mT) <= rounding(shape)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 5, 29])
+@pytest.mark.parametrize("shape", [(30, 50), (50, 30), (30, 30)])
+def test_rank_deficient_matrices_get_a_whole_orthonormal_basis(rank, shape):
+    W = gaussian(shape[0], rank, 1) @ gaussian(rank, shape[1], 2)
+    d = decompose(W)
+    assert off_orthonormal(d.U) <= rounding(shape)
+    assert off_orthonormal(d.Vh.mT) <= rounding(shape)
+    assert float(d.S[rank:].max()) <= rounding(shape, float(d.S[0]))
+    assert float((d.matrix() - W).norm()) <= rounding(shape, float(W.norm()))

@@ -139,6 +139,9 @@ def decompose(W: Float[Tensor, "out in"], ranks: int | None = None, *, name: str
     A = _Blocks(W if wide else W.mT, name)  # short side first
     X, spectrum, error = _left_vectors(A)
     X = X[:, :k]
+    if spectrum[k - 1] < DEFLATE**2 * spectrum[0]:
+        # Refinement keeps columns orthogonal to first order in eps·σ_0/σ_i: not enough in the third level and below.
+        X = _orthonormal(X)
     Z = A.transposed_times(X)
     S = spectrum[:k]
     Y = _orthonormal(Z) if S[-1] <= DEFLATE * S[0] else Z / S
@@ -273,7 +276,7 @@ def _left_vectors(A: _Blocks) -> tuple[Tensor, Tensor, Tensor]:
         U = E.flip(1) if basis is None else basis @ E.flip(1)
         top = float(S[0])
         floor = floor or m * _EPS * top
-        kept = len(S) if top <= floor else int((S >= DEFLATE * top).sum())
+        kept = len(S) if top <= floor else int((S >= max(DEFLATE * top, floor)).sum())
         head, tail = U[:, :kept], U[:, kept:]
         if tail.shape[1]:
             # One step of subspace refinement: rotate the tail out of the head by the first-order angle.

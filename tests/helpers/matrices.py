@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -69,5 +68,6 @@ def hadamard(n: int) -> Tensor:
     return H
 
 
-def as_float(values: Tensor) -> np.ndarray:
-    return values.detach().cpu().double().numpy()
+def off_orthonormal(X: Tensor) -> float:
+    """Largest entry of XᵀX − 1."""
+    return float((X.mT @ X - torch.eye(X.shape[1], dtype=X.dtype)).abs().max())
