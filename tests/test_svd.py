@@ -2,12 +2,15 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
-from helpers.matrices import gaussian, log_spectrum, off_orthonormal, with_spectrum
+from helpers.exact import exact_svd, sines, value_errors
+from helpers.matrices import gaussian, hilbert, log_spectrum, off_orthonormal, with_spectrum
 from helpers.tolerance import rounding
 
 from specbasis import InputError, NonFiniteError, decompose, low_rank_svd
+from specbasis.svd import DEFLATE
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -77,3 +80,51 @@ def test_rank_deficient_matrices_get_a_whole_orthonormal_basis(rank, shape):
     assert off_orthonormal(d.Vh.mT) <= rounding(shape)
     assert float(d.S[rank:].max()) <= rounding(shape, float(d.S[0]))
     assert float((d.matrix() - W).norm()) <= rounding(shape, float(W.norm()))
+
+
+# --- errors, against 45 digits -----------------------------------------------------------------------------------
+
+NASTY = {
+    "Hilbert": hilbert(10, 10),
+    "Hilbert, wide": hilbert(7, 12),
+    "Hilbert, tall": hilbert(12, 7),
+    "twelve decades": with_spectrum(log_spectrum(1e-12, 8), 8, 8),
+    "eighteen decades": with_spectrum(log_spectrum(1e-18, 8), 10, 8),
+    "just above the deflation": with_spectrum(log_spectrum(1.1e-3, 8), 8, 9),
+    "two clusters": with_spectrum([1, 1 - 1e-9, 1 - 2e-9, 1e-5, 1e-5 + 1e-12, 1e-5 - 1e-12], 6, 9),
+    "a smallest value of rounding size": with_spectrum([3, 1, 1e-17], 3, 3),
+    "one rank": with_spectrum([2.0], 5, 7),
+    "large": 1e250 * gaussian(5, 6),
+    "small": 1e-250 * gaussian(6, 5),
+}
+
+
+@pytest.mark.parametrize("W", NASTY.values(), ids=NASTY)
+@pytest.mark.parametrize("ranks", [1, None])
+def test_no_singular_value_is_further_off_than_its_error(W, ranks):
+    d = decompose(W, ranks)
+    S = exact_svd(W)[1]
+    assert (value_errors(d, S) <= d.spectrum_error.numpy()).all()
+    # ... and the error is no empty promise: at most what the method may cost.
+    assert float(d.spectrum_error.max()) <= rounding(W.shape, float(S[0])) / DEFLATE
+
+
+def assert_angles_are_bounded(W, d):
+    U, _, V = exact_svd(W)
+    bound = d.bound.numpy()
+    left, right = sines(d.U, U[:, : len(bound)]), sines(d.Vh.mT, V[:, : len(bound)])
+    assert (np.hypot(left, right) <= np.sqrt(2) * bound).all(), (left, right, bound)
+
+
+@pytest.mark.parametrize("W", NASTY.values(), ids=NASTY)
+def test_no_singular_vector_is_further_off_than_its_bound(W):
+    assert_angles_are_bounded(W, decompose(W))
+
+
+@pytest.mark.parametrize("distance", [1e-15, 1e-14, 1e-13, 1e-12])
+@pytest.mark.parametrize("at", [1.5e-3, DEFLATE, 0.3])
+@pytest.mark.parametrize("shape", [(4, 4), (4, 6)])
+def test_the_bound_holds_where_the_gap_is_of_the_size_of_the_error(distance, at, shape):
+    for seed in range(6):
+        W = with_spectrum([1, 0.5, at + distance, at - distance], *shape, seed)
+        assert_angles_are_bounded(W, decompose(W))

@@ -49,8 +49,9 @@ class SVD:
         spectrum_error: bound on the error of each of them: the measured residual for the first k (Weyl), and an a
             priori bound n·eps·σ_top²/σ_i for the rest (n the short side, σ_top the largest value of its level).
         residual: max(‖W v_i − σ_i u_i‖, ‖Wᵀ u_i − σ_i v_i‖), (k,), measured, plus the rounding of measuring it.
-        gap: distance from each singular value to the nearest other one of the whole spectrum, (k,). Where W has a
-            null space on either side (it is not square), zero counts as one more singular value.
+        gap: distance from each singular value to the nearest other one of the whole spectrum, (k,), at least: the
+            error of that other one is taken off, so that rounding never passes for a gap. Where W has a null space
+            on either side (it is not square), zero counts as one more singular value.
     """
 
     U: Float[Tensor, "out k"]
@@ -164,7 +165,7 @@ def decompose(W: Float[Tensor, "out in"], ranks: int | None = None, *, name: str
         spectrum=spectrum * scale,
         spectrum_error=error * scale,
         residual=residual * scale,
-        gap=_gaps(spectrum, null_space=W.shape[0] != W.shape[1])[:k] * scale,
+        gap=_gaps(spectrum, error, null_space=W.shape[0] != W.shape[1])[:k] * scale,
     )
 
 
@@ -197,14 +198,15 @@ def low_rank_svd(B: Float[Tensor, "out r"], A: Float[Tensor, "r in"], *, name: s
     # The residual of the core plus the rounding of the two QR decompositions (backward stable: r·eps·‖B‖‖A‖).
     rounding = B.shape[1] * _EPS * float(torch.linalg.norm(RB, 2) * torch.linalg.norm(RA, 2))
     sign = _signs(U)
+    error = core.spectrum_error + rounding
     return SVD(
         U * sign,
         core.S,
         (V * sign).mT.contiguous(),
         spectrum=core.spectrum,
-        spectrum_error=core.spectrum_error + rounding,
+        spectrum_error=error,
         residual=core.residual + rounding,
-        gap=_gaps(core.spectrum, null_space=min(U.shape[0], V.shape[0]) > len(core.S) or len(U) != len(V)),
+        gap=_gaps(core.spectrum, error, null_space=min(len(U), len(V)) > len(core.S) or len(U) != len(V)),
     )
 
 
@@ -307,11 +309,11 @@ def _reorthonormal(Y: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(R, Y, upper=True, left=False)
 
 
-def _gaps(spectrum: Tensor, *, null_space: bool) -> Tensor:
-    """Distance from each value of a descending spectrum to its nearest neighbour, zero included on request."""
+def _gaps(spectrum: Tensor, error: Tensor, *, null_space: bool) -> Tensor:
+    """Least distance from each value of a descending spectrum to the exact neighbours, zero included on request."""
     edge = spectrum.new_full((1,), math.inf)
-    steps = torch.cat([edge, spectrum[:-1] - spectrum[1:], edge])
-    gaps = torch.minimum(steps[:-1], steps[1:])
+    steps = spectrum[:-1] - spectrum[1:]
+    gaps = torch.minimum(torch.cat([edge, steps - error[:-1]]), torch.cat([steps - error[1:], edge])).clamp(min=0)
     return torch.minimum(gaps, spectrum) if null_space or len(spectrum) == 1 else gaps
 
 
