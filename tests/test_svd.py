@@ -109,6 +109,16 @@ def test_no_singular_value_is_further_off_than_its_error(W, ranks):
     assert float(d.spectrum_error.max()) <= rounding(W.shape, float(S[0])) / DEFLATE
 
 
+@pytest.mark.parametrize("distance", [1e-15, 1e-14, 1e-13])
+@pytest.mark.parametrize("at", [1.5e-3, DEFLATE, 0.3])
+@pytest.mark.parametrize("shape", [(4, 4), (4, 6)])
+def test_the_error_holds_for_values_too_close_to_tell_apart(distance, at, shape):
+    for seed in range(30):
+        W = with_spectrum([1, 0.5, at + distance, at - distance], *shape, seed)
+        d = decompose(W)
+        assert (value_errors(d, exact_svd(W)[1]) <= d.spectrum_error.numpy()).all()
+
+
 def assert_angles_are_bounded(W, d):
     U, _, V = exact_svd(W)
     bound = d.bound.numpy()

@@ -46,8 +46,9 @@ class SVD:
         S: singular values, (k,), in the units of W.
         Vh: right singular vectors, (k, in), orthonormal rows.
         spectrum: all min(out, in) singular values; ``S`` is its head.
-        spectrum_error: bound on the error of each of them: the measured residual for the first k (Weyl), and an a
-            priori bound n·eps·σ_top²/σ_i for the rest (n the short side, σ_top the largest value of its level).
+        spectrum_error: bound on the error of each of them: the measured residual for the first k (Kahan; over values
+            too close to be told apart, the root of its sum of squares), and an a priori bound n·eps·σ_top²/σ_i for
+            the rest (n the short side, σ_top the largest value of its level).
         residual: max(‖W v_i − σ_i u_i‖, ‖Wᵀ u_i − σ_i v_i‖), (k,), measured, plus the rounding of measuring it.
         gap: distance from each singular value to the nearest other one of the whole spectrum, (k,), at least: the
             error of that other one is taken off, so that rounding never passes for a gap. Where W has a null space
@@ -141,7 +142,7 @@ def decompose(W: Float[Tensor, "out in"], ranks: int | None = None, *, name: str
     X, spectrum, error = _left_vectors(A)
     X = X[:, :k]
     if spectrum[k - 1] < DEFLATE**2 * spectrum[0]:
-        # Refinement keeps columns orthogonal to first order in eps·σ_0/σ_i: not enough in the third level and below.
+        # Refinement keeps columns orthogonal to first order in eps·σ_0/σ_i: not enough for ranks this deep.
         X = _orthonormal(X)
     Z = A.transposed_times(X)
     S = spectrum[:k]
@@ -153,7 +154,7 @@ def decompose(W: Float[Tensor, "out in"], ranks: int | None = None, *, name: str
         )
         + _EPS * spectrum[0]
     )
-    error[:k] = residual
+    error[:k] = _value_errors(S, residual)
 
     U, V = (X, Y) if wide else (Y, X)
     sign = _signs(U)
@@ -306,7 +307,19 @@ def _orthonormal(Z: Tensor) -> Tensor:
 def _reorthonormal(Y: Tensor) -> Tensor:
     """Nearly orthonormal columns (to about eps / DEFLATE²) made so to rounding, in order; cheaper than a QR."""
     R = torch.linalg.cholesky(Y.mT @ Y, upper=True)
-    return torch.linalg.solve_triangular(R, Y, upper=True, left=False)
+    Q: Tensor = torch.linalg.solve_triangular(R, Y, upper=True, left=False)
+    return Q
+
+
+def _value_errors(S: Tensor, residual: Tensor) -> Tensor:
+    """Error bounds of descending singular values: the norm of the residuals over each cluster of overlapping ones.
+
+    A residual alone says that some exact value is near, not which: of two close computed values both may be
+    nearest to the same exact one. For a cluster with orthonormal vectors the exact values are as many.
+    """
+    apart = S[:-1] - S[1:] > residual[:-1] + residual[1:]
+    cluster = torch.cat([apart.new_zeros(1), apart]).cumsum(0)
+    return torch.zeros_like(S).index_add_(0, cluster, residual.square()).sqrt()[cluster]
 
 
 def _gaps(spectrum: Tensor, error: Tensor, *, null_space: bool) -> Tensor:

@@ -12,7 +12,7 @@ def rounding(
     """What rounding may cost a backward stable computation with matrices of this shape and norm.
 
     max(shape)·eps·norm for a value, a product or a residual; divided by ``gap`` for the sine of the angle of a
-    singular vector, at most 1. The factor max(shape) bounds every sum of that length; 4 covers a few steps in a row.
+    singular vector, at most 1. The factor max(shape) bounds every sum of that length; 4, a few steps in a row.
     """
     error = 4 * max(shape) * torch.finfo(dtype).eps * float(norm)
     return error if gap is None else min(1.0, error / gap if gap > 0 else math.inf)
