@@ -52,8 +52,8 @@ class Values:
     The index is a rank, or a number of ranks k where the measure says so, or None for a figure of the whole matrix.
     """
 
-    value: Float[Tensor, n]
-    bound: Float[Tensor, n] | None = None
+    value: Float[Tensor, " n"]
+    bound: Float[Tensor, " n"] | None = None
     index: list[int] | None = None
 
 
@@ -75,7 +75,7 @@ class Measure:
 # --- alignment of singular vectors ------------------------------------------------------------------------------
 
 
-def alignment(X: Float[Tensor, "d k"], Y: Float[Tensor, "d k"]) -> Float[Tensor, k]:
+def alignment(X: Float[Tensor, "d k"], Y: Float[Tensor, "d k"]) -> Float[Tensor, " k"]:
     """Absolute cosine of the vectors of equal rank index.
 
     a_i = |⟨x_i, y_i⟩|, 0 … 1, no matching of ranks, invariant to signs. Costs 2·d·k flops.
@@ -86,7 +86,7 @@ def alignment(X: Float[Tensor, "d k"], Y: Float[Tensor, "d k"]) -> Float[Tensor,
     return (X[:, :k] * Y[:, :k]).sum(dim=0).abs().clamp(max=1.0)
 
 
-def alignment_bound(a: SVD, b: SVD) -> Float[Tensor, k]:
+def alignment_bound(a: SVD, b: SVD) -> Float[Tensor, " k"]:
     """Bound on the numerical error of the alignment of two computed vectors of equal rank.
 
     π/√2 · (bound_a + bound_b), at most 1: each computed vector is within the angle arcsin(√2·bound) of the exact
@@ -131,7 +131,7 @@ def _overlap(side: str) -> Callable[[Triple], Values | None]:
     return function
 
 
-def subspace_bound(s: SVD) -> Float[Tensor, k]:
+def subspace_bound(s: SVD) -> Float[Tensor, " k"]:
     """Bound on ‖sin Θ‖_F between the computed leading j vectors of one side and the exact ones, j = 1 … k.
 
     √2 · √(Σ_{i<j} residual_i²) / (σ_{j−1} − σ_j), where σ past the end of the spectrum is 0; 0 for the whole space.
@@ -210,7 +210,7 @@ def tail_relative_change(t: Triple) -> Values:
     return _scalar(change[-math.ceil(len(change) / 10) :].mean())
 
 
-def effective_rank(S: Float[Tensor, n]) -> float:
+def effective_rank(S: Float[Tensor, " n"]) -> float:
     """Effective rank: exp(H(p)), p = S / ΣS, natural logarithm; 1 … n, NaN for a zero matrix.
 
     Source: Roy & Vetterli 2007; Yu et al. 2026, Tab. 4.
@@ -219,12 +219,12 @@ def effective_rank(S: Float[Tensor, n]) -> float:
     return float(torch.exp(-torch.special.xlogy(p, p).sum()))
 
 
-def stable_rank(S: Float[Tensor, n]) -> float:
+def stable_rank(S: Float[Tensor, " n"]) -> float:
     """Stable rank: ‖W‖_F² / σ_1², 1 … n, NaN for a zero matrix. Source: Rudelson & Vershynin 2007."""
     return float(S.square().sum() / S[0] ** 2)
 
 
-def explained_variance(S: Float[Tensor, n]) -> Float[Tensor, n]:
+def explained_variance(S: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
     """Share of energy in the leading i + 1 ranks: cumulative ΣS² / ‖W‖_F². Source: Yu et al. 2026, App. H."""
     energy = S.square().cumsum(0)
     return energy / energy[-1]

@@ -56,20 +56,20 @@ class SVD:
     """
 
     U: Float[Tensor, "out k"]
-    S: Float[Tensor, k]
+    S: Float[Tensor, " k"]
     Vh: Float[Tensor, "k in"]
-    spectrum: Float[Tensor, short]
-    spectrum_error: Float[Tensor, short]
-    residual: Float[Tensor, k]
-    gap: Float[Tensor, k]
+    spectrum: Float[Tensor, " short"]
+    spectrum_error: Float[Tensor, " short"]
+    residual: Float[Tensor, " k"]
+    gap: Float[Tensor, " k"]
 
     @property
-    def relative_gap(self) -> Float[Tensor, k]:
+    def relative_gap(self) -> Float[Tensor, " k"]:
         """Gap in units of the singular value: gap_i / σ_i, dimensionless, 0 where σ_i = 0."""
         return torch.where(self.S > 0, self.gap / self.S, 0.0)
 
     @property
-    def bound(self) -> Float[Tensor, k]:
+    def bound(self) -> Float[Tensor, " k"]:
         """Bound on the sine of the angle between each computed singular pair and the exact one.
 
         sin θ_i ≤ residual_i / gap_i for the joint vector (u; v)/√2; ∞ where the gap is zero.
