@@ -6,19 +6,45 @@ import pickle
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
+from specbasis import cli
 from tests.pico import bert_state, finetuned, write
 
 
-def specbasis(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "specbasis", *map(str, arguments)],
-        capture_output=True, text=True, cwd=cwd, env=os.environ | {"COLUMNS": "80"}, timeout=120,
-    )  # fmt: skip
+@dataclass(frozen=True)
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+Run = Callable[..., Done]
+
+
+@pytest.fixture
+def specbasis(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """The entry point in this process: a new one would spend its time on importing torch."""
+
+    def run(*arguments: object, cwd: Path | None = None) -> Done:
+        monkeypatch.setattr(sys, "argv", ["specbasis", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "80")
+        if cwd:
+            monkeypatch.chdir(cwd)
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return Done(code, *capsys.readouterr())
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +83,7 @@ class _Runs:
         return os.system, ("touch ran-code",)
 
 
-def test_compare_prints_a_table_and_a_verdict(folder: Path, tmp_path: Path) -> None:
+def test_compare_prints_a_table_and_a_verdict(specbasis: Run, folder: Path, tmp_path: Path) -> None:
     done = specbasis(
         "compare", folder / "base.safetensors", folder / "tuned.safetensors", "--out", tmp_path / "out"
     )
@@ -89,7 +115,7 @@ def test_compare_prints_a_table_and_a_verdict(folder: Path, tmp_path: Path) -> N
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
-    folder: Path, tmp_path: Path, base: str, tuned: str, said: str
+    specbasis: Run, folder: Path, tmp_path: Path, base: str, tuned: str, said: str
 ) -> None:
     out = tmp_path / "out"
     done = specbasis("compare", base, tuned, "--out", out, cwd=folder)
@@ -102,7 +128,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert not (folder / "ran-code").exists()
 
 
-def test_nan_in_one_matrix(folder: Path, tmp_path: Path) -> None:
+def test_nan_in_one_matrix(specbasis: Run, folder: Path, tmp_path: Path) -> None:
     done = specbasis("compare", folder / "base.safetensors", folder / "nan.safetensors", "--out", tmp_path / "out")
     assert done.returncode == 2
     assert "finetuned from this base: 13 of 13 matrices" in done.stdout
@@ -111,37 +137,46 @@ def test_nan_in_one_matrix(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("out", ["a_file", "/proc/specbasis", "a_file/deeper"])
-def test_output_folders_that_cannot_be_used(folder: Path, out: str) -> None:
+def test_output_folders_that_cannot_be_used(specbasis: Run, folder: Path, out: str) -> None:
     done = specbasis("compare", "base.safetensors", "tuned.safetensors", "--out", out, cwd=folder)
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1
     assert out.rsplit("/", maxsplit=1)[-1] in done.stderr
 
 
-def test_a_folder_with_something_else_is_left_alone(folder: Path, tmp_path: Path) -> None:
+def test_a_folder_with_something_else_is_left_alone(specbasis: Run, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("precious")
-    done = specbasis("compare", folder / "base.safetensors", folder / "tuned.safetensors", "--out", tmp_path)
+    done = specbasis("compare", "base.safetensors", "tuned.safetensors", "--out", tmp_path, cwd=folder)
     assert done.returncode == 2
     assert "not empty" in done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_report_of_a_folder_without_results(tmp_path: Path) -> None:
+def test_report_of_a_folder_without_results(specbasis: Run, tmp_path: Path) -> None:
     done = specbasis("report", tmp_path)
     assert done.returncode == 2
     assert "no results here" in done.stderr
 
 
 @pytest.mark.parametrize("text", ["x", "1-", "-1", "0,,a"])
-def test_blocks_that_are_no_numbers(folder: Path, tmp_path: Path, text: str) -> None:
+def test_blocks_that_are_no_numbers(specbasis: Run, folder: Path, tmp_path: Path, text: str) -> None:
     out = ("--out", tmp_path / "out", f"--blocks={text}")
     done = specbasis("compare", "base.safetensors", "tuned.safetensors", *out, cwd=folder)
     assert done.returncode == 2
     assert "want numbers and ranges" in done.stderr
 
 
-def test_version_and_help() -> None:
+def test_version_and_help(specbasis: Run) -> None:
     assert specbasis("--version").stdout.strip() == "0.1.0"
     listed = specbasis("--help").stdout
     assert "compare" in listed
     assert "report" in listed
+
+
+def test_a_real_process_exits_with_2_and_without_a_traceback(folder: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "specbasis", "compare", "nothing", "base.safetensors", "--out", "out"],
+        capture_output=True, text=True, cwd=folder, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == "error: nothing: no such file or folder\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -230,7 +231,7 @@ def compare(
     tasks.sort(key=lambda task: -task.flops)  # longest first: no worker is left with a long one at the end
 
     workers = workers or cpu_count()
-    started, done, total = time.perf_counter(), 0.0, sum(task.flops for task in tasks)
+    started, done, total = time.perf_counter(), 0.0, math.fsum(task.flops for task in tasks)
     report = progress or (lambda _: None)
     report(Progress(0.0, total, tasks[0].name if tasks else ""))
     for task, failures in _run(tasks, workers):

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from specbasis.architecture import ROLES
 
@@ -29,7 +30,7 @@ SMALL_SHARE = 0.1
 _BOTH = {measure: [f"{measure}_left", f"{measure}_right"] for measure in ("alignment", "chance_alignment")}
 _NEEDED = ("matrix", "role", "out_features", "in_features", "measure", "index", "value", "resolved")
 
-Columns = dict[str, np.ndarray[Any, Any]]
+Columns = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -131,14 +132,14 @@ def _columns(rows: pa.Table, pair: str, measures: list[str]) -> Columns:
     return {name: _array(kept[name]) for name in _NEEDED}
 
 
-def _array(column: pa.ChunkedArray) -> np.ndarray[Any, Any]:
+def _array(column: pa.ChunkedArray) -> NDArray[Any]:
     whole = column.combine_chunks()
     if isinstance(whole, pa.DictionaryArray):
         whole = whole.dictionary_decode()
     return np.asarray(whole.to_numpy(zero_copy_only=False))
 
 
-def _where(mine: Columns, mask: np.ndarray[Any, Any]) -> Columns:
+def _where(mine: Columns, mask: NDArray[Any]) -> Columns:
     return {name: column[mask] for name, column in mine.items()}
 
 

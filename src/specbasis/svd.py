@@ -46,11 +46,13 @@ class SVD:
         S: singular values, (k,), in the units of W.
         Vh: right singular vectors, (k, in), orthonormal rows.
         spectrum: all min(out, in) singular values; ``S`` is its head.
-        spectrum_error: bound on the error of each of them: the measured residual for the first k (Weyl), and an a
-            priori bound n·eps·σ_top²/σ_i for the rest (n the short side, σ_top the largest value of its level).
+        spectrum_error: bound on the error of each of them: the measured residual for the first k (Kahan; over
+            values too close to be told apart, the root of its sum of squares), and an a priori bound n·eps·σ_top²/σ_i for
+            the rest (n the short side, σ_top the largest value of its level).
         residual: max(‖W v_i − σ_i u_i‖, ‖Wᵀ u_i − σ_i v_i‖), (k,), measured, plus the rounding of measuring it.
-        gap: distance from each singular value to the nearest other one of the whole spectrum, (k,). Where W has a
-            null space on either side (it is not square), zero counts as one more singular value.
+        gap: distance from each singular value to the nearest other one of the whole spectrum, (k,), at least: the
+            error of that other one is taken off, so that rounding never passes for a gap. Where W has a null space
+            on either side (it is not square), zero counts as one more singular value.
     """
 
     U: Float[Tensor, "out k"]
@@ -100,6 +102,7 @@ class SVD:
         return (self.U.mT @ X.to(self.U.dtype)) @ self.Vh.mT
 
 
+@torch.no_grad()
 def decompose(
     W: Float[Tensor, "out in"],
     ranks: int | None = None,
@@ -114,6 +117,8 @@ def decompose(
     One joint sign rule: in each pair (u_i, v_i) the entry of u_i that is largest in magnitude (the first such) is
     positive. Zero and rank-deficient matrices get orthonormal vectors for their zero singular values, with an
     infinite ``bound``; so do equal singular values, whose single vectors are arbitrary inside their subspace.
+
+    No gradient flows through it: a parameter may be passed as it is.
 
     Cost for short side n, long side m, k ranks: n²m (Gram) + about 9n³ (eigensolver) + 4nmk flops; memory n² and
     (n + m)k float64 beside W.
@@ -147,9 +152,12 @@ def decompose(
     A = _Blocks(operands, name)  # short side first
     X, spectrum, error = _left_vectors(A)
     X = X[:, :k]
+    if spectrum[k - 1] < DEFLATE**2 * spectrum[0]:
+        # Refinement keeps columns orthogonal to first order in eps·σ_0/σ_i: not enough for ranks this deep.
+        X = _orthonormal(X)
     Z = A.transposed_times(X)
     S = spectrum[:k]
-    Y = _orthonormal(Z) if S[-1] <= DEFLATE * S[0] else Z / S
+    Y = _orthonormal(Z) if S[-1] <= DEFLATE * S[0] else _reorthonormal(Z / S)
     residual = (
         torch.maximum(
             (A.times(Y) - X * S).norm(dim=0),
@@ -157,7 +165,7 @@ def decompose(
         )
         + _EPS * spectrum[0]
     )
-    error[:k] = residual
+    error[:k] = _value_errors(S, residual)
 
     U, V = (X, Y) if wide else (Y, X)
     sign = _signs(U)
@@ -169,10 +177,11 @@ def decompose(
         spectrum=spectrum * scale,
         spectrum_error=error * scale,
         residual=residual * scale,
-        gap=_gaps(spectrum, null_space=W.shape[0] != W.shape[1])[:k] * scale,
+        gap=_gaps(spectrum, error, null_space=W.shape[0] != W.shape[1])[:k] * scale,
     )
 
 
+@torch.no_grad()
 def low_rank_svd(B: Float[Tensor, "out r"], A: Float[Tensor, "r in"], *, name: str = "B @ A") -> SVD:
     """Singular value decomposition of a product without forming it, such as a LoRA update.
 
@@ -188,25 +197,28 @@ def low_rank_svd(B: Float[Tensor, "out r"], A: Float[Tensor, "r in"], *, name: s
     """
     if B.ndim != 2 or A.ndim != 2 or B.shape[1] != A.shape[0] or not B.numel() or not A.numel():
         raise InputError(f"{name}: got shapes {tuple(B.shape)} and {tuple(A.shape)}; want (out, r) and (r, in)")
-    for operand in (B, A):
-        if not bool(torch.isfinite(operand).all()):
-            raise NonFiniteError(f"{name}: an operand holds NaN or Inf, so the product has no SVD")
-    QB, RB = torch.linalg.qr(B.double())
-    QA, RA = torch.linalg.qr(A.double().mT)
+    if not (B.is_floating_point() and A.is_floating_point()):
+        raise InputError(f"{name}: got {B.dtype} and {A.dtype}; want floating-point matrices (out, r) and (r, in)")
+    B, A = B.double(), A.double()
+    if not bool(torch.isfinite(B).all() and torch.isfinite(A).all()):
+        raise NonFiniteError(f"{name}: an operand holds NaN or Inf, so the product has no SVD")
+    QB, RB = torch.linalg.qr(B)
+    QA, RA = torch.linalg.qr(A.mT)
     core = decompose(RB @ RA.mT, name=name)
     U = QB @ core.U
     V = QA @ core.Vh.mT
     # The residual of the core plus the rounding of the two QR decompositions (backward stable: r·eps·‖B‖‖A‖).
     rounding = B.shape[1] * _EPS * float(torch.linalg.norm(RB, 2) * torch.linalg.norm(RA, 2))
     sign = _signs(U)
+    error = core.spectrum_error + rounding
     return SVD(
         U * sign,
         core.S,
         (V * sign).mT.contiguous(),
         spectrum=core.spectrum,
-        spectrum_error=core.spectrum_error + rounding,
+        spectrum_error=error,
         residual=core.residual + rounding,
-        gap=_gaps(core.spectrum, null_space=min(U.shape[0], V.shape[0]) > len(core.S) or len(U) != len(V)),
+        gap=_gaps(core.spectrum, error, null_space=min(len(U), len(V)) > len(core.S) or len(U) != len(V)),
     )
 
 
@@ -222,14 +234,15 @@ class _Blocks:
         self.operands = [X if X.element_size() > 1 else X.to(torch.bfloat16) for X in operands]
         self.shape, self.device = operands[0].shape, operands[0].device
         self.width = max(1, _BLOCK_BYTES // (8 * self.shape[0]))
-        largest = max(float(block.abs().max()) for block in self._columns())
+        # torch's maximum keeps a NaN, Python's loses one that does not come first.
+        largest = float(torch.stack([block.abs().max() for block in self._columns()]).max())
         if not math.isfinite(largest):
             bad = sum(int((~torch.isfinite(block)).sum()) for block in self._columns())
             raise NonFiniteError(
                 f"{name}: {bad} of {operands[0].numel()} entries are NaN or Inf: no SVD; repair or leave it out"
             )
-        self.scale = 2.0 ** math.frexp(largest)[1] if largest > 0 else 1.0
-        self.scale = min(max(self.scale, 2.0**-1000), 2.0**1000)
+        exponent = math.frexp(largest)[1]
+        self.scale = 2.0 ** min(max(exponent, -1000), 1000)  # 2¹⁰²⁴ is not a float
 
     def _columns(self) -> Iterator[Tensor]:
         for start in range(0, self.shape[1], self.width):
@@ -282,7 +295,7 @@ def _left_vectors(A: _Blocks) -> tuple[Tensor, Tensor, Tensor]:
         U = E.flip(1) if basis is None else basis @ E.flip(1)
         top = float(S[0])
         floor = floor or m * _EPS * top
-        kept = len(S) if top <= floor else int((S >= DEFLATE * top).sum())
+        kept = len(S) if top <= floor else int((S >= max(DEFLATE * top, floor)).sum())
         head, tail = U[:, :kept], U[:, kept:]
         if tail.shape[1]:
             # One step of subspace refinement: rotate the tail out of the head by the first-order angle.
@@ -307,11 +320,29 @@ def _orthonormal(Z: Tensor) -> Tensor:
     return signed
 
 
-def _gaps(spectrum: Tensor, *, null_space: bool) -> Tensor:
-    """Distance from each value of a descending spectrum to its nearest neighbour, zero included on request."""
+def _reorthonormal(Y: Tensor) -> Tensor:
+    """Nearly orthonormal columns (to about eps / DEFLATE²) made so to rounding, in order; cheaper than a QR."""
+    R = torch.linalg.cholesky(Y.mT @ Y, upper=True)
+    Q: Tensor = torch.linalg.solve_triangular(R, Y, upper=True, left=False)
+    return Q
+
+
+def _value_errors(S: Tensor, residual: Tensor) -> Tensor:
+    """Error bounds of descending singular values: the norm of the residuals over each cluster of overlapping ones.
+
+    A residual alone says that some exact value is near, not which: of two close computed values both may be
+    nearest to the same exact one. For a cluster with orthonormal vectors the exact values are as many.
+    """
+    apart = S[:-1] - S[1:] > residual[:-1] + residual[1:]
+    cluster = torch.cat([apart.new_zeros(1), apart]).cumsum(0)
+    return torch.zeros_like(S).index_add_(0, cluster, residual.square()).sqrt()[cluster]
+
+
+def _gaps(spectrum: Tensor, error: Tensor, *, null_space: bool) -> Tensor:
+    """Least distance from each value of a descending spectrum to the exact neighbours, zero included on request."""
     edge = spectrum.new_full((1,), math.inf)
-    steps = torch.cat([edge, spectrum[:-1] - spectrum[1:], edge])
-    gaps = torch.minimum(steps[:-1], steps[1:])
+    steps = spectrum[:-1] - spectrum[1:]
+    gaps = torch.minimum(torch.cat([edge, steps - error[:-1]]), torch.cat([steps - error[1:], edge])).clamp(min=0)
     return torch.minimum(gaps, spectrum) if null_space or len(spectrum) == 1 else gaps
 
 
