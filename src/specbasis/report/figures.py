@@ -1,0 +1,3 @@
+"""stub"""
+def draw(pairs, bands):
+    return []
