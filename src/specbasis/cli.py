@@ -54,7 +54,9 @@ def compare(
         BarColumn(),
         TextColumn("{task.percentage:>3.0f}%"),
     )
-    with Progress(*columns, TimeRemainingColumn(), console=_err, transient=True, disable=not _err.is_terminal) as bar:
+    with Progress(
+        *columns, TimeRemainingColumn(), console=_err, transient=True, disable=not _err.is_terminal
+    ) as bar:
         task = bar.add_task("reading", total=None)
         comparison = run(
             base,

@@ -46,9 +46,9 @@ class SVD:
         S: singular values, (k,), in the units of W.
         Vh: right singular vectors, (k, in), orthonormal rows.
         spectrum: all min(out, in) singular values; ``S`` is its head.
-        spectrum_error: bound on the error of each of them: the measured residual for the first k (Kahan; over
-            values too close to be told apart, the root of its sum of squares), and an a priori bound
-            n·eps·σ_top²/σ_i for the rest (n the short side, σ_top the largest value of its level).
+        spectrum_error: bound on the error of each of them: for the first k the measured residual (Kahan; over
+            values too close to be told apart, the root of its sum of squares), for the rest an a priori bound
+            n·eps·σ_top²/σ_i (n the short side, σ_top the largest value of its level).
         residual: max(‖W v_i − σ_i u_i‖, ‖Wᵀ u_i − σ_i v_i‖), (k,), measured, plus the rounding of measuring it.
         gap: distance from each singular value to the nearest other one of the whole spectrum, (k,), at least: the
             error of that other one is taken off, so that rounding never passes for a gap. Where W has a null space

@@ -1,3 +1,5 @@
 """stub"""
+
+
 def draw(pairs, bands):
     return []

@@ -52,14 +52,19 @@ TABLE = (
 """Columns of the table of matrices: key, heading, meaning, number format."""
 
 
-def render(manifest: dict[str, Any], rows: pa.Table, pairs: list[Pair], bands: list[dict[str, dict[str, Band]]]) -> bytes:
+def render(
+    manifest: dict[str, Any], rows: pa.Table, pairs: list[Pair], bands: list[dict[str, dict[str, Band]]]
+) -> bytes:
     """The page as UTF-8."""
     points = sum(len(pair) for pair in pairs)
     limit = int(np.clip(MOST_POINTS // max(1, points), 32, MOST_RANKS))
     scripts = [get_plotlyjs(), _asset("page.js")]
     environment = Environment(
-        loader=PackageLoader("specbasis.report", "assets"), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
+        loader=PackageLoader("specbasis.report", "assets"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     text = environment.get_template("page.html").render(
         manifest=manifest,
@@ -102,9 +107,7 @@ def _data(pair: Pair, bands: dict[str, dict[str, Band]], limit: int) -> dict[str
         "label": pair.label,
         "matrices": pair.matrices,
         "whole": {key: _floats(values) for key, values in whole.items()},
-        "series": {
-            name: _series(pair.series[name].thinned(limit)) for name in PER_RANK if name in pair.series
-        },
+        "series": {name: _series(pair.series[name].thinned(limit)) for name in PER_RANK if name in pair.series},
         "bands": {
             profile: {group: _band(band) for group, band in groups.items()} for profile, groups in bands.items()
         },
