@@ -75,10 +75,11 @@ class Measure:
 # --- alignment of singular vectors ------------------------------------------------------------------------------
 
 
-def alignment(X: Float[Tensor, "d k"], Y: Float[Tensor, "d k"]) -> Float[Tensor, " k"]:
+def alignment(X: Float[Tensor, "d a"], Y: Float[Tensor, "d b"]) -> Float[Tensor, " k"]:
     """Absolute cosine of the vectors of equal rank index.
 
-    a_i = |⟨x_i, y_i⟩|, 0 … 1, no matching of ranks, invariant to signs. Costs 2·d·k flops.
+    a_i = |⟨x_i, y_i⟩|, 0 … 1, for the k = min(a, b) ranks that both have, no matching of ranks, invariant to signs.
+    Costs 2·d·k flops.
 
     Source: Yu et al. 2026, §3.1.
     """
