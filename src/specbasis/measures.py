@@ -135,15 +135,16 @@ def _overlap(side: str) -> Callable[[Triple], Values | None]:
 def subspace_bound(s: SVD) -> Float[Tensor, " k"]:
     """Bound on ‖sin Θ‖_F between the computed leading j vectors of one side and the exact ones, j = 1 … k.
 
-    √2 · √(Σ_{i<j} residual_i²) / (σ_{j−1} − σ_j), where σ past the end of the spectrum is 0; 0 for the whole space.
+    √2 · √(Σ_{i<j} residual_i²) / (σ_{j−1} − σ_j), where σ past the end of the spectrum is 0, and the error of σ_j is
+    taken off the gap; 0 for the whole space.
 
     Source: Wedin 1972.
     """
     k = len(s.S)
-    after = torch.cat([s.spectrum, s.spectrum.new_zeros(1)])[1 : k + 1]
+    after = torch.cat([s.spectrum + s.spectrum_error, s.spectrum.new_zeros(1)])[1 : k + 1]
     gap = s.S - after
     bound = torch.where(gap > 0, math.sqrt(2) * s.residual.square().cumsum(0).sqrt() / gap, math.inf)
-    if k == len(s.spectrum) and s.U.shape[0] == s.Vh.shape[1]:
+    if k == s.U.shape[0] == s.Vh.shape[1]:
         bound[-1] = 0.0
     return bound
 
