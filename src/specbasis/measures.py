@@ -135,7 +135,7 @@ def _overlap(side: str) -> Callable[[Triple], Values | None]:
 def subspace_bound(s: SVD) -> Float[Tensor, " k"]:
     """Bound on ‖sin Θ‖_F between the computed leading j vectors of one side and the exact ones, j = 1 … k.
 
-    √2 · √(Σ_{i<j} residual_i²) / (σ_{j−1} − σ_j), where σ past the end of the spectrum is 0, and the error of σ_j is
+    √2 · √(Σ_{i<j} residual_i²) / (σ_{j−1} − σ_j), where σ past the end of the spectrum is 0 and the error of σ_j is
     taken off the gap; 0 for the whole space.
 
     Source: Wedin 1972.
@@ -247,10 +247,12 @@ def weight_cosine(t: Triple) -> Values:
     """Cosine between the two matrices as vectors: ⟨base, tuned⟩_F / (‖base‖_F ‖tuned‖_F), −1 … 1.
 
     For independent matrices with centred entries it is near 0, with standard deviation at most about 1/√n for
-    effective sizes n of the leading ranks; a finetune keeps it near 1.
+    effective sizes n of the leading ranks; a finetune keeps it near 1, and a frozen matrix at exactly 1.
     """
+    if t.identical and not _zero(t.base):
+        return _scalar(1.0)
     norms = torch.linalg.vector_norm(t.base.spectrum) * torch.linalg.vector_norm(t.tuned.spectrum)
-    return _scalar(t.inner / norms)
+    return _scalar((t.inner / norms).clamp(-1.0, 1.0))
 
 
 def _change(t: Triple) -> Tensor:
