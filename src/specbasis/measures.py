@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from specbasis.subspace import chance_alignment, nested_overlap, principal_angles
@@ -55,6 +55,13 @@ class Values:
     value: Float[Tensor, " n"]
     bound: Float[Tensor, " n"] | None = None
     index: list[int] | None = None
+
+    def resolved(self, *, relative: bool) -> Bool[Tensor, " n"] | None:
+        """Whether each bound is at most `RESOLVED` (times the figure where it has the weights' units)."""
+        if self.bound is None:
+            return None
+        scale = self.value.abs() if relative else self.value.abs().clamp(min=1.0)
+        return self.bound <= RESOLVED * scale
 
 
 @dataclass(frozen=True)

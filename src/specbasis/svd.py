@@ -103,7 +103,13 @@ class SVD:
 
 
 @torch.no_grad()
-def decompose(W: Float[Tensor, "out in"], ranks: int | None = None, *, name: str = "matrix") -> SVD:
+def decompose(
+    W: Float[Tensor, "out in"],
+    ranks: int | None = None,
+    *,
+    minus: Float[Tensor, "out in"] | None = None,
+    name: str = "matrix",
+) -> SVD:
     """Singular value decomposition of a weight matrix in float64, with error bounds.
 
     W = U diag(S) Vh; the first ``ranks`` vectors (default all), every singular value.
@@ -120,6 +126,8 @@ def decompose(W: Float[Tensor, "out in"], ranks: int | None = None, *, name: str
     Args:
         W: (out, in), any floating dtype, on any device.
         ranks: how many singular vectors to return; values are returned for all ranks.
+        minus: decompose W − minus instead, subtracted in float64 block by block: exact for the common dtypes, and
+            the difference is never formed whole.
         name: what to call the matrix in an error.
 
     Raises:
@@ -138,7 +146,10 @@ def decompose(W: Float[Tensor, "out in"], ranks: int | None = None, *, name: str
         raise InputError(f"{name}: got ranks = {ranks} for a matrix {tuple(W.shape)}; want 1 … {short}")
 
     wide = W.shape[0] <= W.shape[1]
-    A = _Blocks(W if wide else W.mT, name)  # short side first
+    if minus is not None and minus.shape != W.shape:
+        raise InputError(f"{name}: got shapes {tuple(W.shape)} and {tuple(minus.shape)}; want equal ones")
+    operands = [X if wide else X.mT for X in (W, minus) if X is not None]
+    A = _Blocks(operands, name)  # short side first
     X, spectrum, error = _left_vectors(A)
     X = X[:, :k]
     if spectrum[k - 1] < DEFLATE**2 * spectrum[0]:
@@ -212,35 +223,40 @@ def low_rank_svd(B: Float[Tensor, "out r"], A: Float[Tensor, "r in"], *, name: s
 
 
 class _Blocks:
-    """A matrix with its short side first, read in float64 blocks of columns and scaled to a largest entry near 1.
+    """A matrix, or the difference of two, in float64 blocks of columns, scaled to a largest entry near 1.
 
-    The scale is a power of two, so that scaling is exact and squares neither overflow nor vanish.
+    The short side comes first. The scale is a power of two, so that scaling is exact and squares neither overflow
+    nor vanish.
     """
 
-    def __init__(self, A: Tensor, name: str) -> None:
-        self.A = A if A.element_size() > 1 else A.to(torch.bfloat16)  # exact: torch has no arithmetic in float8
-        self.width = max(1, _BLOCK_BYTES // (8 * A.shape[0]))
+    def __init__(self, operands: list[Tensor], name: str) -> None:
+        # Exact, and torch has no arithmetic in 8-bit floats.
+        self.operands = [X if X.element_size() > 1 else X.to(torch.bfloat16) for X in operands]
+        self.shape, self.device = operands[0].shape, operands[0].device
+        self.width = max(1, _BLOCK_BYTES // (8 * self.shape[0]))
         # torch's maximum keeps a NaN, Python's loses one that does not come first.
         largest = float(torch.stack([block.abs().max() for block in self._columns()]).max())
         if not math.isfinite(largest):
             bad = sum(int((~torch.isfinite(block)).sum()) for block in self._columns())
             raise NonFiniteError(
-                f"{name}: {bad} of {A.numel()} entries are NaN or Inf, so it has no SVD; repair or leave it out"
+                f"{name}: {bad} of {operands[0].numel()} entries are NaN or Inf: no SVD; repair or leave it out"
             )
         exponent = math.frexp(largest)[1]
         self.scale = 2.0 ** min(max(exponent, -1000), 1000)  # 2¹⁰²⁴ is not a float
 
     def _columns(self) -> Iterator[Tensor]:
-        yield from torch.split(self.A, self.width, dim=1)
+        for start in range(0, self.shape[1], self.width):
+            first, *rest = (X[:, start : start + self.width].to(torch.float64) for X in self.operands)
+            yield first - rest[0] if rest else first
 
     def __iter__(self) -> Iterator[Tensor]:
         for block in self._columns():
-            yield block.to(torch.float64) / self.scale
+            yield block / self.scale
 
     def gram(self, basis: Tensor | None) -> Tensor:
         """Lower triangle of (basisᵀ A)(basisᵀ A)ᵀ; the basis is the identity when None."""
-        n = self.A.shape[0] if basis is None else basis.shape[1]
-        G = torch.zeros(n, n, dtype=torch.float64, device=self.A.device)
+        n = self.shape[0] if basis is None else basis.shape[1]
+        G = torch.zeros(n, n, dtype=torch.float64, device=self.device)
         rows = max(128, -(-n // 8))  # row panels: 9/16 of the flops of the full product
         for block in self:
             Y = block if basis is None else basis.mT @ block
@@ -250,7 +266,7 @@ class _Blocks:
 
     def times(self, X: Tensor) -> Tensor:
         """A X."""
-        out = torch.zeros(self.A.shape[0], X.shape[1], dtype=torch.float64, device=self.A.device)
+        out = torch.zeros(self.shape[0], X.shape[1], dtype=torch.float64, device=self.device)
         for block, rows in zip(self, torch.split(X, self.width), strict=True):
             out.addmm_(block, rows)
         return out
@@ -269,7 +285,7 @@ class _Blocks:
 
 def _left_vectors(A: _Blocks) -> tuple[Tensor, Tensor, Tensor]:
     """All left singular vectors of a matrix whose short side comes first, its values, and their a priori errors."""
-    n, m = A.A.shape
+    n, m = A.shape
     vectors, values, errors = [], [], []
     basis: Tensor | None = None
     floor = 0.0
