@@ -584,3 +584,41 @@ def test_a_bad_entry_in_a_factor_is_refused(value):
         low_rank_svd(B * value, A, name="query.lora")
     with pytest.raises(NonFiniteError, match=r"^query\.lora: "):
         low_rank_svd(B, A * value, name="query.lora")
+
+
+# --- differences -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("mine", "theirs"), [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.float16)])
+@pytest.mark.parametrize("shape", [(9, 14), (14, 9)])
+def test_a_difference_is_subtracted_in_float64(mine, theirs, shape, monkeypatch):
+    monkeypatch.setattr("specbasis.svd._BLOCK_BYTES", 8 * 9 * 4)  # blocks of 4 columns
+    W, base = gaussian(*shape).to(mine), gaussian(*shape, 1).to(theirs)
+    a, b = decompose(W, minus=base), decompose(W.double() - base.double())
+    for field in dataclasses.fields(a):
+        assert torch.equal(getattr(a, field.name), getattr(b, field.name)), field.name
+
+
+def test_a_difference_of_eight_bit_floats_is_exact():
+    W, base = gaussian(5, 6).to(torch.float8_e4m3fn), gaussian(5, 6, 1).to(torch.float8_e5m2)
+    assert torch.equal(decompose(W, minus=base).S, decompose(W.double() - base.double()).S)
+
+
+def test_no_difference_is_the_zero_matrix():
+    W = gaussian(5, 6)
+    assert (decompose(W, minus=W).S == 0).all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_bad_entry_in_what_is_subtracted_is_found(value):
+    base = gaussian(5, 6)
+    base[4, 5] = value
+    with pytest.raises(NonFiniteError, match=r"query: 1 of 30 entries"):
+        decompose(gaussian(5, 6), minus=base, name="query")
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("base", [torch.ones(6, 5), torch.ones(5, 1), torch.ones(6)])
+def test_what_cannot_be_subtracted_is_refused(base):
+    with pytest.raises(InputError, match=r"^query: got "):
+        decompose(torch.ones(5, 6), minus=base, name="query")

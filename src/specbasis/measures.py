@@ -82,10 +82,11 @@ class Measure:
 # --- alignment of singular vectors ------------------------------------------------------------------------------
 
 
-def alignment(X: Float[Tensor, "d k"], Y: Float[Tensor, "d k"]) -> Float[Tensor, " k"]:
+def alignment(X: Float[Tensor, "d a"], Y: Float[Tensor, "d b"]) -> Float[Tensor, " k"]:
     """Absolute cosine of the vectors of equal rank index.
 
-    a_i = |⟨x_i, y_i⟩|, 0 … 1, no matching of ranks, invariant to signs. Costs 2·d·k flops.
+    a_i = |⟨x_i, y_i⟩|, 0 … 1, for the k = min(a, b) ranks that both have, no matching of ranks, invariant to signs.
+    Costs 2·d·k flops.
 
     Source: Yu et al. 2026, §3.1.
     """
@@ -141,15 +142,16 @@ def _overlap(side: str) -> Callable[[Triple], Values | None]:
 def subspace_bound(s: SVD) -> Float[Tensor, " k"]:
     """Bound on ‖sin Θ‖_F between the computed leading j vectors of one side and the exact ones, j = 1 … k.
 
-    √2 · √(Σ_{i<j} residual_i²) / (σ_{j−1} − σ_j), where σ past the end of the spectrum is 0; 0 for the whole space.
+    √2 · √(Σ_{i<j} residual_i²) / (σ_{j−1} − σ_j), where σ past the end of the spectrum is 0 and the error of σ_j is
+    taken off the gap; 0 for the whole space.
 
     Source: Wedin 1972.
     """
     k = len(s.S)
-    after = torch.cat([s.spectrum, s.spectrum.new_zeros(1)])[1 : k + 1]
+    after = torch.cat([s.spectrum + s.spectrum_error, s.spectrum.new_zeros(1)])[1 : k + 1]
     gap = s.S - after
     bound = torch.where(gap > 0, math.sqrt(2) * s.residual.square().cumsum(0).sqrt() / gap, math.inf)
-    if k == len(s.spectrum) and s.U.shape[0] == s.Vh.shape[1]:
+    if k == s.U.shape[0] == s.Vh.shape[1]:
         bound[-1] = 0.0
     return bound
 
@@ -252,10 +254,12 @@ def weight_cosine(t: Triple) -> Values:
     """Cosine between the two matrices as vectors: ⟨base, tuned⟩_F / (‖base‖_F ‖tuned‖_F), −1 … 1.
 
     For independent matrices with centred entries it is near 0, with standard deviation at most about 1/√n for
-    effective sizes n of the leading ranks; a finetune keeps it near 1.
+    effective sizes n of the leading ranks; a finetune keeps it near 1, and a frozen matrix at exactly 1.
     """
+    if t.identical and not _zero(t.base):
+        return _scalar(1.0)
     norms = torch.linalg.vector_norm(t.base.spectrum) * torch.linalg.vector_norm(t.tuned.spectrum)
-    return _scalar(t.inner / norms)
+    return _scalar((t.inner / norms).clamp(-1.0, 1.0))
 
 
 def _change(t: Triple) -> Tensor:

@@ -180,7 +180,8 @@ class Pair:
         level = self.whole(f"chance_alignment_{side}")
         values, first, counts = np.unique(dimension, return_index=True, return_counts=True)
         common = np.argsort(-counts, kind="stable")[:most]
-        return [(int(values[c]), float(level[first[c]]), int(counts[c])) for c in sorted(common)]
+        levels = [(int(values[c]), float(level[first[c]]), int(counts[c])) for c in sorted(common)]
+        return [entry for entry in levels if np.isfinite(entry[1])]
 
 
 def read_pairs(rows: pa.Table, labels: list[str]) -> list[Pair]:
@@ -202,7 +203,9 @@ def bands(pair: Pair) -> dict[str, dict[str, Band]]:
         columns = np.unique(aligned.index)
         sources[f"alignment_{side}"] = columns + 1.0, aligned.dense(width)[:, columns]
         overlap = pair.figures(f"subspace_overlap_{side}")
-        sizes = np.unique(overlap.index)
+        # The last k of a small matrix is its own: there, a median would be over few others.
+        sizes, counts = np.unique(overlap.index, return_counts=True)
+        sizes = sizes[2 * counts >= counts.max(initial=0)]
         sources[f"subspace_overlap_{side}"] = (
             sizes.astype(float),
             overlap.dense(int(overlap.index.max(initial=-1)) + 1)[:, sizes],

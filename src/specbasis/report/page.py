@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from importlib.resources import files
 from typing import Any
 
@@ -16,7 +17,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from specbasis.report.data import MARKED_RANKS, SIDES, Band, Floats, Pair, Series, representatives
-from specbasis.report.tables import COLUMNS, VERDICTS, by_reason, cells
+from specbasis.report.tables import HEADINGS, VERDICTS, by_reason, cells
 from specbasis.summary import judge, summarise
 
 MOST_RANKS = 256
@@ -66,11 +67,12 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["breakable"] = _breakable
     text = environment.get_template("page.html").render(
         manifest=manifest,
         manifest_text=json.dumps(manifest, indent=1, ensure_ascii=False),
         pairs=[_about(pair, manifest, rows) for pair in pairs],
-        columns=COLUMNS,
+        headings=HEADINGS,
         signs=VERDICTS,
         style=Markup(_asset("page.css")),
         scripts=[Markup(_inline(script)) for script in scripts],
@@ -102,6 +104,7 @@ def _data(pair: Pair, bands: dict[str, dict[str, Band]], limit: int) -> dict[str
     """What the figures of a pair draw, compactly."""
     whole = {key: pair.whole(key) for key, *_ in TABLE if key not in ("n", "effective_rank_change")}
     whole["effective_rank_change"] = whole["effective_rank_tuned"] - whole["effective_rank_base"]
+    whole |= {f"chance_alignment_{side}": pair.whole(f"chance_alignment_{side}") for side in SIDES}
     whole["n"] = pair.figures("singular_value_base").lengths.astype(float)
     return {
         "label": pair.label,
@@ -164,6 +167,12 @@ def _json(content: Any) -> str:
     """JSON that can stand inside a script element: no character of it can end the element."""
     text = json.dumps(content, allow_nan=False, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _breakable(text: str) -> Markup:
+    """A path or name that may be broken into lines behind its separators."""
+    parts = re.split(r"(?<=[/._\[])", text)
+    return Markup("<wbr>").join(parts)
 
 
 def _asset(name: str) -> str:

@@ -7,25 +7,22 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from specbasis.summary import RoleSummary, Verdict, named_parts
+from specbasis.summary import SIDES, RoleSummary, Verdict, named_parts
 
 if TYPE_CHECKING:
     from specbasis.compare import Comparison
 
-COLUMNS: tuple[tuple[str, str], ...] = (
-    ("role", "what the matrices do in their block"),
-    ("matrices", "number of matrices compared"),
-    ("top-10 left", "mean alignment of the leading 10 left singular vectors, resolved ranks"),
-    ("top-10 right", "mean alignment of the leading 10 right singular vectors, resolved ranks"),
-    ("top-30 left", "mean alignment of the leading 30 left singular vectors, resolved ranks"),
-    ("top-30 right", "mean alignment of the leading 30 right singular vectors, resolved ranks"),
-    ("chance left", "alignment of independent directions, left"),
-    ("chance right", "alignment of independent directions, right"),
-    ("RSD", "relative spectral distance ‖S_tuned − S_base‖ / ‖S_base‖, mean over matrices"),
-    ("‖Δ‖/‖W‖", "Frobenius norm of the update over that of the base, mean over matrices"),
-    ("unresolved", "alignments whose error bound is not small; left out of the means"),
+HEADINGS: tuple[tuple[str, str, int], ...] = (
+    ("role", "what the matrices do in their block", 1),
+    ("matrices", "number of matrices compared", 1),
+    ("top-10 alignment", "mean alignment of the leading 10 singular vectors, over resolved ranks", 2),
+    ("top-30 alignment", "mean alignment of the leading 30 singular vectors, over resolved ranks", 2),
+    ("chance", "alignment of independent directions", 2),
+    ("RSD", "relative spectral distance ‖S_tuned − S_base‖ / ‖S_base‖, mean over matrices", 1),
+    ("‖Δ‖/‖W‖", "Frobenius norm of the update over that of the base, mean over matrices", 1),
+    ("unresolved", "alignments whose error bound is not small; left out of the means", 1),
 )
-"""Headings of the summary table, each with what it means."""
+"""Headings of the summary table, each with what it means, and how many columns (1, or left and right) it spans."""
 
 VERDICTS = {
     "identical": "=",
@@ -85,8 +82,16 @@ _FIRST = _CELL.replace("right", "left")
 def _notebook_pair(label: str, verdict: Verdict, lines: Sequence[RoleSummary], manifest: dict[str, Any]) -> str:
     about = manifest["pairs"][label]
     head = "".join(
-        f'<th scope="col" title="{escape(title)}" style="{_FIRST if i == 0 else _CELL};{_LINE}">{escape(name)}</th>'
-        for i, (name, title) in enumerate(COLUMNS)
+        f'<th scope="col{"group" if span > 1 else ""}" title="{escape(title)}"'
+        f' {"colspan" if span > 1 else "rowspan"}="2"'
+        f' style="{_FIRST if i == 0 else _CELL};{_LINE if span == 1 else ""}">{escape(name)}</th>'
+        for i, (name, title, span) in enumerate(HEADINGS)
+    )
+    sides = "".join(
+        f'<th scope="col" style="{_CELL};{_LINE};font-weight:400">{side}</th>'
+        for *_, span in HEADINGS
+        if span > 1
+        for side in SIDES
     )
     body = "".join(
         "<tr>"
@@ -107,7 +112,7 @@ def _notebook_pair(label: str, verdict: Verdict, lines: Sequence[RoleSummary], m
     return (
         f'<p style="margin:.4em 0;overflow-wrap:anywhere"><b>{escape(label)}</b><br>'
         f"{VERDICTS[verdict.kind]} {escape(verdict.sentence)}{notes}</p>"
-        f'<table style="border-collapse:collapse;background:none;margin:0"><thead><tr>{head}</tr></thead>'
+        f'<table style="border-collapse:collapse;background:none;margin:0"><thead><tr>{head}</tr><tr>{sides}</tr></thead>'
         f"<tbody>{body}</tbody></table>"
         + (f'<p style="margin:.4em 0 1em;opacity:.8">Not compared: {escape(left_out)}</p>' if left_out else "")
     )

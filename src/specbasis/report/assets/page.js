@@ -112,7 +112,7 @@ function curves() {
     return {
       name: elements.length === 1 ? "all matrices" : loadPair(i).label, pair: loadPair(i), group: "all",
       color: plain ? theme.missing : many ? theme.series[0] : theme.series[i % 8], dash: "solid",
-      width: chosen ? 2.5 : plain ? 1 : 1.75, band: chosen || elements.length <= 3, above: chosen, plain,
+      order: i, width: chosen ? 2.5 : plain ? 1 : 1.75, band: chosen || elements.length <= 3, above: chosen, plain,
     };
   }).sort((a, b) => (a.above ? 1 : 0) - (b.above ? 1 : 0));
 }
@@ -120,13 +120,15 @@ function curves() {
 // --- layout -------------------------------------------------------------------------------------------------------
 
 // Panels side by side where there is room, else one below the other; each with its own axes and title.
-function panels(width, titles, { height = 300, columns = 2, heights = null, left = 58, right = 12 } = {}) {
+function panels(width, titles, { height = 300, columns = 2, heights = null, left = 58, right = 12, lowest = false } = {}) {
   const across = width >= 620 ? Math.min(columns, titles.length) : 1;
   const down = Math.ceil(titles.length / across);
   const rowHeights = heights && across === 1 ? heights
     : Array.from({ length: down }, (_, r) => (heights ? Math.max(...heights.slice(r * across, (r + 1) * across)) : height));
   const head = 30, foot = 50, gap = 66;
-  const inner = rowHeights.reduce((a, b) => a + b, 0) + (down - 1) * (head + foot);
+  // Where only the lowest panels carry the title of the x axis, the others stand closer.
+  const between = lowest ? 24 : foot;
+  const inner = rowHeights.reduce((a, b) => a + b, 0) + (down - 1) * (head + between);
   const layout = {
     height: inner + head + foot, width, autosize: false, margin: { l: left, r: right, t: head, b: foot },
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false, hovermode: "closest",
@@ -138,7 +140,7 @@ function panels(width, titles, { height = 300, columns = 2, heights = null, left
   let top = 0;
   titles.forEach((title, i) => {
     const row = Math.floor(i / across), column = i % across;
-    if (column === 0 && row > 0) top += rowHeights[row - 1] + head + foot;
+    if (column === 0 && row > 0) top += rowHeights[row - 1] + head + between;
     const id = i ? String(i + 1) : "";
     const panelWidth = (plotWidth - (across - 1) * gap) / across;
     const x0 = (column * (panelWidth + gap)) / plotWidth;
@@ -155,6 +157,7 @@ function panels(width, titles, { height = 300, columns = 2, heights = null, left
     layout,
     on: (i) => ({ xaxis: `x${i ? i + 1 : ""}`, yaxis: `y${i ? i + 1 : ""}` }),
     set: (i, x, y) => {
+      if (lowest && i < titles.length - across) x = { ...x, title: undefined };
       const id = i ? String(i + 1) : "";
       Object.assign(layout[`xaxis${id}`], x, x.title ? { title: title(x.title) } : {});
       Object.assign(layout[`yaxis${id}`], y, y.title ? { title: title(y.title) } : {});
@@ -210,7 +213,7 @@ function chanceTraces(axes, pair, side, last) {
 }
 
 const chanceKey = { name: "chance", still: true, dash: "dash", quiet: true };
-const keyOf = (list) => list.map((c) => ({ name: c.name, color: c.color, dash: c.dash, plain: c.plain }));
+const keyOf = (list) => [...list].sort((a, b) => (a.order ?? 0) - (b.order ?? 0)).map((c) => ({ name: c.name, color: c.color, dash: c.dash, plain: c.plain }));
 
 // --- figures ------------------------------------------------------------------------------------------------------
 // Each takes the width there is and returns {data, layout, key, label}.
@@ -272,7 +275,7 @@ figures.heat = (width) => {
   const cell = Math.max(...chosen.map((c) => c[2].length)) > 24 ? 9 : 15;
   const heights = chosen.map(([, , members]) => Math.max(54, Math.min(560, members.length * cell)));
   const titles = chosen.map(([stack, role]) => (stack ? `${stack}: ${role}` : role));
-  const p = panels(width, titles, { heights, columns, left: 46, right: narrow ? 12 : 78 });
+  const p = panels(width, titles, { heights, columns, lowest: true, left: 46, right: narrow ? 12 : 78 });
   const measure = `alignment_${state.side}`;
   const data = [];
   let scale = !narrow;
@@ -297,7 +300,7 @@ figures.heat = (width) => {
     if (x.length) {
       data.push({ type: "heatmap", x, y: ys, z, text: names, customdata: custom, ...p.on(i), zmin: 0, zmax: 1, colorscale: "Cividis",
         hoverongaps: false, showscale: scale, ygap: members.length <= 24 ? 1 : 0, meta: titles[i],
-        colorbar: { title: { text: "alignment", font: { size: 12, color: theme.quiet } }, thickness: 12, len: 240, lenmode: "pixels",
+        colorbar: { title: { text: "alignment<br>", font: { size: 12, color: theme.quiet } }, thickness: 12, len: 240, lenmode: "pixels",
           y: 1, yanchor: "top", outlinewidth: 0, tickfont: { color: theme.quiet } },
         hovertemplate: "<b>%{text}</b><br>rank %{x}: %{z:.4f}<br>%{customdata}<extra></extra>" });
       scale = false;
@@ -324,9 +327,20 @@ figures.change = (width) => {
     data.push(...bandTraces(p.on(0), c, c.pair.bands.singular_value_change[c.group],
       { scale: 100, x: (q) => q * 100, hover: "%{x:.1f} % of the spectrum: median %{y:.4g} %" }));
   }
+  // The quartiles of the last ranks can be far larger than everything else: they may leave the frame.
+  let low = 0, high = 0;
+  for (const c of list) {
+    const band = c.pair.bands.singular_value_change[c.group];
+    band.x.forEach((q, i) => {
+      const found = [band.median[i], ...(c.band && q < 0.95 ? [band.low[i], band.high[i]] : [])].filter(isNumber);
+      low = Math.min(low, ...found);
+      high = Math.max(high, ...found);
+    });
+  }
+  const pad = 0.08 * (high - low) || 0.01;
   if (!data.length) p.empty(0, "no relative change (zero singular values)");
   p.set(0, { title: "relative rank (% of the spectrum, largest first)", range: [0, 100] },
-    { title: "change of singular value (%)", zeroline: true, zerolinecolor: theme.quiet, zerolinewidth: 1 });
+    { title: "change of singular value (%)", range: [100 * (low - pad), 100 * (high + pad)], zeroline: true, zerolinecolor: theme.quiet, zerolinewidth: 1 });
   return { data, layout: p.layout, key: keyOf(list), label: `Relative change of singular values of ${current().label}` };
 };
 
@@ -380,7 +394,7 @@ figures.scatter = (width) => {
   const data = [];
   if (known.length) {
     data.push(trace(known, { color: known.map((q) => q.color), cmin: 0, cmax: 1, colorscale: "Cividis", showscale: !narrow,
-      colorbar: { title: { text: "update<br>alignment", font: { size: 12, color: theme.quiet } }, thickness: 12, len: 260, lenmode: "pixels", outlinewidth: 0,
+      colorbar: { title: { text: "update<br>alignment<br>", font: { size: 12, color: theme.quiet } }, thickness: 12, len: 260, lenmode: "pixels", outlinewidth: 0,
         tickfont: { color: theme.quiet } } }));
   }
   if (unknown.length) data.push(trace(unknown, { color: "rgba(0,0,0,0)", symbol: "circle-open" }));
@@ -394,7 +408,7 @@ figures.scatter = (width) => {
   if (!points.length) { low = -1; high = 0; }
   const pad = Math.max(0.1, 0.06 * (high - low));
   p.set(0, { title: narrow ? "size of the update, S<sub>i</sub>(Δ) / S<sub>i</sub>(base)" : "size of the update at this rank, S<sub>i</sub>(Δ) / S<sub>i</sub>(base), logarithmic",
-    type: "log", range: [low - pad, high + pad], minor: { ticks: "outside", ticklen: 2 }, dtick: high - low > 1.5 ? 1 : "D2" }, unitAxis("alignment |⟨base, tuned⟩|"));
+    type: "log", range: [low - pad, high + pad], ...logTicks(low - pad, high + pad, narrow ? 5 : 9) }, unitAxis("alignment |⟨base, tuned⟩|"));
   const key = [{ name: "selected matrix", still: true, color: theme.series[1], ring: true }];
   if (narrow && known.length) key.push({ name: "update alignment 0", ramp: true, end: "1" });
   if (unknown.length) key.push({ name: "update alignment unresolved", still: true, ring: true, quiet: true });
@@ -424,16 +438,30 @@ figures.spectra = (width) => {
       hovertemplate: `<b>${name}</b><br>rank %{x}: %{y:.5g}<br>%{customdata}<extra></extra>` });
   });
   if (!data.length) p.empty(0, "all singular values are zero");
-  p.set(0, rankAxis(last), { title: "singular value (unit of the weights)", type: "log", exponentformat: "power", minor: { ticks: "outside", ticklen: 2 }, dtick: logStep(data) });
+  p.set(0, rankAxis(last), { title: "singular value (unit of the weights)", type: "log", ...logSpan(data) });
   return { data, layout: p.layout, key, label: `Singular values of ${pair.matrices.name[state.matrix]} in base, tuned and their difference` };
 };
 
-// Ticks at every power of ten, or inside of one where the values span less.
-const logStep = (data) => {
+// Ticks of a logarithmic axis between two powers of ten, written out: 1, 2, 5 in each decade, or fewer.
+function logTicks(low, high, most) {
+  const within = (values) => values.filter((v) => Math.log10(v) >= low && Math.log10(v) <= high);
+  const decades = Array.from({ length: Math.ceil(high) - Math.floor(low) + 1 }, (_, i) => Math.floor(low) + i);
+  const choices = [[1, 2, 5], [1, 3], [1]].map((steps) => within(decades.flatMap((e) => steps.map((s) => s * 10 ** e))));
+  const every = Math.max(1, Math.ceil(decades.length / most));
+  choices.push(within(decades.filter((e) => e % every === 0).map((e) => 10 ** e)));
+  const tickvals = choices.find((c) => c.length <= most) || choices[3];
+  const exponent = (e) => `10<sup>${String(e).replace("-", "−")}</sup>`;
+  const ticktext = tickvals.map((v) => (v >= 1e-3 && v < 1e5 ? String(Number(v.toPrecision(3)))
+    : Number.isInteger(Math.round(1e6 * Math.log10(v)) / 1e6) ? exponent(Math.round(Math.log10(v))) : short(v, 1)));
+  return { tickvals, ticktext };
+}
+
+const logSpan = (data) => {
   let low = Infinity, high = -Infinity;
-  for (const t of data) for (const v of t.y) if (v > 0) { low = Math.min(low, v); high = Math.max(high, v); }
-  const decades = Math.log10(high / low);
-  return decades > 8 ? Math.ceil(decades / 6) : decades > 1.5 ? 1 : "D2";
+  for (const t of data) for (const v of t.y) if (v > 0) { low = Math.min(low, Math.log10(v)); high = Math.max(high, Math.log10(v)); }
+  if (low > high) return { range: [-1, 1] };
+  const pad = Math.max(0.08, 0.05 * (high - low));
+  return { range: [low - pad, high + pad], ...logTicks(low - pad, high + pad, 7) };
 };
 
 figures.single = (width) => {
@@ -458,7 +486,7 @@ figures.single = (width) => {
         hovertemplate: `<b>${name}</b><br>rank %{x}: %{y:.5f}<br>%{customdata}<extra></extra>` });
     }
     const d = pair.matrices[side === "left" ? "out" : "in"][state.matrix];
-    const level = chanceOf(d);
+    const level = pair.whole[`chance_alignment_${side}`][state.matrix];
     data.unshift({ type: "scatter", mode: "lines", x: [1, Math.sqrt(last), last], y: [level, level, level], ...p.on(i), meta: "chance",
       line: { color: theme.quiet, width: 1.25, dash: "dash" }, hovertemplate: `chance ${short(level)} for d = ${d}<extra></extra>` });
     if (data.length === i + 1) p.empty(i, "no singular vectors: a matrix of zeros");
@@ -467,12 +495,6 @@ figures.single = (width) => {
   return { data, layout: p.layout, key: [...kinds.map(([, name, color, dash]) => ({ name, color, dash })), chanceKey],
     label: `Alignment by rank of ${pair.matrices.name[state.matrix]}` };
 };
-
-// The level of the dimension d, from the levels that the data give.
-function chanceOf(d) {
-  for (const side of SIDES) for (const [dimension, level] of current().chance[side]) if (dimension === d) return level;
-  return NaN;
-}
 
 figures.angles = (width) => {
   const pair = current();
@@ -646,7 +668,7 @@ function drawTable() {
         const button = document.createElement("button");
         button.type = "button";
         button.className = "link";
-        button.textContent = text;
+        button.append(...text.split(/(?<=[/._[])/).flatMap((part) => [part, document.createElement("wbr")]));
         button.addEventListener("click", () => {
           chooseMatrix(m);
           document.getElementById("h-matrix").scrollIntoView({ behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth" });
@@ -714,7 +736,8 @@ function choosePair(at) {
   if (!roles.includes(state.role)) state.role = "";
   // Many panels at once are slow to draw and to read: then a role is chosen, as in the source, in the feed-forward part.
   const rows = pair.panels.reduce((n, panel) => n + panel[2].length, 0);
-  if (state.role === "" && rows > 150 && roles.length > 1) state.role = roles.includes("ffn.up") ? "ffn.up" : roles[0];
+  const crowded = rows > 150 || (innerWidth < 640 && pair.panels.length > 4);
+  if (state.role === "" && crowded && roles.length > 1) state.role = roles.includes("ffn.up") ? "ffn.up" : roles[0];
   options(control("role"), [["", "all roles"], ...roles.map((role) => [role, role])], state.role);
   const ranks = new Set();
   const ratio = pair.series.singular_value_ratio, vectors = pair.series[`alignment_left`];
