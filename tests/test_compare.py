@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import scipy.linalg
@@ -30,8 +31,8 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def values(comparison: specbasis.Comparison, matrix: str, measure: str) -> np.ndarray:
-    rows = [r for r in comparison.rows.to_pylist() if r["matrix"] == matrix and r["measure"] == measure]
-    return np.array([r["value"] for r in sorted(rows, key=lambda r: r["index"] or 0)])
+    wanted = (pc.field("matrix") == matrix) & (pc.field("measure") == measure)
+    return comparison.rows.filter(wanted).sort_by("index")["value"].to_numpy()
 
 
 def test_every_number_against_numpy(pair: tuple[Path, Path]) -> None:

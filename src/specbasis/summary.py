@@ -27,7 +27,9 @@ RELATED_SIGMAS = 6.0
 SMALL_SHARE = 0.1
 """A share of the parameters below this does not change the verdict: it is named beside it."""
 
-_BOTH = {measure: [f"{measure}_left", f"{measure}_right"] for measure in ("alignment", "chance_alignment")}
+SIDES = ("left", "right")
+
+_BOTH = {measure: [f"{measure}_{side}" for side in SIDES] for measure in ("alignment", "chance_alignment")}
 _NEEDED = ("matrix", "role", "out_features", "in_features", "measure", "index", "value", "resolved")
 
 Columns = dict[str, NDArray[Any]]
