@@ -42,7 +42,7 @@ PROBES = 24
 """Random vectors that measure residuals. More: tighter and dearer."""
 
 CERTAINTY = 4.0
-"""A norm measured with probes is multiplied by this, so that it is a bound but for a chance of 3e-11 (24 probes)."""
+"""A norm measured with probes is multiplied by this, so that it is a bound but for a chance of 3e-11."""
 
 _EPS = torch.finfo(torch.float64).eps
 _BLOCK_BYTES = 32 * 2**20  # one float64 block of columns
@@ -134,7 +134,7 @@ class SVD(_Ranked):
 
 @dataclass(frozen=True, eq=False)
 class HalfSVD(_Ranked):
-    """The leading k singular triplets of a matrix W, the vectors of its short side held and those of its long side implied.
+    """The leading k singular triplets of a matrix W: vectors of its short side held, of its long side implied.
 
     With A = W, or Wᵀ where W is tall: A ≈ X diag(S) Yᵀ, and y_i = Aᵀ x_i / σ_i. A product of two implied vectors is
     taken through the short side (`cosines`), so that the leading ones never need to be formed.
@@ -214,8 +214,8 @@ def decompose(
 
     No gradient flows through it: a parameter may be passed as it is.
 
-    Cost for short side n, long side m, k ranks: n²m (Gram) + about 9n³ (eigensolver) + 2nmk + 3mk² flops; memory 4n²
-    and (n + m)k float64 beside W.
+    Cost for short side n, long side m, k ranks: n²m (Gram) + about 9n³ (eigensolver) + 2nmk + 3mk² flops; memory
+    4n² + (n + m)k float64 beside W.
 
     Args:
         W: (out, in), any floating dtype, on any device.
@@ -417,7 +417,7 @@ class _Blocks:
     def _entries(self) -> Iterator[Tensor]:
         """The entries in blocks, as stored where that says the same."""
         whole = (self.operands[0][:, start : start + self.width] for start in range(0, self.shape[1], self.width))
-        yield from whole if len(self.operands) == 1 else self._columns()
+        return whole if len(self.operands) == 1 else self._columns()
 
     def _columns(self) -> Iterator[Tensor]:
         for start in range(0, self.shape[1], self.width):
@@ -451,7 +451,8 @@ class _Blocks:
         for block, part in zip(self, rows, strict=True):
             mine = block if left is None else left @ block
             out = mine @ part if out is None else out.addmm_(mine, part)
-        assert out is not None  # a matrix has at least one block
+        if out is None:
+            raise AssertionError("a matrix has at least one block")
         return out
 
     def transposed(self) -> Iterator[Tensor]:
@@ -516,7 +517,7 @@ def _left_vectors(A: _Blocks, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _implied(S: Tensor, n: int, m: int) -> int:
-    """How many leading ranks may stay implied: those above `IMPLIED`, if the others are few and none of them is zero."""
+    """How many leading ranks may stay implied: those above `IMPLIED`, if the others are few and none is zero."""
     head = int((S >= IMPLIED * S[0]).sum())
     return head if 4 * (len(S) - head) <= len(S) and S[-1] > m * _EPS * S[0] else 0
 
@@ -555,7 +556,7 @@ def _certain(projected: Tensor, probes: int, n: int) -> Tensor:
 
     For Gaussian Z the mean square of Z r is ‖r‖² times χ²/probes, which is below 1/CERTAINTY² once in 3·10¹⁰.
     """
-    norms = projected.norm(dim=0)
+    norms: Tensor = projected.norm(dim=0)
     return norms if n <= PROBES else norms * (CERTAINTY / math.sqrt(probes))
 
 
