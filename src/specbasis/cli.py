@@ -53,6 +53,13 @@ def compare(
         str | None, typer.Option(help="what workers may take, e.g. 8GB; default: half of the free")
     ] = None,
     engine: Annotated[str, typer.Option(help="threads, processes, ray, or auto")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1")] = "cpu",
+    cache: Annotated[
+        Path | None, typer.Option(help="folder in which decompositions are kept and found again")
+    ] = None,
+    approximate: Annotated[
+        bool, typer.Option(help="iterate where the short side is over 8192 and ranks few")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan; compute and write nothing")] = False,
     report: Annotated[bool, typer.Option(help="write the page and the figures")] = True,
 ) -> None:
@@ -90,6 +97,9 @@ def compare(
             out,
             **what,
             engine=engine,
+            device=device,
+            cache=cache,
+            approximate=approximate,
             progress=lambda p: bar.update(task, completed=p.done, total=p.total, description=p.matrix[-60:]),
         )
     _print_comparison(comparison)
@@ -152,7 +162,7 @@ def _print_plan(plan: Plan) -> None:
         table.add_row(size, str(count), f"{work.flops / 1e9:.3g}", seconds, human_bytes(work.bytes))
     _out.print(table)
     _line(
-        f"{len(plan.tasks)} matrices, {plan.workers} at a time: about {plan.seconds:.3g} s where nothing else runs, "
+        f"{len(plan.tasks)} matrices, {plan.workers} at a time: about {plan.seconds:.3g} s if nothing else runs, "
         f"{human_bytes(plan.bytes)} beside the libraries (budget {human_bytes(plan.memory)})"
     )
 
