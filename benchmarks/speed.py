@@ -242,6 +242,7 @@ def diffract_python(arguments: argparse.Namespace) -> str | None:
 
 
 def main() -> None:
+    """Run the contenders in turns and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="bert-base")
     parser.add_argument("--turns", type=int, default=3)

@@ -449,3 +449,30 @@ def test_approximately_only_the_wanted_ranks_are_compared(tmp_path: Path, monkey
     found = values(some, "a.weight", "singular_value_tuned")
     assert len(found) == 5
     np.testing.assert_allclose(found[:4], values(exact, "a.weight", "singular_value_tuned")[:4], rtol=1e-10)
+
+
+@pytest.mark.slow
+def test_rows_of_a_ray_cluster_are_those_of_this_process(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """On a real cluster of this machine; a worker is killed while it works."""
+    pytest.importorskip("ray")
+    psutil = pytest.importorskip("psutil")
+    base = bert_state(blocks=8, width=160)
+    paths = write(tmp_path / "a.safetensors", base), write(tmp_path / "b.safetensors", finetuned(base))
+    killed: list[int] = []
+
+    def kill_one(progress: Progress) -> None:
+        for process in psutil.process_iter(["cmdline"]):
+            title = " ".join(process.info["cmdline"] or [])
+            mine = any(parent.pid == os.getpid() for parent in process.parents())
+            if progress.done and not killed and mine and title.startswith("ray::encoder"):
+                process.kill()
+                killed.append(process.pid)
+
+    folders = [tmp_path / "here", tmp_path / "cluster"]
+    specbasis.compare(*paths, folders[0])
+    specbasis.compare(*paths, folders[1], engine="ray", workers=2, progress=kill_one)
+    here, cluster = ({p.relative_to(f): p.read_bytes() for p in f.rglob("*.parquet")} for f in folders)
+    assert killed
+    assert here == cluster
+    configs = [json.loads((f / "manifest.json").read_text())["config"] for f in folders]
+    assert configs[0] == configs[1]

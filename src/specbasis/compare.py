@@ -220,8 +220,8 @@ def compare(
         cache: folder in which the decompositions of base and tuned are kept and found again, by content; see
             `specbasis.cache`.
         approximate: take matrices whose short side is over 8192 by block Krylov iteration where at most an
-            eighth of their ranks is wanted; only measures of these ranks are taken, for every matrix. Each rank carries its
-            own bound; where the iteration does not converge the exact way is taken.
+            eighth of their ranks is wanted; only measures of these ranks are taken, for every matrix. Each rank
+            carries its own bound; where the iteration does not converge the exact way is taken.
         progress: called at the start and after each matrix.
 
     Raises:

@@ -183,14 +183,15 @@ def _deaths() -> tuple[type[BaseException], ...]:
     ray = sys.modules.get("ray")
     if ray is None:
         return (BrokenProcessPool,)
-    gone = ray.exceptions
-    return (
-        BrokenProcessPool,
-        gone.WorkerCrashedError,
-        gone.NodeDiedError,
-        gone.OutOfMemoryError,
-        gone.ObjectLostError,
+    names = (
+        "WorkerCrashedError",
+        "NodeDiedError",
+        "LocalRayletDiedError",
+        "OutOfMemoryError",
+        "ObjectLostError",
+        "NodePreemptedError",
     )
+    return (BrokenProcessPool, *(getattr(ray.exceptions, name) for name in names if hasattr(ray.exceptions, name)))
 
 
 def _run(task: Task) -> Any:
