@@ -123,8 +123,15 @@ def explained_variance(pairs: Sequence[Pair], labels: Sequence[str], bands: Sequ
     figure, axes = _panels(2, "Explained variance")
     for ax, suffix, x_scale in ((axes[0], "", 100), (axes[1], "_leading", 1)):
         _curves(ax, bands, f"explained_variance_tuned{suffix}", scale=100, x_scale=x_scale)
-        _curves(ax, bands[:1], f"explained_variance_base{suffix}", scale=100, x_scale=x_scale, style={
-            "color": QUIET, "ls": DASHES[2], "lw": 1.6, "label": "base"}, fill=False)
+        _curves(
+            ax,
+            bands[:1],
+            f"explained_variance_base{suffix}",
+            scale=100,
+            x_scale=x_scale,
+            style={"color": QUIET, "ls": DASHES[2], "lw": 1.6, "label": "base"},
+            fill=False,
+        )
         ax.set(ylim=(-2, 103), ylabel="explained variance (% of ‖W‖²)")
     axes[0].set(title="by relative rank", xlabel="relative rank (%)", xlim=(0, 100))
     axes[1].set(title="by number of ranks", xlabel="number of ranks")
@@ -208,8 +215,15 @@ def ratio_against_alignment(pair: Pair, label: str) -> Figure:
                 ax.set_xscale("log")
             if known.any():
                 dots = ax.scatter(
-                    ratio[known], aligned[known], c=update[known], cmap="cividis", vmin=0, vmax=1,
-                    edgecolor="#1b1f24", linewidth=0.6, s=26,
+                    ratio[known],
+                    aligned[known],
+                    c=update[known],
+                    cmap="cividis",
+                    vmin=0,
+                    vmax=1,
+                    edgecolor="#1b1f24",
+                    linewidth=0.6,
+                    s=26,
                 )
             unknown = drawn & ~known
             ax.scatter(ratio[unknown], aligned[unknown], facecolor="none", edgecolor=QUIET, s=26)
@@ -242,15 +256,29 @@ def spectra(pair: Pair, label: str) -> Figure:
                 column[0].set_yscale("log")
                 column[0].yaxis.set_major_formatter(FuncFormatter(_power))
                 color = COLORS[(0, 1, 6)[i]]
-                column[0].plot(series.index[part][value > 0] + 1, value[value > 0], color=color, ls=DASHES[i], lw=1.6,
-                               label=("base", "tuned", "update Δ")[i], marker="o" if len(value) < 3 else None)
+                column[0].plot(
+                    series.index[part][value > 0] + 1,
+                    value[value > 0],
+                    color=color,
+                    ls=DASHES[i],
+                    lw=1.6,
+                    label=("base", "tuned", "update Δ")[i],
+                    marker="o" if len(value) < 3 else None,
+                )
         column[0].set(xlabel="rank i", ylabel="singular value")
         for i, side in enumerate(SIDES):
             series = pair.figures(f"alignment_{side}")
             part = slice(series.start[m], series.start[m + 1])
             x, y, resolved = series.index[part] + 1, series.value[part], series.resolved[part]
-            column[1].plot(x, np.where(resolved, y, np.nan), color=COLORS[i], ls=DASHES[i], lw=1.3, label=side,
-                           marker="o" if len(x) < 3 else None)
+            column[1].plot(
+                x,
+                np.where(resolved, y, np.nan),
+                color=COLORS[i],
+                ls=DASHES[i],
+                lw=1.3,
+                label=side,
+                marker="o" if len(x) < 3 else None,
+            )
             column[1].plot(x[~resolved], y[~resolved], "o", mfc="none", ms=3, color=COLORS[i])
             level = pair.whole(f"chance_alignment_{side}")[m]
             column[1].axhline(level, color=QUIET, lw=0.8, ls=(0, (4, 3)), zorder=1, label="chance" if i else None)
@@ -285,7 +313,13 @@ def _panels(n: int, title: str) -> tuple[Figure, Any]:
 
 
 def _curves(
-    ax: Any, bands: Sequence[Bands], profile: str, *, scale: float = 1, x_scale: float = 1, fill: bool = True,
+    ax: Any,
+    bands: Sequence[Bands],
+    profile: str,
+    *,
+    scale: float = 1,
+    x_scale: float = 1,
+    fill: bool = True,
     style: dict[str, Any] | None = None,
 ) -> None:
     """A line of medians for each pair, and quartiles around it where there are few."""
@@ -326,9 +360,16 @@ def _chance_lines(ax: Any, levels: Sequence[tuple[int, float, int]]) -> None:
             clusters.append([(d, level)])
     for cluster in clusters:
         ax.annotate(
-            f"chance, d = {', '.join(str(d) for d, _ in cluster)}", (1, cluster[0][1]),
-            xycoords=("axes fraction", "data"), xytext=(-2, 2), textcoords="offset points", ha="right", va="bottom",
-            size=7, color=QUIET, bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.6},
+            f"chance, d = {', '.join(str(d) for d, _ in cluster)}",
+            (1, cluster[0][1]),
+            xycoords=("axes fraction", "data"),
+            xytext=(-2, 2),
+            textcoords="offset points",
+            ha="right",
+            va="bottom",
+            size=7,
+            color=QUIET,
+            bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.6},
         )
 
 
