@@ -120,7 +120,7 @@ def _overlap(side: str) -> Callable[[Triple], Values | None]:
             return Values(torch.ones(len(sizes)).double(), torch.zeros(len(sizes)).double(), index=sizes)
         at = torch.tensor(sizes) - 1
         overlap = nested_overlap(X[:, :k].mT @ Y[:, :k])
-        bound = sum(subspace_bound(s)[:k] for s in (t.base, t.tuned))
+        bound = subspace_bound(t.base)[:k] + subspace_bound(t.tuned)[:k]
         counts = torch.tensor(sizes, dtype=overlap.dtype)
         return Values(
             overlap.cpu()[at].clamp(max=1.0),

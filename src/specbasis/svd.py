@@ -3,8 +3,8 @@
 The default route is the float64 Gram matrix of the short side and a symmetric eigensolver. It is faster than a
 float32 SVD and more accurate, but squaring the spectrum costs half the digits of small singular values. They are
 won back by *deflation*: ranks below ``DEFLATE`` times the largest value of their level are re-decomposed at their
-own scale, after one step of subspace refinement that cleans them of the ranks above. The result agrees with LAPACK's
-gesdd in float64 to rounding over the whole spectrum (tests/test_svd.py), so no second driver is needed.
+own scale, after one step of subspace refinement that cleans them of the ranks above. The result agrees with gesdd
+in float64 to rounding over the whole spectrum (tests/test_svd.py), so no second driver is needed.
 
 The matrix is read in column blocks: a bfloat16 matrix is never copied whole to float64.
 """
@@ -137,11 +137,8 @@ def decompose(W: Float[Tensor, "out in"], ranks: int | None = None, *, name: str
     X, spectrum, error = _left_vectors(A)
     X = X[:, :k]
     Z = A.transposed_times(X)
-    if spectrum[k - 1] < DEFLATE * spectrum[0] or spectrum[0] == 0:
-        Y = _orthonormal(Z)
-    else:
-        Y = Z / spectrum[:k]
     S = spectrum[:k]
+    Y = _orthonormal(Z) if S[-1] <= DEFLATE * S[0] else Z / S
     residual = (
         torch.maximum(
             (A.times(Y) - X * S).norm(dim=0),
@@ -215,13 +212,13 @@ class _Blocks:
         if not math.isfinite(largest):
             bad = sum(int((~torch.isfinite(block)).sum()) for block in self._columns())
             raise NonFiniteError(
-                f"{name}: {bad} of {A.numel()} entries are NaN or Inf, so it has no SVD; repair or leave out this matrix"
+                f"{name}: {bad} of {A.numel()} entries are NaN or Inf, so it has no SVD; repair or leave it out"
             )
         self.scale = 2.0 ** math.frexp(largest)[1] if largest > 0 else 1.0
         self.scale = min(max(self.scale, 2.0**-1000), 2.0**1000)
 
     def _columns(self) -> Iterator[Tensor]:
-        yield from self.A.split(self.width, dim=1)
+        yield from torch.split(self.A, self.width, dim=1)
 
     def __iter__(self) -> Iterator[Tensor]:
         for block in self._columns():
@@ -241,7 +238,7 @@ class _Blocks:
     def times(self, X: Tensor) -> Tensor:
         """A X."""
         out = torch.zeros(self.A.shape[0], X.shape[1], dtype=torch.float64, device=self.A.device)
-        for block, rows in zip(self, X.split(self.width), strict=True):
+        for block, rows in zip(self, torch.split(X, self.width), strict=True):
             out.addmm_(block, rows)
         return out
 
@@ -290,7 +287,8 @@ def _orthonormal(Z: Tensor) -> Tensor:
     """Columns of Z made orthonormal in order, directions kept; zero columns become an orthonormal completion."""
     norms = Z.norm(dim=0)
     Q, R = torch.linalg.qr(Z / torch.where(norms > 0, norms, 1.0))
-    return Q * torch.where(R.diagonal() < 0, -1.0, 1.0)
+    signed: Tensor = Q * torch.where(R.diagonal() < 0, -1.0, 1.0)
+    return signed
 
 
 def _gaps(spectrum: Tensor, *, null_space: bool) -> Tensor:
