@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from specbasis.adapter import functional
-from specbasis.adapter.proof import Proof, align, check_stored, empty_proof, prove, weight_digest
+from specbasis.adapter.proof import Proof, align, check_format, check_stored, empty_proof, prove
 from specbasis.errors import InputError
 from specbasis.svd import SVD, decompose
 
@@ -29,14 +29,12 @@ class Settings:
         scale: "none", or "sigma" for coefficients in units of the singular values.
         basis: "pretrained", "random", or "from:PATH".
         keep_basis: whether U and Vh are part of the state dict.
-        well_conditioned: whether routes that divide by singular values are accurate enough.
     """
 
     interval: tuple[int, int]
     scale: Scale = "none"
     basis: str = "pretrained"
     keep_basis: bool = True
-    well_conditioned: bool = False
 
 
 class _Cores(nn.ParameterDict):
@@ -155,6 +153,8 @@ class SpectralLinear(nn.Module):
         self._disable_adapters = False
         self._original: nn.Parameter | None = None
         self._unproven: set[str] = set()
+        self._rated: dict[str, tuple[Tensor, int]] = {}
+        self._sources: dict[str, Callable[[], SVD]] = {}
         base_layer.requires_grad_(False)
         self.register_load_state_dict_pre_hook(_note_loaded)
         self.register_load_state_dict_post_hook(_prove_loaded)
@@ -186,7 +186,7 @@ class SpectralLinear(nn.Module):
 
     def stored_weight(self) -> Tensor:
         """The frozen weight in the base layer's own layout."""
-        weight = self.base_layer.weight
+        weight = innermost(self).weight
         assert isinstance(weight, Tensor)
         return weight.detach()
 
@@ -200,7 +200,7 @@ class SpectralLinear(nn.Module):
         dropout: float = 0.0,
         init: Literal["zero", "normal"] = "zero",
         keep_basis: bool = True,
-        factors: SVD | None = None,
+        source: Callable[[], SVD] | None = None,
         from_file: bool = False,
         shard: bool = False,
     ) -> None:
@@ -213,18 +213,19 @@ class SpectralLinear(nn.Module):
             interval: ranks [k, m), 0-based, m excluded.
             scale: "sigma" puts the coefficients in units of the singular values.
             basis: "pretrained"; "random", orthonormal vectors from a fixed seed, as a control; or any other name
-                with ``factors``.
+                with a ``source``.
             dropout: share of input features dropped on the adapter's path in training.
             init: "zero", or "normal": small random coefficients, 1 % of the mean singular value in spectral norm.
             keep_basis: make U and Vh part of the state dict.
-            factors: the basis of this interval, if the caller has it.
+            source: a function that returns the basis of this interval, if the caller has a better one than
+                decomposing the weight.
             from_file: leave the basis empty; loading a state dict fills and proves it before the first use.
             shard: hold U and Vh as parameters without gradient, which FSDP shards, instead of buffers.
 
         Raises:
             InputError: the interval does not fit the weight, or an option has no such value.
         """
-        shape = self.kind.shape(self.base_layer)
+        shape = self.kind.shape(innermost(self))
         k, m = check_interval(interval, shape, self.module_name)
         if scale not in ("none", "sigma"):
             raise InputError(f"{self.module_name}: got scale = {scale!r}; want 'none' or 'sigma'")
@@ -232,6 +233,8 @@ class SpectralLinear(nn.Module):
             raise InputError(f"{self.module_name}: got init = {init!r}; want 'zero' or 'normal'")
         device = self.stored_weight().device
         meta = torch.device("meta")
+        if source is not None:
+            self._sources[adapter_name] = source
         self.settings[adapter_name] = Settings((k, m), scale, basis, keep_basis)
         self.spectral_dropout[adapter_name] = nn.Dropout(dropout) if dropout else nn.Identity()
         self.spectral_M[adapter_name] = nn.Parameter(torch.zeros(m - k, m - k, dtype=torch.float32, device=device))
@@ -240,20 +243,28 @@ class SpectralLinear(nn.Module):
             self._store(adapter_name, U, torch.zeros(m - k, shape[1], device=device), empty_proof(m - k), shard)
             self._unproven.add(adapter_name)
             return
-        twin = self._twin(adapter_name)
-        if twin is not None and factors is None:
-            self._store(adapter_name, self.spectral_U[twin], self.spectral_Vh[twin], self.proof(twin), shard)
-        else:
-            W = self.weight_matrix()
-            factors = factors or compute_basis(W, (k, m), basis, self.module_name)
-            proof = prove(factors, (k, m), W)
-            self._store(adapter_name, factors.U, factors.Vh, proof, shard)
-        self._rate(adapter_name)
+        self._found(adapter_name, shard)
         if init == "normal":
             std = 0.005 * float(self.spectral_S[adapter_name].mean()) / math.sqrt(m - k)
             nn.init.normal_(self.spectral_M[adapter_name], std=1.0 if scale == "sigma" else std)
             if scale == "sigma":
                 self.spectral_M[adapter_name].data.mul_(0.005 / math.sqrt(m - k))
+
+    def _found(self, name: str, shard: bool) -> None:
+        """Give a new adapter its basis: that of another adapter of this layer, or a computed one."""
+        twin = self._twin(name)
+        if twin is not None:
+            self._store(name, self.spectral_U[twin], self.spectral_Vh[twin], self.proof(twin), shard)
+        else:
+            W, basis = self.weight_matrix(), self._basis(name)
+            self._store(name, basis.U, basis.Vh, prove(basis, self.settings[name].interval, W), shard)
+        self._rate(name)
+
+    def _basis(self, name: str) -> SVD:
+        if name in self._sources:
+            return self._sources[name]()
+        settings = self.settings[name]
+        return compute_basis(self.weight_matrix(), settings.interval, settings.basis, self.module_name)
 
     def _twin(self, adapter_name: str) -> str | None:
         """Another adapter with the same basis and interval, whose factors can be shared."""
@@ -282,18 +293,22 @@ class SpectralLinear(nn.Module):
         return Proof(*(frozen[adapter_name] for frozen in self._proofs()))
 
     def _rate(self, name: str) -> None:
-        """Note whether dividing by this interval's singular values is accurate (see functional.CONDITION)."""
-        S, bias = self.spectral_S[name], getattr(self.base_layer, "bias", None)
-        top = float(S[0]) if self.settings[name].interval[0] == 0 else float(torch.linalg.norm(self.weight_matrix().float()))
+        """Note the weight by whose singular values a route may divide, if that is accurate (functional.CONDITION)."""
+        self._rated.pop(name, None)
+        S, base, settings = self.spectral_S[name], self.base_layer, self.settings[name]
+        if settings.basis != "pretrained" or not self.kind.folds or type(base.weight) is not nn.Parameter:
+            return
+        top = float(S[0]) if settings.interval[0] == 0 else float(base.weight.detach().float().norm())
+        bias = getattr(base, "bias", None)
         top += 0.0 if bias is None else float(bias.detach().float().norm())
-        fine = self.settings[name].basis == "pretrained" and float(S[-1]) * functional.CONDITION >= top
-        self.settings[name] = Settings(*_fields(self.settings[name])[:4], well_conditioned=fine)
+        if float(S[-1]) * functional.CONDITION >= top:
+            self._rated[name] = (base.weight, base.weight._version)
 
-    def prove_loaded(self, adapter_name: str, source: Callable[[], SVD] | None = None) -> None:
+    def prove_loaded(self, adapter_name: str) -> None:
         """Make sure that loaded coefficients meet the basis they were trained in; see ``specbasis.adapter.proof``.
 
-        A stored basis is checked against its sketch and the base weight. Without one the weight is decomposed (or
-        ``source`` called), signs are set by the sketch, and every vector is compared.
+        A stored basis is checked against its sketch and the base weight. Without one the weight is decomposed, signs are
+        set by the sketch, and every vector is compared. An adapter for which nothing was loaded gets its basis here.
 
         Raises:
             InputError: the basis is not the trained one, with the reason.
@@ -301,6 +316,10 @@ class SpectralLinear(nn.Module):
         settings, proof, W = self.settings[adapter_name], self.proof(adapter_name), self.weight_matrix()
         name = f"{self.module_name} (adapter {adapter_name!r})"
         shard = adapter_name in self.spectral_U._parameters
+        if not bool(proof.origin.any()) and not bool(self.spectral_M[adapter_name].any()):
+            self._found(adapter_name, shard)
+            self._unproven.discard(adapter_name)
+            return
         if bool(proof.origin.any()) and proof.interval != settings.interval:
             raise InputError(
                 f"{name}: the file's coefficients are for ranks [{proof.interval[0]}, {proof.interval[1]}), the configuration "
@@ -317,8 +336,8 @@ class SpectralLinear(nn.Module):
             if twin is not None and self._same_proof(adapter_name, twin):
                 U, Vh = self.spectral_U[twin], self.spectral_Vh[twin]
             else:
-                basis = source() if source else compute_basis(W, settings.interval, settings.basis, name)
-                found = align(proof, basis, W, name)
+                check_format(proof, W, name)
+                found = align(proof, self._basis(adapter_name), W, name)
                 U, Vh = found.U, found.Vh
             self._store(adapter_name, U, Vh, proof, shard)
         self._unproven.discard(adapter_name)
@@ -345,7 +364,7 @@ class SpectralLinear(nn.Module):
         matrix = functional.delta(self.spectral_U[adapter_name].double(), C, self.spectral_Vh[adapter_name].double())
         stored = self.stored_weight()
         dtype = stored.dtype if stored.is_floating_point() else torch.float32
-        return self.kind.stored(matrix, self.base_layer).to(dtype)
+        return self.kind.stored(matrix, innermost(self)).to(dtype)
 
     def _settle(self, *adapter_names: str) -> None:
         for name in adapter_names:
@@ -364,7 +383,7 @@ class SpectralLinear(nn.Module):
             C = self.core(name).detach().double()
             W = W + functional.delta(self.spectral_U[name].double(), C, self.spectral_Vh[name].double())
         stored = self.stored_weight()
-        return self.kind.stored(W, self.base_layer).to(stored.dtype if stored.is_floating_point() else torch.float32)
+        return self.kind.stored(W, innermost(self)).to(stored.dtype if stored.is_floating_point() else torch.float32)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put W + Σ U C Vh in place of the frozen weight, which is kept aside: ``unmerge`` restores its very bits.
@@ -387,7 +406,7 @@ class SpectralLinear(nn.Module):
             raise ValueError(
                 f"NaNs detected in the merged weights of {self.module_name}. The adapter {', '.join(names)} seems to be broken"
             )
-        original = self.base_layer.weight
+        original = innermost(self).weight
         if self._original is None:
             assert isinstance(original, nn.Parameter)
             self._original = original
@@ -395,19 +414,19 @@ class SpectralLinear(nn.Module):
         self.merged_adapters.extend(names)
 
     def _put_weight(self, weight: Tensor) -> None:
-        self.base_layer.weight = nn.Parameter(weight, requires_grad=False)
+        innermost(self).weight = nn.Parameter(weight, requires_grad=False)
 
     def unmerge(self) -> None:
         """Put the frozen weight back, bit for bit, and tied to what it was tied to."""
         if self._original is None:
             return
-        current = self.base_layer.weight
+        current = innermost(self).weight
         assert isinstance(current, Tensor)
         if current.device != self._original.device or (
             current.dtype != self._original.dtype and self._original.is_floating_point() and current.is_floating_point()
         ):
             self._original.data = self._original.data.to(current.device, current.dtype)  # the model was moved meanwhile
-        self.base_layer.weight = self._original
+        innermost(self).weight = self._original
         self._original = None
         self.merged_adapters.clear()
 
@@ -456,20 +475,25 @@ class SpectralLinear(nn.Module):
 
     def _route(self, x: Tensor, name: str) -> functional.Route:
         """Which of the equal ways to compute the adapted output costs least; any but the first needs float32 or 64."""
-        weight, dropout = self.base_layer.weight, self.spectral_dropout[name]
+        base, dropout = self.base_layer, self.spectral_dropout[name]
+        bias, rated = getattr(base, "bias", None), self._rated.get(name)
         exact = (
             self.kind.folds
-            and x.dtype == weight.dtype == self.spectral_U[name].dtype
+            and type(base.weight) is nn.Parameter
+            and x.dtype == base.weight.dtype == self.spectral_U[name].dtype
+            and not base.weight.requires_grad
+            and not (bias is not None and bias.requires_grad)
             and not torch.is_autocast_enabled(x.device.type)
             and not (self.training and isinstance(dropout, nn.Dropout))
         )
         if not exact:
             return "factored"
-        out, in_ = self.spectral_U[name].shape[0], self.spectral_Vh.__getitem__(name).shape[1]
+        out, in_ = self.spectral_U[name].shape[0], self.spectral_Vh[name].shape[1]
         candidates: list[functional.Route] = ["factored"]
-        if type(self.base_layer) is nn.Linear:
+        if type(base) is nn.Linear and not base._forward_hooks and not base._forward_pre_hooks and "forward" not in vars(base):
             candidates.append("folded")
-        if self.settings[name].well_conditioned:
+        # Only for the very weight that was decomposed: another one has other singular vectors.
+        if rated is not None and rated[0] is base.weight and rated[1] == base.weight._version:
             candidates.append("inner" if in_ <= out else "outer")
         C = self.spectral_M[name]
         return functional.choose(
@@ -485,13 +509,13 @@ class SpectralLinear(nn.Module):
     def _update(self, x: Tensor, name: str) -> Tensor:
         """The update's output alone, in factors."""
         z = self._project(self.spectral_dropout[name](x), name)
-        return self.kind.expand(self.kind.mix(z, self.core(name)), self.spectral_U[name], self.base_layer)
+        return self.kind.expand(self.kind.mix(z, self.core(name)), self.spectral_U[name], innermost(self))
 
     def _project(self, x: Tensor, name: str) -> Tensor:
         Vh = self.spectral_Vh[name]
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(Vh.dtype)
-        return self.kind.project(x, Vh, self.base_layer)
+        return self.kind.project(x, Vh, innermost(self))
 
     def _mixed(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         """Rows with different adapters; x Vhᵀ is computed once for all adapters that share a basis."""
@@ -511,7 +535,7 @@ class SpectralLinear(nn.Module):
             mixed = torch.zeros_like(z)
             for name, index in rows.items():
                 mixed[index] = self.kind.mix(z[index], self.core(name)).to(mixed.dtype)
-            y = y + self.kind.expand(mixed, self.spectral_U[group[0]], self.base_layer).to(y.dtype)
+            y = y + self.kind.expand(mixed, self.spectral_U[group[0]], innermost(self)).to(y.dtype)
         return y
 
     def _by_basis(self, names: list[str]) -> list[list[str]]:
@@ -535,6 +559,13 @@ class SpectralLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}: ranks [{s.interval[0]}, {s.interval[1]})" for name, s in self.settings.items())
+
+
+def innermost(layer: nn.Module) -> nn.Module:
+    """The layer that holds the weight, below any number of adapters."""
+    while hasattr(layer, "base_layer"):
+        layer = layer.base_layer  # type: ignore[assignment]
+    return layer
 
 
 def check_interval(interval: tuple[int, int], shape: tuple[int, int], name: str) -> tuple[int, int]:
@@ -578,15 +609,6 @@ def compute_basis(
         for d in W.shape
     )
     return SVD(U, svd.S, V.mT.contiguous(), svd.spectrum, svd.spectrum_error, svd.residual, svd.gap)
-
-
-def same_weight(layer: SpectralLinear, W: Float[Tensor, "out in"]) -> bool:
-    """Whether the layer's frozen weight holds the very values of W."""
-    return weight_digest(layer.weight_matrix()) == weight_digest(W)
-
-
-def _fields(settings: Settings) -> tuple[Any, ...]:
-    return settings.interval, settings.scale, settings.basis, settings.keep_basis, settings.well_conditioned
 
 
 def _note_loaded(
@@ -665,9 +687,7 @@ def _kind_of(layer: nn.Module, name: str) -> _Kind:
     Raises:
         InputError: the layer is of no known kind.
     """
-    inner = layer
-    while hasattr(inner, "base_layer"):
-        inner = inner.base_layer  # type: ignore[assignment]
+    inner = innermost(layer)
     if isinstance(inner, nn.Conv2d):
         return _CONV2D
     if any(cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers.") for cls in type(inner).__mro__):
