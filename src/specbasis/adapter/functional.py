@@ -8,6 +8,7 @@ Source: Yu et al. 2026, Eq. 3, 4, App. M.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -47,15 +48,74 @@ def factored(
     return F.linear(F.linear(F.linear(x, Vh), C), U)
 
 
+class _OneSide(torch.autograd.Function):
+    """x + (((x − o) Bᵀ) Aᵀ) B for frozen orthonormal rows B (r, d); keeps (x − o) Bᵀ, tokens × r numbers.
+
+    Its gradients: dA = (d Bᵀ)ᵀ z, dx = d + ((d Bᵀ) A) B. Sums go into the products (addmm): no extra pass over x.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, o: Tensor | None, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+        flat = x.flatten(0, -2)
+        z = flat @ B.mT
+        if o is not None:
+            z -= B @ o
+        return torch.addmm(flat, z @ A.mT, B).view(x.shape), z
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1], inputs[2], inputs[3])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        z, B, A = ctx.saved_tensors
+        d = grads[0].flatten(0, -2)
+        q = d @ B.mT
+        dx = torch.addmm(d, q @ A, B).view(grads[0].shape) if ctx.needs_input_grad[0] else None
+        return dx, None, None, q.mT @ z
+
+
+class _CoreGradient(torch.autograd.Function):
+    """The output y of a frozen layer, as a function of the core alone: dC = (dY U)ᵀ z."""
+
+    @staticmethod
+    def forward(y: Tensor, z: Tensor, U: Tensor, C: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1], inputs[2])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        z, U = ctx.saved_tensors
+        return None, None, None, (grads[0].flatten(0, -2) @ U).mT @ z
+
+
 def inner(
-    x: Float[Tensor, "... in"], S: Float[Tensor, r], C: Float[Tensor, "r r"], Vh: Float[Tensor, "r in"]
-) -> Float[Tensor, "... in"]:
-    """The input whose product with the frozen W is the adapted output: x' = x + ((x Vhᵀ) Cᵀ / S) Vh.
+    x: Float[Tensor, "... in"],
+    U: Float[Tensor, "out r"],
+    S: Float[Tensor, r],
+    C: Float[Tensor, "r r"],
+    Vh: Float[Tensor, "r in"],
+    frozen: Callable[[Tensor], Tensor],
+) -> Float[Tensor, "... out"]:
+    """The adapted output as the frozen layer's for another input: x' = x + ((x Vhᵀ) Cᵀ / S) Vh.
 
     W V = U diag(S) gives W + U C Vh = W (1 + V S⁻¹ C Vh): all work is on the input side, the cheaper one where
-    in < out.
+    in < out. Where x needs no gradient, the core's is taken from the output, and the layer's input gradient is
+    not formed.
     """
-    return x + F.linear(F.linear(F.linear(x, Vh), C / S[:, None]), Vh.mT)
+    A = C / S[:, None]
+    if x.requires_grad or not (torch.is_grad_enabled() and C.requires_grad):
+        return frozen(_OneSide.apply(x, None, Vh, A)[0])
+    with torch.no_grad():
+        flat = x.flatten(0, -2)
+        z = flat @ Vh.mT
+        y = frozen(torch.addmm(flat, z @ A.mT, Vh).view(x.shape))
+    gradient: Tensor = _CoreGradient.apply(y, z, U, C)
+    return gradient
 
 
 def outer(
@@ -70,10 +130,8 @@ def outer(
     Uᵀ W = diag(S) Vh gives W + U C Vh = (1 + U C S⁻¹ Uᵀ) W: all work is on the output side, the cheaper one
     where out < in. Autograd keeps (y − b) U, tokens × r numbers.
     """
-    z = F.linear(y, U.mT)
-    if bias is not None:
-        z = z - bias @ U
-    return y + F.linear(F.linear(z, C / S), U)
+    adapted: Tensor = _OneSide.apply(y, bias, U.mT, C / S)[0]
+    return adapted
 
 
 class _Folded(torch.autograd.Function):
@@ -136,8 +194,8 @@ def cost(
     forward = float(n * (side + square + other))
     if not backward:
         return forward
-    if route == "inner":  # its gradient runs through the product with W, wanted or not
-        return forward + n * (other + square) + (n * (square + side) if input_gradient else n * out * in_)
+    if route == "inner" and not input_gradient:
+        return forward + n * (expand + square)
     return forward + n * (other + square) + input_gradient * n * (square + side)
 
 

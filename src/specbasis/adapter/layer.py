@@ -467,7 +467,7 @@ class SpectralLinear(nn.Module):
         if route == "folded":
             return functional.folded(x, self.base_layer.weight, bias, U, C, Vh)  # type: ignore[arg-type]
         if route == "inner":
-            return self._base(functional.inner(x, S, C, Vh), *args, **kwargs)
+            return functional.inner(x, U, S, C, Vh, lambda moved: self._base(moved, *args, **kwargs))
         y = self._base(x, *args, **kwargs)
         if route == "outer":
             return functional.outer(y, bias, U, S, C)  # type: ignore[arg-type]
