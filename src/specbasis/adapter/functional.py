@@ -210,7 +210,9 @@ def choose(
     candidates: tuple[Route, ...] = ("factored", "folded"),
 ) -> Route:
     """The route with the fewest multiply–adds among the candidates; the first of them on a tie."""
-    return min(
-        candidates,
-        key=lambda route: cost(route, tokens, out, in_, r, backward=backward, input_gradient=input_gradient),
-    )
+    best, least = candidates[0], float("inf")  # a loop, as torch.compile does not trace min(…, key=…)
+    for route in candidates:
+        price = cost(route, tokens, out, in_, r, backward=backward, input_gradient=input_gradient)
+        if price < least:
+            best, least = route, price
+    return best

@@ -492,8 +492,13 @@ class SpectralLinear(nn.Module):
         candidates: list[functional.Route] = ["factored"]
         if type(base) is nn.Linear and not base._forward_hooks and not base._forward_pre_hooks and "forward" not in vars(base):
             candidates.append("folded")
-        # Only for the very weight that was decomposed: another one has other singular vectors.
-        if rated is not None and rated[0] is base.weight and rated[1] == base.weight._version:
+        # Only for the very weight that was decomposed: another one has other singular vectors. Compiled code cannot tell.
+        if (
+            rated is not None
+            and not torch.compiler.is_compiling()
+            and rated[0] is base.weight
+            and rated[1] == base.weight._version
+        ):
             candidates.append("inner" if in_ <= out else "outer")
         C = self.spectral_M[name]
         return functional.choose(

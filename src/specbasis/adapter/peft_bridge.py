@@ -228,9 +228,22 @@ class SpectralModel(BaseTuner):  # type: ignore[misc]
         config = self.peft_config[adapter_name]
         _resolve_blocks(config, model)
         _add_fresh_modules(config, model)
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            self._remove(adapter_name)
+            raise
         if config.basis_file and not Path(config.basis_file).exists():
             bases.save_bases(config.basis_file, self.spectral_layers(), adapter_name)
+
+    def _remove(self, adapter_name: str) -> None:
+        """Leave no trace of an adapter that could not be added to every layer."""
+        for name, layer in self.spectral_layers().items():
+            if adapter_name in layer.settings:
+                layer.delete_adapter(adapter_name)
+            if not layer.settings:
+                parent, _, child = name.rpartition(".")
+                setattr(self.model.get_submodule(parent), child, layer.base_layer)
 
     def spectral_layers(self) -> dict[str, SpectralLayer]:
         """Adapted layers by module name in the base model."""
@@ -238,10 +251,10 @@ class SpectralModel(BaseTuner):  # type: ignore[misc]
 
     @staticmethod
     def _check_target_module_exists(peft_config: SpectralConfig, key: str) -> Any:
-        """Match a module name; unlike PEFT's own rule, the blocks also limit a regular expression."""
+        """Match a module name; unlike PEFT's own rule, the blocks also limit regular expressions and full names."""
         found = check_target_module_exists(peft_config, key)
         blocks = peft_config.blocks_to_transform
-        if not found or isinstance(found, _ExcludedModule) or blocks is None or not isinstance(peft_config.target_modules, str):
+        if not found or isinstance(found, _ExcludedModule) or blocks is None:
             return found
         lists = peft_config.layers_pattern or [r"[^.]*"]
         lists = [lists] if isinstance(lists, str) else lists
