@@ -9,6 +9,7 @@ PEFT's list of methods is a closed enumeration; `register` adds one member to it
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import re
@@ -154,13 +155,24 @@ class SpectralLayer(SpectralLinear, BaseTunerLayer):  # type: ignore[misc]
 
     def __init__(self, base_layer: nn.Module, module_name: str, quantization: dict[str, Any]) -> None:
         super().__init__(base_layer, None, module_name=module_name)
+        self._kept: tuple[Any, dict[str, Any]] | None = None  # what restores a quantised weight besides its tensor
         self.quantization_backend = resolve_quantization_backend(innermost(base_layer), **quantization)
 
     def weight_matrix(self) -> Tensor:
         """The frozen weight as a matrix (out, in), dequantised if need be."""
         if self.quantization_backend is None or self._original is not None:
             return super().weight_matrix()
-        return self.kind.matrix(self.quantization_backend.get_base_weight(innermost(self)).detach().float())
+        base = innermost(self)
+        W = self.kind.matrix(self.quantization_backend.get_base_weight(base).detach().float())
+        with torch.no_grad():
+            # bitsandbytes packs 4-bit weights for the CPU in evaluation, and then dequantises them wrongly.
+            generator = torch.Generator().manual_seed(0)
+            x = torch.randn(4, W.shape[1], generator=generator).to(W.device)
+            bias = 0.0 if base.bias is None else base.bias.float()
+            wanted = base(x).float() - bias
+            if (wanted - x @ W.mT).norm() > 0.1 * wanted.norm():
+                W = (base(torch.eye(W.shape[1], device=W.device)).float() - bias).mT.contiguous()
+        return W
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter."""
@@ -188,12 +200,24 @@ class SpectralLayer(SpectralLinear, BaseTunerLayer):  # type: ignore[misc]
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         super().unmerge()
+        if self._kept is not None:
+            state, attributes = self._kept
+            vars(innermost(self).weight).update(attributes)
+            if state is not None:
+                innermost(self).state = state
+            self._kept = None
 
     def _put_weight(self, weight: Tensor) -> None:
         if self.quantization_backend is None:
             super()._put_weight(weight)
-        else:
-            self.set_base_weight(weight)
+            return
+        base = innermost(self)
+        if self._kept is None:
+            # bitsandbytes keeps half of a quantised weight in the layer's state and PEFT rewrites the old weight's marks.
+            self._kept = getattr(base, "state", None), dict(vars(self._original))
+            if self._kept[0] is not None:
+                base.state = copy.copy(base.state)
+        self.set_base_weight(weight)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move an adapter's tensors next to the weight, and keep their dtype: float16 coefficients are other ones."""
@@ -235,6 +259,13 @@ class SpectralModel(BaseTuner):  # type: ignore[misc]
             raise
         if config.basis_file and not Path(config.basis_file).exists():
             bases.save_bases(config.basis_file, self.spectral_layers(), adapter_name)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Replace a submodule; a trained module saved whole may have parts instead of a weight, such as a pooler."""
+        if isinstance(child, AuxiliaryTrainingWrapper):
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     def _remove(self, adapter_name: str) -> None:
         """Leave no trace of an adapter that could not be added to every layer."""
