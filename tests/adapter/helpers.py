@@ -24,6 +24,7 @@ def linear(out: int, in_: int, seed: int = 0, spectrum: Tensor | None = None) ->
     layer = nn.Linear(in_, out)
     with torch.no_grad():
         layer.weight.copy_(matrix(out, in_, spectrum, seed))
+        layer.bias.copy_(torch.linspace(-0.2, 0.3, out))
     return layer
 
 

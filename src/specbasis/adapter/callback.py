@@ -25,9 +25,10 @@ class DriftCallback(TrainerCallback):  # type: ignore[misc]
         """Measure and log; costs O(r²) for each layer."""
         figures = drifts(kwargs["model"])
         self.history.append({"step": state.global_step, **figures})
-        logs = kwargs.get("logs")
-        if logs is not None:
-            logs.update({f"spectral_drift/{name}": value for name, value in figures.items()})
+        named = {f"spectral_drift/{name}": value for name, value in figures.items()}
+        for log in (kwargs.get("logs"), *state.log_history[-1:]):  # reporters read the first, the Trainer keeps the second
+            if log is not None:
+                log.update(named)
 
 
 def drifts(model: nn.Module) -> dict[str, float]:

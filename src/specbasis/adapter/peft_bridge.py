@@ -163,16 +163,9 @@ class SpectralLayer(SpectralLinear, BaseTunerLayer):  # type: ignore[misc]
         if self.quantization_backend is None or self._original is not None:
             return super().weight_matrix()
         base = innermost(self)
-        W = self.kind.matrix(self.quantization_backend.get_base_weight(base).detach().float())
-        with torch.no_grad():
-            # bitsandbytes packs 4-bit weights for the CPU in evaluation, and then dequantises them wrongly.
-            generator = torch.Generator().manual_seed(0)
-            x = torch.randn(4, W.shape[1], generator=generator).to(W.device)
-            bias = 0.0 if base.bias is None else base.bias.float()
-            wanted = base(x).float() - bias
-            if (wanted - x @ W.mT).norm() > 0.1 * wanted.norm():
-                W = (base(torch.eye(W.shape[1], device=W.device)).float() - bias).mT.contiguous()
-        return W
+        if getattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False):
+            base.state_dict()  # bitsandbytes packs 4-bit weights in evaluation; its state dict is what unpacks them
+        return self.kind.matrix(self.quantization_backend.get_base_weight(base).detach().float())
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter."""
