@@ -78,7 +78,9 @@ class Trained:
         return time.perf_counter() - start
 
     def saved_bytes(self) -> int:
-        """Bytes that autograd keeps in one forward pass for the adapted layers' own backward, parameters left out."""
+        """Bytes that autograd keeps in one forward pass for the adapted layers' own backward, parameters left
+        out.
+        """
         own = {tensor.data_ptr() for tensor in (*self.model.parameters(), *self.model.buffers())}
         seen: dict[int, int] = {}
         inside = [False]
@@ -115,6 +117,7 @@ def attach_seconds(make: Callable[[], peft.PeftConfig]) -> float:
 
 
 def main() -> None:
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15, help="steps of each method, interleaved")
     rounds = parser.parse_args().rounds

@@ -13,9 +13,7 @@ def matrix(out: int, in_: int, spectrum: Tensor | None = None, seed: int = 0) ->
     """A float64 matrix with known singular vectors and a chosen spectrum (well separated by default)."""
     generator = torch.Generator().manual_seed(seed)
     short = min(out, in_)
-    U, V = (
-        torch.linalg.qr(torch.randn(d, short, generator=generator, dtype=torch.float64))[0] for d in (out, in_)
-    )
+    U, V = (torch.linalg.qr(torch.randn(d, short, generator=generator, dtype=torch.float64))[0] for d in (out, in_))
     S = torch.linspace(3.0, 0.5, short, dtype=torch.float64) if spectrum is None else spectrum.double()
     return (U * S) @ V.mT
 

@@ -36,8 +36,13 @@ def models(tmp_path_factory):
         model = load_classifier(base)
         model.load_state_dict(state)
         config = SpectralConfig(
-            rank=10, target_modules=TARGETS, blocks_to_transform=[1, 2], task_type="SEQ_CLS", save_basis=save_basis,
-            interval_pattern={r"layer\.2\.output\.dense": (3, 8)}, scale="sigma",
+            rank=10,
+            target_modules=TARGETS,
+            blocks_to_transform=[1, 2],
+            task_type="SEQ_CLS",
+            save_basis=save_basis,
+            interval_pattern={r"layer\.2\.output\.dense": (3, 8)},
+            scale="sigma",
         )
         model = get_peft_model(model, config).eval()
         randomise(model, std=0.4)
@@ -48,8 +53,11 @@ def models(tmp_path_factory):
 
 def run_plain(code: str, *arguments: object) -> torch.Tensor:
     """Run code in a process that must not import specbasis; it prints logits as JSON."""
-    code += "\nimport sys, json\nassert not any(m.startswith('specbasis') for m in sys.modules)\nprint('#', json.dumps(y.tolist()))"
-    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False)
+    code += "\nimport sys, json\nassert not any(m.startswith('specbasis') for m in sys.modules)"
+    code += "\nprint('#', json.dumps(y.tolist()))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return torch.tensor(json.loads(done.stdout.split("#")[-1]))
 
@@ -92,7 +100,10 @@ def test_truncated_export_is_the_best_of_its_rank(models, tmp_path):
     for name in full:
         if name.endswith("lora_A.weight"):
             other = name.replace("lora_A", "lora_B")
-            dense, cut = full[other].double() @ full[name].double(), tensors[other].double() @ tensors[name].double()
+            dense, cut = (
+                full[other].double() @ full[name].double(),
+                tensors[other].double() @ tensors[name].double(),
+            )
             S = torch.linalg.svdvals(dense)
             assert tensors[name].shape[0] == 3
             assert float((dense - cut).norm()) == pytest.approx(float(S[3:].norm()), rel=1e-4)
@@ -114,7 +125,9 @@ def test_exported_convolutions_and_conv1d(tmp_path):
     save_file({k: v.contiguous() for k, v in base.state_dict().items()}, tmp_path / "base.safetensors")
     x = torch.randn(2, 4, 6, 6)
     for save_basis in (True, False):
-        model = get_peft_model(Net(), SpectralConfig(rank=5, target_modules=["conv", "square", "wide"], save_basis=save_basis)).eval()
+        model = get_peft_model(
+            Net(), SpectralConfig(rank=5, target_modules=["conv", "square", "wide"], save_basis=save_basis)
+        ).eval()
         randomise(model, std=0.5)
         model.save_pretrained(tmp_path / "a")
         out = folder.export_lora(tmp_path / "a", tmp_path / f"lora{save_basis}", base=tmp_path / "base.safetensors")
@@ -147,6 +160,7 @@ def test_info(models):
 
 def test_diagnosis_is_the_svd_of_the_merged_weight():
     from helpers import linear
+
     from specbasis.adapter import SpectralLinear
     from specbasis.svd import decompose
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import matrix
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn import functional as F
+from torch.nn import functional as F  # noqa: N812
 
-from helpers import matrix
 from specbasis.adapter import functional
 from specbasis.svd import decompose
 
@@ -37,9 +37,7 @@ ROUTES = ("factored", "folded", "inner", "outer")
 
 
 @pytest.mark.parametrize("route", ROUTES)
-@given(
-    out=st.integers(2, 12), in_=st.integers(2, 12), data=st.data(), seed=st.integers(0, 100)
-)
+@given(out=st.integers(2, 12), in_=st.integers(2, 12), data=st.data(), seed=st.integers(0, 100))
 @settings(max_examples=25, deadline=None)
 def test_every_route_is_the_equation(route, out, in_, data, seed):
     m = data.draw(st.integers(1, min(out, in_)))
@@ -56,7 +54,8 @@ def test_gradcheck(route, shape, input_gradient):
     W, svd, x, C, b = problem(*shape, 1, 4, tokens=3)
     x.requires_grad_(input_gradient)
     C.requires_grad_()
-    # The inner route without an input gradient takes the core's gradient at the frozen weight's output: same number.
+    # The inner route without an input gradient takes the core's gradient at the frozen weight's output: same
+    # number.
     assert torch.autograd.gradcheck(lambda x, C: outputs(route, W, svd, x, C, b), (x, C))
 
 

@@ -6,11 +6,11 @@ import copy
 
 import pytest
 import torch
+from helpers import linear, matrix, randomise, transcription
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from helpers import linear, matrix, randomise, transcription
 from specbasis.adapter import SpectralLinear
 from specbasis.errors import InputError
 
@@ -54,7 +54,9 @@ def test_zero_is_bit_equal(kind, gradient):
         assert torch.equal(layer(x), wanted)
 
 
-@given(tokens=st.integers(1, 300), out=st.integers(2, 40), in_=st.integers(2, 40), bits=st.sampled_from([16, 32, 64]))
+@given(
+    tokens=st.integers(1, 300), out=st.integers(2, 40), in_=st.integers(2, 40), bits=st.sampled_from([16, 32, 64])
+)
 @settings(max_examples=40, deadline=None)
 def test_zero_is_bit_equal_for_any_size(tokens, out, in_, bits):
     dtype = {16: torch.bfloat16, 32: torch.float32, 64: torch.float64}[bits]

@@ -20,8 +20,11 @@ from helpers import TARGETS, linear, load_classifier, randomise, save_deberta  #
 from peft import PeftModel, get_peft_model, inject_adapter_in_model  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from specbasis.adapter import SpectralConfig, parameter_counts  # noqa: E402
-from specbasis.adapter import peft_bridge  # noqa: E402
+from specbasis.adapter import (  # noqa: E402
+    SpectralConfig,
+    parameter_counts,
+    peft_bridge,
+)
 from specbasis.errors import InputError  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -153,7 +156,9 @@ def test_several_adapters(tmp_path):
         model.add_adapter("other", SpectralConfig(rank=6, target_modules=["lin0", "lin1"]))
     assert not any("other" in name for name in model.state_dict())
     assert type(model.base_model.model.lin1) is nn.Linear
-    model.add_adapter("other", SpectralConfig(rank=6, target_modules=["lin0", "lin1"], interval_pattern={"lin1": (0, 3)}))
+    model.add_adapter(
+        "other", SpectralConfig(rank=6, target_modules=["lin0", "lin1"], interval_pattern={"lin1": (0, 3)})
+    )
     assert torch.equal(model(X), first)
     assert parameter_counts(model).adapter == 16
     model.set_adapter("other")
@@ -211,7 +216,9 @@ def test_mixed_batch_in_a_model():
 
 def test_weighted_sum_is_exact():
     model = adapted()
-    model.add_adapter("wide", SpectralConfig(interval=(2, 8), target_modules=["lin0", "lin1"], interval_pattern={"lin1": (0, 3)}))
+    model.add_adapter(
+        "wide", SpectralConfig(interval=(2, 8), target_modules=["lin0", "lin1"], interval_pattern={"lin1": (0, 3)})
+    )
     randomise(model, seed=4, adapter="wide")
     model.add_weighted_adapter(["default", "wide"], [0.5, -2.0], "sum")
     layer = model.base_model.model.lin0
@@ -243,7 +250,9 @@ def test_inject_and_state_dict_functions():
     randomise(injected)
     wanted = injected(X)
     state = peft.get_peft_model_state_dict(injected)
-    assert sorted(state) == [f"lin0.spectral_{part}" for part in ("M", "S", "U", "Vh", "origin", "sketch_U", "sketch_V")]
+    assert sorted(state) == [
+        f"lin0.spectral_{part}" for part in ("M", "S", "U", "Vh", "origin", "sketch_U", "sketch_V")
+    ]
     fresh = inject_adapter_in_model(SpectralConfig(rank=4, target_modules=["lin0"]), mlp())
     result = peft.set_peft_model_state_dict(fresh, state)
     assert not result.unexpected_keys
@@ -271,7 +280,7 @@ def test_a_wrong_base_is_refused_at_load(tmp_path):
         adapted(save_basis=save_basis).save_pretrained(folder)
         other = mlp()
         other.lin0.weight.mul_(1.01)
-        with pytest.raises(InputError, match="lin0 .adapter 'default'.: .*base"):
+        with pytest.raises(InputError, match=r"lin0 .adapter 'default'.: .*base"):
             PeftModel.from_pretrained(other, folder)
 
 
@@ -361,7 +370,10 @@ def test_free_r_psoft_is_the_sigma_scale():
     """W + U S (R − 1) Vh with a free R: PEFT's own layer, forward and gradient."""
     model = get_peft_model(mlp(), SpectralConfig(rank=4, scale="sigma", target_modules=["lin0"]))
     psoft = get_peft_model(
-        mlp(), peft.PsoftConfig(r=4, psoft_alpha=4, target_modules=["lin0"], psoft_orth=False, psoft_mag_a=False, psoft_mag_b=False)
+        mlp(),
+        peft.PsoftConfig(
+            r=4, psoft_alpha=4, target_modules=["lin0"], psoft_orth=False, psoft_mag_a=False, psoft_mag_b=False
+        ),
     )
     randomise(model)
     ours, theirs = model.base_model.model.lin0, psoft.base_model.model.lin0
@@ -407,23 +419,35 @@ def test_a_process_without_specbasis_is_told(tmp_path):
 
 
 def test_importing_the_core_does_not_import_peft():
-    code = "import sys, specbasis.adapter, specbasis.adapter.proof; assert 'peft' not in sys.modules; assert 'transformers' not in sys.modules"
+    code = "import sys, specbasis.adapter.bases\nassert not {'peft', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-# --- transformers models ---------------------------------------------------------------------------------------------
+# --- transformers models
+# ---------------------------------------------------------------------------------------------
 
 
 def classifier(base: Path, **options):
-    config = SpectralConfig(**{"rank": 10, "target_modules": TARGETS, "blocks_to_transform": [-2, -1], "task_type": "SEQ_CLS", **options})
-    model = get_peft_model(load_classifier(base), config).eval()
-    return model
+    config = SpectralConfig(
+        **{
+            "rank": 10,
+            "target_modules": TARGETS,
+            "blocks_to_transform": [-2, -1],
+            "task_type": "SEQ_CLS",
+            **options,
+        }
+    )
+    return get_peft_model(load_classifier(base), config).eval()
 
 
 def test_head_and_missing_pooler_are_trained_saved_and_restored(base, tmp_path):
     torch.manual_seed(1)
     model = classifier(base)
-    trained = {n.split(".modules_to_save")[0] for n, p in model.named_parameters() if p.requires_grad and "modules_to_save" in n}
+    trained = {
+        n.split(".modules_to_save")[0]
+        for n, p in model.named_parameters()
+        if p.requires_grad and "modules_to_save" in n
+    }
     assert trained == {"base_model.model.pooler", "base_model.model.classifier"}
     assert parameter_counts(model).head == 32 * 32 + 32 + 3 * 32 + 3
     randomise(model)
@@ -440,16 +464,24 @@ def test_head_and_missing_pooler_are_trained_saved_and_restored(base, tmp_path):
 
 
 def test_the_mark_on_parameters_is_the_loading_report(base):
-    model, report = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=3, output_loading_info=True)
+    model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
+        base, num_labels=3, output_loading_info=True
+    )
     from specbasis.adapter.heads import fresh_modules
 
-    assert {key.split(".")[0] for key in report["missing_keys"]} == set(fresh_modules(model)) == {"pooler", "classifier"}
+    assert (
+        {key.split(".")[0] for key in report["missing_keys"]}
+        == set(fresh_modules(model))
+        == {"pooler", "classifier"}
+    )
 
 
 def test_a_poolers_place_below_the_backbone(tmp_path):
     from specbasis.adapter.heads import fresh_modules
 
-    config = transformers.BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=20)
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=20
+    )
     transformers.BertModel(config, add_pooling_layer=False).save_pretrained(tmp_path)
     model = transformers.BertForSequenceClassification.from_pretrained(tmp_path)
     assert sorted(fresh_modules(model)) == ["bert.pooler", "classifier"]
@@ -488,9 +520,32 @@ def test_a_rounded_base(base, tmp_path, dtype):
         warnings.simplefilter("always")
         loaded = PeftModel.from_pretrained(load_classifier(base, dtype=dtype), tmp_path / "with")
     assert any("rounding of the one" in str(w.message) for w in caught)
-    delta = [m.base_model.model.deberta.encoder.layer[2].output.dense.get_delta_weight("default") for m in (model, loaded)]
+    delta = [
+        m.base_model.model.deberta.encoder.layer[2].output.dense.get_delta_weight("default")
+        for m in (model, loaded)
+    ]
     assert torch.equal(delta[0].to(dtype), delta[1])
     assert torch.allclose(loaded(IDS).logits.float(), wanted, atol=0.05)
+
+
+def test_a_rounded_base_cast_back_gets_the_trained_update(tmp_path):
+    """Routes through W V = U S must not be used where the stored basis is that of the unrounded weight."""
+    model = adapted(rank=10)
+    model.save_pretrained(tmp_path)
+    rounded = mlp()
+    rounded.lin0.weight.copy_(rounded.lin0.weight.to(torch.bfloat16))
+    loaded = PeftModel.from_pretrained(rounded, tmp_path)
+    layer = loaded.base_model.model.lin0
+    delta = model.base_model.model.lin0.get_delta_weight("default")
+    assert torch.equal(layer.get_delta_weight("default"), delta)
+    assert torch.allclose(layer(X) - layer.base_layer(X), X @ delta.mT, atol=2e-6)
+    loaded.add_adapter(
+        "new", SpectralConfig(rank=10, target_modules=["lin0"])
+    )  # has the rounded weight's own basis
+    W = layer.base_layer.weight
+    assert torch.allclose(
+        W @ layer.spectral_Vh["new"].mT, layer.spectral_U["new"] * layer.spectral_S["new"], atol=1e-5
+    )
 
 
 def test_native_loading_refuses_a_wrong_base(base, tmp_path):
@@ -531,11 +586,22 @@ def test_blocks_limit_regular_expressions_and_lists(base):
 
 
 def test_conv1d_language_model(tmp_path):
-    config = transformers.GPT2Config(vocab_size=60, n_embd=16, n_layer=2, n_head=2, n_positions=32, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    config = transformers.GPT2Config(
+        vocab_size=60,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        n_positions=32,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
     gpt = transformers.GPT2LMHeadModel(config).eval()
     wanted = gpt(IDS % 60).logits
     state = copy.deepcopy(gpt.state_dict())
-    model = get_peft_model(gpt, SpectralConfig(rank=6, target_modules=["c_attn", "c_fc", "c_proj", "lm_head"], task_type="CAUSAL_LM")).eval()
+    model = get_peft_model(
+        gpt, SpectralConfig(rank=6, target_modules=["c_attn", "c_fc", "c_proj", "lm_head"], task_type="CAUSAL_LM")
+    ).eval()
     assert torch.equal(model(IDS % 60).logits, wanted)
     randomise(model, std=0.5)
     changed = model(IDS % 60).logits
@@ -543,7 +609,13 @@ def test_conv1d_language_model(tmp_path):
     plain = transformers.GPT2LMHeadModel(config).eval()
     plain.load_state_dict(state)
     assert torch.equal(PeftModel.from_pretrained(plain, tmp_path)(IDS % 60).logits, changed)
-    generated = model.generate(input_ids=IDS[:2, :4] % 60, max_new_tokens=3, num_beams=2, do_sample=False, adapter_names=["default", "__base__"])
+    generated = model.generate(
+        input_ids=IDS[:2, :4] % 60,
+        max_new_tokens=3,
+        num_beams=2,
+        do_sample=False,
+        adapter_names=["default", "__base__"],
+    )
     assert generated.shape[0] == 2
     merged = model.merge_and_unload()
     assert torch.allclose(merged(IDS % 60).logits, changed, atol=1e-4)
@@ -551,24 +623,46 @@ def test_conv1d_language_model(tmp_path):
 
 
 def test_feed_forward_layers_are_the_default_where_the_family_is_known(tmp_path):
-    config = transformers.BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=20)
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=20
+    )
     model = get_peft_model(transformers.BertModel(config), SpectralConfig(rank=4, blocks_to_transform=-1))
-    assert sorted(model.base_model.spectral_layers()) == ["encoder.layer.1.intermediate.dense", "encoder.layer.1.output.dense"]
+    assert sorted(model.base_model.spectral_layers()) == [
+        "encoder.layer.1.intermediate.dense",
+        "encoder.layer.1.output.dense",
+    ]
     with pytest.raises(InputError, match="set target_modules"):
         get_peft_model(mlp(), SpectralConfig(rank=2))
 
 
 def test_counts_of_the_paper():
-    """DeBERTa-v3-base, K = 300, last two blocks: 4 · 300² = 0.36 M, on the real configuration without its memory."""
+    """DeBERTa-v3-base, K = 300, last two blocks: 4 · 300² = 0.36 M, on the real configuration without its
+    memory."""
     config = transformers.DebertaV2Config(
-        vocab_size=128100, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072,
-        relative_attention=True, position_buckets=256, norm_rel_ebd="layer_norm", share_att_key=True,
-        pos_att_type=["p2c", "c2p"], position_biased_input=False, type_vocab_size=0,
+        vocab_size=128100,
+        hidden_size=768,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        intermediate_size=3072,
+        relative_attention=True,
+        position_buckets=256,
+        norm_rel_ebd="layer_norm",
+        share_att_key=True,
+        pos_att_type=["p2c", "c2p"],
+        position_biased_input=False,
+        type_vocab_size=0,
     )
     with torch.device("meta"):
         model = transformers.DebertaV2ForSequenceClassification(config)
     model = get_peft_model(
-        model, SpectralConfig(rank=300, target_modules=TARGETS, blocks_to_transform=[-2, -1], modules_to_save=["pooler"], task_type="SEQ_CLS")
+        model,
+        SpectralConfig(
+            rank=300,
+            target_modules=TARGETS,
+            blocks_to_transform=[-2, -1],
+            modules_to_save=["pooler"],
+            task_type="SEQ_CLS",
+        ),
     )
     counts = parameter_counts(model)
     assert counts.adapter == 360_000

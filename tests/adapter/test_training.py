@@ -37,15 +37,26 @@ def test_trainer_trains_saves_resumes_and_restores(tmp_path):
     torch.manual_seed(0)
     model = get_peft_model(
         load_classifier(base),
-        SpectralConfig(rank=16, target_modules=TARGETS, blocks_to_transform=[-1], task_type="SEQ_CLS", save_basis=False),
+        SpectralConfig(
+            rank=16, target_modules=TARGETS, blocks_to_transform=[-1], task_type="SEQ_CLS", save_basis=False
+        ),
     )
     frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
     drift = DriftCallback()
 
     def trainer(model, steps, gradient_checkpointing=False):
         arguments = transformers.TrainingArguments(
-            tmp_path / "run", max_steps=steps, per_device_train_batch_size=8, learning_rate=1e-2, logging_steps=2, save_steps=4,
-            report_to=[], disable_tqdm=True, use_cpu=True, seed=1, gradient_checkpointing=gradient_checkpointing,
+            tmp_path / "run",
+            max_steps=steps,
+            per_device_train_batch_size=8,
+            learning_rate=1e-2,
+            logging_steps=2,
+            save_steps=4,
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+            seed=1,
+            gradient_checkpointing=gradient_checkpointing,
         )
         return transformers.Trainer(model, arguments, train_dataset=rows(), eval_dataset=rows(), callbacks=[drift])
 
@@ -93,17 +104,46 @@ def _run(*command: str) -> str:
 
 @pytest.mark.slow
 def test_accelerate_launch_with_two_processes_is_one_process(tmp_path):
-    """Two ranks with half a batch each take the same steps as one with the whole batch, and both hold the same cores."""
+    """Two ranks with half a batch each take the same steps as one with the whole batch, and both hold the same
+    cores."""
     save_deberta(tmp_path / "base", layers=2)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1", "--num_processes", "1",
-              "--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1", str(TWO), "accelerate", str(tmp_path)]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_machines",
+        "1",
+        "--num_processes",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--num_cpu_threads_per_process",
+        "1",
+        str(TWO),
+        "accelerate",
+        str(tmp_path),
+    ]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     # On CPUs accelerate leaves starting several processes to MPI, and reads the ranks from the environment.
     ranks = [
-        subprocess.Popen([*launch, "2"], env={**os.environ, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2",
-                         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [*launch, "2"],
+            env={
+                **os.environ,
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            },
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         for rank in ("0", "1")
     ]
     for process in ranks:

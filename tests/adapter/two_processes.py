@@ -1,4 +1,5 @@
-"""Run by test_training in several processes: one training step sequence under accelerate, or one step under FSDP2."""
+"""Run by test_training in several processes: one training step sequence under accelerate, or one step under
+FSDP2."""
 
 from __future__ import annotations
 
@@ -79,7 +80,8 @@ def under_fsdp(folder: Path) -> None:
     with torch.no_grad():
         difference = float((plain(x) - sharded(x)).abs().max())
     found = {
-        "sharded": all(isinstance(layer.spectral_U["default"], DTensor) for layer in layers) or str(type(layers[0].spectral_U["default"])),
+        "sharded": all(isinstance(layer.spectral_U["default"], DTensor) for layer in layers)
+        or str(type(layers[0].spectral_U["default"])),
         "difference": difference,
     }
     if dist.get_rank() == 0:

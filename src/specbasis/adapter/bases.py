@@ -18,7 +18,8 @@ from specbasis.svd import SVD, decompose
 
 
 def save_bases(path: str | Path, layers: Mapping[str, SpectralLinear], adapter_name: str) -> None:
-    """Write the bases of an adapter's layers to a base-level basis file, which other adapters of the base then share.
+    """Write the bases of an adapter's layers to a base-level basis file, which other adapters of the base then
+    share.
 
     For each layer: U, S, Vh of its interval in float32, and the origin that names the weight. The file is written
     beside its final place and moved there, so that a reader never sees half of it.
@@ -73,7 +74,9 @@ def foreign_basis(path: str, layer: SpectralLinear, name: str, interval: tuple[i
     W = layer.kind.matrix(checkpoint[key])
     shape = tuple(layer.weight_matrix().shape)
     if tuple(W.shape) != shape:
-        raise InputError(f"{path}: {key} is {W.shape[0]} × {W.shape[1]}, the base has {shape[0]} × {shape[1]}; want equal shapes")
+        raise InputError(
+            f"{path}: {key} is {W.shape[0]} × {W.shape[1]}, the base has {shape[0]} × {shape[1]}; want equal shapes"
+        )
     check_interval(interval, (W.shape[0], W.shape[1]), key)
     return decompose(W, ranks=interval[1], name=f"{path}: {key}").interval(*interval)
 
@@ -84,5 +87,7 @@ def _find(checkpoint: Checkpoint, name: str, path: str) -> str:
         return name
     found = [key for key in checkpoint if key.endswith(f".{name}") or name.endswith(f".{key}")]
     if len(found) != 1:
-        raise InputError(f"{path}: {len(found)} parameters match {name}; want a checkpoint of the same architecture")
+        raise InputError(
+            f"{path}: {len(found)} parameters match {name}; want a checkpoint of the same architecture"
+        )
     return found[0]

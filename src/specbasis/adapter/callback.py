@@ -11,7 +11,7 @@ from specbasis.adapter.diagnostics import drift
 from specbasis.adapter.layer import SpectralLinear
 
 
-class DriftCallback(TrainerCallback):  # type: ignore[misc]
+class DriftCallback(TrainerCallback):
     """Adds ``spectral_drift/LAYER``, ‖C‖_F / ‖S‖_2 of the active adapter, to everything that the Trainer logs.
 
     Attributes:
@@ -26,7 +26,10 @@ class DriftCallback(TrainerCallback):  # type: ignore[misc]
         figures = drifts(kwargs["model"])
         self.history.append({"step": state.global_step, **figures})
         named = {f"spectral_drift/{name}": value for name, value in figures.items()}
-        for log in (kwargs.get("logs"), *state.log_history[-1:]):  # reporters read the first, the Trainer keeps the second
+        for log in (
+            kwargs.get("logs"),
+            *state.log_history[-1:],
+        ):  # reporters read the first, the Trainer keeps the second
             if log is not None:
                 log.update(named)
 

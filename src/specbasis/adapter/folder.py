@@ -92,7 +92,9 @@ def _stored_layer(held: Checkpoint, module: str, config: Mapping[str, Any], path
     parts = {key: f"{module}.spectral_{key}" for key in ("origin", "S", "sketch_U", "sketch_V")}
     lacking = [name for name in parts.values() if name not in held]
     if lacking:
-        raise InputError(f"{path / WEIGHTS}: lacks {lacking[0]}, so nothing tells which basis its coefficients belong to")
+        raise InputError(
+            f"{path / WEIGHTS}: lacks {lacking[0]}, so nothing tells which basis its coefficients belong to"
+        )
     U, Vh = (held.get(f"{module}.spectral_{key}") for key in ("U", "Vh"))
     proof = Proof(*(held[name] for name in parts.values()))
     return StoredLayer(
@@ -164,7 +166,8 @@ def export_lora(
 ) -> Path:
     """Write the adapter as a LoRA that PEFT loads without specbasis: B = U C, A = Vh, scaling 1.
 
-    Exact, and no matrix is decomposed, unless ``rank`` truncates: then the best approximation of that rank, from the
+    Exact, and no matrix is decomposed, unless ``rank`` truncates: then the best approximation of that rank, from
+    the
     SVD of the r × r core alone, C ≈ P diag(s) Qᵀ, B = U P diag(s), A = Qᵀ Vh.
 
     Args:
@@ -190,7 +193,7 @@ def export_lora(
         ranks[layer.module] = B.shape[1]
         transposed |= is_transposed
         if len(kernel) == 2:
-            A, B = A.unflatten(1, (-1, *kernel)), B[:, :, None, None]
+            A, B = A.view(len(A), -1, *kernel), B[:, :, None, None]
         tensors[f"{_PREFIX}{layer.module}.lora_A.weight"] = A.float().contiguous()
         tensors[f"{_PREFIX}{layer.module}.lora_B.weight"] = B.float().contiguous()
     common = max(ranks.values())
@@ -230,7 +233,9 @@ def _lora_factors(U: Tensor, C: Tensor, Vh: Tensor, rank: int | None) -> tuple[T
 def _basis(
     layer: StoredLayer, adapter: AdapterFolder, base: Checkpoint | None
 ) -> tuple[Tensor, Tensor, tuple[int, ...], bool]:
-    """The proven basis of a stored layer, its kernel size if it is a convolution, and whether it is stored (in, out)."""
+    """The proven basis of a stored layer, its kernel size if it is a convolution, and whether it is stored
+    (in, out).
+    """
     name = f"{adapter.path}: {layer.module}"
     if base is None:
         assert layer.U is not None
@@ -262,7 +267,9 @@ def _parameter(base: Checkpoint, name: str) -> str:
         return name
     found = [key for key in base if key.endswith(f".{name}") or name.endswith(f".{key}")]
     if len(found) != 1:
-        raise InputError(f"{base.source}: {len(found)} parameters match {name}; want the base that the adapter was trained on")
+        raise InputError(
+            f"{base.source}: {len(found)} parameters match {name}; want the base that the adapter was trained on"
+        )
     return found[0]
 
 
@@ -294,15 +301,24 @@ def merge(folder: str | Path, output: str | Path, base: str | Path | None = None
     task = _TASKS.get(str(adapter.config.get("task_type")), mapping.get("base_model_class", "AutoModel"))
     model_class = getattr(transformers, task, None)
     if model_class is None:
-        raise InputError(f"{folder}: made for a {task}, which is not a class of transformers; merge it in your own code")
-    labels = [tensor.shape[0] for name, tensor in adapter.whole.items() if name.endswith("weight") and task == _TASKS["SEQ_CLS"]
-              and name.split(".")[0] in ("classifier", "score")]
+        raise InputError(
+            f"{folder}: made for a {task}, which is not a class of transformers; merge it in your own code"
+        )
+    labels = [
+        tensor.shape[0]
+        for name, tensor in adapter.whole.items()
+        if name.endswith("weight") and task == _TASKS["SEQ_CLS"] and name.split(".")[0] in ("classifier", "score")
+    ]
     options = {"num_labels": labels[-1]} if labels else {}
     model = model_class.from_pretrained(place, dtype="auto", trust_remote_code=False, **options)
     merged = PeftModel.from_pretrained(model, str(folder)).merge_and_unload(safe_merge=True)
     output = Path(output)
     merged.save_pretrained(output)
     for file in sorted(Path(place).iterdir()) if Path(place).is_dir() else []:
-        if file.is_file() and not file.is_symlink() and (file.name.startswith(("tokenizer", "vocab", "special_tokens", "spm", "merges"))):
+        if (
+            file.is_file()
+            and not file.is_symlink()
+            and (file.name.startswith(("tokenizer", "vocab", "special_tokens", "spm", "merges")))
+        ):
             shutil.copy2(file, output / file.name)
     return output

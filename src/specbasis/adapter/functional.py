@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional as F  # noqa: N812
 
 Route = Literal["factored", "folded", "inner", "outer"]
 
@@ -34,10 +34,10 @@ def core(M: Float[Tensor, "r r"], S: Float[Tensor, r], scale: str) -> Float[Tens
     return S[:, None] * M if scale == "sigma" else M
 
 
-def delta(
-    U: Float[Tensor, "out r"], C: Float[Tensor, "r r"], Vh: Float[Tensor, "r in"]
-) -> Float[Tensor, "out in"]:
-    """The update as a matrix: U C Vh, multiplied from the cheaper side. Costs 2·r·out·in + 2·r²·min(out, in) flops."""
+def delta(U: Float[Tensor, "out r"], C: Float[Tensor, "r r"], Vh: Float[Tensor, "r in"]) -> Float[Tensor, "out in"]:
+    """The update as a matrix: U C Vh, multiplied from the cheaper side. Costs 2·r·out·in + 2·r²·min(out, in)
+    flops.
+    """
     return (U @ C) @ Vh if U.shape[0] <= Vh.shape[1] else U @ (C @ Vh)
 
 
@@ -109,12 +109,12 @@ def inner(
     """
     A = C / S[:, None]
     if x.requires_grad or not (torch.is_grad_enabled() and C.requires_grad):
-        return frozen(_OneSide.apply(x, None, Vh, A)[0])
+        return frozen(_OneSide.apply(x, None, Vh, A)[0])  # type: ignore[no-untyped-call]
     with torch.no_grad():
         flat = x.flatten(0, -2)
         z = flat @ Vh.mT
         y = frozen(torch.addmm(flat, z @ A.mT, Vh).view(x.shape))
-    gradient: Tensor = _CoreGradient.apply(y, z, U, C)
+    gradient: Tensor = _CoreGradient.apply(y, z, U, C)  # type: ignore[no-untyped-call]
     return gradient
 
 
@@ -130,7 +130,7 @@ def outer(
     Uᵀ W = diag(S) Vh gives W + U C Vh = (1 + U C S⁻¹ Uᵀ) W: all work is on the output side, the cheaper one
     where out < in. Autograd keeps (y − b) U, tokens × r numbers.
     """
-    adapted: Tensor = _OneSide.apply(y, bias, U.mT, C / S)[0]
+    adapted: Tensor = _OneSide.apply(y, bias, U.mT, C / S)[0]  # type: ignore[no-untyped-call]
     return adapted
 
 
@@ -174,13 +174,11 @@ def folded(
     """
     if not (torch.is_grad_enabled() and (x.requires_grad or C.requires_grad)):
         return F.linear(x, W + delta(U, C, Vh), bias)
-    y: Tensor = _Folded.apply(x, W, bias, U, C, Vh)[0]
+    y: Tensor = _Folded.apply(x, W, bias, U, C, Vh)[0]  # type: ignore[no-untyped-call]
     return y
 
 
-def cost(
-    route: Route, tokens: int, out: int, in_: int, r: int, *, backward: bool, input_gradient: bool
-) -> float:
+def cost(route: Route, tokens: int, out: int, in_: int, r: int, *, backward: bool, input_gradient: bool) -> float:
     """Multiply–adds that a route adds to the frozen layer, for one forward and (on request) one backward pass."""
     n, project, expand, square = tokens, in_ * r, out * r, r * r
     fold = float(out * in_ * r + square * min(out, in_))

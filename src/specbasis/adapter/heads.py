@@ -1,4 +1,6 @@
-"""What an adapter trains besides its cores: a task head or pooler that the base checkpoint lacks; and the counts."""
+"""What an adapter trains besides its cores: a task head or pooler that the base checkpoint lacks; and the
+counts.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ _LOADED = "_is_hf_initialized"  # transformers marks every parameter that came f
 
 
 def fresh_modules(model: nn.Module) -> list[str]:
-    """Modules that transformers' loading report lists as missing: random, because the checkpoint lacks their weights.
+    """Modules that transformers' loading report lists as missing: random, because the checkpoint lacks their
+    weights.
 
     Reads the mark that ``from_pretrained`` leaves on each loaded parameter. Only modules outside of the model's
     backbone, or directly below it (a pooler), are considered. Empty for a model that was not loaded from a
@@ -40,7 +43,8 @@ class ParameterCounts:
     total: int
 
     def __str__(self) -> str:
-        return f"adapter parameters: {self.adapter:,} || head parameters: {self.head:,} || all parameters: {self.total:,}"
+        named = {"adapter": self.adapter, "head": self.head, "all": self.total}
+        return " || ".join(f"{name} parameters: {count:,}" for name, count in named.items())
 
 
 def parameter_counts(model: nn.Module) -> ParameterCounts:

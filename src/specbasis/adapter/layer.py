@@ -1,4 +1,6 @@
-"""A frozen layer and its spectral adapters: nn.Linear, transformers' Conv1D, or nn.Conv2d, with any number of adapters."""
+"""A frozen layer and its spectral adapters: nn.Linear, transformers' Conv1D, or nn.Conv2d, with any number of
+adapters.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional as F  # noqa: N812
 
 from specbasis.adapter import functional
 from specbasis.adapter.proof import Proof, align, check_format, check_stored, empty_proof, prove
@@ -41,7 +43,7 @@ class _Cores(nn.ParameterDict):
     """Trained coefficients by adapter name. Moves between devices; ``model.half()`` does not round them."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Cores:
-        super()._apply(_device_only(fn), recurse)
+        super()._apply(_device_only(fn), recurse)  # type: ignore[no-untyped-call]
         return self
 
 
@@ -52,7 +54,7 @@ class Frozen(nn.Module):
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Frozen:
-        super()._apply(_device_only(fn), recurse)
+        super()._apply(_device_only(fn), recurse)  # type: ignore[no-untyped-call]
         return self
 
     def put(self, name: str, tensor: Tensor, *, persistent: bool = True, parameter: bool = False) -> None:
@@ -69,7 +71,7 @@ class Frozen(nn.Module):
         return [*self._buffers, *self._parameters]
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor = self._parameters.get(name)
+        tensor: Tensor | None = self._parameters.get(name)
         if tensor is None:
             tensor = self._buffers[name]
         assert tensor is not None
@@ -98,11 +100,14 @@ def _device_only(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 class SpectralLinear(nn.Module):
     """A frozen layer W and adapters W' = W + U[:, k:m] C Vh[k:m, :], of which only the core is trained.
 
-    Wraps nn.Linear, transformers' Conv1D (whose weight is transposed) and nn.Conv2d (as out × in·kh·kw). The layer's
-    own forward is called wherever the route allows, so hooks, quantised weights and subclasses keep working. With the
+    Wraps nn.Linear, transformers' Conv1D (whose weight is transposed) and nn.Conv2d (as out × in·kh·kw). The
+    layer's
+    own forward is called wherever the route allows, so hooks, quantised weights and subclasses keep working.
+    With the
     core at zero the output is the base layer's, bit for bit.
 
-    Several adapters may be active at once: their updates add. ``forward(x, adapter_names=[…])`` gives every row of a
+    Several adapters may be active at once: their updates add. ``forward(x, adapter_names=[…])`` gives every row
+    of a
     batch its own adapter; adapters that share a basis share the product x Vhᵀ.
 
     Args:
@@ -153,11 +158,14 @@ class SpectralLinear(nn.Module):
         self._disable_adapters = False
         self._original: nn.Parameter | None = None
         self._unproven: set[str] = set()
+        self._exact: set[str] = (
+            set()
+        )  # adapters whose basis is that of this very weight, not of one it was rounded from
         self._rated: dict[str, tuple[Tensor, int]] = {}
         self._sources: dict[str, Callable[[], SVD]] = {}
         base_layer.requires_grad_(False)
-        self.register_load_state_dict_pre_hook(_note_loaded)
-        self.register_load_state_dict_post_hook(_prove_loaded)
+        self.register_load_state_dict_pre_hook(_note_loaded)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_prove_loaded)  # type: ignore[no-untyped-call]
         if adapter_name is not None:
             self.add(adapter_name, interval, **options)
 
@@ -253,11 +261,12 @@ class SpectralLinear(nn.Module):
     def _found(self, name: str, shard: bool) -> None:
         """Give a new adapter its basis: that of another adapter of this layer, or a computed one."""
         twin = self._twin(name)
-        if twin is not None:
+        if twin is not None and twin in self._exact:
             self._store(name, self.spectral_U[twin], self.spectral_Vh[twin], self.proof(twin), shard)
         else:
             W, basis = self.weight_matrix(), self._basis(name)
             self._store(name, basis.U, basis.Vh, prove(basis, self.settings[name].interval, W), shard)
+        self._exact.add(name)
         self._rate(name)
 
     def _basis(self, name: str) -> SVD:
@@ -268,12 +277,14 @@ class SpectralLinear(nn.Module):
 
     def _twin(self, adapter_name: str) -> str | None:
         """Another adapter with the same basis and interval, whose factors can be shared."""
-        mine = self.settings[adapter_name]
+        mine, found = self.settings[adapter_name], None
         for name, other in self.settings.items():
-            if name != adapter_name and name not in self._unproven and not self.spectral_U[name].is_meta:
-                if (other.interval, other.basis) == (mine.interval, mine.basis):
-                    return name
-        return None
+            usable = name != adapter_name and name not in self._unproven and not self.spectral_U[name].is_meta
+            if usable and (other.interval, other.basis) == (mine.interval, mine.basis):
+                found = name
+                if name in self._exact:
+                    break
+        return found
 
     def _store(self, name: str, U: Tensor, Vh: Tensor, proof: Proof, shard: bool) -> None:
         """Keep a basis and its proof; factors that another adapter already holds are shared, not copied."""
@@ -282,7 +293,9 @@ class SpectralLinear(nn.Module):
             frozen.put(
                 name, factor.detach().to(device, torch.float32).contiguous(), persistent=keep, parameter=shard
             )
-        for frozen, tensor in zip(self._proofs(), (proof.origin, proof.S, proof.sketch_U, proof.sketch_V), strict=True):
+        for frozen, tensor in zip(
+            self._proofs(), (proof.origin, proof.S, proof.sketch_U, proof.sketch_V), strict=True
+        ):
             frozen.put(name, tensor.to(device))
 
     def _proofs(self) -> tuple[Frozen, Frozen, Frozen, Frozen]:
@@ -293,10 +306,17 @@ class SpectralLinear(nn.Module):
         return Proof(*(frozen[adapter_name] for frozen in self._proofs()))
 
     def _rate(self, name: str) -> None:
-        """Note the weight by whose singular values a route may divide, if that is accurate (functional.CONDITION)."""
+        """Note the weight by whose singular values a route may divide, if that is accurate
+        (functional.CONDITION).
+        """
         self._rated.pop(name, None)
         S, base, settings = self.spectral_S[name], self.base_layer, self.settings[name]
-        if settings.basis != "pretrained" or not self.kind.folds or type(base.weight) is not nn.Parameter:
+        if (
+            name not in self._exact
+            or settings.basis != "pretrained"
+            or not self.kind.folds
+            or type(base.weight) is not nn.Parameter
+        ):
             return
         top = float(S[0]) if settings.interval[0] == 0 else float(base.weight.detach().float().norm())
         bias = getattr(base, "bias", None)
@@ -307,8 +327,10 @@ class SpectralLinear(nn.Module):
     def prove_loaded(self, adapter_name: str) -> None:
         """Make sure that loaded coefficients meet the basis they were trained in; see ``specbasis.adapter.proof``.
 
-        A stored basis is checked against its sketch and the base weight. Without one the weight is decomposed, signs are
-        set by the sketch, and every vector is compared. An adapter for which nothing was loaded gets its basis here.
+        A stored basis is checked against its sketch and the base weight. Without one the weight is decomposed,
+        signs are
+        set by the sketch, and every vector is compared. An adapter for which nothing was loaded gets its basis
+        here.
 
         Raises:
             InputError: the basis is not the trained one, with the reason.
@@ -322,25 +344,32 @@ class SpectralLinear(nn.Module):
             return
         if bool(proof.origin.any()) and proof.interval != settings.interval:
             raise InputError(
-                f"{name}: the file's coefficients are for ranks [{proof.interval[0]}, {proof.interval[1]}), the configuration "
-                f"says [{settings.interval[0]}, {settings.interval[1]}); the folder mixes two adapters: save it again"
+                f"{name}: the file's coefficients are for ranks [{proof.interval[0]}, {proof.interval[1]}), the "
+                f"configuration "
+                f"says [{settings.interval[0]}, {settings.interval[1]}); the folder mixes two adapters: save it "
+                f"again"
             )
         U, Vh = self.spectral_U[adapter_name], self.spectral_Vh[adapter_name]
         if settings.keep_basis:
-            check_stored(proof, U, Vh, W, name, singular=settings.basis == "pretrained")
+            exact = check_stored(proof, U, Vh, W, name, singular=settings.basis == "pretrained")
             twin = self._twin(adapter_name)
-            if twin is not None and torch.equal(self.spectral_U[twin], U) and torch.equal(self.spectral_Vh[twin], Vh):
+            if (
+                twin is not None
+                and torch.equal(self.spectral_U[twin], U)
+                and torch.equal(self.spectral_Vh[twin], Vh)
+            ):
                 self._store(adapter_name, self.spectral_U[twin], self.spectral_Vh[twin], proof, shard)
         else:
             twin = self._twin(adapter_name)
             if twin is not None and self._same_proof(adapter_name, twin):
-                U, Vh = self.spectral_U[twin], self.spectral_Vh[twin]
+                U, Vh, exact = self.spectral_U[twin], self.spectral_Vh[twin], twin in self._exact
             else:
                 check_format(proof, W, name)
                 found = align(proof, self._basis(adapter_name), W, name)
-                U, Vh = found.U, found.Vh
+                U, Vh, exact = found.U, found.Vh, True
             self._store(adapter_name, U, Vh, proof, shard)
         self._unproven.discard(adapter_name)
+        (self._exact.add if exact else self._exact.discard)(adapter_name)
         self._rate(adapter_name)
 
     def _same_proof(self, one: str, other: str) -> bool:
@@ -361,7 +390,9 @@ class SpectralLinear(nn.Module):
         """
         self._settle(adapter_name)
         C = self.core(adapter_name).detach().double()
-        matrix = functional.delta(self.spectral_U[adapter_name].double(), C, self.spectral_Vh[adapter_name].double())
+        matrix = functional.delta(
+            self.spectral_U[adapter_name].double(), C, self.spectral_Vh[adapter_name].double()
+        )
         stored = self.stored_weight()
         dtype = stored.dtype if stored.is_floating_point() else torch.float32
         return self.kind.stored(matrix, innermost(self)).to(dtype)
@@ -372,7 +403,8 @@ class SpectralLinear(nn.Module):
                 self.prove_loaded(name)
 
     def merged_weight(self, adapter_names: list[str]) -> Tensor:
-        """The frozen weight plus the updates of these adapters, summed in float64, in the weight's layout and dtype.
+        """The frozen weight plus the updates of these adapters, summed in float64, in the weight's layout and
+        dtype.
 
         Raises:
             InputError: the sum is not finite.
@@ -383,7 +415,9 @@ class SpectralLinear(nn.Module):
             C = self.core(name).detach().double()
             W = W + functional.delta(self.spectral_U[name].double(), C, self.spectral_Vh[name].double())
         stored = self.stored_weight()
-        return self.kind.stored(W, innermost(self)).to(stored.dtype if stored.is_floating_point() else torch.float32)
+        return self.kind.stored(W, innermost(self)).to(
+            stored.dtype if stored.is_floating_point() else torch.float32
+        )
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put W + Σ U C Vh in place of the frozen weight, which is kept aside: ``unmerge`` restores its very bits.
@@ -404,7 +438,8 @@ class SpectralLinear(nn.Module):
         weight = self.merged_weight([*self.merged_adapters, *names])
         if safe_merge and not bool(torch.isfinite(weight).all()):
             raise ValueError(
-                f"NaNs detected in the merged weights of {self.module_name}. The adapter {', '.join(names)} seems to be broken"
+                f"NaNs detected in the merged weights of {self.module_name}. The adapter {', '.join(names)} "
+                f"seems to be broken"
             )
         original = innermost(self).weight
         if self._original is None:
@@ -423,9 +458,13 @@ class SpectralLinear(nn.Module):
         current = innermost(self).weight
         assert isinstance(current, Tensor)
         if current.device != self._original.device or (
-            current.dtype != self._original.dtype and self._original.is_floating_point() and current.is_floating_point()
+            current.dtype != self._original.dtype
+            and self._original.is_floating_point()
+            and current.is_floating_point()
         ):
-            self._original.data = self._original.data.to(current.device, current.dtype)  # the model was moved meanwhile
+            self._original.data = self._original.data.to(
+                current.device, current.dtype
+            )  # the model was moved meanwhile
         innermost(self).weight = self._original
         self._original = None
         self.merged_adapters.clear()
@@ -470,11 +509,13 @@ class SpectralLinear(nn.Module):
             return functional.inner(x, U, S, C, Vh, lambda moved: self._base(moved, *args, **kwargs))
         y = self._base(x, *args, **kwargs)
         if route == "outer":
-            return functional.outer(y, bias, U, S, C)  # type: ignore[arg-type]
+            return functional.outer(y, bias, U, S, C)
         return y + self._update(x, name).to(y.dtype)
 
     def _route(self, x: Tensor, name: str) -> functional.Route:
-        """Which of the equal ways to compute the adapted output costs least; any but the first needs float32 or 64."""
+        """Which of the equal ways to compute the adapted output costs least; any but the first needs float32
+        or 64.
+        """
         base, dropout = self.base_layer, self.spectral_dropout[name]
         bias, rated = getattr(base, "bias", None), self._rated.get(name)
         exact = (
@@ -490,9 +531,15 @@ class SpectralLinear(nn.Module):
             return "factored"
         out, in_ = self.spectral_U[name].shape[0], self.spectral_Vh[name].shape[1]
         candidates: list[functional.Route] = ["factored"]
-        if type(base) is nn.Linear and not base._forward_hooks and not base._forward_pre_hooks and "forward" not in vars(base):
+        if (
+            type(base) is nn.Linear
+            and not base._forward_hooks
+            and not base._forward_pre_hooks
+            and "forward" not in vars(base)
+        ):
             candidates.append("folded")
-        # Only for the very weight that was decomposed: another one has other singular vectors. Compiled code cannot tell.
+        # Only for the very weight that was decomposed: another one has other singular vectors. Compiled code
+        # cannot tell.
         if (
             rated is not None
             and not torch.compiler.is_compiling()
@@ -530,7 +577,9 @@ class SpectralLinear(nn.Module):
                 f"{len(adapter_names)} and {len(x)} respectively."
             )
         if self.merged_adapters:
-            raise ValueError("Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first.")
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
         y = self._base(x, *args, **kwargs)
         names = sorted({name for name in adapter_names if name in self.settings})
         self._settle(*names)
@@ -554,7 +603,7 @@ class SpectralLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SpectralLinear:
         """Move, then share again the factors that were shared: moving copies every buffer on its own."""
         groups = self._by_basis([name for name in self.settings if not self.spectral_U[name].is_meta])
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for first, *others in groups:
             for name in others:
                 for frozen in (self.spectral_U, self.spectral_Vh):
@@ -563,6 +612,7 @@ class SpectralLinear(nn.Module):
         return self
 
     def extra_repr(self) -> str:
+        """Adapters and their ranks, for printing a model."""
         return ", ".join(f"{name}: ranks [{s.interval[0]}, {s.interval[1]})" for name, s in self.settings.items())
 
 
@@ -585,18 +635,18 @@ def check_interval(interval: tuple[int, int], shape: tuple[int, int], name: str)
         raise InputError(f"{name}: got interval = {interval!r}; want two ranks (k, m)") from None
     if not 0 <= k < m <= min(shape):
         raise InputError(
-            f"{name}: got interval [{k}, {m}) for a weight of {shape[0]} × {shape[1]}, which has {min(shape)} singular values; "
+            f"{name}: got interval [{k}, {m}) for a weight of {shape[0]} × {shape[1]}, which has {min(shape)} "
+            f"singular values; "
             f"want 0 <= k < m <= {min(shape)}: lower the rank, or give this layer its own interval"
         )
     return k, m
 
 
-def compute_basis(
-    W: Float[Tensor, "out in"], interval: tuple[int, int], kind: str, name: str = "matrix"
-) -> SVD:
+def compute_basis(W: Float[Tensor, "out in"], interval: tuple[int, int], kind: str, name: str = "matrix") -> SVD:
     """Frozen vectors for ranks [k, m): the singular vectors of W ("pretrained"), or random ones ("random").
 
-    Random vectors are orthonormal, uniform, and the same for every weight of one shape (a fixed seed). They come with
+    Random vectors are orthonormal, uniform, and the same for every weight of one shape (a fixed seed). They come
+    with
     the singular values of W on the interval as their scale.
 
     Raises:
@@ -616,9 +666,7 @@ def compute_basis(
     return SVD(U, svd.S, V.mT.contiguous(), svd.spectrum, svd.spectrum_error, svd.residual, svd.gap)
 
 
-def _note_loaded(
-    module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
-) -> None:
+def _note_loaded(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Coefficients are about to be replaced: they must be proven again."""
     assert isinstance(module, SpectralLinear)
     for name in module.settings:
@@ -650,7 +698,7 @@ class _Kind:
         if isinstance(layer, nn.Conv2d):
             return layer.out_channels, layer.in_channels // layer.groups * math.prod(layer.kernel_size)
         if isinstance(layer, nn.Linear) or hasattr(layer, "in_features"):
-            return layer.out_features, layer.in_features
+            return int(layer.out_features), int(layer.in_features)  # type: ignore[arg-type]
         weight = layer.weight
         assert isinstance(weight, Tensor)
         in_, out = weight.shape
@@ -676,10 +724,10 @@ _CONV1D = _Kind(
 _CONV2D = _Kind(
     False,
     lambda W: W.flatten(1),
-    lambda D, layer: D.unflatten(1, layer.weight.shape[1:]),
+    lambda D, layer: D.reshape(layer.weight.shape),
     # The layer's own forward knows stride, padding, padding mode and dilation; every group sees the same Vh.
     lambda x, Vh, layer: layer._conv_forward(
-        x, Vh.unflatten(1, layer.weight.shape[1:]).repeat(layer.groups, 1, 1, 1).to(x.dtype), None
+        x, Vh.view(-1, *layer.weight.shape[1:]).repeat(layer.groups, 1, 1, 1).to(x.dtype), None
     ),
     lambda z, C: F.conv2d(z, C.repeat(z.shape[-3] // len(C), 1)[:, :, None, None], groups=z.shape[-3] // len(C)),
     lambda t, U, layer: F.conv2d(t, U[:, :, None, None], groups=layer.groups),
@@ -700,6 +748,7 @@ def _kind_of(layer: nn.Module, name: str) -> _Kind:
     if isinstance(inner, nn.Linear) or (hasattr(inner, "in_features") and hasattr(inner, "out_features")):
         return _LINEAR
     raise InputError(
-        f"{name}: got a {type(inner).__name__}; a spectral adapter wraps nn.Linear, transformers' Conv1D and nn.Conv2d: leave "
+        f"{name}: got a {type(inner).__name__}; a spectral adapter wraps nn.Linear, transformers' Conv1D and "
+        f"nn.Conv2d: leave "
         "this module out of target_modules"
     )

@@ -3,7 +3,8 @@
     from specbasis.adapter import SpectralConfig
     model = peft.get_peft_model(base, SpectralConfig(rank=300, blocks_to_transform=[-2, -1]))
 
-PEFT's list of methods is a closed enumeration; `register` adds one member to it, once. Everything mathematical is in
+PEFT's list of methods is a closed enumeration; `register` adds one member to it, once. Everything mathematical
+is in
 `layer`, `functional` and `proof`, which know nothing of PEFT.
 """
 
@@ -18,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import peft
 import torch
@@ -54,15 +55,15 @@ FILE_NAME = f"{NAME}: run `from specbasis.adapter import SpectralConfig` first"
 
 
 @dataclass
-class SpectralConfig(PeftConfig):  # type: ignore[misc]
+class SpectralConfig(PeftConfig):
     """Configuration of a spectral adapter: W' = W + U[:, k:m] M Vh[k:m, :], only M trained.
 
     Args:
         interval: ranks [k, m) of the singular vectors, 0-based, m excluded; default (0, 300).
         rank: shorthand for interval (0, rank).
         interval_pattern: intervals of single layers: {regular expression at the end of the module name: (k, m)}.
-        target_modules: names (endings) of modules, a regular expression, or "all-linear"; by default both matrices of
-            every feed-forward network, where the architecture is known.
+        target_modules: names (endings) of modules, a regular expression, or "all-linear"; by default both matrices
+            of every feed-forward network, where the architecture is known.
         exclude_modules: names or a regular expression of modules to leave out.
         blocks_to_transform: indices of the blocks to adapt; negative ones count from the last block.
         layers_pattern: name of the list of blocks, where a module's name holds several numbers.
@@ -71,7 +72,8 @@ class SpectralConfig(PeftConfig):  # type: ignore[misc]
             of the same matrix in another checkpoint.
         init: "zero" (the model starts bit-equal to its base) or "normal" (small random coefficients).
         dropout: share of input features dropped on the adapter's path in training.
-        save_basis: put U and Vh into the adapter file. Without, loading decomposes the base again and refuses if any
+        save_basis: put U and Vh into the adapter file. Without, loading decomposes the base again and refuses if
+        any
             vector is not the trained one; the file is then little more than M.
         basis_file: a base-level basis file that many adapters share: read if it exists, written if not. Not saved.
         modules_to_save: modules trained and saved whole. A task head and pooler that the base checkpoint lacks are
@@ -111,11 +113,15 @@ class SpectralConfig(PeftConfig):  # type: ignore[misc]
         if self.basis not in ("pretrained", "random") and not self.basis.startswith("from:"):
             raise InputError(f"got basis = {self.basis!r}; want 'pretrained', 'random' or 'from:PATH'")
         if self.basis.startswith("from:") and not self.save_basis:
-            raise InputError(f"got basis = {self.basis!r} with save_basis = False; want save_basis = True: a path is no proof")
+            raise InputError(
+                f"got basis = {self.basis!r} with save_basis = False; want save_basis = True: a path is no proof"
+            )
         if not 0 <= self.dropout < 1:
             raise InputError(f"got dropout = {self.dropout}; want 0 <= dropout < 1")
         if self.file_format not in (None, 1):
-            raise InputError(f"the adapter folder has format {self.file_format}; this version of specbasis reads 1: upgrade it")
+            raise InputError(
+                f"the adapter folder has format {self.file_format}; this version of specbasis reads 1: upgrade it"
+            )
 
     target_parameters = None
     bias = "none"
@@ -142,7 +148,9 @@ class SpectralConfig(PeftConfig):  # type: ignore[misc]
         return {**fields, "peft_type": FILE_NAME, "file_format": 1}
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> Any:
         """Load a configuration; remembers a local folder, so that an incomplete one is refused before injection."""
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         folder = Path(pretrained_model_name_or_path, subfolder or "")
@@ -150,7 +158,7 @@ class SpectralConfig(PeftConfig):  # type: ignore[misc]
         return config
 
 
-class SpectralLayer(SpectralLinear, BaseTunerLayer):  # type: ignore[misc]
+class SpectralLayer(SpectralLinear, BaseTunerLayer):
     """`SpectralLinear` with the bookkeeping that PEFT expects of a tuner layer, and quantised base layers."""
 
     def __init__(self, base_layer: nn.Module, module_name: str, quantization: dict[str, Any]) -> None:
@@ -171,18 +179,24 @@ class SpectralLayer(SpectralLinear, BaseTunerLayer):  # type: ignore[misc]
         """Forget an adapter."""
         super().delete_adapter(adapter_name)
         self._unproven.discard(adapter_name)
+        self._exact.discard(adapter_name)
         self._rated.pop(adapter_name, None)
         self._sources.pop(adapter_name, None)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Put the sum in place of the frozen weight; see `SpectralLinear.merge`. A quantised sum is rounded again."""
+        """Put the sum in place of the frozen weight; see `SpectralLinear.merge`. A quantised sum is rounded
+        again.
+        """
         names = check_adapters_to_merge(self, adapter_names)
         backend = self.quantization_backend
         if names and backend is not None:
             if not backend.supports_merge:
-                raise ValueError(f"{self.module_name}: merging into {backend.backend_name} weights is not supported by PEFT")
+                raise ValueError(
+                    f"{self.module_name}: merging into {backend.backend_name} weights is not supported by PEFT"
+                )
             warnings.warn(
-                f"{self.module_name}: the merged weight is quantised again with {backend.backend_name}; its rounding changes "
+                f"{self.module_name}: the merged weight is quantised again with {backend.backend_name}; its "
+                f"rounding changes "
                 "the model. Merge into the unquantised base for an exact result",
                 stacklevel=2,
             )
@@ -206,14 +220,17 @@ class SpectralLayer(SpectralLinear, BaseTunerLayer):  # type: ignore[misc]
             return
         base = innermost(self)
         if self._kept is None:
-            # bitsandbytes keeps half of a quantised weight in the layer's state and PEFT rewrites the old weight's marks.
+            # bitsandbytes keeps half of a quantised weight in the layer's state and PEFT rewrites the old
+            # weight's marks.
             self._kept = getattr(base, "state", None), dict(vars(self._original))
             if self._kept[0] is not None:
-                base.state = copy.copy(base.state)
-        self.set_base_weight(weight)
+                base.state = copy.copy(self._kept[0])
+        self.quantization_backend.set_base_weight(self, weight)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Move an adapter's tensors next to the weight, and keep their dtype: float16 coefficients are other ones."""
+        """Move an adapter's tensors next to the weight, and keep their dtype: float16 coefficients are other
+        ones.
+        """
         device = device or self.stored_weight().device
         M = self.spectral_M
         if adapter_name in M and not M[adapter_name].is_meta:
@@ -229,12 +246,12 @@ class SpectralLayer(SpectralLinear, BaseTunerLayer):  # type: ignore[misc]
         return "spectral." + super().__repr__()
 
 
-class SpectralModel(BaseTuner):  # type: ignore[misc]
+class SpectralModel(BaseTuner):
     """A model with spectral adapters in place of its target layers."""
 
     prefix = "spectral_"
     tuner_layer_cls = SpectralLayer
-    target_module_mapping: dict[str, list[str]] = {}
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Replace the target layers; see PEFT. Adds modules that the base checkpoint lacks to ``modules_to_save``.
@@ -254,7 +271,9 @@ class SpectralModel(BaseTuner):  # type: ignore[misc]
             bases.save_bases(config.basis_file, self.spectral_layers(), adapter_name)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """Replace a submodule; a trained module saved whole may have parts instead of a weight, such as a pooler."""
+        """Replace a submodule; a trained module saved whole may have parts instead of a weight, such as a
+        pooler.
+        """
         if isinstance(child, AuxiliaryTrainingWrapper):
             setattr(parent, child_name, new_module)
         else:
@@ -288,7 +307,7 @@ class SpectralModel(BaseTuner):  # type: ignore[misc]
 
     def _prepare_adapter_config(self, peft_config: SpectralConfig, model_config: dict[str, Any]) -> SpectralConfig:
         if peft_config.target_modules is None:
-            peft_config.target_modules = _feed_forward(self.model)
+            peft_config.target_modules = sorted(_feed_forward(self.model))
         return peft_config
 
     def _create_and_replace(
@@ -338,10 +357,13 @@ class SpectralModel(BaseTuner):  # type: ignore[misc]
         beams = kwargs.get("num_beams") or 1
         decoder_names = [name for name in names for _ in range(beams)]
         encoder = getattr(self.model, "get_encoder", lambda: None)() if beams > 1 else None
-        in_encoder = set(encoder.modules()) if isinstance(encoder, nn.Module) and encoder is not self.model else set()
+        in_encoder = (
+            set(encoder.modules()) if isinstance(encoder, nn.Module) and encoder is not self.model else set()
+        )
         handles = [
             module.register_forward_pre_hook(
-                functools.partial(_with_adapter_names, names if module in in_encoder else decoder_names), with_kwargs=True
+                functools.partial(_with_adapter_names, names if module in in_encoder else decoder_names),
+                with_kwargs=True,
             )
             for module in self.modules()
             if isinstance(module, (SpectralLayer, AuxiliaryTrainingWrapper))
@@ -365,7 +387,9 @@ class SpectralModel(BaseTuner):  # type: ignore[misc]
         if combination_type != "linear":
             raise InputError(f"got combination_type = {combination_type!r}; want 'linear', which is exact here")
         if len(adapters) != len(weights) or not adapters:
-            raise InputError(f"got {len(adapters)} adapters and {len(weights)} weights; want one weight for each adapter")
+            raise InputError(
+                f"got {len(adapters)} adapters and {len(weights)} weights; want one weight for each adapter"
+            )
         for name in adapters:
             if name not in self.peft_config:
                 raise InputError(f"got adapter {name!r}; want one of {sorted(self.peft_config)}")
@@ -373,13 +397,22 @@ class SpectralModel(BaseTuner):  # type: ignore[misc]
             raise InputError(f"an adapter {adapter_name!r} exists already; choose a new name")
         configs = [self.peft_config[name] for name in adapters]
         if len({(config.basis, config.scale) for config in configs}) > 1:
-            raise InputError(f"{', '.join(adapters)} have different bases or scales: their coefficients cannot be added")
+            raise InputError(
+                f"{', '.join(adapters)} have different bases or scales: their coefficients cannot be added"
+            )
         parts = {
-            name: [(weight, adapter) for weight, adapter in zip(weights, adapters, strict=True) if adapter in layer.settings]
+            name: [
+                (weight, adapter)
+                for weight, adapter in zip(weights, adapters, strict=True)
+                if adapter in layer.settings
+            ]
             for name, layer in self.spectral_layers().items()
         }
         unions = {
-            name: _union([layer.settings[adapter].interval for _, adapter in parts[name]], layer.settings[parts[name][0][1]].basis)
+            name: _union(
+                [layer.settings[adapter].interval for _, adapter in parts[name]],
+                layer.settings[parts[name][0][1]].basis,
+            )
             for name, layer in self.spectral_layers().items()
             if parts[name]
         }
@@ -413,7 +446,8 @@ class SpectralModel(BaseTuner):  # type: ignore[misc]
 
 
 def _relative_signs(layer: SpectralLayer, new: str, old: str, start: int, stop: int) -> Tensor:
-    """Sign of each vector of one adapter's basis relative to another's; refused where they are not the same vectors.
+    """Sign of each vector of one adapter's basis relative to another's; refused where they are not the same
+    vectors.
 
     Raises:
         InputError: the two adapters hold different vectors.
@@ -421,7 +455,8 @@ def _relative_signs(layer: SpectralLayer, new: str, old: str, start: int, stop: 
     products = (layer.spectral_U[new][:, start:stop] * layer.spectral_U[old]).sum(0)
     if not bool(((products.abs() - 1).abs() < 1e-4).all()):
         raise InputError(
-            f"{layer.module_name}: adapter {old!r} holds other singular vectors than the base gives now; add the adapters' "
+            f"{layer.module_name}: adapter {old!r} holds other singular vectors than the base gives now; add "
+            f"the adapters' "
             "exported LoRA instead"
         )
     return torch.sign(products)
@@ -429,7 +464,9 @@ def _relative_signs(layer: SpectralLayer, new: str, old: str, start: int, stop: 
 
 def _union(intervals: list[tuple[int, int]], basis: str) -> tuple[int, int]:
     if basis == "random" and len(set(intervals)) > 1:
-        raise InputError("random bases on different intervals are different vectors: their coefficients cannot be added")
+        raise InputError(
+            "random bases on different intervals are different vectors: their coefficients cannot be added"
+        )
     return min(k for k, _ in intervals), max(m for _, m in intervals)
 
 
@@ -457,22 +494,29 @@ def _resolve_blocks(config: SpectralConfig, model: nn.Module) -> None:
         return
     count = getattr(getattr(model, "config", None), "num_hidden_layers", None)
     if count is None or min(listed) < -count:
-        raise InputError(f"got blocks_to_transform = {blocks} for a model with {count} blocks; want indices of its blocks")
+        raise InputError(
+            f"got blocks_to_transform = {blocks} for a model with {count} blocks; want indices of its blocks"
+        )
     config.blocks_to_transform = [block % count for block in listed]
 
 
 def _add_fresh_modules(config: SpectralConfig, model: nn.Module) -> None:
-    """Train and save the head and pooler that the base checkpoint lacks; refuse a file that does not restore them."""
+    """Train and save the head and pooler that the base checkpoint lacks; refuse a file that does not restore
+    them.
+    """
     fresh = fresh_modules(model)
     given = config.modules_to_save or []
-    missing = [name for name in fresh if not any(re.match(rf"(^|.*\.){given_name}($|\..*)", name) for given_name in given)]
+    missing = [
+        name for name in fresh if not any(re.match(rf"(^|.*\.){given_name}($|\..*)", name) for given_name in given)
+    ]
     if config.file_format is None:
         if missing:
             config.modules_to_save = [*given, *missing]
         return
     if missing:
         raise InputError(
-            f"{', '.join(missing)}: random in this base (its checkpoint has no such weights), and the adapter does not bring "
+            f"{', '.join(missing)}: random in this base (its checkpoint has no such weights), and the adapter "
+            f"does not bring "
             "them; load the base checkpoint that the adapter was trained on, with its head"
         )
     folder = getattr(config, "_folder", None)
@@ -482,7 +526,8 @@ def _add_fresh_modules(config: SpectralConfig, model: nn.Module) -> None:
         lacking = [name for name in fresh if not any(f".{name}." in key for key in names)]
         if lacking:
             raise InputError(
-                f"{folder}: the adapter file lacks {', '.join(lacking)}, which is random in this base; predictions would be "
+                f"{folder}: the adapter file lacks {', '.join(lacking)}, which is random in this base; "
+                f"predictions would be "
                 "random. Save the adapter again with its head"
             )
 
@@ -493,7 +538,7 @@ def _feed_forward(model: nn.Module) -> set[str]:
     Raises:
         InputError: the architecture is not known.
     """
-    matrices = model_map(open_checkpoint({name: tensor for name, tensor in model.state_dict().items()})).matrices
+    matrices = model_map(open_checkpoint(dict(model.state_dict()))).matrices
     names = {ref.parameter.removesuffix(".weight") for ref in matrices if ref.key.role.startswith("ffn.")}
     if not names:
         raise InputError(
@@ -535,7 +580,9 @@ def register() -> None:
         type.__setattr__(PeftType, NAME, member)
     known = PEFT_TYPE_TO_CONFIG_MAPPING.get(PeftType[NAME])
     if known is None:
-        register_peft_method(name=NAME.lower(), config_cls=SpectralConfig, model_cls=SpectralModel, prefix="spectral_")
+        register_peft_method(
+            name=NAME.lower(), config_cls=SpectralConfig, model_cls=SpectralModel, prefix="spectral_"
+        )
         PEFT_TYPE_TO_CONFIG_MAPPING[FILE_NAME] = SpectralConfig
     elif known is not SpectralConfig:
         raise InputError(f"peft {peft.__version__} has a method {NAME} of its own; upgrade specbasis")

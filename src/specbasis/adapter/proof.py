@@ -80,12 +80,17 @@ class Proof:
 def empty_proof(r: int) -> Proof:
     """A proof of the right shapes that proves nothing: to be filled from a file."""
     return Proof(
-        torch.zeros(_FIELDS + 4, dtype=torch.int64), torch.zeros(r), torch.zeros(r, COLUMNS), torch.zeros(r, COLUMNS)
+        torch.zeros(_FIELDS + 4, dtype=torch.int64),
+        torch.zeros(r),
+        torch.zeros(r, COLUMNS),
+        torch.zeros(r, COLUMNS),
     )
 
 
 def prove(basis: SVD, interval: tuple[int, int], W: Float[Tensor, "out in"]) -> Proof:
-    """The proof of a basis that was chosen for W: its origin, values and sketch. Costs COLUMNS·(out + in)·r flops."""
+    """The proof of a basis that was chosen for W: its origin, values and sketch. Costs COLUMNS·(out + in)·r
+    flops.
+    """
     dtype = str(W.dtype).removeprefix("torch.")
     head = [*interval, *W.shape, _DTYPES.index(dtype) if dtype in _DTYPES else 1, SEED]
     return Proof(
@@ -124,13 +129,14 @@ def align(proof: Proof, basis: SVD, W: Float[Tensor, "out in"], name: str) -> SV
     """A recomputed basis with its signs set by the sketch, or a refusal.
 
     Raises:
-        InputError: W has another shape, or a vector or value differs from the trained one by more than TOLERANCE; the
+        InputError: W has another shape, or a vector or value differs from the trained one by more than
+        TOLERANCE; the
             message says why (rounded base, other revision, near-equal singular values).
     """
     check_format(proof, W, name)
     here = (sketch(basis.U), sketch(basis.Vh.mT))
     there = (proof.sketch_U.cpu().double(), proof.sketch_V.cpu().double())
-    agreement = sum((a * b).sum(1) for a, b in zip(here, there, strict=True))
+    agreement = torch.stack([(a * b).sum(1) for a, b in zip(here, there, strict=True)]).sum(0)
     sign = torch.where(agreement < 0, -1.0, 1.0).to(torch.float64)
     off = _distance(sign, here, there)
     change = ((basis.S.cpu().double() - proof.S.cpu().double()).abs() / basis.spectrum[0].cpu()).max().item()
@@ -144,7 +150,13 @@ def align(proof: Proof, basis: SVD, W: Float[Tensor, "out in"], name: str) -> SV
         )
     sign = sign.to(basis.U.device, basis.U.dtype)
     return SVD(
-        basis.U * sign, basis.S, basis.Vh * sign[:, None], basis.spectrum, basis.spectrum_error, basis.residual, basis.gap
+        basis.U * sign,
+        basis.S,
+        basis.Vh * sign[:, None],
+        basis.spectrum,
+        basis.spectrum_error,
+        basis.residual,
+        basis.gap,
     )
 
 
@@ -156,12 +168,17 @@ def check_stored(
     name: str,
     *,
     singular: bool,
-) -> None:
+) -> bool:
     """Compare a basis that came with the adapter with its sketch and with the base weight.
 
     A basis of singular vectors (``singular``) must still nearly satisfy W v = σ u and Wᵀ u = σ v: within twice the
-    root-mean-square effect of rounding W to the coarser of its own and the trained dtype. Such a base is accepted with
-    a warning, as the update itself is unchanged. Costs 8·out·in·r flops when the base is not bit-equal, else a hash.
+    root-mean-square effect of rounding W to the coarser of its own and the trained dtype. Such a base is
+    accepted with
+    a warning, as the update itself is unchanged. Costs 8·out·in·r flops when the base is not bit-equal, else a
+    hash.
+
+    Returns:
+        Whether the base weight holds the very values that the adapter was trained on.
 
     Raises:
         InputError: the basis is damaged, or the base is not the one that the adapter was trained on.
@@ -172,14 +189,16 @@ def check_stored(
     off = _distance(signs, (sketch(U), sketch(Vh.mT)), there)
     if not bool((off <= TOLERANCE).all()):
         raise InputError(
-            f"{name}: {int((~(off <= TOLERANCE)).sum())} of {len(off)} stored singular vectors differ from their sketch "
+            f"{name}: {int((~(off <= TOLERANCE)).sum())} of {len(off)} stored singular vectors differ from "
+            f"their sketch "
             "in the same file; the adapter file is damaged: fetch or save it again"
         )
     if weight_digest(W) == proof.digest:
-        return
+        return True
     if not singular:  # a random basis or one of another model has no relation to W to be checked
         raise InputError(
-            f"{name}: the base weight is not the one that the adapter was trained on; load the base of the same revision "
+            f"{name}: the base weight is not the one that the adapter was trained on; load the base of the same "
+            f"revision "
             f"in {proof.dtype}"
         )
     A = W.detach().to(U.device, torch.float64)
@@ -191,15 +210,19 @@ def check_stored(
     if not bool((residual <= allowed).all()):
         worst = int((residual / allowed).argmax())
         raise InputError(
-            f"{name}: the stored singular vectors are not those of this base (rank {proof.interval[0] + worst + 1}: "
-            f"‖W v − σ u‖ = {residual[worst]:.2g}, rounding to {grid} explains {allowed[worst]:.2g}); it is another "
+            f"{name}: the stored singular vectors are not those of this base (rank "
+            f"{proof.interval[0] + worst + 1}: "
+            f"‖W v − σ u‖ = {residual[worst]:.2g}, rounding to {grid} explains {allowed[worst]:.2g}); it is "
+            f"another "
             "model or revision: load the base that the adapter was trained on"
         )
     warnings.warn(
-        f"{name}: the base weight is a {grid} rounding of the one that the adapter was trained on ({proof.dtype}); the "
+        f"{name}: the base weight is a {grid} rounding of the one that the adapter was trained on "
+        f"({proof.dtype}); the "
         "update is the trained one, the frozen weight is rounded",
         stacklevel=2,
     )
+    return False
 
 
 def check_format(proof: Proof, W: Float[Tensor, "out in"], name: str) -> None:
@@ -212,7 +235,8 @@ def check_format(proof: Proof, W: Float[Tensor, "out in"], name: str) -> None:
         )
     if seed != SEED:
         raise InputError(
-            f"{name}: the sketch in the adapter file was made with seed {seed}, this version knows {SEED}; use the version "
+            f"{name}: the sketch in the adapter file was made with seed {seed}, this version knows {SEED}; use "
+            f"the version "
             "of specbasis that saved it"
         )
     if proof.shape != tuple(W.shape):
@@ -223,23 +247,27 @@ def check_format(proof: Proof, W: Float[Tensor, "out in"], name: str) -> None:
 
 
 def _distance(sign: Tensor, here: tuple[Tensor, Tensor], there: tuple[Tensor, Tensor]) -> Tensor:
-    """Estimated distance of each pair (u, v) from the trained one: root mean square over the sketch's directions."""
-    squares = sum((sign[:, None] * a - b).square().sum(1) for a, b in zip(here, there, strict=True))
-    assert isinstance(squares, Tensor)
-    return (squares / (2 * COLUMNS)).sqrt()
+    """Estimated distance of each pair (u, v) from the trained one: root mean square over the sketch's
+    directions.
+    """
+    squares = [(sign[:, None] * a - b).square().sum(1) for a, b in zip(here, there, strict=True)]
+    return (torch.stack(squares).sum(0) / (2 * COLUMNS)).sqrt()
 
 
 def _reason(proof: Proof, basis: SVD, W: Tensor, off: Tensor, change: float, name: str) -> str:
     """Why a recomputed basis is not the trained one, in one line."""
     bad = ~(off <= TOLERANCE)
     worst = int(off.argmax())
-    start = f"{name}: {int(bad.sum())} of {len(off)} singular vectors are not those that the adapter was trained in "
+    start = (
+        f"{name}: {int(bad.sum())} of {len(off)} singular vectors are not those that the adapter was trained in "
+    )
     start += f"(rank {proof.interval[0] + worst + 1} is off by {off[worst]:.2g}, allowed {TOLERANCE:.1g}): "
     grid = _grid(W)
     if weight_digest(W) == proof.digest:
         gap = float(basis.relative_gap[worst])
         return (
-            start + f"the weight is the same, but its singular values are too close to fix single vectors (relative gap "
+            start
+            + f"the weight is the same, but its singular values are too close to fix single vectors (relative gap "
             f"{gap:.1g}); load an adapter that was saved with save_basis=True"
         )
     if _ROUNDOFF[grid] > _ROUNDOFF.get(proof.dtype, 0.0):
@@ -248,7 +276,9 @@ def _reason(proof: Proof, basis: SVD, W: Tensor, off: Tensor, change: float, nam
             f"{proof.dtype}, or an adapter that was saved with save_basis=True"
         )
     return (
-        start + f"the base weight is another one (singular values changed by up to {change:.2g} of the largest); load the "
+        start
+        + f"the base weight is another one (singular values changed by up to {change:.2g} of the largest); load "
+        f"the "
         "base that the adapter was trained on"
     )
 
