@@ -384,9 +384,10 @@ def pair(base: Checkpoint, tuned: Checkpoint, *, common_rows: bool = False) -> P
 
 
 class _Names:
-    """A checkpoint's names without wrappers, grouped by skeleton: the name with every number set to 0.
+    """A checkpoint's names without wrappers, grouped by skeleton: the name with its numbers set to 00.
 
-    A model of 20 000 tensors has a few hundred skeletons, and patterns are tried on those alone.
+    A model of 20 000 tensors has a few hundred skeletons, and patterns are tried on those alone. Numbers that a
+    pattern spells out (net.2) stay.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -394,7 +395,7 @@ class _Names:
         self.config = checkpoint.config
         self.bare = {name: _bare(name) for name in checkpoint.entries}
         self.stored = {bare: name for name, bare in self.bare.items()}
-        self.skeleton = {name: _NUMBER.sub("0", bare) for name, bare in self.bare.items()}
+        self.skeleton = {name: _skeleton(bare) for name, bare in self.bare.items()}
         self.examples: dict[str, tuple[int, ...]] = {}
         for name, skeleton in self.skeleton.items():
             self.examples.setdefault(skeleton, checkpoint.entries[name].shape)
@@ -453,7 +454,25 @@ class _Draft:
     named: bool
 
 
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+_NUMBER = re.compile(r"(\w*\.|^)(\d+)(?=\.|$)")
+
+
+def _skeleton(name: str) -> str:
+    literal = _literal_numbers()
+    return _NUMBER.sub(lambda found: found[0] if found[0] in literal else f"{found[1]}00", name)
+
+
+@cache
+def _literal_numbers() -> frozenset[str]:
+    """Every number that a pattern spells out, with the component before it: ``net.2``."""
+    texts = (text for family in families() for text in _patterns(family))
+    return frozenset(found[0] for text in texts for found in _NUMBER.finditer(text))
+
+
+def _patterns(family: Family) -> Iterator[str]:
+    yield from (anchor["name"] for anchor in family.recognised_by)
+    yield from (entry["name"] for entry in family.matrices)
+    yield from (*family.beside, *family.unless)
 
 
 def _claims(names: _Names) -> dict[str, Family]:
@@ -523,9 +542,10 @@ def _rule(skeleton: str, towers: Mapping[str, Family]) -> tuple[str | None, _Rul
     Inside a block only the family that claims it gives a role, and what all families share may mark a table; outside
     of the blocks the family of the nearest tower comes first.
     """
+    for container, family in towers.items():
+        if _inside(skeleton, container) and (rule := _block_rule(skeleton, container, family)):
+            return container, rule
     tower = next((c for c, family in towers.items() if _in_block(skeleton, c, family)), None)
-    if tower is not None and (rule := _block_rule(skeleton, tower, towers[tower])):
-        return tower, rule
     near = [tower] if tower is not None else sorted(towers, key=lambda c: -_common_components(c, skeleton))
     for family in dict.fromkeys((*(towers[c] for c in near), _family_named("common"))):
         for entry in family.matrices:
@@ -555,7 +575,8 @@ def _meaning(name: str, tower: str | None, rule: _Rule, names: _Names) -> _Found
     """What a family's file says of a parameter: the first of the entries with its name that holds for it, or None."""
     bare, shape = names.bare[name], names.entries[name].shape
     found = rule.regex.search(bare)
-    assert found is not None
+    if found is None:
+        return None
     place = _place(bare, found) if "{block}" in rule.entry["name"] else None
     alternatives = (entry for entry in rule.family.matrices if entry["name"] == rule.entry["name"])
     entry = next((entry for entry in alternatives if _holds(entry, shape, place, names)), None)
@@ -1014,7 +1035,7 @@ def _strip(name: str, prefix: str) -> str:
 def _prefixes(names: Iterable[str]) -> list[str]:
     """Leading dotted prefixes, up to three components deep and without numbers, and the empty one."""
     found = {""}
-    for name in {_NUMBER.sub("0", name) for name in names}:
+    for name in {_NUMBER.sub(r"\g<1>00", name) for name in names}:
         parts = list(takewhile(lambda part: not part.isdigit(), name.split(".")[:-1]))
         found |= {".".join(parts[:depth]) + "." for depth in range(1, min(4, len(parts) + 1))}
     return sorted(found)
@@ -1031,7 +1052,7 @@ def _align(base: Checkpoint, tuned: Checkpoint) -> tuple[str, str]:
     # The first and the last stand for all names that differ in numbers alone: the blocks of a stack agree together.
     alike: dict[str, list[str]] = defaultdict(list)
     for name in ours:
-        alike[_NUMBER.sub("0", name)].append(name)
+        alike[_NUMBER.sub(r"\g<1>00", name)].append(name)
     agreeing = Counter[tuple[str, str]]()
     for other in _prefixes(theirs):
         shapes = {name.removeprefix(other): shape for name, shape in theirs.items()}
