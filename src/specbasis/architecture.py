@@ -681,7 +681,7 @@ def _parts(found: _Found, shape: tuple[int, ...], names: _Names) -> tuple[tuple[
 def _row_parts(
     entry: Mapping[str, Any], whole: tuple[int, int], place: _Place | None, names: _Names
 ) -> tuple[list[_Part], str]:
-    """Fused rows. Queries are as many as the output projection reads; what is left is shared equally."""
+    """Fused rows: equal parts, or, with grouped queries, as many queries as the output projection reads."""
     roles, (rows, columns) = entry["rows"], whole
     groups = _groups(entry, rows, columns, names)
     if groups is None:
@@ -689,7 +689,7 @@ def _row_parts(
     sizes = [rows // len(roles)] * len(roles)
     if "into" in entry:
         width = _read_width(entry, place, names) or 0
-        if roles[0].endswith("query"):
+        if entry.get("grouped"):
             sizes = [width] + [(rows - width) // (len(roles) - 1)] * (len(roles) - 1)
         elif width != sizes[0]:
             return [], "fused rows whose parts do not fit the matrix that reads them: role other"
@@ -954,7 +954,7 @@ def _remarks(mapped: ModelMap, checkpoint: Checkpoint) -> Iterator[str]:
 
 _MATRIX_KEYS = {
     "name", "role", "rows", "columns", "skip", "layout", "stacked", "groups", "into", "reads", "shape", "axes",
-    "fits", "when",
+    "fits", "when", "grouped",
 }  # fmt: skip
 _FAMILY_KEYS = {"title", "recognised_by", "beside", "unless", "stacks", "blocks", "repeated", "matrix"}
 
