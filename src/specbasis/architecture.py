@@ -826,13 +826,19 @@ def _numbered(drafts: Sequence[_Draft], names: _Names, towers: Mapping[str, Fami
         if draft.place is not None:
             numbers[draft.place.container].add(draft.place.numbers)
             owner[draft.place.container] = towers[draft.tower or ""] if draft.tower in towers else STRUCTURAL
-    rank = {c: {place: i for i, place in enumerate(sorted(found))} for c, found in numbers.items()}
+    # A name that lies in a stage but in no block of it has fewer numbers than a block has.
+    depth = {c: max(map(len, found)) for c, found in numbers.items()}
+    rank = {
+        c: {place: i for i, place in enumerate(sorted(place for place in found if len(place) == depth[c]))}
+        for c, found in numbers.items()
+    }
     labels = _labels(owner)
     matrices: list[MatrixRef] = []
     for draft in drafts:
         if draft.place is not None:
             place = draft.place
-            block: int | None = place.numbers[0] if len(place.numbers) == 1 else rank[place.container][place.numbers]
+            single = depth[place.container] == 1
+            block: int | None = place.numbers[0] if single else rank[place.container].get(place.numbers)
             stack = labels[place.container][0]
         elif towers and draft.named:
             block = None
