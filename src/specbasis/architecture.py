@@ -3,8 +3,8 @@
 Families are data: one file each in `architectures/`, read by `families()`. Fused, interleaved, stacked, transposed
 and convolutional layouts end here; everything above sees (out, in) matrices.
 
-A checkpoint may hold several stacks of blocks (an encoder and a decoder, a vision and a text tower), each claimed by
-the family whose recognising names all occur in it. A claim needs that evidence; a matrix that no pattern of its
+A checkpoint may hold several stacks of blocks (an encoder and a decoder, a vision and a text tower), each claimed
+by the family whose recognising names all occur in it. A claim needs that evidence; a matrix that no pattern of its
 family names, or whose shape contradicts the pattern, gets the role ``other``, and a note says so.
 """
 
@@ -97,7 +97,9 @@ class MatrixRef:
         if tuple(W.shape) != self.shape:
             raise InputError(f"{self.key.name}: got a matrix of shape {tuple(W.shape)}, want {self.shape}")
         if not stored.is_contiguous():
-            raise InputError(f"{self.key.name}: the stored tensor is not contiguous; call .contiguous() on it first")
+            raise InputError(
+                f"{self.key.name}: the stored tensor is not contiguous; call .contiguous() on it first"
+            )
         part = self._part(stored)
         part.copy_(W.reshape(part.shape))
 
@@ -107,7 +109,7 @@ class MatrixRef:
         W = W.flatten(1)
         W = W.mT if self.transposed else W
         W = W if self.columns is None else W[:, slice(*self.columns)]
-        W = W if self.groups == 1 else W.unflatten(0, (self.groups, -1))
+        W = W if self.groups == 1 else W.view(self.groups, -1, W.shape[1])
         return W if self.rows is None else W[..., slice(*self.rows), :]
 
 
@@ -202,7 +204,7 @@ class Coverage:
 
     @property
     def named(self) -> float:
-        """Share of the matrix parameters that have a role other than ``other``, from 0 to 1; 0 of an empty model."""
+        """Share of the matrix parameters with a role other than ``other``, from 0 to 1; 0 of an empty model."""
         return sum(n for role, n in self.by_role.items() if role != "other") / self.total if self.total else 0.0
 
 
@@ -417,7 +419,7 @@ class _Rule:
 
 @dataclass(frozen=True)
 class _Place:
-    """A name taken apart: the text before its block, the block's numbers, the text up to the block, other numbers."""
+    """A name taken apart: the text before its block, the block's numbers, the text up to it, other numbers."""
 
     container: str
     numbers: tuple[int, ...]
@@ -498,7 +500,10 @@ def _claims(names: _Names) -> dict[str, Family]:
     for container in sorted(best, key=lambda c: (-best[c][0][0], c)):
         if not any(_inside(container, other) or _inside(other, container) for other in claimed):
             claimed[container] = best[container][1]
-    return {c: claimed[c] for c in sorted(claimed, key=lambda c: next(i for i, s in enumerate(skeletons) if _inside(s, c)))}
+    return {
+        c: claimed[c]
+        for c in sorted(claimed, key=lambda c: next(i for i, s in enumerate(skeletons) if _inside(s, c)))
+    }
 
 
 def _occur(patterns: Iterable[str], skeletons: Iterable[str]) -> bool:
@@ -539,8 +544,8 @@ def _block_rule(skeleton: str, container: str, family: Family) -> _Rule | None:
 def _rule(skeleton: str, towers: Mapping[str, Family]) -> tuple[str | None, _Rule | None]:
     """The tower whose blocks hold a skeleton, and the entry that names it.
 
-    Inside a block only the family that claims it gives a role, and what all families share may mark a table; outside
-    of the blocks the family of the nearest tower comes first.
+    Inside a block only the family that claims it gives a role, and what all families share may mark a table;
+    outside of the blocks the family of the nearest tower comes first.
     """
     for container, family in towers.items():
         if _inside(skeleton, container) and (rule := _block_rule(skeleton, container, family)):
@@ -572,7 +577,7 @@ def _common_components(a: str, b: str) -> int:
 
 
 def _meaning(name: str, tower: str | None, rule: _Rule, names: _Names) -> _Found | None:
-    """What a family's file says of a parameter: the first of the entries with its name that holds for it, or None."""
+    """What a family's file says of a parameter: the first entry with its name that holds for it, or None."""
     bare, shape = names.bare[name], names.entries[name].shape
     found = rule.regex.search(bare)
     if found is None:
@@ -603,7 +608,9 @@ def _holds(entry: Mapping[str, Any], shape: tuple[int, ...], place: _Place | Non
         return True
     if "fits" in entry and not _fit_together(entry["fits"], place, names):
         return False
-    return "role" not in entry or "into" not in entry or _read_width(entry, place, names) == _oriented(entry, shape)[0]
+    if "into" not in entry or "role" not in entry:
+        return True
+    return _read_width(entry, place, names) == _oriented(entry, shape)[0]
 
 
 _AXES = {"conv": (3, 4, 5), "embedding": (2, 4, 5)}
@@ -611,7 +618,7 @@ _AXES = {"conv": (3, 4, 5), "embedding": (2, 4, 5)}
 
 
 def _is_3d(entry: Mapping[str, Any]) -> bool:
-    return entry.get("stacked", False) or entry.get("layout", "").startswith("heads")
+    return bool(entry.get("stacked")) or str(entry.get("layout", "")).startswith("heads")
 
 
 def _oriented(entry: Mapping[str, Any], shape: tuple[int, ...]) -> tuple[int, int]:
@@ -634,7 +641,8 @@ def _fit_together(patterns: Mapping[str, Sequence[str]], place: _Place, names: _
     shapes = [(pattern, names.sibling(place, name)) for name, pattern in patterns.items()]
     # Plain letters of all patterns first, so that multiples can refer to them.
     return all(
-        shape is not None and len(shape) == len(pattern) and _bind(pattern, shape, sizes) for pattern, shape in shapes
+        shape is not None and len(shape) == len(pattern) and _bind(pattern, shape, sizes)
+        for pattern, shape in shapes
     ) and all(shape is not None and _multiples(pattern, shape, sizes) for pattern, shape in shapes)
 
 
@@ -685,7 +693,7 @@ def _row_parts(
     roles, (rows, columns) = entry["rows"], whole
     groups = _groups(entry, rows, columns, names)
     if groups is None:
-        return [], f"fused rows that are interleaved by head, but config.json gives no number of heads: role other"
+        return [], "fused rows that are interleaved by head, but config.json gives no number of heads: role other"
     sizes = [rows // len(roles)] * len(roles)
     if "into" in entry:
         width = _read_width(entry, place, names) or 0
@@ -724,8 +732,11 @@ def _groups(entry: Mapping[str, Any], rows: int, columns: int, names: _Names) ->
         return rows // len(entry["rows"])
     if isinstance(groups, int):
         return groups
-    found = {next((c[key] for key in groups if isinstance(c.get(key), int)), None) for c in _configs(names.config, columns)}
-    found.discard(None)
+    found = {
+        config[key]
+        for config in _configs(names.config, columns)
+        for key in [key for key in groups if isinstance(config.get(key), int)][:1]
+    }
     return found.pop() if len(found) == 1 and min(found) > 0 else None
 
 
@@ -745,14 +756,14 @@ def _configs(config: Mapping[str, Any], width: int) -> Iterator[Mapping[str, Any
 def _configured(config: Mapping[str, Any], wanted: Mapping[str, Any], width: int) -> bool:
     """Whether one configuration of that width has every wanted value (or one of several)."""
     return any(
-        all(c.get(key) in value if isinstance(value, list) else c.get(key) == value for key, value in wanted.items())
+        all(
+            c.get(key) in value if isinstance(value, list) else c.get(key) == value for key, value in wanted.items()
+        )
         for c in _configs(config, width)
     )
 
 
-def _unnamed(
-    name: str, entry: Entry, tower: str | None, towers: Mapping[str, Family], names: _Names
-) -> _Draft:
+def _unnamed(name: str, entry: Entry, tower: str | None, towers: Mapping[str, Family], names: _Names) -> _Draft:
     """A matrix that no pattern names: a kernel by its axes, else other; its block where its tower tells it."""
     shape = (entry.shape[0], prod(entry.shape[1:]))
     place = None
@@ -771,7 +782,7 @@ def _unnamed(
 def _unusable(name: str, entries: Mapping[str, Entry]) -> str:
     """Why a parameter holds no weights that can be read as a matrix, whatever its family, or an empty string."""
     entry = entries[name]
-    module, _, leaf = name.rpartition(".")
+    leaf = name.rpartition(".")[2]
     if not entry.is_float:
         return f"stored as {entry.dtype}, not as floating-point weights"
     if 0 in entry.shape:
@@ -797,7 +808,8 @@ _FACTOR = re.compile(r"(^|\.)(weight_[gv]|parametrizations\.weight\.original\d)$
 def _quantised_beside(name: str, entries: Mapping[str, Entry]) -> bool:
     module = name.rpartition(".")[0]
     return any(
-        f"{module}.{leaf}" in entries and not entries[f"{module}.{leaf}"].dtype.startswith(("float16", "float32", "bfl"))
+        f"{module}.{leaf}" in entries
+        and not entries[f"{module}.{leaf}"].dtype.startswith(("float16", "float32", "bfl"))
         for leaf in ("qweight", "weight", "weight_packed")
     )
 
@@ -805,7 +817,11 @@ def _quantised_beside(name: str, entries: Mapping[str, Entry]) -> bool:
 def _not_a_matrix(name: str, entry: Entry) -> str:
     """Why a parameter that no pattern names is no matrix, or an empty string."""
     axes = len(entry.shape)
-    kernel = name.endswith("weight") and entry.shape[0] > 1 and (axes in (4, 5) or (axes == 3 and "conv" in name.lower()))
+    kernel = (
+        name.endswith("weight")
+        and entry.shape[0] > 1
+        and (axes in (4, 5) or (axes == 3 and "conv" in name.lower()))
+    )
     if axes > 2 and not kernel:
         return f"{axes}-D and not known to be a convolution: its layout is unknown"
     return ""
@@ -842,11 +858,15 @@ def _numbered(drafts: Sequence[_Draft], names: _Names, towers: Mapping[str, Fami
             stack = labels[place.container][0]
         elif towers and draft.named:
             block = None
-            stack = next((label for label, path in labels.values() if path and _inside(names.bare[draft.name], path)), "")
+            stack = next(
+                (label for label, path in labels.values() if path and _inside(names.bare[draft.name], path)), ""
+            )
         else:
             block, stack = _block_from_name(draft.name)
         matrices += [
-            MatrixRef(MatrixKey(block, part.role, draft.name + part.label, stack), draft.name, part.shape, **part.cut)
+            MatrixRef(
+                MatrixKey(block, part.role, draft.name + part.label, stack), draft.name, part.shape, **part.cut
+            )
             for part in draft.parts
         ]
     return tuple(matrices)
@@ -867,10 +887,11 @@ def _labels(owner: Mapping[str, Family]) -> dict[str, tuple[str, str]]:
     if len(labels) == len(owner) and len({label for label, _ in labels.values()}) == len(owner):
         return labels
     if len(owner) == 1:
-        return {container: ("", "") for container in owner}
+        return dict.fromkeys(owner, ("", ""))
     start = next(i for i in range(99) if len({tuple(path[i : i + 1]) for path in paths.values()}) > 1)
     stop = next(
-        (j for j in range(start + 1, 99) if len({tuple(path[start:j]) for path in paths.values()}) == len(paths)), 99
+        (j for j in range(start + 1, 99) if len({tuple(path[start:j]) for path in paths.values()}) == len(paths)),
+        99,
     )
     return {c: (".".join(path[start:stop]), ".".join(path[:stop])) for c, path in paths.items()}
 
@@ -935,8 +956,8 @@ def _remarks(mapped: ModelMap, checkpoint: Checkpoint) -> Iterator[str]:
     if mapped.towers and mapped.unnamed:
         share = coverage(mapped, checkpoint)
         yield (
-            f"{len(mapped.unnamed)} matrices ({share.unnamed / max(1, share.total):.1%} of the matrix parameters) are "
-            f"not in the map of {mapped.family.name} and have the role other, e.g. {mapped.unnamed[0]}"
+            f"{len(mapped.unnamed)} matrices ({share.unnamed / max(1, share.total):.1%} of the matrix parameters) "
+            f"are not in the map of {mapped.family.name} and have the role other, e.g. {mapped.unnamed[0]}"
         )
     if any(_ADAPTER.search(name) for name in checkpoint.entries):
         yield "holds an adapter that is not merged: the matrices it adapts are read without it"
@@ -948,7 +969,8 @@ def _remarks(mapped: ModelMap, checkpoint: Checkpoint) -> Iterator[str]:
         missing = sorted(set(range(max(found))) - found)
         if missing:
             where = f" of {stack}" if stack else ""
-            yield f"blocks {', '.join(map(str, missing[:8]))}{' …' if len(missing) > 8 else ''}{where} hold no matrix"
+            shown = ", ".join(map(str, missing[:8])) + (" …" if len(missing) > 8 else "")
+            yield f"blocks {shown}{where} hold no matrix"
     for family in dict.fromkeys(mapped.towers.values()):
         times = checkpoint.config.get(family.repeated)
         stored = len({ref.key.block for ref in mapped.matrices} - {None})
@@ -1008,7 +1030,7 @@ def _family_named(name: str) -> Family:
 def _regex(pattern: str, block: str = "{layer}") -> re.Pattern[str]:
     """A name pattern as a regular expression that matches the end of a name, from the start of a component.
 
-    ``{block}`` is the block's form, another ``{word}`` a number, ``*`` anything inside a component, ``**`` anything.
+    ``{block}`` is the block's form, another ``{word}`` a number, ``*`` anything in a component, ``**`` anything.
     """
     text = _expression(pattern.replace("{block}", "\0")).replace("\0", f"(?P<block>{_expression(block, 'block_')})")
     return re.compile(rf"(?:^|\.){text}$")
@@ -1066,7 +1088,8 @@ def _align(base: Checkpoint, tuned: Checkpoint) -> tuple[str, str]:
             if bool(mine) and mine == other:
                 continue
             agreeing[mine, other] = sum(
-                len(group) * any(shapes.get(name.removeprefix(mine)) == ours[name] for name in {group[0], group[-1]})
+                len(group)
+                * any(shapes.get(name.removeprefix(mine)) == ours[name] for name in {group[0], group[-1]})
                 for group in alike.values()
             )
     best = max(agreeing.values())

@@ -1,4 +1,4 @@
-"""Recognition: strict about evidence, indifferent to prefixes and wrong configurations, loud about what it leaves."""
+"""Recognition: strict about evidence, indifferent to prefixes and wrong configurations, loud about the rest."""
 
 import pickle
 import time
@@ -119,7 +119,10 @@ def test_what_no_pattern_names_is_other_with_its_block_and_a_note() -> None:
     shapes = bert_layer() | {"encoder.layer.0.adapter.down.weight": (2, 8), "extra.weight": (3, 3)}
     mapped = model_map(stored(shapes))
     found = {ref.key.name: ref.key for ref in mapped.matrices}
-    assert (found["encoder.layer.0.adapter.down.weight"].role, found["encoder.layer.0.adapter.down.weight"].block) == ("other", 0)
+    assert (
+        found["encoder.layer.0.adapter.down.weight"].role,
+        found["encoder.layer.0.adapter.down.weight"].block,
+    ) == ("other", 0)
     assert found["extra.weight"].role == "other"
     assert set(mapped.unnamed) == {"encoder.layer.0.adapter.down.weight", "extra.weight"}
 
@@ -134,7 +137,10 @@ def test_missing_blocks_are_noticed() -> None:
 def test_two_towers_of_different_families() -> None:
     vision = {name.replace("gpt_neox.layers", "language.layers"): shape for name, shape in neox_layer(0).items()}
     mapped = model_map(stored(bert_layer("vision.layer.0.") | vision, NEOX))
-    assert {c: f.name for c, f in mapped.towers.items()} == {"vision.layer": "bert", "language.layers": "query_key_value"}
+    assert {c: f.name for c, f in mapped.towers.items()} == {
+        "vision.layer": "bert",
+        "language.layers": "query_key_value",
+    }
     assert {ref.key.stack for ref in mapped.matrices} == {"vision", "language"}
 
 
@@ -149,7 +155,9 @@ def test_weights_that_cannot_be_read_as_they_stand_are_skipped_with_the_reason()
         "pos_embed": ((1, 9, 8), "float32", "positions"), "cls_token": ((1, 1, 8), "float32", "vector"),
         "mystery": ((2, 3, 4), "float32", "unknown"),
     }  # fmt: skip
-    checkpoint = stored(shapes | {n: s for n, (s, _, _) in extra.items()}, **{n: d for n, (_, d, _) in extra.items()})
+    checkpoint = stored(
+        shapes | {n: s for n, (s, _, _) in extra.items()}, **{n: d for n, (_, d, _) in extra.items()}
+    )
     mapped = model_map(checkpoint)
     reasons = {item.name: item.reason for item in mapped.skipped}
     assert set(reasons) == set(extra)

@@ -50,7 +50,9 @@ def blocks(mapped: ModelMap, role: str, stack: str | None = None) -> list[int]:
 
 def numbers(checkpoint: Checkpoint, leaf: str) -> list[tuple[int, ...]]:
     """The oracle of block numbers: the numbers in the names of one leaf, in their natural order."""
-    return sorted(tuple(map(int, re.findall(r"(?<=\.)\d+(?=\.)", name))) for name in checkpoint if name.endswith(leaf))
+    return sorted(
+        tuple(map(int, re.findall(r"(?<=\.)\d+(?=\.)", name))) for name in checkpoint if name.endswith(leaf)
+    )
 
 
 VIT_LIKE = [
@@ -96,7 +98,9 @@ def test_convnext(model: str) -> None:
     mapped = model_map(checkpoint)
     depth = len(numbers(checkpoint, "conv_dw.weight"))
     assert counts(mapped) == dict.fromkeys(MLP, depth)
-    assert blocks(mapped, "ffn.up") == blocks(mapped, "ffn.down") == blocks(mapped, "conv")[-depth:] == [*range(depth)]
+    assert (
+        blocks(mapped, "ffn.up") == blocks(mapped, "ffn.down") == blocks(mapped, "conv")[-depth:] == [*range(depth)]
+    )
     assert not mapped.unnamed
     assert coverage(mapped, checkpoint).named == pytest.approx(1.0)
     for ref in mapped.matrices:
@@ -115,7 +119,10 @@ def test_openclip_towers_apart() -> None:
             if ref.key.stack == stack and ref.key.role in ATTENTION:
                 assert ref.shape == (width, width)
     heads = {ref.parameter: ref for ref in mapped.matrices if ref.key.role == "head"}
-    assert {name: ref.shape for name, ref in heads.items()} == {"visual.proj": (512, 768), "text_projection": (512, 512)}
+    assert {name: ref.shape for name, ref in heads.items()} == {
+        "visual.proj": (512, 768),
+        "text_projection": (512, 512),
+    }
     assert all(ref.transposed for ref in heads.values())
 
 
@@ -132,7 +139,9 @@ def test_brainlm_encoder_and_decoder_apart() -> None:
     for stack, width in (("encoder", 40), ("decoder", 24)):
         assert counts(mapped, stack) == dict.fromkeys((*ATTENTION, *MLP), 3)
         assert blocks(mapped, "attention.query", stack) == [0, 1, 2]
-        assert {ref.shape[1] for ref in mapped.matrices if ref.key.stack == stack and ref.key.role == "ffn.up"} == {width}
+        assert {ref.shape[1] for ref in mapped.matrices if ref.key.stack == stack and ref.key.role == "ffn.up"} == {
+            width
+        }
     assert not mapped.unnamed
 
 
@@ -170,12 +179,14 @@ def test_look_alikes_never_get_a_role_by_their_names_alone() -> None:
     gcvit = model_map(recorded("timm", "gcvit_xxtiny"))  # every second block has no query in it
     checkpoint = recorded("timm", "gcvit_xxtiny")
     for ref in gcvit.matrices:
-        rows, columns = (checkpoint.entries[ref.parameter].shape + (0,))[:2]
+        rows, columns = (*checkpoint.entries[ref.parameter].shape, 0)[:2]
         if ref.parameter.endswith("qkv.weight") and rows == 2 * columns:
             assert ref.key.role == "other"
             assert ref.parameter in gcvit.unnamed
     assert any("do not fit" in note for note in gcvit.notes)
-    packed = model_map(recorded("timm", "vit_giant_patch14_dinov2"))  # fc1 holds gate and up, in an order of its own
+    packed = model_map(
+        recorded("timm", "vit_giant_patch14_dinov2")
+    )  # fc1 holds gate and up, in an order of its own
     assert "ffn.up" not in counts(packed)
     assert "blocks.0.mlp.fc1.weight" in packed.unnamed
     coatnet = model_map(recorded("timm", "coatnet_nano_rw_224"))  # qkv is a convolution, interleaved by head

@@ -1,8 +1,8 @@
 """Every matrix of every block of small models that transformers builds: found once, right role, (out, in), block.
 
-The oracle is the model itself: the weight of the module that computes a role, found by walking its modules. Both the
-files that `save_pretrained` writes (the published names) and the state dict in memory (the module names, which differ
-from version 5 on) are mapped, and matrices are compared by their values.
+The oracle is the model itself: the weight of the module that computes a role, found by walking its modules. Both
+the files that `save_pretrained` writes (the published names) and the state dict in memory (the module names, which
+differ from version 5 on) are mapped, and matrices are compared by their values.
 """
 
 from collections import Counter
@@ -78,7 +78,15 @@ T5_DEC = (
 T5_GATED = {role: name.replace("layer.2", "layer.1") for role, name in T5_DEC.items() if "cross" not in role}
 SPEECH = attention("attention.", "q_proj k_proj v_proj out_proj") | {
     "ffn.up": "feed_forward.intermediate_dense", "ffn.down": "feed_forward.output_dense"}  # fmt: skip
-T5 = {"d_model": D, "d_kv": 8, "d_ff": FF, "num_layers": 2, "num_decoder_layers": 3, "num_heads": HEADS, "vocab_size": 50}
+T5 = {
+    "d_model": D,
+    "d_kv": 8,
+    "d_ff": FF,
+    "num_layers": 2,
+    "num_decoder_layers": 3,
+    "num_heads": HEADS,
+    "vocab_size": 50,
+}
 
 CASES = {
     "bert": Case("BertForMaskedLM", TEXT, [("", "bert.encoder.layer", BERT)]),
@@ -95,7 +103,8 @@ CASES = {
                          | {"ffn.up": "ffn.lin1", "ffn.down": "ffn.lin2"})]),
     "albert": Case("AlbertForMaskedLM", TEXT | {"embedding_size": 16},
                    [("", "albert.encoder.albert_layer_groups.0.albert_layers",
-                     attention("attention.", "query key value dense") | {"ffn.up": "ffn", "ffn.down": "ffn_output"})]),
+                     attention("attention.", "query key value dense")
+                     | {"ffn.up": "ffn", "ffn.down": "ffn_output"})]),
     "bart": Case("BartForSequenceClassification", ENC_DEC,
                  [("encoder", "model.encoder.layers", BART), ("decoder", "model.decoder.layers", BART_CROSS)]),
     "deberta-v2": Case("DebertaV2ForMaskedLM",
@@ -147,8 +156,9 @@ CASES = {
         OUT: "self_attn.dense", "ffn.up": "mlp.fc1", "ffn.down": "mlp.fc2"})]),
     "starcoder2": Case("Starcoder2ForCausalLM", GQA, [("", "model.layers", LLAMA | {
         "ffn.up": "mlp.c_fc", "ffn.down": "mlp.c_proj"})]),
-    "gpt-neo": Case("GPTNeoForCausalLM", {"hidden_size": D, "intermediate_size": FF, "num_heads": HEADS, "num_layers": 2,
-                                          "vocab_size": 50, "attention_types": [[["global", "local"], 1]],
+    "gpt-neo": Case("GPTNeoForCausalLM", {"hidden_size": D, "intermediate_size": FF, "num_heads": HEADS,
+                                          "num_layers": 2, "vocab_size": 50,
+                                          "attention_types": [[["global", "local"], 1]],
                                           "max_position_embeddings": 32},
                     [("", "transformer.h", attention("attn.attention.", "q_proj k_proj v_proj out_proj")
                       | {"ffn.up": "mlp.c_fc", "ffn.down": "mlp.c_proj"})]),
@@ -160,7 +170,8 @@ CASES = {
                [("encoder", "encoder.block", T5_ENC),
                 ("decoder", "decoder.block", {**{k: v for k, v in T5_DEC.items() if "ffn" not in k},
                  "ffn.up": "layer.2.DenseReluDense.wi", "ffn.down": "layer.2.DenseReluDense.wo"})]),
-    "t5 gated": Case("T5ForConditionalGeneration", T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    "t5 gated": Case("T5ForConditionalGeneration",
+                     T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
                      [("encoder", "encoder.block", T5_GATED), ("decoder", "decoder.block", T5_DEC)]),
     "nystromformer": Case("NystromformerModel", TEXT | {"num_landmarks": 4, "segment_means_seq_len": 8},
                           [("", "encoder.layer", BERT)]),
@@ -188,7 +199,9 @@ def two_ways(model: Any, folder: Path) -> Iterator[tuple[str, Checkpoint]]:
 def lists_of_blocks(model: nn.Module, path: str) -> Iterator[tuple[int, nn.Module]]:
     """Number and module of every block below a path; * runs over stages and counts on."""
     before, star, after = path.partition(".*.")
-    parents = [model.get_submodule(before)] if not star else [m.get_submodule(after) for m in model.get_submodule(before)]
+    parents = (
+        [model.get_submodule(before)] if not star else [m.get_submodule(after) for m in model.get_submodule(before)]
+    )
     yield from enumerate(block for parent in parents for block in parent)  # type: ignore[union-attr]
 
 
@@ -205,7 +218,9 @@ def in_blocks(mapped: ModelMap, checkpoint: Checkpoint) -> dict[tuple[str, int, 
     found: dict[tuple[str, int, str], list[Tensor]] = {}
     for ref in mapped.matrices:
         role = ref.key.role
-        if role.startswith(("attention", "cross_attention", "ffn")) or (role == "conv" and ref.key.block is not None):
+        if role.startswith(("attention", "cross_attention", "ffn")) or (
+            role == "conv" and ref.key.block is not None
+        ):
             assert ref.key.block is not None, ref
             W = ref.read(checkpoint)
             assert tuple(W.shape) == ref.shape
@@ -320,8 +335,8 @@ def rotary(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def falcon(**options: Any) -> dict[str, Any]:
-    return {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 50, "ffn_hidden_size": FF,
-            "alibi": False, "bias": False, **options}  # fmt: skip
+    return {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 50,
+            "ffn_hidden_size": FF, "alibi": False, "bias": False, **options}  # fmt: skip
 
 
 def run_falcon(module: Any, x: Tensor) -> Tensor:
@@ -331,7 +346,8 @@ def run_falcon(module: Any, x: Tensor) -> Tensor:
 
 GPT2 = {"n_embd": D, "n_inner": FF, "n_head": HEADS, "n_layer": 2, "vocab_size": 50, "n_positions": 32}
 FUSED = {
-    "gpt2": Fused("GPT2LMHeadModel", GPT2, "transformer.h.1.attn", lambda m, x: m(x, attention_mask=mask(x.shape[1]))[0]),
+    "gpt2": Fused("GPT2LMHeadModel", GPT2, "transformer.h.1.attn",
+                  lambda m, x: m(x, attention_mask=mask(x.shape[1]))[0]),
     "gpt-bigcode": Fused("GPTBigCodeForCausalLM", GPT2 | {"multi_query": True}, "transformer.h.1.attn",
                          lambda m, x: m(x, attention_mask=mask(x.shape[1]))[0], heads=(HEADS, 1)),
     "gpt-bigcode by head": Fused("GPTBigCodeForCausalLM", GPT2 | {"multi_query": False}, "transformer.h.1.attn",
@@ -351,8 +367,8 @@ FUSED = {
     "phi3": Fused("Phi3ForCausalLM", GQA, "model.layers.1.self_attn",
                   lambda m, x: m(x, attention_mask=mask(x.shape[1]), position_embeddings=rotary(x, D // 4))[0],
                   heads=(4, 2)),
-    "codegen": Fused("CodeGenForCausalLM", {"n_embd": 32, "n_inner": FF, "n_head": 4, "n_layer": 2, "vocab_size": 50,
-                                            "rotary_dim": 4},
+    "codegen": Fused("CodeGenForCausalLM", {"n_embd": 32, "n_inner": FF, "n_head": 4, "n_layer": 2,
+                                            "vocab_size": 50, "rotary_dim": 4},
                      "transformer.h.1.attn",
                      lambda m, x: m(x, layer_past=None, attention_mask=mask(x.shape[1]),
                                     position_ids=torch.arange(x.shape[1])[None].expand(2, -1))[0],
@@ -382,10 +398,10 @@ def without_biases(case: Fused) -> Any:
 @torch.no_grad()
 @pytest.mark.parametrize("name", FUSED)
 def test_fused_attention_gives_the_modules_output(name: str, tmp_path: Path) -> None:
-    """A query that is zero at one token makes its attention uniform: then the output is O · mean(V x), whatever the key.
+    """A query that is zero at one token makes its attention uniform: the output is O · mean(V x), whatever the key.
 
-    This tells query from key (a zero key at that token would not do it), and value and output by their values, head by
-    head, through the module's own forward pass, positions and scaling included.
+    This tells query from key (a zero key at that token would not do it), and value and output by their values, head
+    by head, through the module's own forward pass, positions and scaling included.
     """
     case = FUSED[name]
     model = without_biases(case)
@@ -486,7 +502,9 @@ def test_experts_give_the_modules_output(model: str, path: str, tmp_path: Path) 
         W: dict[tuple[str, int], Tensor] = {}
         for ref in model_map(checkpoint).matrices:
             if ref.key.block == 1 and ref.key.role.startswith("ffn") and "shared" not in ref.parameter:
-                expert = ref.expert if ref.expert is not None else int(ref.parameter.split("experts.")[1].split(".")[0])
+                expert = (
+                    ref.expert if ref.expert is not None else int(ref.parameter.split("experts.")[1].split(".")[0])
+                )
                 assert (ref.key.role, expert) not in W
                 W[ref.key.role, expert] = ref.read(checkpoint)
         assert set(W) == {(role, e) for role in ("ffn.gate", "ffn.up", "ffn.down") for e in range(3)}, way
