@@ -1,8 +1,20 @@
 """specbasis: what finetuning changes in the singular vectors and values of a model's weights."""
 
+from specbasis.checkpoint import open_checkpoint
+from specbasis.compare import Comparison, compare, load
 from specbasis.errors import InputError, NonFiniteError
 from specbasis.svd import SVD, decompose, low_rank_svd
 
 __version__ = "0.1.0"
 
-__all__ = ["SVD", "InputError", "NonFiniteError", "decompose", "low_rank_svd"]
+__all__ = [
+    "SVD",
+    "Comparison",
+    "InputError",
+    "NonFiniteError",
+    "compare",
+    "decompose",
+    "load",
+    "low_rank_svd",
+    "open_checkpoint",
+]

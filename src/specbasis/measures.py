@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from specbasis.subspace import chance_alignment, nested_overlap, principal_angles
@@ -52,9 +52,16 @@ class Values:
     The index is a rank, or a number of ranks k where the measure says so, or None for a figure of the whole matrix.
     """
 
-    value: Float[Tensor, n]
-    bound: Float[Tensor, n] | None = None
+    value: Float[Tensor, " n"]
+    bound: Float[Tensor, " n"] | None = None
     index: list[int] | None = None
+
+    def resolved(self, *, relative: bool) -> Bool[Tensor, " n"] | None:
+        """Whether each bound is at most `RESOLVED` (times the figure where it has the weights' units)."""
+        if self.bound is None:
+            return None
+        scale = self.value.abs() if relative else self.value.abs().clamp(min=1.0)
+        return self.bound <= RESOLVED * scale
 
 
 @dataclass(frozen=True)
@@ -75,10 +82,11 @@ class Measure:
 # --- alignment of singular vectors ------------------------------------------------------------------------------
 
 
-def alignment(X: Float[Tensor, "d k"], Y: Float[Tensor, "d k"]) -> Float[Tensor, k]:
+def alignment(X: Float[Tensor, "d a"], Y: Float[Tensor, "d b"]) -> Float[Tensor, " k"]:
     """Absolute cosine of the vectors of equal rank index.
 
-    a_i = |⟨x_i, y_i⟩|, 0 … 1, no matching of ranks, invariant to signs. Costs 2·d·k flops.
+    a_i = |⟨x_i, y_i⟩|, 0 … 1, for the k = min(a, b) ranks that both have, no matching of ranks, invariant to signs.
+    Costs 2·d·k flops.
 
     Source: Yu et al. 2026, §3.1.
     """
@@ -86,7 +94,7 @@ def alignment(X: Float[Tensor, "d k"], Y: Float[Tensor, "d k"]) -> Float[Tensor,
     return (X[:, :k] * Y[:, :k]).sum(dim=0).abs().clamp(max=1.0)
 
 
-def alignment_bound(a: SVD, b: SVD) -> Float[Tensor, k]:
+def alignment_bound(a: SVD, b: SVD) -> Float[Tensor, " k"]:
     """Bound on the numerical error of the alignment of two computed vectors of equal rank.
 
     π/√2 · (bound_a + bound_b), at most 1: each computed vector is within the angle arcsin(√2·bound) of the exact
@@ -131,18 +139,19 @@ def _overlap(side: str) -> Callable[[Triple], Values | None]:
     return function
 
 
-def subspace_bound(s: SVD) -> Float[Tensor, k]:
+def subspace_bound(s: SVD) -> Float[Tensor, " k"]:
     """Bound on ‖sin Θ‖_F between the computed leading j vectors of one side and the exact ones, j = 1 … k.
 
-    √2 · √(Σ_{i<j} residual_i²) / (σ_{j−1} − σ_j), where σ past the end of the spectrum is 0; 0 for the whole space.
+    √2 · √(Σ_{i<j} residual_i²) / (σ_{j−1} − σ_j), where σ past the end of the spectrum is 0 and the error of σ_j is
+    taken off the gap; 0 for the whole space.
 
     Source: Wedin 1972.
     """
     k = len(s.S)
-    after = torch.cat([s.spectrum, s.spectrum.new_zeros(1)])[1 : k + 1]
+    after = torch.cat([s.spectrum + s.spectrum_error, s.spectrum.new_zeros(1)])[1 : k + 1]
     gap = s.S - after
     bound = torch.where(gap > 0, math.sqrt(2) * s.residual.square().cumsum(0).sqrt() / gap, math.inf)
-    if k == len(s.spectrum) and s.U.shape[0] == s.Vh.shape[1]:
+    if k == s.U.shape[0] == s.Vh.shape[1]:
         bound[-1] = 0.0
     return bound
 
@@ -210,7 +219,7 @@ def tail_relative_change(t: Triple) -> Values:
     return _scalar(change[-math.ceil(len(change) / 10) :].mean())
 
 
-def effective_rank(S: Float[Tensor, n]) -> float:
+def effective_rank(S: Float[Tensor, " n"]) -> float:
     """Effective rank: exp(H(p)), p = S / ΣS, natural logarithm; 1 … n, NaN for a zero matrix.
 
     Source: Roy & Vetterli 2007; Yu et al. 2026, Tab. 4.
@@ -219,12 +228,12 @@ def effective_rank(S: Float[Tensor, n]) -> float:
     return float(torch.exp(-torch.special.xlogy(p, p).sum()))
 
 
-def stable_rank(S: Float[Tensor, n]) -> float:
+def stable_rank(S: Float[Tensor, " n"]) -> float:
     """Stable rank: ‖W‖_F² / σ_1², 1 … n, NaN for a zero matrix. Source: Rudelson & Vershynin 2007."""
     return float(S.square().sum() / S[0] ** 2)
 
 
-def explained_variance(S: Float[Tensor, n]) -> Float[Tensor, n]:
+def explained_variance(S: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
     """Share of energy in the leading i + 1 ranks: cumulative ΣS² / ‖W‖_F². Source: Yu et al. 2026, App. H."""
     energy = S.square().cumsum(0)
     return energy / energy[-1]
@@ -245,10 +254,12 @@ def weight_cosine(t: Triple) -> Values:
     """Cosine between the two matrices as vectors: ⟨base, tuned⟩_F / (‖base‖_F ‖tuned‖_F), −1 … 1.
 
     For independent matrices with centred entries it is near 0, with standard deviation at most about 1/√n for
-    effective sizes n of the leading ranks; a finetune keeps it near 1.
+    effective sizes n of the leading ranks; a finetune keeps it near 1, and a frozen matrix at exactly 1.
     """
+    if t.identical and not _zero(t.base):
+        return _scalar(1.0)
     norms = torch.linalg.vector_norm(t.base.spectrum) * torch.linalg.vector_norm(t.tuned.spectrum)
-    return _scalar(t.inner / norms)
+    return _scalar((t.inner / norms).clamp(-1.0, 1.0))
 
 
 def _change(t: Triple) -> Tensor:

@@ -18,7 +18,7 @@ def subspace_overlap(U: Float[Tensor, "d k"], V: Float[Tensor, "d k"]) -> float:
     return float((U.mT @ V).square().sum()) / U.shape[1]
 
 
-def nested_overlap(C: Float[Tensor, "k k"]) -> Float[Tensor, k]:
+def nested_overlap(C: Float[Tensor, "k k"]) -> Float[Tensor, " k"]:
     """Subspace overlap of the leading j vectors for every j = 1 … k, from C = Uᵀ V alone.
 
     ‖C[:j, :j]‖_F² / j. Costs O(k²).
@@ -27,7 +27,7 @@ def nested_overlap(C: Float[Tensor, "k k"]) -> Float[Tensor, k]:
     return sums / torch.arange(1, len(C) + 1, dtype=C.dtype, device=C.device)
 
 
-def principal_angles(U: Float[Tensor, "d k"], V: Float[Tensor, "d k"]) -> Float[Tensor, k]:
+def principal_angles(U: Float[Tensor, "d k"], V: Float[Tensor, "d k"]) -> Float[Tensor, " k"]:
     """Principal angles between two subspaces with orthonormal columns, in radians, ascending, 0 … π/2.
 
     cos θ_j = σ_j(Uᵀ V); small angles from their sines, σ(V − U Uᵀ V), where the cosine has no digits left.

@@ -46,28 +46,30 @@ class SVD:
         S: singular values, (k,), in the units of W.
         Vh: right singular vectors, (k, in), orthonormal rows.
         spectrum: all min(out, in) singular values; ``S`` is its head.
-        spectrum_error: bound on the error of each of them: the measured residual for the first k (Weyl), and an a
-            priori bound n·eps·σ_top²/σ_i for the rest (n the short side, σ_top the largest value of its level).
+        spectrum_error: bound on the error of each of them: for the first k the measured residual (Kahan; over
+            values too close to be told apart, the root of its sum of squares), for the rest an a priori bound
+            n·eps·σ_top²/σ_i (n the short side, σ_top the largest value of its level).
         residual: max(‖W v_i − σ_i u_i‖, ‖Wᵀ u_i − σ_i v_i‖), (k,), measured, plus the rounding of measuring it.
-        gap: distance from each singular value to the nearest other one of the whole spectrum, (k,). Where W has a
-            null space on either side (it is not square), zero counts as one more singular value.
+        gap: distance from each singular value to the nearest other one of the whole spectrum, (k,), at least: the
+            error of that other one is taken off, so that rounding never passes for a gap. Where W has a null space
+            on either side (it is not square), zero counts as one more singular value.
     """
 
     U: Float[Tensor, "out k"]
-    S: Float[Tensor, k]
+    S: Float[Tensor, " k"]
     Vh: Float[Tensor, "k in"]
-    spectrum: Float[Tensor, short]
-    spectrum_error: Float[Tensor, short]
-    residual: Float[Tensor, k]
-    gap: Float[Tensor, k]
+    spectrum: Float[Tensor, " short"]
+    spectrum_error: Float[Tensor, " short"]
+    residual: Float[Tensor, " k"]
+    gap: Float[Tensor, " k"]
 
     @property
-    def relative_gap(self) -> Float[Tensor, k]:
+    def relative_gap(self) -> Float[Tensor, " k"]:
         """Gap in units of the singular value: gap_i / σ_i, dimensionless, 0 where σ_i = 0."""
         return torch.where(self.S > 0, self.gap / self.S, 0.0)
 
     @property
-    def bound(self) -> Float[Tensor, k]:
+    def bound(self) -> Float[Tensor, " k"]:
         """Bound on the sine of the angle between each computed singular pair and the exact one.
 
         sin θ_i ≤ residual_i / gap_i for the joint vector (u; v)/√2; ∞ where the gap is zero.
@@ -100,7 +102,14 @@ class SVD:
         return (self.U.mT @ X.to(self.U.dtype)) @ self.Vh.mT
 
 
-def decompose(W: Float[Tensor, "out in"], ranks: int | None = None, *, name: str = "matrix") -> SVD:
+@torch.no_grad()
+def decompose(
+    W: Float[Tensor, "out in"],
+    ranks: int | None = None,
+    *,
+    minus: Float[Tensor, "out in"] | None = None,
+    name: str = "matrix",
+) -> SVD:
     """Singular value decomposition of a weight matrix in float64, with error bounds.
 
     W = U diag(S) Vh; the first ``ranks`` vectors (default all), every singular value.
@@ -109,12 +118,16 @@ def decompose(W: Float[Tensor, "out in"], ranks: int | None = None, *, name: str
     positive. Zero and rank-deficient matrices get orthonormal vectors for their zero singular values, with an
     infinite ``bound``; so do equal singular values, whose single vectors are arbitrary inside their subspace.
 
+    No gradient flows through it: a parameter may be passed as it is.
+
     Cost for short side n, long side m, k ranks: n²m (Gram) + about 9n³ (eigensolver) + 4nmk flops; memory n² and
     (n + m)k float64 beside W.
 
     Args:
         W: (out, in), any floating dtype, on any device.
         ranks: how many singular vectors to return; values are returned for all ranks.
+        minus: decompose W − minus instead, subtracted in float64 block by block: exact for the common dtypes, and
+            the difference is never formed whole.
         name: what to call the matrix in an error.
 
     Raises:
@@ -133,12 +146,18 @@ def decompose(W: Float[Tensor, "out in"], ranks: int | None = None, *, name: str
         raise InputError(f"{name}: got ranks = {ranks} for a matrix {tuple(W.shape)}; want 1 … {short}")
 
     wide = W.shape[0] <= W.shape[1]
-    A = _Blocks(W if wide else W.mT, name)  # short side first
+    if minus is not None and minus.shape != W.shape:
+        raise InputError(f"{name}: got shapes {tuple(W.shape)} and {tuple(minus.shape)}; want equal ones")
+    operands = [X if wide else X.mT for X in (W, minus) if X is not None]
+    A = _Blocks(operands, name)  # short side first
     X, spectrum, error = _left_vectors(A)
     X = X[:, :k]
+    if spectrum[k - 1] < DEFLATE**2 * spectrum[0]:
+        # Refinement keeps columns orthogonal to first order in eps·σ_0/σ_i: not enough for ranks this deep.
+        X = _orthonormal(X)
     Z = A.transposed_times(X)
     S = spectrum[:k]
-    Y = _orthonormal(Z) if S[-1] <= DEFLATE * S[0] else Z / S
+    Y = _orthonormal(Z) if S[-1] <= DEFLATE * S[0] else _reorthonormal(Z / S)
     residual = (
         torch.maximum(
             (A.times(Y) - X * S).norm(dim=0),
@@ -146,7 +165,7 @@ def decompose(W: Float[Tensor, "out in"], ranks: int | None = None, *, name: str
         )
         + _EPS * spectrum[0]
     )
-    error[:k] = residual
+    error[:k] = _value_errors(S, residual)
 
     U, V = (X, Y) if wide else (Y, X)
     sign = _signs(U)
@@ -158,10 +177,11 @@ def decompose(W: Float[Tensor, "out in"], ranks: int | None = None, *, name: str
         spectrum=spectrum * scale,
         spectrum_error=error * scale,
         residual=residual * scale,
-        gap=_gaps(spectrum, null_space=W.shape[0] != W.shape[1])[:k] * scale,
+        gap=_gaps(spectrum, error, null_space=W.shape[0] != W.shape[1])[:k] * scale,
     )
 
 
+@torch.no_grad()
 def low_rank_svd(B: Float[Tensor, "out r"], A: Float[Tensor, "r in"], *, name: str = "B @ A") -> SVD:
     """Singular value decomposition of a product without forming it, such as a LoRA update.
 
@@ -177,57 +197,66 @@ def low_rank_svd(B: Float[Tensor, "out r"], A: Float[Tensor, "r in"], *, name: s
     """
     if B.ndim != 2 or A.ndim != 2 or B.shape[1] != A.shape[0] or not B.numel() or not A.numel():
         raise InputError(f"{name}: got shapes {tuple(B.shape)} and {tuple(A.shape)}; want (out, r) and (r, in)")
-    for operand in (B, A):
-        if not bool(torch.isfinite(operand).all()):
-            raise NonFiniteError(f"{name}: an operand holds NaN or Inf, so the product has no SVD")
-    QB, RB = torch.linalg.qr(B.double())
-    QA, RA = torch.linalg.qr(A.double().mT)
+    if not (B.is_floating_point() and A.is_floating_point()):
+        raise InputError(f"{name}: got {B.dtype} and {A.dtype}; want floating-point matrices (out, r) and (r, in)")
+    B, A = B.double(), A.double()
+    if not bool(torch.isfinite(B).all() and torch.isfinite(A).all()):
+        raise NonFiniteError(f"{name}: an operand holds NaN or Inf, so the product has no SVD")
+    QB, RB = torch.linalg.qr(B)
+    QA, RA = torch.linalg.qr(A.mT)
     core = decompose(RB @ RA.mT, name=name)
     U = QB @ core.U
     V = QA @ core.Vh.mT
     # The residual of the core plus the rounding of the two QR decompositions (backward stable: r·eps·‖B‖‖A‖).
     rounding = B.shape[1] * _EPS * float(torch.linalg.norm(RB, 2) * torch.linalg.norm(RA, 2))
     sign = _signs(U)
+    error = core.spectrum_error + rounding
     return SVD(
         U * sign,
         core.S,
         (V * sign).mT.contiguous(),
         spectrum=core.spectrum,
-        spectrum_error=core.spectrum_error + rounding,
+        spectrum_error=error,
         residual=core.residual + rounding,
-        gap=_gaps(core.spectrum, null_space=min(U.shape[0], V.shape[0]) > len(core.S) or len(U) != len(V)),
+        gap=_gaps(core.spectrum, error, null_space=min(len(U), len(V)) > len(core.S) or len(U) != len(V)),
     )
 
 
 class _Blocks:
-    """A matrix with its short side first, read in float64 blocks of columns and scaled to a largest entry near 1.
+    """A matrix, or the difference of two, in float64 blocks of columns, scaled to a largest entry near 1.
 
-    The scale is a power of two, so that scaling is exact and squares neither overflow nor vanish.
+    The short side comes first. The scale is a power of two, so that scaling is exact and squares neither overflow
+    nor vanish.
     """
 
-    def __init__(self, A: Tensor, name: str) -> None:
-        self.A = A if A.element_size() > 1 else A.to(torch.bfloat16)  # exact: torch has no arithmetic in float8
-        self.width = max(1, _BLOCK_BYTES // (8 * A.shape[0]))
-        largest = max(float(block.abs().max()) for block in self._columns())
+    def __init__(self, operands: list[Tensor], name: str) -> None:
+        # Exact, and torch has no arithmetic in 8-bit floats.
+        self.operands = [X if X.element_size() > 1 else X.to(torch.bfloat16) for X in operands]
+        self.shape, self.device = operands[0].shape, operands[0].device
+        self.width = max(1, _BLOCK_BYTES // (8 * self.shape[0]))
+        # torch's maximum keeps a NaN, Python's loses one that does not come first.
+        largest = float(torch.stack([block.abs().max() for block in self._columns()]).max())
         if not math.isfinite(largest):
             bad = sum(int((~torch.isfinite(block)).sum()) for block in self._columns())
             raise NonFiniteError(
-                f"{name}: {bad} of {A.numel()} entries are NaN or Inf, so it has no SVD; repair or leave it out"
+                f"{name}: {bad} of {operands[0].numel()} entries are NaN or Inf: no SVD; repair or leave it out"
             )
-        self.scale = 2.0 ** math.frexp(largest)[1] if largest > 0 else 1.0
-        self.scale = min(max(self.scale, 2.0**-1000), 2.0**1000)
+        exponent = math.frexp(largest)[1]
+        self.scale = 2.0 ** min(max(exponent, -1000), 1000)  # 2¹⁰²⁴ is not a float
 
     def _columns(self) -> Iterator[Tensor]:
-        yield from torch.split(self.A, self.width, dim=1)
+        for start in range(0, self.shape[1], self.width):
+            first, *rest = (X[:, start : start + self.width].to(torch.float64) for X in self.operands)
+            yield first - rest[0] if rest else first
 
     def __iter__(self) -> Iterator[Tensor]:
         for block in self._columns():
-            yield block.to(torch.float64) / self.scale
+            yield block / self.scale
 
     def gram(self, basis: Tensor | None) -> Tensor:
         """Lower triangle of (basisᵀ A)(basisᵀ A)ᵀ; the basis is the identity when None."""
-        n = self.A.shape[0] if basis is None else basis.shape[1]
-        G = torch.zeros(n, n, dtype=torch.float64, device=self.A.device)
+        n = self.shape[0] if basis is None else basis.shape[1]
+        G = torch.zeros(n, n, dtype=torch.float64, device=self.device)
         rows = max(128, -(-n // 8))  # row panels: 9/16 of the flops of the full product
         for block in self:
             Y = block if basis is None else basis.mT @ block
@@ -237,7 +266,7 @@ class _Blocks:
 
     def times(self, X: Tensor) -> Tensor:
         """A X."""
-        out = torch.zeros(self.A.shape[0], X.shape[1], dtype=torch.float64, device=self.A.device)
+        out = torch.zeros(self.shape[0], X.shape[1], dtype=torch.float64, device=self.device)
         for block, rows in zip(self, torch.split(X, self.width), strict=True):
             out.addmm_(block, rows)
         return out
@@ -256,7 +285,7 @@ class _Blocks:
 
 def _left_vectors(A: _Blocks) -> tuple[Tensor, Tensor, Tensor]:
     """All left singular vectors of a matrix whose short side comes first, its values, and their a priori errors."""
-    n, m = A.A.shape
+    n, m = A.shape
     vectors, values, errors = [], [], []
     basis: Tensor | None = None
     floor = 0.0
@@ -266,7 +295,7 @@ def _left_vectors(A: _Blocks) -> tuple[Tensor, Tensor, Tensor]:
         U = E.flip(1) if basis is None else basis @ E.flip(1)
         top = float(S[0])
         floor = floor or m * _EPS * top
-        kept = len(S) if top <= floor else int((S >= DEFLATE * top).sum())
+        kept = len(S) if top <= floor else int((S >= max(DEFLATE * top, floor)).sum())
         head, tail = U[:, :kept], U[:, kept:]
         if tail.shape[1]:
             # One step of subspace refinement: rotate the tail out of the head by the first-order angle.
@@ -291,11 +320,29 @@ def _orthonormal(Z: Tensor) -> Tensor:
     return signed
 
 
-def _gaps(spectrum: Tensor, *, null_space: bool) -> Tensor:
-    """Distance from each value of a descending spectrum to its nearest neighbour, zero included on request."""
+def _reorthonormal(Y: Tensor) -> Tensor:
+    """Nearly orthonormal columns (to about eps / DEFLATE²) made so to rounding, in order; cheaper than a QR."""
+    R = torch.linalg.cholesky(Y.mT @ Y, upper=True)
+    Q: Tensor = torch.linalg.solve_triangular(R, Y, upper=True, left=False)
+    return Q
+
+
+def _value_errors(S: Tensor, residual: Tensor) -> Tensor:
+    """Error bounds of descending singular values: the norm of the residuals over each cluster of overlapping ones.
+
+    A residual alone says that some exact value is near, not which: of two close computed values both may be
+    nearest to the same exact one. For a cluster with orthonormal vectors the exact values are as many.
+    """
+    apart = S[:-1] - S[1:] > residual[:-1] + residual[1:]
+    cluster = torch.cat([apart.new_zeros(1), apart]).cumsum(0)
+    return torch.zeros_like(S).index_add_(0, cluster, residual.square()).sqrt()[cluster]
+
+
+def _gaps(spectrum: Tensor, error: Tensor, *, null_space: bool) -> Tensor:
+    """Least distance from each value of a descending spectrum to the exact neighbours, zero included on request."""
     edge = spectrum.new_full((1,), math.inf)
-    steps = torch.cat([edge, spectrum[:-1] - spectrum[1:], edge])
-    gaps = torch.minimum(steps[:-1], steps[1:])
+    steps = spectrum[:-1] - spectrum[1:]
+    gaps = torch.minimum(torch.cat([edge, steps - error[:-1]]), torch.cat([steps - error[1:], edge])).clamp(min=0)
     return torch.minimum(gaps, spectrum) if null_space or len(spectrum) == 1 else gaps
 
 

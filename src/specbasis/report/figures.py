@@ -1,0 +1,369 @@
+"""The figures of the page as PNG and SVG, for papers and slides."""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from specbasis.report.data import SIDES, Band, Pair, representatives
+
+COLORS = ("#0072b2", "#c2410c", "#00795c", "#a8357f", "#7d6200", "#5a4fcf", "#4f5b66", "#9b1c31")
+DASHES: tuple[Any, ...] = ("solid", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
+QUIET = "#57606a"
+SIDE_TITLES = {"left": "left, U (output side)", "right": "right, V (input side)"}
+SCATTER_RANKS = (1, 5, 10, 100)
+MOST_ROWS = 400
+"""Matrices that one panel of a heat map still shows one by one."""
+
+Bands = dict[str, dict[str, Band]]
+
+STYLE = {
+    "svg.hashsalt": "specbasis",  # equal figures get equal files
+    "font.family": "DejaVu Sans",  # part of matplotlib: the same everywhere
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#9aa3ad",
+    "axes.grid": True,
+    "grid.color": "#e6e9ed",
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "axes.titlesize": 9.5,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "xtick.color": QUIET,
+    "ytick.color": QUIET,
+    "axes.labelcolor": QUIET,
+    "legend.frameon": False,
+    "text.parse_math": False,  # a $ in a name is a dollar
+    "figure.facecolor": "white",
+}
+
+
+def draw(pairs: Sequence[Pair], bands: Sequence[Bands]) -> Iterator[tuple[str, bytes]]:
+    """(file name, content) of every figure, each as PNG and as SVG."""
+    labels = [_plain(pair.label) for pair in pairs]
+    for name, over_pairs in OVER_PAIRS.items():
+        yield from _both(name, lambda f=over_pairs: f(pairs, labels, bands))
+    for i, (pair, label) in enumerate(zip(pairs, labels, strict=True)):
+        tail = f"-{i + 1}-{re.sub(r'[^A-Za-z0-9._-]+', '_', pair.label)[-40:]}" if len(pairs) > 1 else ""
+        for name, of_pair in OF_PAIR.items():
+            yield from _both(name + tail, lambda f=of_pair, p=pair, t=label: f(p, t))
+
+
+def _both(name: str, make: Callable[[], Figure]) -> Iterator[tuple[str, bytes]]:
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # names in any script; drawn as boxes
+        figure = make()
+        FigureCanvasAgg(figure)
+        for form, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format=form, dpi=160, metadata=metadata)
+            yield f"{name}.{form}", buffer.getvalue()
+            figure.set_layout_engine("none")  # the second format takes over the positions of the first
+
+
+# --- all pairs in one figure ------------------------------------------------------------------------------------
+
+
+def alignment_by_rank(pairs: Sequence[Pair], labels: Sequence[str], bands: Sequence[Bands]) -> Figure:
+    """Median alignment by rank with quartiles and chance. Source: Yu et al. 2026, Fig. 2A, B."""
+    figure, axes = _panels(2, "Alignment of singular vectors before and after")
+    for ax, side in zip(axes, SIDES, strict=True):
+        _chance_lines(ax, _chance(pairs, side))
+        _curves(ax, bands, f"alignment_{side}")
+        ax.set(title=SIDE_TITLES[side], xlabel="rank i", ylabel="alignment |⟨base, tuned⟩|", ylim=(-0.02, 1.03))
+        _from_one(ax)
+    _legend(figure, axes[0], labels)
+    return figure
+
+
+def subspace_overlap(pairs: Sequence[Pair], labels: Sequence[str], bands: Sequence[Bands]) -> Figure:
+    """Median overlap of the leading k directions with quartiles and chance k/d."""
+    figure, axes = _panels(2, "Overlap of leading subspaces before and after")
+    for ax, side in zip(axes, SIDES, strict=True):
+        sizes = [band[f"subspace_overlap_{side}"]["all"].x for band in bands]
+        last = max((float(x.max(initial=1)) for x in sizes), default=1.0)
+        for d, _, _ in _chance(pairs, side):
+            k = np.geomspace(1, min(d, last), 60)
+            ax.plot(k, k / d, color=QUIET, lw=0.9, ls=(0, (4, 3)), zorder=1)
+        _curves(ax, bands, f"subspace_overlap_{side}")
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda k, _: f"{k:g}"))
+        ax.set(title=SIDE_TITLES[side], xlabel="number of leading ranks k", ylabel="overlap of subspaces")
+        ax.set_ylim(-0.02, 1.03)
+    _legend(figure, axes[0], labels, extra="chance k/d")
+    return figure
+
+
+def singular_value_change(pairs: Sequence[Pair], labels: Sequence[str], bands: Sequence[Bands]) -> Figure:
+    """Median relative change of singular values by relative rank. Source: Yu et al. 2026, Fig. 6."""
+    figure, (ax,) = _panels(1, "Relative change of singular values")
+    ax.axhline(0, color=QUIET, lw=0.9)
+    _curves(ax, bands, "singular_value_change", scale=100, x_scale=100)
+    ax.set_ylim(*change_range([band["singular_value_change"]["all"] for band in bands]))
+    ax.set(xlabel="relative rank (% of the spectrum, largest first)", ylabel="change of singular value (%)")
+    ax.set_xlim(0, 100)
+    _legend(figure, ax, labels)
+    return figure
+
+
+def explained_variance(pairs: Sequence[Pair], labels: Sequence[str], bands: Sequence[Bands]) -> Figure:
+    """Median explained variance of base (dotted) and tuned, relative and absolute. Source: Yu et al. 2026, Fig. 16."""
+    figure, axes = _panels(2, "Explained variance")
+    for ax, suffix, x_scale in ((axes[0], "", 100), (axes[1], "_leading", 1)):
+        _curves(ax, bands, f"explained_variance_tuned{suffix}", scale=100, x_scale=x_scale)
+        _curves(ax, bands[:1], f"explained_variance_base{suffix}", scale=100, x_scale=x_scale, style={
+            "color": QUIET, "ls": DASHES[2], "lw": 1.6, "label": "base"}, fill=False)
+        ax.set(ylim=(-2, 103), ylabel="explained variance (% of ‖W‖²)")
+    axes[0].set(title="by relative rank", xlabel="relative rank (%)", xlim=(0, 100))
+    axes[1].set(title="by number of ranks", xlabel="number of ranks")
+    _from_one(axes[1])
+    _legend(figure, axes[0], labels, extra="base", extra_dash=DASHES[2])
+    return figure
+
+
+def change_range(bands: Sequence[Band]) -> tuple[float, float]:
+    """Limits in % that hold every median, and the quartiles but for the last ranks, which would flatten the rest."""
+    found = [0.0]
+    for band in bands:
+        body = band.x < 0.95
+        found += [*band.median, *band.low[body], *band.high[body]]
+    finite = 100 * np.array([v for v in found if np.isfinite(v)])
+    pad = 0.08 * (finite.max() - finite.min()) or 1.0
+    return float(finite.min() - pad), float(finite.max() + pad)
+
+
+# --- one pair a figure ------------------------------------------------------------------------------------------
+
+
+def alignment_heatmap(pair: Pair, label: str) -> Figure:
+    """Alignment by block and rank, a panel for each stack and role. Source: Yu et al. 2026, Fig. 2C."""
+    panels = pair.panels()
+    rows = [min(len(members), MOST_ROWS) for *_, members in panels]
+    heights = [min(max(0.3, 0.14 * n), 4.0) for n in rows]
+    head, between = 0.8, 0.52
+    total = sum(heights) + between * len(panels) + head
+    figure = Figure(figsize=(9.2, total))
+    figure.text(0.09, 1 - 0.3 / total, f"Alignment by block and rank: {label}", weight="bold", size=11)
+    dense = {side: pair.figures(f"alignment_{side}").dense(pair.vectors()) for side in SIDES}
+    image = None
+    top = total - head + 0.1
+    for (stack, role, members), height in zip(panels, heights, strict=True):
+        top -= height
+        for column, side in enumerate(SIDES):
+            ax = figure.add_axes((0.09 + 0.43 * column, top / total, 0.38, height / total))
+            ax.set_facecolor("#c9ced6")
+            ax.grid(False)
+            shown = members[:: -(-len(members) // MOST_ROWS)]
+            values = dense[side][shown]
+            extent = (0.5, max(values.shape[1], 1) + 0.5, len(shown) - 0.5, -0.5)
+            if values.size:
+                image = ax.imshow(
+                    values, aspect="auto", interpolation="nearest", cmap="cividis", vmin=0, vmax=1, extent=extent
+                )
+            every = -(-len(shown) // max(1, int(height / 0.14)))
+            ticks = range(0, len(shown), every)
+            blocks = [pair.matrices["block"][shown[i]] for i in ticks]
+            ax.set_yticks(list(ticks), ["–" if block is None else str(block) for block in blocks], size=7)
+            ax.tick_params(axis="x", labelsize=7)
+            ax.set_title(f"{stack + ': ' if stack else ''}{role}, {side}", size=8.5)
+            if column == 0:
+                ax.set_ylabel("block", size=8)
+            _from_one(ax, limits=False)
+        top -= between
+    figure.text(0.495, 0.12 / total, "rank i", ha="center", color=QUIET)
+    if image is not None:
+        bar = figure.colorbar(image, cax=figure.add_axes((0.925, 1 - (head + 1.5) / total, 0.012, 1.5 / total)))
+        bar.outline.set_visible(False)
+        bar.ax.set_title("alignment", size=8, weight="normal", color=QUIET)
+    return figure
+
+
+def ratio_against_alignment(pair: Pair, label: str) -> Figure:
+    """Size of the update against alignment, update alignment as colour. Source: Yu et al. 2026, Fig. 3A and 19."""
+    ranks = [rank for rank in SCATTER_RANKS if rank <= pair.vectors()] or [1]
+    figure = Figure(figsize=(2.35 * len(ranks) + 1.6, 5.4), layout="constrained")
+    figure.suptitle(f"Size of the update against alignment: {label}", weight="bold", size=11, x=0.01, ha="left")
+    axes = figure.subplots(2, len(ranks), squeeze=False, sharey=True)
+    dots = None
+    for row, side in zip(axes, SIDES, strict=True):
+        for ax, rank in zip(row, ranks, strict=True):
+            ratio = pair.at_rank("singular_value_ratio", rank)
+            aligned = pair.at_rank(f"alignment_{side}", rank)
+            update = pair.at_rank(f"update_alignment_{side}", rank)
+            drawn = np.isfinite(ratio) & (ratio > 0) & np.isfinite(aligned)
+            known = drawn & np.isfinite(update)
+            if drawn.any():
+                ax.set_xscale("log")
+            if known.any():
+                dots = ax.scatter(
+                    ratio[known], aligned[known], c=update[known], cmap="cividis", vmin=0, vmax=1,
+                    edgecolor="#1b1f24", linewidth=0.6, s=26,
+                )
+            unknown = drawn & ~known
+            ax.scatter(ratio[unknown], aligned[unknown], facecolor="none", edgecolor=QUIET, s=26)
+            if not drawn.any():
+                ax.text(0.5, 0.5, "no update", transform=ax.transAxes, ha="center", color=QUIET)
+            ax.set(title=f"rank {rank}, {side}", ylim=(-0.03, 1.05))
+            _few_decades(ax)
+        row[0].set_ylabel("alignment")
+    figure.supxlabel("size of the update S_i(Δ) / S_i(base)", color=QUIET, size=9)
+    if dots is not None:
+        bar = figure.colorbar(dots, ax=axes, shrink=0.5, aspect=22, label="update alignment")
+        bar.outline.set_visible(False)
+    return figure
+
+
+def spectra(pair: Pair, label: str) -> Figure:
+    """Spectra and alignment of the least and the most updated matrix. Source: Yu et al. 2026, Fig. 3B, C."""
+    chosen = representatives(pair)
+    figure = Figure(figsize=(4.6 * len(chosen) if len(chosen) > 1 else 6.2, 5.6), layout="constrained")
+    which = "the matrices with the smallest and the largest update at rank 1" if len(chosen) > 1 else "one matrix"
+    figure.suptitle(f"{label}: {which}", weight="bold", size=10.5, x=0.01, ha="left")
+    axes = figure.subplots(2, len(chosen), squeeze=False)
+    for column, m in zip(axes.T, chosen, strict=True):
+        column[0].set_title(_plain(pair.matrices["name"][m], 52), size=7.5)
+        for i, name in enumerate(("base", "tuned", "delta")):
+            series = pair.figures(f"singular_value_{name}")
+            part = slice(series.start[m], series.start[m + 1])
+            value = series.value[part]
+            if (value > 0).any():
+                column[0].set_yscale("log")
+                column[0].yaxis.set_major_formatter(FuncFormatter(_power))
+                color = COLORS[(0, 1, 6)[i]]
+                column[0].plot(series.index[part][value > 0] + 1, value[value > 0], color=color, ls=DASHES[i], lw=1.6,
+                               label=("base", "tuned", "update Δ")[i], marker="o" if len(value) < 3 else None)
+        column[0].set(xlabel="rank i", ylabel="singular value")
+        for i, side in enumerate(SIDES):
+            series = pair.figures(f"alignment_{side}")
+            part = slice(series.start[m], series.start[m + 1])
+            x, y, resolved = series.index[part] + 1, series.value[part], series.resolved[part]
+            column[1].plot(x, np.where(resolved, y, np.nan), color=COLORS[i], ls=DASHES[i], lw=1.3, label=side,
+                           marker="o" if len(x) < 3 else None)
+            column[1].plot(x[~resolved], y[~resolved], "o", mfc="none", ms=3, color=COLORS[i])
+            level = pair.whole(f"chance_alignment_{side}")[m]
+            column[1].axhline(level, color=QUIET, lw=0.8, ls=(0, (4, 3)), zorder=1, label="chance" if i else None)
+        column[1].set(xlabel="rank i", ylabel="alignment", ylim=(-0.02, 1.03))
+        for ax in column:
+            _from_one(ax)
+            if ax.get_legend_handles_labels()[0]:
+                ax.legend(fontsize=8)
+    return figure
+
+
+OVER_PAIRS: dict[str, Callable[[Sequence[Pair], Sequence[str], Sequence[Bands]], Figure]] = {
+    "alignment_by_rank": alignment_by_rank,
+    "subspace_overlap": subspace_overlap,
+    "singular_value_change": singular_value_change,
+    "explained_variance": explained_variance,
+}
+OF_PAIR: dict[str, Callable[[Pair, str], Figure]] = {
+    "alignment_heatmap": alignment_heatmap,
+    "ratio_against_alignment": ratio_against_alignment,
+    "spectra": spectra,
+}
+
+
+# --- parts ------------------------------------------------------------------------------------------------------
+
+
+def _panels(n: int, title: str) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(8.6 if n > 1 else 6.4, 3.9), layout="constrained")
+    figure.suptitle(title, weight="bold", size=11, x=0.01, ha="left")
+    return figure, figure.subplots(1, n, squeeze=False)[0]
+
+
+def _curves(
+    ax: Any, bands: Sequence[Bands], profile: str, *, scale: float = 1, x_scale: float = 1, fill: bool = True,
+    style: dict[str, Any] | None = None,
+) -> None:
+    """A line of medians for each pair, and quartiles around it where there are few."""
+    for i, band in reversed(list(enumerate(bands))):
+        line = band[profile]["all"]
+        x = line.x * x_scale
+        look = style or {"color": COLORS[i % 8], "ls": DASHES[i // 8 % 4], "lw": 1.8 if len(bands) <= 8 else 1.1}
+        if fill and len(bands) <= 3:
+            ax.fill_between(x, line.low * scale, line.high * scale, color=look["color"], alpha=0.16, lw=0)
+        ax.plot(x, line.median * scale, marker="o" if len(x) < 3 else None, **({"label": str(i)} | look))
+
+
+def _legend(figure: Figure, ax: Any, labels: Sequence[str], extra: str = "", extra_dash: Any = (0, (4, 3))) -> None:
+    """The pairs in their order, below the panels; none where there is one pair and nothing else to tell."""
+    lines = {line.get_label(): line for line in ax.get_lines()}
+    handles = [lines[str(i)] for i in range(len(labels)) if str(i) in lines]
+    names = list(labels)[: len(handles)]
+    if extra:
+        handles.append(Line2D([], [], color=QUIET, lw=1.2, ls=extra_dash))
+        names.append(extra)
+    columns = max(1, min(len(names), int(100 / (8 + max(map(len, names), default=1)))))
+    figure.legend(handles, names, loc="outside lower left", ncols=columns, fontsize=8.5)
+
+
+def _chance(pairs: Sequence[Pair], side: str) -> list[tuple[int, float, int]]:
+    """The chance levels of the pair with most matrices."""
+    return max(pairs, key=len).chance_levels(side) if pairs else []
+
+
+def _chance_lines(ax: Any, levels: Sequence[tuple[int, float, int]]) -> None:
+    """Chance levels as dashed lines; those that lie close together share one label, above the highest."""
+    clusters: list[list[tuple[int, float]]] = []
+    for d, level, _ in sorted(levels, key=lambda entry: -entry[1]):
+        ax.axhline(level, color=QUIET, lw=0.8, ls=(0, (4, 3)), zorder=1)
+        if clusters and clusters[-1][0][1] - level < 0.06:
+            clusters[-1].append((d, level))
+        else:
+            clusters.append([(d, level)])
+    for cluster in clusters:
+        ax.annotate(
+            f"chance, d = {', '.join(str(d) for d, _ in cluster)}", (1, cluster[0][1]),
+            xycoords=("axes fraction", "data"), xytext=(-2, 2), textcoords="offset points", ha="right", va="bottom",
+            size=7, color=QUIET, bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.6},
+        )
+
+
+def _from_one(ax: Any, *, limits: bool = True) -> None:
+    """Ticks that begin at rank 1, as ranks do."""
+    low, high = ax.get_xlim()
+    high = max(high, 1.5)
+    step = next((s for s in (1, 2, 5, 10, 20, 25, 50, 100, 200, 500, 1000, 2000) if (high - 1) / s <= 7), 5000)
+    ticks = [1, *(t for t in range(step, int(high) + 1, step) if t > 1)]
+    ax.set_xticks(ticks)
+    if limits:
+        ax.set_xlim(max(low, -0.05 * high), high)
+
+
+def _few_decades(ax: Any) -> None:
+    """Readable ticks on a logarithmic axis that spans little."""
+    if ax.get_xscale() != "log":
+        return
+    low, high = ax.get_xlim()
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.xaxis.set_major_formatter(FuncFormatter(_power))
+    if high / low < 30:
+        ticks = [m * 10.0**e for e in range(-12, 6) for m in (1, 2, 5) if low <= m * 10.0**e <= high]
+        ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
+
+
+def _power(value: float, _: int) -> str:
+    """A power of ten in plain characters."""
+    if 0.01 <= value <= 100:
+        return f"{value:g}"
+    return "10" + str(round(np.log10(value))).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def _plain(text: str, limit: int = 60) -> str:
+    """A label that a figure can show: printable, on one line, not too long, never a hidden legend entry."""
+    text = "".join(c if c.isprintable() else "\N{WHITE SQUARE}" for c in text)
+    text = text if len(text) <= limit else f"{text[: limit // 2]}…{text[-limit // 2 + 1 :]}"
+    return f" {text}" if text.startswith("_") else text

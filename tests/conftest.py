@@ -1,0 +1,31 @@
+"""Shared set-up: one thread, shape and type checks of every annotated function, reproducible properties."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from jaxtyping import config, install_import_hook
+
+torch.set_num_threads(1)  # small matrices: a second thread costs more than it gives
+
+# Every jaxtyping annotation becomes a check while the tests run. This comes before the first import of specbasis.
+install_import_hook("specbasis", "beartype.beartype")
+
+settings.register_profile(
+    "specbasis",
+    deadline=None,  # the first call of a LAPACK routine is slow
+    derandomize=True,  # the same examples in every run
+    database=None,
+    max_examples=40,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("specbasis")
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """No shape checks, as at a user's: for the tests of what the code itself says to bad input."""
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", False)

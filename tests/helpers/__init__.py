@@ -1,0 +1,1 @@
+"""What the tests share: matrices with known answers, tolerances, and exact references."""

@@ -1,0 +1,182 @@
+"""The command line as a stranger uses it: a subprocess, its output, its exit code."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from specbasis import cli
+from tests.pico import bert_state, finetuned, write
+
+
+@dataclass(frozen=True)
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+Run = Callable[..., Done]
+
+
+@pytest.fixture
+def specbasis(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """The entry point in this process: a new one would spend its time on importing torch."""
+
+    def run(*arguments: object, cwd: Path | None = None) -> Done:
+        monkeypatch.setattr(sys, "argv", ["specbasis", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "80")
+        if cwd:
+            monkeypatch.chdir(cwd)
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return Done(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    base = bert_state()
+    write(folder / "base.safetensors", base)
+    write(folder / "tuned.safetensors", finetuned(base))
+    write(folder / "nan.safetensors", finetuned(base) | {"pooler.dense.weight": torch.full((12, 12), torch.nan)})
+    write(folder / "names.safetensors", {"a.weight": torch.randn(5, 5)})
+    write(folder / "shapes.safetensors", {n: torch.randn(3, *v.shape) for n, v in base.items()})
+    (folder / "empty.safetensors").touch()
+    whole = (folder / "base.safetensors").read_bytes()
+    (folder / "truncated.safetensors").write_bytes(whole[: len(whole) // 2])
+    (folder / "corrupted.safetensors").write_bytes(b"\xff" * 64 + whole[64:])
+    (folder / "text.bin").write_text("not weights")
+    torch.save({"a": torch.randn(4, 4)}, folder / "good.pt")
+    (folder / "truncated.pt").write_bytes((folder / "good.pt").read_bytes()[:300])
+    (folder / "code.pt").write_bytes(pickle.dumps(_Runs(), protocol=2))
+    torch.save({"a": torch.zeros(9, 9)}, folder / "plain.pt")
+    with zipfile.ZipFile(folder / "plain.pt") as plain, zipfile.ZipFile(folder / "bomb.pt", "w", 8) as bomb:
+        for name in plain.namelist():
+            bomb.writestr(name, plain.read(name))
+    escape = folder / "escape"
+    escape.mkdir()
+    (escape / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": "../base.safetensors"}}))
+    linked = folder / "linked"
+    linked.mkdir()
+    (linked / "model.safetensors").symlink_to(folder / "base.safetensors")
+    (folder / "a_file").touch()
+    return folder
+
+
+class _Runs:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, ("touch ran-code",)
+
+
+def test_compare_prints_a_table_and_a_verdict(specbasis: Run, folder: Path, tmp_path: Path) -> None:
+    done = specbasis(
+        "compare", folder / "base.safetensors", folder / "tuned.safetensors", "--out", tmp_path / "out"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "attention.query" in done.stdout
+    assert "finetuned from this base: 14 of 14 matrices" in done.stdout
+    assert max(map(len, done.stdout.split("not compared")[0].splitlines())) <= 80
+    again = specbasis("report", tmp_path / "out")
+    assert again.stdout == done.stdout
+
+
+@pytest.mark.parametrize(
+    ("base", "tuned", "said"),
+    [
+        ("nothing.pt", "tuned.safetensors", "nothing.pt: no such file or folder"),
+        ("base.safetensors", "empty.safetensors", "empty"),
+        ("base.safetensors", "truncated.safetensors", "truncated or corrupted"),
+        ("base.safetensors", "corrupted.safetensors", "truncated or corrupted"),
+        ("base.safetensors", "truncated.pt", "truncated or corrupted"),
+        ("base.safetensors", "text.bin", "neither a safetensors nor a torch file"),
+        ("base.safetensors", "code.pt", "needs code"),
+        ("base.safetensors", "bomb.pt", "compressed entries"),
+        ("escape", "base.safetensors", "'../base.safetensors' leads out of its folder"),
+        ("linked", "base.safetensors", "link out of its folder"),
+        ("base.safetensors", "names.safetensors", "no parameter in common"),
+        ("base.safetensors", "shapes.safetensors", "no parameter in common by name and shape"),
+        ("pkg:no_such_package/x.pt", "base.safetensors", "no installed package 'no_such_package'"),
+        ("good.pt#x.y", "base.safetensors", "no key 'x.y'"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    specbasis: Run, folder: Path, tmp_path: Path, base: str, tuned: str, said: str
+) -> None:
+    out = tmp_path / "out"
+    done = specbasis("compare", base, tuned, "--out", out, cwd=folder)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not out.exists()
+    assert not (folder / "ran-code").exists()
+
+
+def test_nan_in_one_matrix(specbasis: Run, folder: Path, tmp_path: Path) -> None:
+    done = specbasis("compare", folder / "base.safetensors", folder / "nan.safetensors", "--out", tmp_path / "out")
+    assert done.returncode == 2
+    assert "finetuned from this base: 13 of 13 matrices" in done.stdout
+    assert done.stderr.count("pooler.dense.weight") == 1
+    assert "144 of 144 entries are NaN or Inf" in done.stderr
+
+
+@pytest.mark.parametrize("out", ["a_file", "/proc/specbasis", "a_file/deeper"])
+def test_output_folders_that_cannot_be_used(specbasis: Run, folder: Path, out: str) -> None:
+    done = specbasis("compare", "base.safetensors", "tuned.safetensors", "--out", out, cwd=folder)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert out.rsplit("/", maxsplit=1)[-1] in done.stderr
+
+
+def test_a_folder_with_something_else_is_left_alone(specbasis: Run, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("precious")
+    done = specbasis("compare", "base.safetensors", "tuned.safetensors", "--out", tmp_path, cwd=folder)
+    assert done.returncode == 2
+    assert "not empty" in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_report_of_a_folder_without_results(specbasis: Run, tmp_path: Path) -> None:
+    done = specbasis("report", tmp_path)
+    assert done.returncode == 2
+    assert "no results here" in done.stderr
+
+
+@pytest.mark.parametrize("text", ["x", "1-", "-1", "0,,a"])
+def test_blocks_that_are_no_numbers(specbasis: Run, folder: Path, tmp_path: Path, text: str) -> None:
+    out = ("--out", tmp_path / "out", f"--blocks={text}")
+    done = specbasis("compare", "base.safetensors", "tuned.safetensors", *out, cwd=folder)
+    assert done.returncode == 2
+    assert "want numbers and ranges" in done.stderr
+
+
+def test_version_and_help(specbasis: Run) -> None:
+    assert specbasis("--version").stdout.strip() == "0.1.0"
+    listed = specbasis("--help").stdout
+    assert "compare" in listed
+    assert "report" in listed
+
+
+def test_a_real_process_exits_with_2_and_without_a_traceback(folder: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "specbasis", "compare", "nothing", "base.safetensors", "--out", "out"],
+        capture_output=True, text=True, cwd=folder, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == "error: nothing: no such file or folder\n"

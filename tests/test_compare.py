@@ -1,0 +1,325 @@
+"""The job end to end on pico checkpoints on disk; oracles: numpy's SVD in float64 and the equations themselves."""
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import scipy.linalg
+import torch
+
+import specbasis
+from specbasis.compare import Progress
+from specbasis.errors import InputError
+from tests.pico import bert_state, finetuned, write
+
+job = importlib.import_module("specbasis.compare")  # the module: the package's attribute is the function
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Path, Path]:
+    base = bert_state()
+    return write(tmp_path / "base.safetensors", base), write(tmp_path / "tuned.safetensors", finetuned(base))
+
+
+def values(comparison: specbasis.Comparison, matrix: str, measure: str) -> np.ndarray:
+    rows = [r for r in comparison.rows.to_pylist() if r["matrix"] == matrix and r["measure"] == measure]
+    return np.array([r["value"] for r in sorted(rows, key=lambda r: r["index"] or 0)])
+
+
+def test_every_number_against_numpy(pair: tuple[Path, Path]) -> None:
+    comparison = specbasis.compare(*pair)
+    base, tuned = (specbasis.open_checkpoint(path) for path in pair)
+    name = "encoder.layer.1.intermediate.dense.weight"
+    W, T = (np.asarray(c[name], dtype=np.float64) for c in (base, tuned))
+    (Ub, Sb, Vb), (Ut, St, Vt), (Ud, Sd, Vd) = (np.linalg.svd(X, full_matrices=False) for X in (W, T, T - W))
+    change = (St - Sb) / Sb
+    p = Sb / Sb.sum()
+    expected = {
+        "alignment_left": np.abs((Ub * Ut).sum(0)),
+        "alignment_right": np.abs((Vb * Vt).sum(1)),
+        "update_alignment_left": np.abs((Ud * Ub).sum(0)),
+        "update_alignment_right": np.abs((Vd * Vb).sum(1)),
+        "singular_value_base": Sb,
+        "singular_value_tuned": St,
+        "singular_value_delta": Sd,
+        "singular_value_change": change,
+        "singular_value_ratio": Sd / Sb,
+        "explained_variance_base": np.cumsum(Sb**2) / np.sum(W**2),
+        "subspace_overlap_left": [np.sum((Ub[:, :k].T @ Ut[:, :k]) ** 2) / k for k in (1, 2, 4, 8, 12)],
+        "principal_angle_right": scipy.linalg.subspace_angles(Vb[:10].T, Vt[:10].T)[::-1],
+        "rsd": np.linalg.norm(St - Sb) / np.linalg.norm(Sb),
+        "mrc": np.abs(change).mean(),
+        "max_rc": np.abs(change).max(),
+        "t1_rc": change[0],
+        "tail_rc": change[-2:].mean(),  # ceil(10 % of 12) = 2
+        "effective_rank_base": np.exp(-(p * np.log(p)).sum()),
+        "stable_rank_tuned": np.sum(T**2) / St[0] ** 2,
+        "relative_update": np.linalg.norm(T - W) / np.linalg.norm(W),
+        "weight_cosine": np.sum(W * T) / np.linalg.norm(W) / np.linalg.norm(T),
+    }
+    for measure, value in expected.items():
+        # Conditioning: gaps here exceed 1e-3 of the norm, so float64 leaves at least 1e-10.
+        np.testing.assert_allclose(
+            values(comparison, name, measure), np.atleast_1d(value), atol=1e-10, err_msg=measure
+        )
+
+
+def test_every_parameter_is_compared_or_listed_with_a_reason(pair: tuple[Path, Path]) -> None:
+    comparison = specbasis.compare(*pair)
+    about = comparison.manifest["pairs"][comparison.pairs[0]]
+    listed = set(about["matrices"]) | {item["name"] for item in about["skipped"]}
+    assert listed == set(specbasis.open_checkpoint(pair[0]))
+    assert all(item["reason"] for item in about["skipped"])
+
+
+def test_roles_and_blocks_reach_the_rows(pair: tuple[Path, Path]) -> None:
+    rows = specbasis.compare(*pair).rows.to_pylist()
+    found = {(r["matrix"], r["role"], r["block"]) for r in rows}
+    assert ("encoder.layer.1.attention.self.key.weight", "attention.key", 1) in found
+    assert ("embeddings.word_embeddings.weight", "embedding", None) in found
+    assert {r["out_features"] for r in rows if r["role"] == "ffn.up"} == {48}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_frozen_matrices_are_exactly_one_and_zero(tmp_path: Path, dtype: torch.dtype) -> None:
+    base = {name: value.to(dtype) for name, value in bert_state().items()}
+    tuned = {name: value.clone() for name, value in base.items()}
+    changed = "encoder.layer.1.output.dense.weight"
+    tuned[changed] = tuned[changed] + 0.1
+    c = specbasis.compare(write(tmp_path / "a.safetensors", base), write(tmp_path / "b.safetensors", tuned))
+    frozen = [r for r in c.rows.to_pylist() if r["matrix"] != changed]
+    exact = dict.fromkeys(
+        ("alignment_left", "alignment_right", "subspace_overlap_left", "subspace_overlap_right"), 1.0
+    )
+    zeros = ("principal_angle_left", "singular_value_change", "singular_value_ratio", "singular_value_delta", "rsd")
+    exact |= dict.fromkeys((*zeros, "relative_update", "max_rc"), 0.0)
+    for measure, value in exact.items():
+        assert {r["value"] for r in frozen if r["measure"] == measure} == {value}, measure
+    assert {r["bound"] for r in frozen if r["measure"] == "alignment_left"} == {0.0}
+    assert not [r for r in frozen if r["measure"].startswith("update_alignment")], "a zero update has no direction"
+    assert set(c.verdicts[c.pairs[0]].frozen) == {r["matrix"] for r in frozen}
+
+
+@pytest.mark.parametrize(
+    ("tuned", "kind"),
+    [
+        (lambda base: base, "identical"),
+        (lambda base: finetuned(base, 0.01), "finetuned"),
+        (lambda base: finetuned(base, 1.0), "finetuned"),
+        (lambda base: bert_state(width=64, seed=9), "independent"),
+        (lambda base: finetuned(base, 0.1, frozen="layer.0"), "mixed"),
+    ],
+)
+def test_verdicts(tmp_path: Path, tuned, kind: str) -> None:
+    base = bert_state(width=64)
+    c = specbasis.compare(write(tmp_path / "a.safetensors", base), write(tmp_path / "b.safetensors", tuned(base)))
+    verdict = c.verdicts[c.pairs[0]]
+    assert verdict.kind == kind
+    assert verdict.sentence.startswith(kind)
+    if kind == "mixed":
+        assert all("layer.0" in name for name in verdict.frozen)
+        assert "layer.0" in verdict.sentence
+
+
+def test_a_new_head_does_not_hide_a_finetune(tmp_path: Path) -> None:
+    base = bert_state(width=64)
+    tuned = finetuned(base, 0.05) | {"pooler.dense.weight": torch.randn(64, 64)}
+    c = specbasis.compare(write(tmp_path / "a.safetensors", base), write(tmp_path / "b.safetensors", tuned))
+    verdict = c.verdicts[c.pairs[0]]
+    assert verdict.kind == "finetuned"
+    assert verdict.unrelated == ("pooler.dense.weight",)
+    assert "pooler.dense.weight" in verdict.sentence
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [("bert.", ""), ("", "module."), ("model.", "_orig_mod."), ("bert.", "module.roberta.")]
+)
+def test_prefixes_are_aligned(tmp_path: Path, ours: str, theirs: str) -> None:
+    base = bert_state()
+    a = write(tmp_path / "a.safetensors", {ours + n: v for n, v in base.items()})
+    b = write(tmp_path / "b.safetensors", {theirs + n: v for n, v in finetuned(base).items()})
+    c = specbasis.compare(a, b)
+    assert len(c.manifest["pairs"][c.pairs[0]]["matrices"]) == 14
+
+
+def test_an_encoder_is_never_compared_with_a_decoder(tmp_path: Path) -> None:
+    stacks = ("encoder", "decoder")
+    layers = {f"layers.{i}.fc.weight": torch.randn(6, 6) for i in range(2)}
+    a = write(tmp_path / "a.safetensors", {f"{s}.{n}": v.clone() for s in stacks for n, v in layers.items()})
+    b = write(tmp_path / "b.safetensors", layers)
+    with pytest.raises(InputError, match="several ways"):
+        specbasis.compare(a, b)
+
+
+def test_a_vocabulary_that_grew(tmp_path: Path) -> None:
+    base, name = bert_state(), "embeddings.word_embeddings.weight"
+    tuned = finetuned(base)
+    tuned[name] = torch.cat([tuned[name], torch.randn(3, 12)])
+    a, b = write(tmp_path / "a.safetensors", base), write(tmp_path / "b.safetensors", tuned)
+    skipped = specbasis.compare(a, b).manifest["pairs"]["b"]["skipped"]
+    (reason,) = [item["reason"] for item in skipped if item["name"] == name]
+    assert "(30, 12) in base" in reason
+    assert "--common-rows" in reason
+    c = specbasis.compare(a, b, common_rows=True)
+    S = np.linalg.svd(np.asarray(tuned[name][:30], dtype=np.float64), compute_uv=False)
+    np.testing.assert_allclose(values(c, name, "singular_value_tuned"), S, rtol=1e-12)
+    assert any("first 30 rows" in note for note in c.manifest["pairs"]["b"]["notes"])
+
+
+def test_filters(pair: tuple[Path, Path]) -> None:
+    found = specbasis.compare(*pair, roles=["attention"], blocks=[1]).manifest["pairs"]["tuned"]["matrices"]
+    assert len(found) == 4
+    assert all("layer.1.attention" in name for name in found)
+    assert specbasis.compare(*pair, name="*intermediate*").rows["block"].unique().to_pylist() == [0, 1]
+    with pytest.raises(InputError, match="no role nonsense"):
+        specbasis.compare(*pair, roles=["nonsense"])
+    with pytest.raises(InputError, match="no matrix to compare"):
+        specbasis.compare(*pair, name="nothing*")
+
+
+def test_one_matrix_with_nan_is_named_and_the_others_are_done(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    bad = finetuned(bert_state())
+    bad["pooler.dense.weight"][3, 3] = float("nan")
+    c = specbasis.compare(pair[0], write(tmp_path / "bad.safetensors", bad))
+    assert [f["matrix"] for f in c.failed] == ["pooler.dense.weight"]
+    assert "pooler.dense.weight" in c.failed[0]["error"]
+    assert "NaN" in c.failed[0]["error"]
+    assert len(c.rows["matrix"].unique()) == 13
+
+
+def test_several_tuned_give_the_rows_of_each_alone(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    other = write(tmp_path / "other.safetensors", finetuned(bert_state(), 0.2, seed=5))
+    together = specbasis.compare(pair[0], [pair[1], other]).to_pandas()
+    alone = specbasis.compare(pair[0], other).to_pandas()
+    mine = together[together["pair"] == "other"].reset_index(drop=True)
+    assert mine.astype({"pair": str}).equals(alone.astype({"pair": str})) or mine["value"].equals(alone["value"])
+
+
+def test_rows_do_not_depend_on_workers(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "SMALL_WORK", 0)
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder, workers in zip(folders, (1, 2), strict=True):
+        specbasis.compare(*pair, folder, workers=workers)
+    one, two = ({p.relative_to(f): p.read_bytes() for p in f.rglob("*.parquet")} for f in folders)
+    assert one == two
+
+
+def test_state_dicts_in_memory(pair: tuple[Path, Path]) -> None:
+    base = bert_state()
+    in_memory = specbasis.compare(base, finetuned(base))
+    on_disk = specbasis.compare(*pair)
+    for name in base:
+        for measure in ("alignment_left", "singular_value_change", "rsd"):
+            assert list(values(in_memory, name, measure)) == list(values(on_disk, name, measure))
+
+
+def test_progress_reaches_the_end(pair: tuple[Path, Path]) -> None:
+    seen: list[Progress] = []
+    specbasis.compare(*pair, progress=seen.append)
+    assert [p.done for p in seen] == sorted(p.done for p in seen)
+    assert seen[-1].done == pytest.approx(seen[-1].total)
+
+
+def test_the_manifest_says_what_was_compared(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    import hashlib
+
+    c = specbasis.compare(*pair, tmp_path / "out")
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest == c.manifest
+    assert manifest["base"]["files"][0]["sha256"] == hashlib.sha256(pair[0].read_bytes()).hexdigest()
+    assert manifest["versions"]["torch"] == torch.__version__
+    assert manifest["runs"][0]["matrices"] == 14
+
+
+def test_a_second_run_computes_nothing_again(pair: tuple[Path, Path], tmp_path: Path, monkeypatch) -> None:
+    specbasis.compare(*pair, tmp_path / "out")
+    monkeypatch.setattr(job, "decompose", lambda *a, **k: pytest.fail("decomposed again"))
+    specbasis.compare(*pair, tmp_path / "out")
+    assert len(specbasis.load(tmp_path / "out").manifest["runs"]) == 1
+
+
+def test_a_damaged_part_is_done_again(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    first = specbasis.compare(*pair, tmp_path / "out")
+    part = next((tmp_path / "out").rglob("*.parquet"))
+    whole = part.read_bytes()
+    part.write_bytes(whole[: len(whole) // 2])
+    again = specbasis.compare(*pair, tmp_path / "out")
+    assert part.read_bytes() == whole
+    assert again.rows.equals(first.rows)
+
+
+def test_another_comparison_is_not_overwritten(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    specbasis.compare(*pair, tmp_path / "out")
+    before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    with pytest.raises(InputError, match=r"another comparison .*ranks"):
+        specbasis.compare(*pair, tmp_path / "out", ranks=3)
+    assert before == {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+
+
+SCRIPT = """
+import importlib, sys
+job = importlib.import_module("specbasis.compare")
+job.SMALL_WORK = float(sys.argv[5])
+job.compare(sys.argv[1], sys.argv[2], sys.argv[3], workers=int(sys.argv[4]))
+"""
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_killed_and_continued_gives_the_same_files(tmp_path: Path, workers: int) -> None:
+    base = bert_state(blocks=6, width=160)
+    a = write(tmp_path / "a.safetensors", base)
+    b = write(tmp_path / "b.safetensors", finetuned(base))
+    specbasis.compare(a, b, tmp_path / "undisturbed")
+    killed = tmp_path / "killed"
+    for parts in (1, 8):
+        child = subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, a, b, killed, str(workers), "0"], start_new_session=True
+        )
+        deadline = time.monotonic() + 60
+        while len(list(killed.rglob("*.parquet"))) < parts and time.monotonic() < deadline and child.poll() is None:
+            time.sleep(0.005)
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+    done = len(list(killed.rglob("*.parquet")))
+    specbasis.compare(a, b, killed)
+    expected, found = (
+        {p.relative_to(f): p.read_bytes() for p in f.rglob("*.parquet")} for f in (tmp_path / "undisturbed", killed)
+    )
+    assert found == expected
+    assert 1 <= done
+    assert not list(killed.rglob("*.tmp"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads peak memory as Linux gives it")
+def test_peak_memory_does_not_grow_with_the_number_of_matrices(tmp_path: Path) -> None:
+    measure = SCRIPT + "import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    peaks = []
+    for blocks in (1, 8):
+        base = bert_state(blocks=blocks, width=256)
+        a = write(tmp_path / f"{blocks}" / "a.safetensors", base)
+        b = write(tmp_path / f"{blocks}" / "b.safetensors", finetuned(base))
+        out = subprocess.run(
+            [sys.executable, "-c", measure, a, b, tmp_path / f"{blocks}" / "out", "1", "0"],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        peaks.append(int(out.stdout.split()[-1]) * 1024)
+    weights = 2 * 4 * 7 * 12 * 256**2  # what the seven additional blocks hold, both sides, float32: 44 MB
+    # Memory-mapped pages of the files count as resident; nothing else may grow.
+    assert peaks[1] - peaks[0] < 1.25 * weights + 16 * 2**20
+
+
+def test_parquet_is_readable_by_others(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    specbasis.compare(*pair, tmp_path / "out")
+    table = pq.read_table(tmp_path / "out" / "rows")
+    assert table.num_rows > 0
+    assert {"pair", "matrix", "measure", "index", "value", "bound", "resolved"} <= set(table.column_names)

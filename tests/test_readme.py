@@ -1,0 +1,41 @@
+"""The README's code is run, and its commands exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.S)
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("anarcii")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+    assert (tmp_path / "page.html").stat().st_size > 0
+
+
+def test_commands_exist() -> None:
+    from specbasis.cli import app
+
+    verbs = {command.name or command.callback.__name__ for command in app.registered_commands}
+    used = set(re.findall(r"^specbasis (\w+)", "\n".join(blocks("sh")), flags=re.M))
+    assert used
+    assert used <= verbs
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (Path(__file__).parents[1] / target).exists(), target
+
+
+def test_every_measure_is_documented() -> None:
+    from specbasis.measures import MEASURES
+
+    page = (Path(__file__).parents[1] / "docs" / "rows.md").read_text(encoding="utf-8")
+    assert not [measure.name for measure in MEASURES if f"`{measure.name}`" not in page]
