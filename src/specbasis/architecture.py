@@ -410,11 +410,10 @@ class _Names:
 
 @dataclass(frozen=True)
 class _Rule:
-    """A [[matrix]] entry that matches a skeleton, and the expression that finds the block in a name."""
+    """The [[matrix]] entries with a pattern that matches a skeleton, and the expression that finds its block."""
 
-    entry: Mapping[str, Any]
+    entries: tuple[Mapping[str, Any], ...]
     regex: re.Pattern[str]
-    family: Family
 
 
 @dataclass(frozen=True)
@@ -537,8 +536,13 @@ def _block_rule(skeleton: str, container: str, family: Family) -> _Rule | None:
                 regex = _regex(entry["name"], form)
                 found = regex.search(skeleton)
                 if found and skeleton[: found.start()] == container:
-                    return _Rule(entry, regex, family)
+                    return _rule_of(entry, family, form)
     return None
+
+
+def _rule_of(entry: Mapping[str, Any], family: Family, form: str = "{layer}") -> _Rule:
+    alternatives = tuple(other for other in family.matrices if other["name"] == entry["name"])
+    return _Rule(alternatives, _regex(entry["name"], form))
 
 
 def _rule(skeleton: str, towers: Mapping[str, Family]) -> tuple[str | None, _Rule | None]:
@@ -558,7 +562,7 @@ def _rule(skeleton: str, towers: Mapping[str, Family]) -> tuple[str | None, _Rul
             if "{block}" in entry["name"] or (only_tables and "skip" not in entry):
                 continue
             if _regex(entry["name"]).search(skeleton):
-                return tower, _Rule(entry, _regex(entry["name"]), family)
+                return tower, _rule_of(entry, family)
     return tower, None
 
 
@@ -582,9 +586,8 @@ def _meaning(name: str, tower: str | None, rule: _Rule, names: _Names) -> _Found
     found = rule.regex.search(bare)
     if found is None:
         return None
-    place = _place(bare, found) if "{block}" in rule.entry["name"] else None
-    alternatives = (entry for entry in rule.family.matrices if entry["name"] == rule.entry["name"])
-    entry = next((entry for entry in alternatives if _holds(entry, shape, place, names)), None)
+    place = _place(bare, found) if "block" in rule.regex.groupindex else None
+    entry = next((entry for entry in rule.entries if _holds(entry, shape, place, names)), None)
     return None if entry is None else _Found(entry, place)
 
 
@@ -678,7 +681,7 @@ def _parts(found: _Found, shape: tuple[int, ...], names: _Names) -> tuple[tuple[
         cuts, doubt = _row_parts(entry, whole, found.place, names)
     cuts = cuts or [_Part("other", whole)]
     if not entry.get("stacked"):
-        return tuple(replace(part, cut={**transposed, **part.cut}) for part in cuts), doubt
+        return tuple(replace(part, cut=transposed | dict(part.cut)) if transposed else part for part in cuts), doubt
     return tuple(
         replace(part, label=f"[{expert}]{part.label}", cut={**transposed, **part.cut, "expert": expert})
         for expert in range(shape[0])

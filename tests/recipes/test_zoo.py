@@ -7,7 +7,11 @@ def test_the_tables_are_whole() -> None:
     pairs = zoo().pairs
     assert Counter(pair.table for pair in pairs) == {"Tab. 2": 14, "Tab. 3": 18, "App. A.2": 3}
     assert len({pair.name for pair in pairs}) == len(pairs)
-    assert [pair.name for pair in pairs if not pair.obtainable] == ["LaBraM-Base", "BrainLM-Base", "Brain-JEPA-Base"]
+    assert [pair.name for pair in pairs if not pair.obtainable] == [
+        "LaBraM-Base",
+        "BrainLM-Base",
+        "Brain-JEPA-Base",
+    ]
 
 
 def test_rows_are_as_printed() -> None:

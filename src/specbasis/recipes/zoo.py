@@ -1,4 +1,4 @@
-"""The models that the paper compares, as data: pretrained and finetuned pairs with what the paper prints about them."""
+"""The models that the paper compares, as data: pretrained and finetuned pairs with what the paper prints."""
 
 from __future__ import annotations
 
