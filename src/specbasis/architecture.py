@@ -141,7 +141,7 @@ class Family:
         stacks: path components that name a stack of blocks.
         blocks: what ``{block}`` stands for, in order of preference.
         repeated: a key of config.json with the number of times that the stored blocks are run through.
-        matrices: the [[matrix]] entries, first match wins.
+        matrices: the `matrix` entries, and behind them those of the family it is `like`; first match wins.
     """
 
     name: str
@@ -241,11 +241,9 @@ def families() -> tuple[Family, ...]:
     Raises:
         InputError: a file names a role that is not in `ROLES`, or a key that the format does not have.
     """
-    return tuple(
-        _family(file.name.removesuffix(".toml"), file.read_text(encoding="utf-8"))
-        for file in sorted(files("specbasis").joinpath("architectures").iterdir(), key=lambda file: file.name)
-        if file.name.endswith(".toml")
-    )
+    folder = files("specbasis").joinpath("architectures")
+    names = sorted(file.name.removesuffix(".toml") for file in folder.iterdir() if file.name.endswith(".toml"))
+    return tuple(_family(name, _text(name)) for name in names)
 
 
 def recognise(checkpoint: Checkpoint) -> Family:
@@ -987,7 +985,11 @@ _MATRIX_KEYS = {
     "name", "role", "rows", "columns", "skip", "layout", "stacked", "groups", "into", "reads", "shape", "axes",
     "fits", "when", "grouped",
 }  # fmt: skip
-_FAMILY_KEYS = {"title", "recognised_by", "beside", "unless", "stacks", "blocks", "repeated", "matrix"}
+_FAMILY_KEYS = {"title", "recognised_by", "beside", "unless", "stacks", "blocks", "repeated", "like", "matrix"}
+
+
+def _text(family: str) -> str:
+    return files("specbasis").joinpath("architectures", f"{family}.toml").read_text(encoding="utf-8")
 
 
 def _family(name: str, text: str) -> Family:
@@ -1004,12 +1006,13 @@ def _family(name: str, text: str) -> Family:
             )
     if not set(data) <= _FAMILY_KEYS:
         raise InputError(f"architectures/{name}.toml: unknown keys {', '.join(sorted(set(data) - _FAMILY_KEYS))}")
+    inherited = _family(data["like"], _text(data["like"])).matrices if "like" in data else ()
     return Family(
         name,
         data["title"],
         tuple(_Frozen({"name": a} if isinstance(a, str) else a) for a in data.get("recognised_by", ())),
         tuple(data.get("stacks", ())),
-        tuple(_Frozen(matrix) for matrix in data["matrix"]),
+        tuple(_Frozen(matrix) for matrix in data["matrix"]) + inherited,
         tuple(data.get("beside", ())),
         tuple(data.get("unless", ())),
         tuple(data.get("blocks", ("{layer}",))),
