@@ -9,8 +9,13 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from helpers.exact import exact_svd, sines, true_residuals, value_errors
-from helpers.matrices import (
+from hypothesis import given
+from hypothesis import strategies as st
+
+from specbasis import InputError, NonFiniteError, decompose, low_rank_svd
+from specbasis.svd import DEFLATE
+from tests.helpers.exact import exact_svd, sines, true_residuals, value_errors
+from tests.helpers.matrices import (
     gaussian,
     hadamard,
     hilbert,
@@ -19,12 +24,7 @@ from helpers.matrices import (
     weight_like,
     with_spectrum,
 )
-from helpers.tolerance import rounding
-from hypothesis import given
-from hypothesis import strategies as st
-
-from specbasis import InputError, NonFiniteError, decompose, low_rank_svd
-from specbasis.svd import DEFLATE
+from tests.helpers.tolerance import rounding
 
 EPS = torch.finfo(torch.float64).eps
 

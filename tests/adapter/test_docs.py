@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("peft", minversion="0.21")
 
-from helpers import save_deberta
+from tests.adapter.helpers import save_deberta
 
 PAGE = Path(__file__).parents[2] / "docs" / "adapter.md"
 

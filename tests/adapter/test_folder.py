@@ -13,12 +13,12 @@ from torch import nn
 peft = pytest.importorskip("peft", minversion="0.21")
 transformers = pytest.importorskip("transformers")
 
-from helpers import TARGETS, load_classifier, randomise, save_deberta  # noqa: E402
 from peft import get_peft_model  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from specbasis.adapter import SpectralConfig, diagnostics, folder  # noqa: E402
 from specbasis.errors import InputError  # noqa: E402
+from tests.adapter.helpers import TARGETS, load_classifier, randomise, save_deberta  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 IDS = torch.arange(48).reshape(4, 12)
@@ -159,10 +159,9 @@ def test_info(models):
 
 
 def test_diagnosis_is_the_svd_of_the_merged_weight():
-    from helpers import linear
-
     from specbasis.adapter import SpectralLinear
     from specbasis.svd import decompose
+    from tests.adapter.helpers import linear
 
     base = linear(12, 20)
     layer = SpectralLinear(base, interval=(0, 5))

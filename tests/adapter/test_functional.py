@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import matrix
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F  # noqa: N812
 
 from specbasis.adapter import functional
 from specbasis.svd import decompose
+from tests.adapter.helpers import matrix
 
 
 def problem(out: int, in_: int, k: int, m: int, seed: int = 0, tokens: int = 7):

@@ -6,13 +6,13 @@ import copy
 
 import pytest
 import torch
-from helpers import linear, matrix, randomise, transcription
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from specbasis.adapter import SpectralLinear
 from specbasis.errors import InputError
+from tests.adapter.helpers import linear, matrix, randomise, transcription
 
 
 def conv1d(out: int, in_: int) -> nn.Module:

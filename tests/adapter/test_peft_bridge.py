@@ -16,7 +16,6 @@ from torch import nn
 peft = pytest.importorskip("peft", minversion="0.21")
 transformers = pytest.importorskip("transformers")
 
-from helpers import TARGETS, linear, load_classifier, randomise, save_deberta  # noqa: E402
 from peft import PeftModel, get_peft_model, inject_adapter_in_model  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
@@ -26,6 +25,7 @@ from specbasis.adapter import (  # noqa: E402
     peft_bridge,
 )
 from specbasis.errors import InputError  # noqa: E402
+from tests.adapter.helpers import TARGETS, linear, load_classifier, randomise, save_deberta  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -7,7 +7,6 @@ import warnings
 
 import pytest
 import torch
-from helpers import matrix
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +14,7 @@ from specbasis.adapter import proof as proofs
 from specbasis.adapter.proof import COLUMNS, TOLERANCE, align, check_stored, prove, sketch, weight_digest
 from specbasis.errors import InputError
 from specbasis.svd import SVD, decompose
+from tests.adapter.helpers import matrix
 
 
 def trained(W: torch.Tensor, k: int = 0, m: int = 8):

@@ -8,10 +8,10 @@ from torch import nn
 
 peft = pytest.importorskip("peft", minversion="0.21")
 
-from helpers import linear, randomise  # noqa: E402
 from peft import PeftModel, get_peft_model  # noqa: E402
 
 from specbasis.adapter import SpectralConfig  # noqa: E402
+from tests.adapter.helpers import linear, randomise  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

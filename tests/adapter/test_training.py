@@ -16,12 +16,12 @@ peft = pytest.importorskip("peft", minversion="0.21")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from helpers import TARGETS, load_classifier, save_deberta  # noqa: E402
 from peft import PeftModel, get_peft_model  # noqa: E402
 from torch import nn  # noqa: E402
 
 from specbasis.adapter import SpectralConfig, SpectralLinear  # noqa: E402
 from specbasis.adapter.callback import DriftCallback, drifts  # noqa: E402
+from tests.adapter.helpers import TARGETS, load_classifier, save_deberta  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

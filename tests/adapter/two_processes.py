@@ -11,16 +11,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 warnings.simplefilter("ignore")
 
 
 def under_accelerate(folder: Path, world: int) -> None:
     from accelerate import Accelerator
-    from helpers import TARGETS, load_classifier
     from peft import get_peft_model
 
     from specbasis.adapter import SpectralConfig
+    from tests.adapter.helpers import TARGETS, load_classifier
 
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == world
@@ -51,12 +51,12 @@ def under_accelerate(folder: Path, world: int) -> None:
 
 def under_fsdp(folder: Path) -> None:
     import torch.distributed as dist
-    from helpers import linear
     from peft import get_peft_model
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 
     from specbasis.adapter import SpectralConfig
+    from tests.adapter.helpers import linear
 
     dist.init_process_group("gloo")
     mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
