@@ -116,8 +116,8 @@ def decompose(
     W = U diag(S) Vh; the first ``ranks`` vectors (default all), every singular value.
 
     One joint sign rule: in each pair (u_i, v_i) the entry of u_i that is largest in magnitude (the first such) is
-    positive. Zero singular values get orthonormal vectors too; the ``bound`` is infinite where there are several, or
-    where W is not square, and for equal singular values, whose single vectors are arbitrary inside their subspace. (A
+    positive. Zero singular values get orthonormal vectors too; the ``bound`` is infinite where there are several of
+    them, or W is not square, and for equal singular values, whose vectors are arbitrary inside their subspace. (A
     single zero of a square matrix has defined lines u and v, but no joint sign.)
 
     No gradient flows through it: a parameter may be passed as it is.
