@@ -226,7 +226,7 @@ def test_a_narrow_base_does_not_swallow_a_small_update(tmp_path):
 
 def test_an_adapter_without_its_base_is_refused(tmp_path):
     make(tmp_path, *CASES["lora"])
-    with pytest.raises(InputError, match="PEFT adapter.*tuned side.*base"):
+    with pytest.raises(InputError, match=r"PEFT adapter.*tuned side.*base"):
         open_checkpoint(tmp_path / "adapter")
 
 

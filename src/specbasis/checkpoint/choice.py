@@ -44,7 +44,7 @@ def open_place(place: Place, key: str = "") -> Checkpoint:
         if names[0].endswith(".index.json"):
             no_key(key, place.source)
             entries, names, notes = _open_index(place, names[0])
-        elif len(names) == 1:
+        elif place.given or (len(names) == 1 and not _SHARD.match(names[0])):
             entries = place.entries(names[0], key)
         else:
             no_key(key, place.source)

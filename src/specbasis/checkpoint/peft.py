@@ -36,9 +36,7 @@ CONFIG = "adapter_config.json"
 
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
-_PART = re.compile(
-    r"^(?P<module>.+?)\.(?P<part>lora_(?:A|B|E|embedding_A|embedding_B|magnitude_vector))(?:\.weight)?$"
-)
+_PART = re.compile(r"^(?P<module>.+?)\.lora_(?P<part>A|B|E|embedding_A|embedding_B|magnitude_vector)(?:\.weight)?$")
 
 _REFUSED = {
     "layer_replication": "replicated layers have no counterpart in the base",
@@ -253,8 +251,9 @@ class _Update:
 
     def _scale(self) -> float:
         """What the product of the factors is multiplied by."""
+        alpha = _of_pattern(self.config.get("alpha_pattern"), self.module, self.config.get("lora_alpha"))
         try:
-            alpha = float(_of_pattern(self.config.get("alpha_pattern"), self.module, self.config["lora_alpha"]))
+            alpha = float(alpha)
             if self.kind == "ADALORA":
                 first = float(self.config["init_r"])
                 return (alpha if alpha > 0 else first) / (first + 1e-5)
@@ -292,8 +291,8 @@ class _Update:
         total = self._sum(scale)
         outputs = total.mT if self._turned else total
         magnitude = self._part("magnitude_vector").flatten().to(outputs.dtype)
-        outputs = outputs * (magnitude / outputs.norm(dim=1))[:, None]
-        return outputs.mT if self._turned else outputs
+        scaled: Tensor = outputs * (magnitude / outputs.norm(dim=1))[:, None]
+        return scaled.mT if self._turned else scaled
 
     def _part(self, name: str) -> Tensor:
         tensor: Tensor = self.parts[name].load().to(torch.float64)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 from specbasis.checkpoint import hub
-from specbasis.checkpoint.entry import Entry, inside, is_plain, no_key, reading
+from specbasis.checkpoint.entry import Entry, inside, is_plain, no_key, reading, shown
 from specbasis.checkpoint.readers import file_entries, remote_entries
 from specbasis.errors import InputError
 
@@ -70,20 +70,20 @@ def locate(source: str | Path, *, stream: bool = False) -> tuple[Place, str]:
         raise InputError(
             f"got a {type(source).__name__}; want a path, hub:…, timm:…, pkg:…, or a mapping from names to tensors"
         )
-    text = str(source)
-    with reading(text):
+    text, label = str(source), shown(str(source))
+    with reading(label):
         if Path(text).exists():
-            return _on_disk(Path(text), text), ""
+            return _on_disk(Path(text), label), ""
         name, _, key = text.partition("#")
         scheme = name.partition(":")[0]
         if scheme == "pkg":
-            return _on_disk(_package_path(name), text), key
+            return _on_disk(_package_path(name), label), key
         if Path(name).expanduser().exists():
-            return _on_disk(Path(name).expanduser(), text), key
+            return _on_disk(Path(name).expanduser(), label), key
         if scheme in ("hub", "timm") or (_BARE.fullmatch(name) and Path(name).suffix not in _SUFFIXES):
-            return _on_hub(name, text, stream), key
+            return _on_hub(name, label, stream), key
     hint = "; for a model on the Hub write hub:org/name" if "://" in name else ""
-    raise InputError(f"{text}: no such file or folder{hint}")
+    raise InputError(f"{label}: no such file or folder{hint}")
 
 
 _BARE = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./%-]+)?", re.ASCII)
@@ -122,7 +122,7 @@ class _Folder:
         return tuple(self.path / name for name in names), {}
 
     def _path(self, name: str) -> Path:
-        return self.path / name if name == self.given else inside(self.path, name, self.source)
+        return self.path / name if name and name == self.given else inside(self.path, name, self.source)
 
 
 @dataclass(frozen=True)

@@ -191,13 +191,12 @@ def _torch_load(path: Path, source: str) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
-        found = re.search(r"(?:GLOBAL|[Uu]nsupported (?:global|class)[^\w]*)\s*([\w.]+)", str(error))
-        if not found and "unsupported" not in str(error).lower():
-            raise InputError(f"{source}: {shown(path.name)} is truncated or corrupted") from error
-        needs = f" ({found.group(1)})" if found else ""
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        detail = found.group(1) if found else first_line(ValueError(str(error).rpartition("error:")[2]))
         raise InputError(
-            f"{source}: {shown(path.name)} needs code{needs} to be unpickled, which is refused; if you trust "
-            "it, load it with torch and write its tensors with safetensors.torch.save_file, then use that file"
+            f"{source}: {shown(path.name)} {'needs' if found else 'is corrupted or needs'} code ({detail}) to be "
+            "unpickled, which is refused; if you trust it, load it with torch and write its tensors with "
+            "safetensors.torch.save_file, then use that file"
         ) from error
     except OSError:
         raise
@@ -214,14 +213,14 @@ def _check_archive(path: Path, source: str) -> None:
             items = archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
         raise InputError(f"{source}: {name} is truncated or corrupted ({first_line(error)})") from error
-    if any(item.compress_type != zipfile.ZIP_STORED or item.compress_size != item.file_size for item in items):
-        raise InputError(f"{source}: {name} has compressed entries, which torch never writes; refused")
-    if sum(item.file_size for item in items) > path.stat().st_size:
-        raise InputError(f"{source}: {name} unpacks to more than its size, which torch never writes; refused")
     if any(item.filename.endswith("/constants.pkl") for item in items):
         raise InputError(
             f"{source}: {name} is a TorchScript program; load it with torch.jit.load and save its state_dict"
         )
+    if any(item.compress_type != zipfile.ZIP_STORED or item.compress_size != item.file_size for item in items):
+        raise InputError(f"{source}: {name} has compressed entries, which torch never writes; refused")
+    if sum(item.file_size for item in items) > path.stat().st_size:
+        raise InputError(f"{source}: {name} unpacks to more than its size, which torch never writes; refused")
     if not any(item.filename.endswith("data.pkl") for item in items):
         raise InputError(f"{source}: {name} is a zip archive, but not torch's (no data.pkl); want a weights file")
 
@@ -230,12 +229,12 @@ def _nested(found: Any, key: str, source: str) -> Mapping[str, Any]:
     """The dictionary of tensors at a dotted key; without a key the only one there is."""
     for part in _walk(found, key, source):
         found = part
-    inside = list(_state_dicts(found))
-    if len(inside) == 1:
-        return inside[0][1]
-    if inside:
-        shown = ", ".join(f"#{shown(place)} ({len(d)})" for place, d in inside[:6])
-        raise InputError(f"{source}: several dictionaries of tensors inside; add the one you mean: {shown}")
+    found_in = list(_state_dicts(found))
+    if len(found_in) == 1:
+        return found_in[0][1]
+    if found_in:
+        some = ", ".join(f"#{shown(place)} ({len(d)})" for place, d in found_in[:6])
+        raise InputError(f"{source}: several dictionaries of tensors inside; add the one you mean: {some}")
     if isinstance(found, Mapping) and any(isinstance(value, Tensor) for value in found.values()):
         return found
     kind = type(found).__name__
