@@ -60,7 +60,7 @@ def parse_address(source: str) -> Address:
         name, tail = "/".join(parts[:2]), "/".join(["", *parts[2:]])
     depth = 3 if tail.startswith("refs/") else 1
     pieces = tail.split("/")
-    revision, subfolder = unquote("/".join(pieces[:depth])), "/".join(pieces[depth:]).strip("/")
+    revision, subfolder = unquote("/".join(pieces[:depth])), "/".join(pieces[depth:]).rstrip("/")
     repository = f"timm/{name}" if scheme == "timm" else name
     if (
         not _REPOSITORY.fullmatch(repository)
