@@ -1,4 +1,4 @@
-"""A Hub of one's own on 127.0.0.1: the endpoints that the client calls, a file host behind redirects, and faults."""
+"""A Hub on 127.0.0.1: the endpoints that the client calls, a file host behind redirects, and faults on demand."""
 
 from __future__ import annotations
 

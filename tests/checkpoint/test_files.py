@@ -263,6 +263,7 @@ def test_nothing_there(tmp_path):
     refused("https://example.org/org/name", "hub:org/name")
     refused("x" * 5000, "cannot be read|no such file")
     refused("a\0b/c/d", "no such file")
+    refused("~no-such-user-here/a/b", "no such file")
     refused("models/missing.safetensors", "no such file or folder")
 
 

@@ -24,9 +24,9 @@ from specbasis.errors import InputError
 
 pytest.importorskip("huggingface_hub")
 
-from huggingface_hub import close_session, constants  # noqa: E402
+from huggingface_hub import close_session, constants
 
-from .hub_server import COMMIT, Fault, serve  # noqa: E402
+from .hub_server import COMMIT, Fault, serve
 
 NAMES = [f"layer.{i}.weight" for i in range(6)]
 
@@ -257,7 +257,7 @@ def test_offline_reads_the_cache_and_only_the_cache(hub, monkeypatch):
         checkpoint = open_checkpoint(source)
         assert checkpoint.revision == COMMIT
         assert torch.equal(checkpoint["layer.3.weight"], tensors()["layer.3.weight"])
-        with pytest.raises(InputError, match="00001-of-00003.*not in the cache and HF_HUB_OFFLINE is set"):
+        with pytest.raises(InputError, match=r"00001-of-00003.*not in the cache and HF_HUB_OFFLINE is set"):
             checkpoint["layer.0.weight"]
     refused("org/small", "HF_HUB_OFFLINE is set and org/small at main is not in the cache")
     refused("org/big", "nothing can be streamed", stream=True)
@@ -321,6 +321,19 @@ def test_a_connection_that_is_cut_once(hub, stream):
 def test_a_connection_that_is_always_cut(hub, stream):
     hub.faults = [Fault("files/files/.*00002-of", cut=5)]
     refused("org/big", "00002-of-00003.safetensors of org/big could not be read.*5 retries", stream=stream)
+
+
+def test_a_download_that_is_cut_once_and_one_that_always_is(hub):
+    checkpoint = open_checkpoint("org/small")
+    assert checkpoint.entries["layer.0.weight"].shape == (20, 10)
+    hub.faults = [Fault("files/files", cut=1000, times=1)]
+    same(checkpoint, tensors(1))
+    checkpoint = open_checkpoint("org/big")
+    assert checkpoint.entries["layer.0.weight"].shape == (20, 10)
+    hub.faults = [Fault("files/files", cut=0)]
+    with pytest.raises(InputError, match=r"00001-of-00003.safetensors of org/big could not be read.*5 retries"):
+        checkpoint["layer.0.weight"]
+    assert [wait for wait in hub.waits if wait >= 8] == [8, 16, 32, 64, 128]
 
 
 @pytest.mark.parametrize("fault", [{"extra": 3}, {"shift": 1}])
@@ -411,8 +424,8 @@ def test_addresses(text, address):
 @pytest.mark.parametrize(
     "text",
     ["hub:", "hub:/", "hub:../x", "hub:a/..", "hub:org/name@", "hub:org/name@main/../x", "hub:org/name@main//x",
-     "hub:org/name@..%2F..%2Fx", "hub:org/name/../x", "hub:org/na me", "hub:org/n\nx", "timm:a/b", "hub:org/name@main/a\\b",
-     "hub:org/name@main/./a"],
+     "hub:org/name@..%2F..%2Fx", "hub:org/name/../x", "hub:org/na me", "hub:org/n\nx", "timm:a/b",
+     "hub:org/name@main/a\\b", "hub:org/name@main/./a"],
 )  # fmt: skip
 def test_addresses_that_are_none_or_lead_out(text):
     with pytest.raises(InputError):

@@ -230,8 +230,7 @@ def _read_range(url: str, start: int, stop: int, whole: bool) -> bytearray:
         "Range": f"bytes={start}-{stop - 1}",
         "Accept-Encoding": "identity",
     }
-    body = bytearray(stop - start)
-    filled = 0
+    body = bytearray()
     with get_session().stream(
         "GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT, follow_redirects=True
     ) as response:
@@ -242,12 +241,11 @@ def _read_range(url: str, start: int, stop: int, whole: bool) -> bytearray:
         if response.status_code == 206 and not response.headers.get("Content-Range", "").startswith(expected):
             raise _CutOffError(f"asked for {expected[:-1]}, got {response.headers.get('Content-Range')!r}")
         for chunk in response.iter_bytes():
-            if filled + len(chunk) > len(body):
-                raise _CutOffError(f"more than the {len(body)} bytes asked for")
-            body[filled : filled + len(chunk)] = chunk
-            filled += len(chunk)
-    if filled != len(body):
-        raise _CutOffError(f"{filled} of {len(body)} bytes")
+            body += chunk
+            if len(body) > stop - start:
+                raise _CutOffError(f"more than the {stop - start} bytes asked for")
+    if len(body) != stop - start:
+        raise _CutOffError(f"{len(body)} of {stop - start} bytes")
     return body
 
 

@@ -78,12 +78,21 @@ def locate(source: str | Path, *, stream: bool = False) -> tuple[Place, str]:
         scheme = name.partition(":")[0]
         if scheme == "pkg":
             return _on_disk(_package_path(name), label), key
-        if Path(name).expanduser().exists():
-            return _on_disk(Path(name).expanduser(), label), key
+        path = _expanded(name)
+        if path.exists():
+            return _on_disk(path, label), key
         if scheme in ("hub", "timm") or (_BARE.fullmatch(name) and Path(name).suffix not in _SUFFIXES):
             return _on_hub(name, label, stream), key
     hint = "; for a model on the Hub write hub:org/name" if "://" in name else ""
     raise InputError(f"{label}: no such file or folder{hint}")
+
+
+def _expanded(name: str) -> Path:
+    """A path with ~ expanded, as it is where there is no such user."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)
 
 
 _BARE = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./%-]+)?", re.ASCII)
