@@ -174,7 +174,7 @@ def find_repository(source: str, address: Address) -> Repository:
         InputError: no such repository, revision or access, the Hub cannot be reached, or nothing is in the cache.
     """
     hub = _client()
-    if hub.is_offline_mode():
+    if hub.constants.HF_HUB_OFFLINE:
         return _cached_repository(source, address)
     info = _patiently(
         lambda: hub.HfApi().model_info(address.repository, revision=address.revision, files_metadata=True),
@@ -364,7 +364,7 @@ def _brief(error: BaseException) -> str:
 
 def _client() -> Any:
     try:
-        import huggingface_hub
+        import huggingface_hub.constants
     except ImportError as error:
         raise InputError("models on the Hub need huggingface_hub; pip install 'specbasis[hub]'") from error
     return huggingface_hub
