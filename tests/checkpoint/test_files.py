@@ -105,6 +105,14 @@ def test_shards(tmp_path, ending, with_index):
     assert checkpoint.notes == ()
 
 
+def test_one_shard_or_the_index_can_be_named(tmp_path):
+    shards = sharded(tmp_path, tensors())
+    same(open_checkpoint(tmp_path / "model.safetensors.index.json"), tensors())
+    part = open_checkpoint(tmp_path / shards[0])
+    assert set(part) < set(tensors())
+    assert part.notes == (f"{shards[0]} is one of 2 shards; only its tensors were read",)
+
+
 def test_the_whole_model_wins_over_its_shards_and_says_so(tmp_path):
     sharded(tmp_path, tensors(1))
     save_file(tensors(), tmp_path / "model.safetensors")

@@ -179,6 +179,14 @@ def test_a_repository_of_torch_files(hub, tmp_path):
     refused("hub:org/old2#ema", "cannot be streamed", stream=True)
 
 
+def test_a_repository_of_another_framework_is_refused_before_it_is_downloaded(hub):
+    hub.repositories["org/tf"] = {
+        "tf_model.h5": bytes(10_000), "config.json": b'{"architectures": ["TFBertModel"]}'
+    }  # fmt: skip
+    refused("org/tf", "TensorFlow.*transformers.BertModel.from_pretrained.*from_tf=True")
+    assert not hub.requests("h5")
+
+
 def test_subfolders_and_single_files(hub):
     files = hub.repositories["org/pipe"] = {
         f"unet/{name}": content for name, content in hub.repositories["org/big"].items()

@@ -211,6 +211,31 @@ def test_a_base_saved_without_its_head_and_prefix(tmp_path):
     assert_float32_equal(tuned["h.0.attn.c_attn.weight"], merged["transformer.h.0.attn.c_attn.weight"], "c_attn")
 
 
+def test_a_base_without_the_trained_head(tmp_path):
+    merged = make(tmp_path, *CASES["head"])
+    bert().bert.from_pretrained(tmp_path / "base").save_pretrained(tmp_path / "body")
+    base = open_checkpoint(tmp_path / "body")
+    tuned = open_tuned(tmp_path / "adapter", base)
+    assert "classifier.weight" not in base
+    assert torch.equal(tuned["classifier.weight"], merged["classifier.weight"])
+    name = "encoder.layer.0.attention.self.query.weight"
+    assert_float32_equal(tuned[name], merged["bert." + name], name)
+
+
+def test_an_adapter_that_fits_two_towers_is_not_guessed(tmp_path):
+    make(tmp_path, *CASES["lora"])
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    towers = {f"{tower}.{name}": w.clone() for tower in ("text", "vision") for name, w in weights.items()}
+    with pytest.raises(InputError, match="several parts of the base"):
+        open_tuned(tmp_path / "adapter", open_checkpoint(towers))
+    towers |= {name: w[:, :8].clone() for name, w in towers.items() if name.startswith("vision") and w.ndim == 2}
+    base = open_checkpoint(towers)
+    tuned = open_tuned(tmp_path / "adapter", base)
+    changed = {name for name in tuned if tuned.entries[name] is not base.entries[name]}
+    assert changed
+    assert all(name.startswith("text.") for name in changed)
+
+
 def test_a_narrow_base_does_not_swallow_a_small_update(tmp_path):
     make(tmp_path, *CASES["lora"])
     weights = load_file(tmp_path / "base" / "model.safetensors")
@@ -273,6 +298,11 @@ def test_no_tensor_of_an_adapter_is_dropped_in_silence(tmp_path):
     half = {name: tensor for name, tensor in tensors.items() if "layers.0.self_attn.q_proj.lora_B" not in name}
     save_file(half, path)
     with pytest.raises(InputError, match=r"q_proj has A; want the factors"):
+        open_tuned(tmp_path / "adapter", open_checkpoint(tmp_path / "base"))
+    save_file(tensors, path)
+    config = path.with_name("adapter_config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"use_dora": True}))
+    with pytest.raises(InputError, match="no magnitudes"):
         open_tuned(tmp_path / "adapter", open_checkpoint(tmp_path / "base"))
     path.unlink()
     with pytest.raises(InputError, match="without weights"):

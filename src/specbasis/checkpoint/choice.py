@@ -53,7 +53,7 @@ def open_place(place: Place, key: str = "") -> Checkpoint:
             raise InputError(f"{place.source}: holds no tensors")
         config, config_notes = read_config(place, "config.json")
         files, digests = place.provenance(names)
-        notes = [*notes, *config_notes, *_twice(place, names)]
+        notes = [*notes, *config_notes, *_beside(place, names)]
         return Checkpoint(place.source, entries, files, config, place.revision, digests, tuple(notes))
 
 
@@ -99,8 +99,11 @@ def _choose(place: Place) -> list[str]:
     raise InputError(f"{place.source}: no weights in this folder; want one of {', '.join(_PATTERNS[2:7])}{hint}")
 
 
-def _twice(place: Place, names: list[str]) -> list[str]:
-    """Notes of a second model beside the one that was read: the same in shards, or an adapter."""
+def _beside(place: Place, names: list[str]) -> list[str]:
+    """Notes of what was not read: the other shards of one that was named, the same model in shards, an adapter."""
+    shard = _SHARD.match(place.given)
+    if shard:
+        return [f"{shown(place.given)} is one of {int(shard.group(3))} shards; only its tensors were read"]
     others = () if place.given else (f"{names[0]}.index.json", "adapter_config.json")
     return [f"{other} lies beside the weights and was not read" for other in others if other in place.names]
 

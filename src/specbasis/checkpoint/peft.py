@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -97,7 +97,7 @@ def open_adapter(place: Place, base: Checkpoint) -> Checkpoint:
                 modules[found["module"]]["embedding"] = entry
         else:
             replaced[path] = entry
-    names = _Names(base, list(modules), place.source)
+    names = _Names(base, modules, place.source)
     entries = dict(base.entries)
     for path, entry in replaced.items():
         entries[names.saved(path)] = entry
@@ -145,10 +145,11 @@ class _Names:
     """How the adapter's module names map to the base's parameter names.
 
     An adapter is saved from a whole model (``transformer.h.0…``), a base often from its body (``h.0…``). One
-    leading prefix is dropped on either side, the shortest with which the base has every adapted module.
+    leading prefix is dropped on either side, so that the base has every adapted module in its size. Where that is
+    so for several parts of the base (two towers of one shape), it is refused: a wrong pair is worse than none.
     """
 
-    def __init__(self, base: Checkpoint, modules: list[str], source: str) -> None:
+    def __init__(self, base: Checkpoint, modules: Mapping[str, Mapping[str, Entry]], source: str) -> None:
         self.base = base
         self.source = source
         self.drop, self.add = self._align(modules)
@@ -167,20 +168,43 @@ class _Names:
     def _base_name(self, module: str, drop: str, add: str) -> str:
         return f"{add}{module.removeprefix(drop)}.weight"
 
-    def _align(self, modules: list[str]) -> tuple[str, str]:
+    def _align(self, modules: Mapping[str, Mapping[str, Entry]]) -> tuple[str, str]:
+        if self._fits(modules, "", ""):
+            return "", ""
         drops = _prefixes(modules)
-        adds = _prefixes([name.removesuffix(".weight") for name in self.base])
-        for drop, add in sorted(((d, a) for d in drops for a in adds), key=lambda pair: sum(map(len, pair))):
-            if not (drop and add) and all(self._base_name(module, drop, add) in self.base for module in modules):
-                return drop, add
-        missing = next(m for m in modules if f"{m}.weight" not in self.base)
+        adds = _prefixes(name.removesuffix(".weight") for name in self.base)
+        ways = [(drop, add) for drop in drops for add in adds if self._fits(modules, drop, add)]
+        targets = {self._base_name(next(iter(modules)), *way) for way in ways}
+        if len(targets) > 1:
+            sized = [way for way in ways if self._sizes_fit(modules, *way)]
+            targets = {self._base_name(next(iter(modules)), *way) for way in sized}
+            ways = sized or ways
+        if len(targets) > 1:
+            raise InputError(
+                f"{self.source}: fits several parts of the base {self.base.source} ({', '.join(sorted(targets)[:3])}); "
+                "give the part that it was trained on as the base"
+            )
+        if ways:
+            return min(ways, key=lambda way: (len(way[0]) + len(way[1]), way))
+        missing = next(iter(m for m in modules if f"{m}.weight" not in self.base), "such modules")
         raise InputError(
             f"{self.source}: the base {self.base.source} has no {missing!r}, which the adapter changes; "
             "give the checkpoint that it was trained on (tied weights stored once: store both)"
         )
 
+    def _fits(self, modules: Iterable[str], drop: str, add: str) -> bool:
+        return all(self._base_name(module, drop, add) in self.base for module in modules)
 
-def _prefixes(names: list[str]) -> set[str]:
+    def _sizes_fit(self, modules: Mapping[str, Mapping[str, Entry]], drop: str, add: str) -> bool:
+        return all(
+            math.prod(self.base.entries[self._base_name(module, drop, add)].shape)
+            == parts["B"].shape[0] * math.prod(parts["A"].shape[1:])
+            for module, parts in modules.items()
+            if {"A", "B"} <= set(parts)
+        )
+
+
+def _prefixes(names: Iterable[str]) -> set[str]:
     """The empty prefix and the leading one and two components of dotted names."""
     parts = {tuple(name.split(".")[:2]) for name in names}
     return {"", *(f"{one[0]}." for one in parts), *(".".join(two) + "." for two in parts if len(two) == 2)}
@@ -227,6 +251,8 @@ class _Update:
             raise self._refused(f"has factors {got}, which do not make the base's {shape}")
         scale = self._scale()
         if "magnitude_vector" not in self.parts:
+            if self.config.get("use_dora"):
+                raise self._refused("has no magnitudes, although its config sets use_dora")
             return Entry(
                 shape, self._dtype(), lambda: self._sum(scale).reshape(shape), lambda: self._factors(scale)
             )

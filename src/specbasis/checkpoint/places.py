@@ -17,7 +17,7 @@ from typing import Protocol
 
 from specbasis.checkpoint import hub
 from specbasis.checkpoint.entry import Entry, inside, is_plain, no_key, reading, shown
-from specbasis.checkpoint.readers import file_entries, remote_entries
+from specbasis.checkpoint.readers import check_framework, file_entries, remote_entries
 from specbasis.errors import InputError
 
 
@@ -171,6 +171,7 @@ class _Remote:
 
     def entries(self, name: str, key: str = "") -> Mapping[str, Entry]:
         self.require(name)
+        check_framework(name, self.source, lambda: self.text("config.json"))
         file = self._full(name)
         if self.repository.cached(file) or not self.repository.online:
             return file_entries(self.repository.path(file), self.source, key)

@@ -23,16 +23,18 @@ from specbasis.checkpoint.entry import Entry, check_names, first_line, inside, j
 from specbasis.checkpoint.hub import Repository
 from specbasis.errors import InputError
 
+_TENSORFLOW = ("TensorFlow", "from_tf", "tensorflow tf-keras")
+
 _CONVERT = {
-    ".h5": ("TensorFlow", "from_tf"),
-    ".keras": ("TensorFlow", "from_tf"),
-    ".pb": ("TensorFlow", "from_tf"),
-    ".index": ("TensorFlow", "from_tf"),
-    ".meta": ("TensorFlow", "from_tf"),
-    ".data-00000-of-00001": ("TensorFlow", "from_tf"),
-    ".msgpack": ("Flax", "from_flax"),
+    ".h5": _TENSORFLOW,
+    ".keras": _TENSORFLOW,
+    ".pb": _TENSORFLOW,
+    ".index": _TENSORFLOW,
+    ".meta": _TENSORFLOW,
+    ".data-00000-of-00001": _TENSORFLOW,
+    ".msgpack": ("Flax", "from_flax", "flax"),
 }
-"""Suffix → framework, and transformers' option that reads it."""
+"""Suffix → framework, transformers' option that reads it, and what that needs."""
 
 
 def file_entries(path: Path, source: str, key: str = "") -> Mapping[str, Entry]:
@@ -44,9 +46,8 @@ def file_entries(path: Path, source: str, key: str = "") -> Mapping[str, Entry]:
         head = file.read(9)
     if not head:
         raise InputError(f"{source}: {name} is empty (0 bytes)")
-    framework = _CONVERT.get(path.suffix) or (_CONVERT[".h5"] if head.startswith(b"\x89HDF") else None)
-    if framework:
-        raise _needs_conversion(path, source, *framework)
+    suffix = ".h5" if head.startswith(b"\x89HDF") else path.suffix
+    check_framework(path.with_suffix(suffix).name, source, (path.parent / "config.json").read_bytes)
     if head.startswith((b"PK", b"\x80")) and path.suffix != ".safetensors":
         return tensor_entries(_nested(_torch_load(path, source), key, source), source, bounded=True)
     no_key(key, source)
@@ -62,19 +63,27 @@ def file_entries(path: Path, source: str, key: str = "") -> Mapping[str, Entry]:
     )
 
 
-def _needs_conversion(path: Path, source: str, framework: str, option: str) -> InputError:
-    """The refusal of a TensorFlow or Flax file, with the command that converts it."""
+def check_framework(name: str, source: str, config: Callable[[], bytes]) -> None:
+    """Refuse a TensorFlow or Flax file by its suffix, with the command that converts it.
+
+    Args:
+        name: the file's.
+        source: what the user called it.
+        config: reads the model's config.json, for the class that the command loads.
+    """
+    if Path(name).suffix not in _CONVERT:
+        return
+    framework, option, package = _CONVERT[Path(name).suffix]
     try:
-        architecture = str(json_object((path.parent / "config.json").read_bytes())["architectures"][0])
+        architecture = str(json_object(config())["architectures"][0])
     except (OSError, ValueError, LookupError, TypeError):
         architecture = ""
-    name = architecture.removeprefix("TF").removeprefix("Flax")
-    name = name if name.isidentifier() and name.isascii() else "AutoModel"
-    package = "tensorflow tf-keras" if framework == "TensorFlow" else "flax"
-    return InputError(
-        f"{source}: {shown(path.name)} is a {framework} file, which is not read here; convert it once, with "
-        f'\'pip install "transformers<5" torch {package}\' and then python -c "import transformers; '
-        f"transformers.{name}.from_pretrained('FOLDER', {option}=True).save_pretrained('CONVERTED')\""
+    model = architecture.removeprefix("TF").removeprefix("Flax")
+    model = model if model.isidentifier() and model.isascii() else "AutoModel"
+    raise InputError(
+        f"{source}: {shown(name)} is a {framework} file, which is not read here; convert it once, with "
+        f'pip install "transformers<5" torch {package} and then python -c "import transformers; '
+        f"transformers.{model}.from_pretrained('FOLDER', {option}=True).save_pretrained('CONVERTED')\""
     )
 
 
