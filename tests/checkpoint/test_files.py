@@ -341,7 +341,7 @@ def test_another_kind_of_file(tmp_path):
 def test_other_frameworks_are_refused_with_the_command_that_converts(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["TFBertForMaskedLM"]}))
-    assert "transformers.BertForMaskedLM.from_pretrained" in refused(tmp_path, message)
+    assert f"transformers.BertForMaskedLM.from_pretrained('{tmp_path}'" in refused(tmp_path, message)
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["X'); import os; ('"]}))
     assert "transformers.AutoModel.from_pretrained" in refused(tmp_path / name, message)
 

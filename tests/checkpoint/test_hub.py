@@ -249,6 +249,8 @@ def test_an_adapter_on_the_hub(hub):
     base = open_checkpoint("org/big", stream=True)
     tuned = open_tuned("hub:org/adapter", base, stream=True)
     assert torch.allclose(tuned["layer.1.weight"], tensors()["layer.1.weight"] + 2 * B @ A, atol=1e-5)
+    assert not hub.requests("00002-of|00003-of")
+    assert list(tuned) == list(base)
     assert tuned.revision == COMMIT
     assert list(tuned.digests) == ["adapter_model.safetensors"]
     refused("hub:org/adapter", "PEFT adapter")

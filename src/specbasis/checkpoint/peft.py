@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections import defaultdict
+from collections import ChainMap, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -98,18 +98,17 @@ def open_adapter(place: Place, base: Checkpoint) -> Checkpoint:
         else:
             replaced[path] = entry
     names = _Names(base, modules, place.source)
-    entries = dict(base.entries)
-    for path, entry in replaced.items():
-        entries[names.saved(path)] = entry
+    changed = {names.saved(path): entry for path, entry in replaced.items()}
     flipped = _stored_in_out(config, modules, names, base)
     for module, parts in modules.items():
         parameter = names.parameter(module)
-        update = _Update(module, parts, config, kind, entries[parameter], flipped, place.source)
-        entries[parameter] = update.entry()
+        stored_base = changed.get(parameter) or base.entries[parameter]
+        changed[parameter] = _Update(module, parts, config, kind, stored_base, flipped, place.source).entry()
     return replace(
         base,
         source=place.source,
-        entries=entries,
+        # A view: the base's shards on the Hub that hold nothing adapted stay untouched.
+        entries=ChainMap(changed, base.entries),  # type: ignore[arg-type]
         files=files,
         digests=digests,
         revision=place.revision,
@@ -181,7 +180,7 @@ class _Names:
             ways = sized or ways
         if len(targets) > 1:
             raise InputError(
-                f"{self.source}: fits several parts of the base {self.base.source} ({', '.join(sorted(targets)[:3])}); "
+                f"{self.source}: fits several parts of the base ({', '.join(sorted(targets)[:3])}); "
                 "give the part that it was trained on as the base"
             )
         if ways:

@@ -171,7 +171,7 @@ class _Remote:
 
     def entries(self, name: str, key: str = "") -> Mapping[str, Entry]:
         self.require(name)
-        check_framework(name, self.source, lambda: self.text("config.json"))
+        check_framework(name, self.source, self.repository.name, lambda: self.text("config.json"))
         file = self._full(name)
         if self.repository.cached(file) or not self.repository.online:
             return file_entries(self.repository.path(file), self.source, key)

@@ -47,7 +47,8 @@ def file_entries(path: Path, source: str, key: str = "") -> Mapping[str, Entry]:
     if not head:
         raise InputError(f"{source}: {name} is empty (0 bytes)")
     suffix = ".h5" if head.startswith(b"\x89HDF") else path.suffix
-    check_framework(path.with_suffix(suffix).name, source, (path.parent / "config.json").read_bytes)
+    config = path.parent / "config.json"
+    check_framework(path.with_suffix(suffix).name, source, str(path.parent), config.read_bytes)
     if head.startswith((b"PK", b"\x80")) and path.suffix != ".safetensors":
         return tensor_entries(_nested(_torch_load(path, source), key, source), source, bounded=True)
     no_key(key, source)
@@ -63,12 +64,13 @@ def file_entries(path: Path, source: str, key: str = "") -> Mapping[str, Entry]:
     )
 
 
-def check_framework(name: str, source: str, config: Callable[[], bytes]) -> None:
+def check_framework(name: str, source: str, model: str, config: Callable[[], bytes]) -> None:
     """Refuse a TensorFlow or Flax file by its suffix, with the command that converts it.
 
     Args:
         name: the file's.
         source: what the user called it.
+        model: the folder or repository, for the command.
         config: reads the model's config.json, for the class that the command loads.
     """
     if Path(name).suffix not in _CONVERT:
@@ -78,12 +80,14 @@ def check_framework(name: str, source: str, config: Callable[[], bytes]) -> None
         architecture = str(json_object(config())["architectures"][0])
     except (OSError, ValueError, LookupError, TypeError):
         architecture = ""
-    model = architecture.removeprefix("TF").removeprefix("Flax")
-    model = model if model.isidentifier() and model.isascii() else "AutoModel"
+    kind = architecture.removeprefix("TF").removeprefix("Flax")
+    kind = kind if kind.isidentifier() and kind.isascii() else "AutoModel"
+    place = model if re.fullmatch(r"[\w./ -]+", model, re.ASCII) else "FOLDER"
+    # transformers dropped both frameworks in 5, and its last releases before that fail to convert.
     raise InputError(
         f"{source}: {shown(name)} is a {framework} file, which is not read here; convert it once, with "
-        f'pip install "transformers<5" torch {package} and then python -c "import transformers; '
-        f"transformers.{model}.from_pretrained('FOLDER', {option}=True).save_pretrained('CONVERTED')\""
+        f'pip install "transformers<4.50" torch {package} and then python -c "import transformers; '
+        f"transformers.{kind}.from_pretrained('{place}', {option}=True).save_pretrained('CONVERTED')\""
     )
 
 
