@@ -583,6 +583,18 @@ def test_truncated_files_are_refused(tmp_path, form, share):
     refused(path, "truncated or corrupted|neither a safetensors|needs code .torch.BF")
 
 
+def test_an_archive_over_several_disks(tmp_path):
+    torch.save(tensors(), tmp_path / "a.pt")
+    content = bytearray((tmp_path / "a.pt").read_bytes())
+    end = content.rindex(b"PK\x05\x06")
+    locator = content.rfind(b"PK\x06\x07")
+    content[end + 4] = 3
+    if locator >= 0:
+        content[locator + 16] = 3
+    (tmp_path / "a.pt").write_bytes(content)
+    refused(tmp_path / "a.pt", "truncated or corrupted")
+
+
 def test_a_header_that_promises_too_much(tmp_path):
     header = json.dumps({"a": {"dtype": "F32", "shape": [1000, 1000], "data_offsets": [0, 4_000_000]}}).encode()
     (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(16))

@@ -198,9 +198,7 @@ def with_scale(entry: Entry, name: str, names: Collection[str]) -> Entry:
 
 def _torch_load(path: Path, source: str) -> Any:
     """What a torch file holds, memory-mapped where its format allows, without running any code."""
-    zipped = zipfile.is_zipfile(path)
-    if zipped:
-        _check_archive(path, source)
+    zipped = _is_archive(path, source)
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
@@ -218,13 +216,17 @@ def _torch_load(path: Path, source: str) -> Any:
         raise InputError(f"{source}: {shown(path.name)} is truncated or corrupted ({first_line(error)})") from error
 
 
-def _check_archive(path: Path, source: str) -> None:
-    """Refuse a zip archive that torch.save did not write: compressed, overlapping, or of another kind."""
+def _is_archive(path: Path, source: str) -> bool:
+    """Whether a file is a zip archive, which is refused if it is compressed, overlapping, or of another kind."""
     name = shown(path.name)
     try:
+        if not zipfile.is_zipfile(path):
+            return False
         with zipfile.ZipFile(path) as archive:
             items = archive.infolist()
-    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # as below: a damaged directory fails in many ways
         raise InputError(f"{source}: {name} is truncated or corrupted ({first_line(error)})") from error
     if any(item.filename.endswith("/constants.pkl") for item in items):
         raise InputError(
@@ -236,6 +238,7 @@ def _check_archive(path: Path, source: str) -> None:
         raise InputError(f"{source}: {name} unpacks to more than its size, which torch never writes; refused")
     if not any(item.filename.endswith("data.pkl") for item in items):
         raise InputError(f"{source}: {name} is a zip archive, but not torch's (no data.pkl); want a weights file")
+    return True
 
 
 def _nested(found: Any, key: str, source: str) -> Mapping[str, Any]:
