@@ -29,6 +29,17 @@ def refused(source, match):
     return str(caught.value)
 
 
+def read_or_refuse(path):
+    """Reading a damaged file gives tensors, or an InputError of one line; nothing else."""
+    try:
+        read_all(path)
+    except InputError as error:
+        lines = str(error).splitlines()
+    else:
+        return
+    assert len(lines) == 1
+
+
 def noise_share(message):
     return float(re.search(r"about ([\d.]+)%", message)[1]) / 100
 
@@ -106,9 +117,24 @@ def test_quantised_onnx_is_refused_with_its_noise(onnx, tmp_path):
     assert noise_share(message) == pytest.approx(actual, rel=0.1)
 
 
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(damage=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), max_size=4))
+def test_damaged_onnx_files_are_read_or_refused(onnx, tmp_path, damage):
+    W = matrix(6, 4)
+    kinds = onnx.TensorProto.FLOAT, onnx.TensorProto.BFLOAT16
+    listed = [onnx.helper.make_tensor(f"w{kind}", kind, W.shape, W.flatten().tolist()) for kind in kinds]
+    path = tmp_path / "m.onnx"
+    save_onnx(onnx, path, [*listed, onnx.numpy_helper.from_array(W.numpy(), "raw")])
+    content = bytearray(path.read_bytes())
+    for place, value in damage:
+        content[place % len(content)] = value
+    path.write_bytes(content)
+    read_or_refuse(path)
+
+
 def test_an_onnx_file_that_is_none(onnx, tmp_path):
     (tmp_path / "m.onnx").write_bytes(b"this is a text and no graph at all")
-    refused(tmp_path / "m.onnx", "no ONNX model")
+    refused(tmp_path / "m.onnx", "truncated or corrupted")
 
 
 # --- GGUF ---------------------------------------------------------------------------------------------------------
@@ -180,13 +206,16 @@ def test_damaged_gguf_files_are_read_or_refused(gguf, tmp_path, damage, cut):
     for place, value in damage:
         content[place + 4] = value
     path.write_bytes(content[:cut])
-    try:
-        read_all(path)
-    except InputError as error:
-        lines = str(error).splitlines()
-    else:
-        return
-    assert len(lines) == 1
+    read_or_refuse(path)
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "IQ4_NL", "TQ1_0"])
+def test_every_quantised_gguf_type_is_refused(gguf, tmp_path, kind):
+    kind = getattr(gguf.GGMLQuantizationType, kind)
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    blocks = np.random.default_rng(0).integers(0, 60, (4, 512 // block * size), dtype=np.uint8)
+    save_gguf(gguf, tmp_path / "m.gguf", {"blk.0.attn_q.weight": (blocks, kind)})
+    refused(tmp_path / "m.gguf", f"quantised.*stored as {kind.name}")
 
 
 def test_what_to_install_is_said(tmp_path, monkeypatch):

@@ -138,6 +138,20 @@ def reading(source: str) -> Iterator[None]:
         raise InputError(f"{source}: cannot be read ({error.strerror or first_line(error)})") from error
 
 
+@contextmanager
+def parsing(name: str, source: str) -> Iterator[None]:
+    """Turn what a parser raises on a damaged file into one line.
+
+    A damaged file can make a parser fail in any way, and each of them means the same.
+    """
+    try:
+        yield
+    except (OSError, InputError):
+        raise
+    except Exception as error:
+        raise InputError(f"{source}: {shown(name)} is truncated or corrupted ({first_line(error)})") from error
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, in one short line."""
     return shown(next(iter(str(error).strip().splitlines()), type(error).__name__)[:200])

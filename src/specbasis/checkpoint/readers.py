@@ -19,7 +19,17 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from specbasis.checkpoint.entry import Entry, check_names, first_line, inside, json_object, no_key, reading, shown
+from specbasis.checkpoint.entry import (
+    Entry,
+    check_names,
+    first_line,
+    inside,
+    json_object,
+    no_key,
+    parsing,
+    reading,
+    shown,
+)
 from specbasis.checkpoint.hub import Repository
 from specbasis.errors import InputError
 
@@ -199,35 +209,28 @@ def with_scale(entry: Entry, name: str, names: Collection[str]) -> Entry:
 def _torch_load(path: Path, source: str) -> Any:
     """What a torch file holds, memory-mapped where its format allows, without running any code."""
     zipped = _is_archive(path, source)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        detail = found.group(1) if found else first_line(ValueError(str(error).rpartition("error:")[2]))
-        raise InputError(
-            f"{source}: {shown(path.name)} {'needs' if found else 'is corrupted or needs'} code ({detail}) to be "
-            "unpickled, which is refused; if you trust it, load it with torch and write its tensors with "
-            "safetensors.torch.save_file, then use that file"
-        ) from error
-    except OSError:
-        raise
-    # A damaged file can make the unpickler fail in any way; each of them means the same.
-    except Exception as error:
-        raise InputError(f"{source}: {shown(path.name)} is truncated or corrupted ({first_line(error)})") from error
+    with parsing(path.name, source):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        except pickle.UnpicklingError as error:
+            found = re.search(r"GLOBAL ([\w.]+)", str(error))
+            detail = found.group(1) if found else first_line(ValueError(str(error).rpartition("error:")[2]))
+            needs = "needs" if found else "is corrupted or needs"
+            raise InputError(
+                f"{source}: {shown(path.name)} {needs} code ({detail}) to be unpickled, which is refused; if you trust "
+                "it, load it with torch and write its tensors with "
+                "safetensors.torch.save_file, then use that file"
+            ) from error
 
 
 def _is_archive(path: Path, source: str) -> bool:
     """Whether a file is a zip archive, which is refused if it is compressed, overlapping, or of another kind."""
     name = shown(path.name)
-    try:
+    with parsing(name, source):
         if not zipfile.is_zipfile(path):
             return False
         with zipfile.ZipFile(path) as archive:
             items = archive.infolist()
-    except OSError:
-        raise
-    except Exception as error:  # as below: a damaged directory fails in many ways
-        raise InputError(f"{source}: {name} is truncated or corrupted ({first_line(error)})") from error
     if any(item.filename.endswith("/constants.pkl") for item in items):
         raise InputError(
             f"{source}: {name} is a TorchScript program; load it with torch.jit.load and save its state_dict"
@@ -309,50 +312,41 @@ _QUANTISED_OPERATORS = ("DequantizeLinear", "DynamicQuantizeLinear", "MatMulInte
 def _onnx_entries(path: Path, source: str) -> dict[str, Entry]:
     """The initialisers of an ONNX graph; data that lies outside the file is read from inside its folder only."""
     onnx = _extra("onnx", source)
-    try:
+    with parsing(path.name, source):
         graph = onnx.load(str(path), load_external_data=False).graph
-    except OSError:
-        raise
-    except Exception as error:  # protobuf's decoder fails in its own ways on a damaged file
-        raise InputError(f"{source}: {shown(path.name)} is no ONNX model ({first_line(error)})") from error
-    initialisers = {tensor.name: tensor for tensor in graph.initializer}
-    operators = sorted({node.op_type for node in graph.node if node.op_type in _QUANTISED_OPERATORS})
-    if operators:
-        raise _quantised(path, source, f"its graph uses {', '.join(operators)}", _onnx_noise(onnx, graph))
-    check_names(initialisers, source)
-    kind = onnx.TensorProto.DataType
+        operators = sorted({node.op_type for node in graph.node if node.op_type in _QUANTISED_OPERATORS})
+        if operators:
+            raise _quantised(path, source, f"its graph uses {', '.join(operators)}", _onnx_noise(onnx, graph))
+        check_names((tensor.name for tensor in graph.initializer), source)
+        kinds = {tensor.name: onnx.TensorProto.DataType.Name(tensor.data_type) for tensor in graph.initializer}
     return {
-        name: Entry(
+        tensor.name: Entry(
             tuple(tensor.dims),
-            _FLOAT_TYPES.get(kind.Name(tensor.data_type), kind.Name(tensor.data_type).lower()),
-            lambda tensor=tensor: _onnx_tensor(onnx, tensor, path.parent, source),
+            _FLOAT_TYPES.get(kinds[tensor.name], kinds[tensor.name].lower()),
+            lambda tensor=tensor: _onnx_tensor(onnx, tensor, path, source),
         )
-        for name, tensor in initialisers.items()
+        for tensor in graph.initializer
     }
 
 
-def _onnx_tensor(onnx: Any, tensor: Any, folder: Path, source: str) -> Tensor:
+def _onnx_tensor(onnx: Any, tensor: Any, path: Path, source: str) -> Tensor:
     """One floating-point initialiser, from the file itself or from the file that it points to."""
-    dtype = getattr(torch, _FLOAT_TYPES.get(onnx.TensorProto.DataType.Name(tensor.data_type), ""), None)
-    if dtype is None:
-        raise InputError(f"{source}: {tensor.name!r} is not stored in floating point")
-    shape = tuple(tensor.dims)
-    size = dtype.itemsize * math.prod(shape)
-    if tensor.data_location == onnx.TensorProto.EXTERNAL:
-        where = {item.key: item.value for item in tensor.external_data}
-        with inside(folder, where.get("location", ""), source).open("rb") as file:
-            file.seek(int(where.get("offset") or 0))
-            raw = file.read(size)
-    elif tensor.HasField("raw_data"):
-        raw = tensor.raw_data
-    else:
-        array = onnx.numpy_helper.to_array(tensor)
-        return torch.from_numpy(array.view("uint16" if array.dtype.itemsize == 2 else array.dtype).copy()).view(
-            dtype
-        )
-    if len(raw) != size:
-        raise InputError(f"{source}: {tensor.name!r} has {len(raw)} of its {size} bytes")
-    return _numbers(raw, str(dtype).removeprefix("torch."), shape)
+    with parsing(path.name, source):
+        dtype = _FLOAT_TYPES.get(onnx.TensorProto.DataType.Name(tensor.data_type))
+        if dtype is None:
+            raise InputError(f"{source}: {tensor.name!r} is not stored in floating point")
+        shape = tuple(tensor.dims)
+        size = getattr(torch, dtype).itemsize * math.prod(shape)
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            where = {item.key: item.value for item in tensor.external_data}
+            with inside(path.parent, where.get("location", ""), source).open("rb") as file:
+                file.seek(int(where.get("offset") or 0))
+                raw = file.read(size)
+        else:
+            raw = tensor.raw_data if tensor.HasField("raw_data") else onnx.numpy_helper.to_array(tensor).tobytes()
+        if len(raw) != size:
+            raise InputError(f"{source}: {tensor.name!r} has {len(raw)} of its {size} bytes")
+        return _numbers(raw, dtype, shape)
 
 
 def _onnx_noise(onnx: Any, graph: Any) -> tuple[str, float] | None:
@@ -370,30 +364,25 @@ def _onnx_noise(onnx: Any, graph: Any) -> tuple[str, float] | None:
 def _gguf_entries(path: Path, source: str) -> dict[str, Entry]:
     """The tensors of a GGUF file, memory-mapped, in (out, in) order."""
     gguf = _extra("gguf", source)
-    try:
+    with parsing(path.name, source):
         tensors = gguf.GGUFReader(path).tensors
-        check_names([tensor.name for tensor in tensors], source)
-        kinds = {tensor.name: _FLOAT_TYPES.get(tensor.tensor_type.name, "") for tensor in tensors}
-    except (OSError, InputError):
-        raise
-    except Exception as error:  # the reader checks little, and fails in its own ways on a damaged file
-        raise InputError(f"{source}: {shown(path.name)} is no sound GGUF file ({first_line(error)})") from error
-    quantised = [
-        t for t in tensors if len(t.shape) > 1 and not kinds[t.name] and not t.tensor_type.name.startswith("I")
-    ]
-    if quantised:
-        names = sorted({tensor.tensor_type.name for tensor in quantised})
-        share = f"{len(quantised)} of its {len(tensors)} tensors are stored as {', '.join(names)}"
-        raise _quantised(path, source, share, _gguf_noise(gguf, quantised))
-    entries = {}
-    for tensor in tensors:
-        shape = tuple(int(size) for size in reversed(tensor.shape))
-        dtype = kinds[tensor.name]
-        entries[tensor.name] = Entry(
-            shape,
-            dtype or tensor.tensor_type.name.lower(),
-            lambda data=tensor.data, shape=shape, dtype=dtype: _numbers(data.tobytes(), dtype, shape),
-        )
+        check_names((tensor.name for tensor in tensors), source)
+        plain = (*_FLOAT_TYPES, "I8", "I16", "I32", "I64")
+        quantised = [t for t in tensors if len(t.shape) > 1 and t.tensor_type.name not in plain]
+        if quantised:
+            names = ", ".join(sorted({tensor.tensor_type.name for tensor in quantised}))
+            share = f"{len(quantised)} of its {len(tensors)} tensors are stored as {names}"
+            raise _quantised(path, source, share, _gguf_noise(gguf, quantised))
+        entries = {}
+        for tensor in tensors:
+            shape = tuple(int(size) for size in reversed(tensor.shape))
+            kind = tensor.tensor_type.name
+            dtype = _FLOAT_TYPES.get(kind, kind.lower())
+            entries[tensor.name] = Entry(
+                shape,
+                dtype,
+                lambda data=tensor.data, shape=shape, dtype=dtype: _numbers(data.tobytes(), dtype, shape),
+            )
     return entries
 
 
