@@ -217,9 +217,8 @@ def _torch_load(path: Path, source: str) -> Any:
             detail = found.group(1) if found else first_line(ValueError(str(error).rpartition("error:")[2]))
             needs = "needs" if found else "is corrupted or needs"
             raise InputError(
-                f"{source}: {shown(path.name)} {needs} code ({detail}) to be unpickled, which is refused; if you trust "
-                "it, load it with torch and write its tensors with "
-                "safetensors.torch.save_file, then use that file"
+                f"{source}: {shown(path.name)} {needs} code ({detail}) to be unpickled, which is refused; if you "
+                "trust it, load it with torch, write its tensors with safetensors.torch.save_file, and use that file"
             ) from error
 
 
