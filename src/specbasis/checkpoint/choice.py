@@ -22,7 +22,7 @@ USUAL = tuple(
 """The names that transformers and diffusers look for, in their order."""
 
 _PATTERNS = ("*.safetensors.index.json", "*.bin.index.json", "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt",
-             "*.gguf", "*.onnx", "*.h5", "*.keras", "*.msgpack", "*.ckpt.index", "saved_model.pb")  # fmt: skip
+             "*.gguf", "*.onnx", "*.h5", "*.msgpack", "*.ckpt.index")  # fmt: skip
 
 _BESIDE = ("adapter_model.*", "training_args.bin", "optimizer*", "scheduler*", "scaler*", "rng_state*",
            "random_states*", "openvino_*")  # fmt: skip

@@ -37,8 +37,6 @@ _TENSORFLOW = ("TensorFlow", "from_tf", "tensorflow tf-keras")
 
 _CONVERT = {
     ".h5": _TENSORFLOW,
-    ".keras": _TENSORFLOW,
-    ".pb": _TENSORFLOW,
     ".index": _TENSORFLOW,
     ".meta": _TENSORFLOW,
     ".data-00000-of-00001": _TENSORFLOW,
@@ -218,7 +216,7 @@ def _torch_load(path: Path, source: str) -> Any:
             needs = "needs" if found else "is corrupted or needs"
             raise InputError(
                 f"{source}: {shown(path.name)} {needs} code ({detail}) to be unpickled, which is refused; if you "
-                "trust it, load it with torch, write its tensors with safetensors.torch.save_file, and use that file"
+                "trust it, load it with torch and write its tensors with safetensors.torch.save_file"
             ) from error
 
 
