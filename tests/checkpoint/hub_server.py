@@ -35,6 +35,7 @@ class Fault:
     headers: dict[str, str] = field(default_factory=dict)
     cut: int = -1
     extra: int = 0
+    missing: int = 0
     ignore_range: bool = False
     shift: int = 0
     body: bytes = b""
@@ -154,7 +155,7 @@ class Handler(BaseHTTPRequestHandler):
             total, content = len(content), content[start:stop]
             shift = fault.shift if fault else 0
             headers = headers | {"Content-Range": f"bytes {start + shift}-{stop - 1 + shift}/{total}"}
-        content += bytes(fault.extra if fault else 0)
+        content = content[: len(content) - (fault.missing if fault else 0)] + bytes(fault.extra if fault else 0)
         return self.send(status, content, headers, fault.cut if fault else -1)
 
     def send(self, status: int, body: bytes, headers: dict[str, str], cut: int = -1) -> None:

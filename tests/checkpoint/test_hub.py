@@ -347,7 +347,7 @@ def test_a_download_that_is_cut_once_and_one_that_always_is(hub):
     assert [wait for wait in hub.waits if wait > 8] == [16, 32, 64, 128]
 
 
-@pytest.mark.parametrize("fault", [{"extra": 3}, {"shift": 1}])
+@pytest.mark.parametrize("fault", [{"extra": 3}, {"missing": 3}, {"shift": 1}])
 def test_a_body_of_another_length_or_place_is_not_taken(hub, fault):
     hub.faults = [Fault("files/files", **fault)]
     refused("org/small", "could not be read", stream=True)
@@ -453,6 +453,19 @@ def test_a_header_is_read_as_the_library_reads_it():
         shape, dtype, start, end = header[name]
         assert (shape, dtype) == ((20, 10), "float32")
         assert content[stop + start : stop + end] == tensor.numpy().tobytes()
+
+
+@pytest.mark.parametrize(
+    ("offsets", "size"),
+    [([(0, 8), (4, 12)], 12), ([(0, 8), (9, 17)], 17), ([(0, 8), (8, 16)], 17), ([(0, 8), (8, 16)], 15),
+     ([(8, 0), (0, 8)], 8), ([(-8, 0), (0, 8)], 8), ([(0, 8), (0, 8)], 8)],
+)  # fmt: skip
+def test_tensors_of_a_header_fill_the_file_once(offsets, size):
+    header = {
+        f"t{i}": {"dtype": "F32", "shape": [2], "data_offsets": pair} for i, pair in enumerate(offsets)
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=r"overlap|fill|bytes|whole numbers"):
+        _parse_header(json.dumps(header).encode(), size)
 
 
 @settings(max_examples=300, deadline=None)
