@@ -26,14 +26,14 @@ class Diagnosis:
         condition: largest over smallest new singular value, 1 … ∞.
     """
 
-    S: Float[Tensor, r]
-    left: Float[Tensor, r]
-    right: Float[Tensor, r]
+    S: Float[Tensor, " r"]
+    left: Float[Tensor, " r"]
+    right: Float[Tensor, " r"]
     drift: float
     condition: float
 
 
-def diagnose(C: Float[Tensor, "r r"], S: Float[Tensor, r]) -> Diagnosis:
+def diagnose(C: Float[Tensor, "r r"], S: Float[Tensor, " r"]) -> Diagnosis:
     """Singular values, rotation and size of an update inside its span: the SVD of diag(S) + C. Costs O(r³).
 
     Args:
@@ -52,7 +52,7 @@ def diagnose(C: Float[Tensor, "r r"], S: Float[Tensor, r]) -> Diagnosis:
     )
 
 
-def drift(C: Float[Tensor, "r r"], S: Float[Tensor, r]) -> float:
+def drift(C: Float[Tensor, "r r"], S: Float[Tensor, " r"]) -> float:
     """Size of the update relative to the part of W in the span: ‖C‖_F / ‖S‖_2."""
     size = float(S.norm())
     return float(C.norm()) / size if size > 0 else float("inf")

@@ -26,7 +26,7 @@ the cheaper route, with fewer right digits.
 """
 
 
-def core(M: Float[Tensor, "r r"], S: Float[Tensor, r], scale: str) -> Float[Tensor, "r r"]:
+def core(M: Float[Tensor, "r r"], S: Float[Tensor, " r"], scale: str) -> Float[Tensor, "r r"]:
     """Coefficients in units of the weights: M (scale "none"), or diag(S) M (scale "sigma").
 
     With "sigma", W' = W + U diag(S) M Vh: LoRA-XS (Bałazy et al. 2024), and PSOFT with a free R = 1 + M.
@@ -96,7 +96,7 @@ class _CoreGradient(torch.autograd.Function):
 def inner(
     x: Float[Tensor, "... in"],
     U: Float[Tensor, "out r"],
-    S: Float[Tensor, r],
+    S: Float[Tensor, " r"],
     C: Float[Tensor, "r r"],
     Vh: Float[Tensor, "r in"],
     frozen: Callable[[Tensor], Tensor],
@@ -120,9 +120,9 @@ def inner(
 
 def outer(
     y: Float[Tensor, "... out"],
-    bias: Float[Tensor, out] | None,
+    bias: Float[Tensor, " out"] | None,
     U: Float[Tensor, "out r"],
-    S: Float[Tensor, r],
+    S: Float[Tensor, " r"],
     C: Float[Tensor, "r r"],
 ) -> Float[Tensor, "... out"]:
     """The adapted output from the frozen one, y = W x + b: y' = y + (((y − b) U / S) Cᵀ) Uᵀ.
@@ -162,7 +162,7 @@ class _Folded(torch.autograd.Function):
 def folded(
     x: Float[Tensor, "... in"],
     W: Float[Tensor, "out in"],
-    bias: Float[Tensor, out] | None,
+    bias: Float[Tensor, " out"] | None,
     U: Float[Tensor, "out r"],
     C: Float[Tensor, "r r"],
     Vh: Float[Tensor, "r in"],

@@ -50,8 +50,8 @@ class Proof:
         sketch_V: Vh G_in, (r, COLUMNS), float32.
     """
 
-    origin: Int[Tensor, ten]
-    S: Float[Tensor, r]
+    origin: Int[Tensor, " ten"]
+    S: Float[Tensor, " r"]
     sketch_U: Float[Tensor, "r s"]
     sketch_V: Float[Tensor, "r s"]
 
