@@ -232,7 +232,7 @@ def test_several_tuned_give_the_rows_of_each_alone(pair: tuple[Path, Path], tmp_
 def test_rows_do_not_depend_on_workers(
     pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job, "SMALL_WORK", 0)
+    monkeypatch.setattr(job.engines, "SMALL_WORK", 0)
     folders = [tmp_path / "one", tmp_path / "two"]
     for folder, workers in zip(folders, (1, 2), strict=True):
         specbasis.compare(*pair, folder, workers=workers)
@@ -269,7 +269,7 @@ def test_the_manifest_says_what_was_compared(pair: tuple[Path, Path], tmp_path: 
 
 def test_a_second_run_computes_nothing_again(pair: tuple[Path, Path], tmp_path: Path, monkeypatch) -> None:
     specbasis.compare(*pair, tmp_path / "out")
-    monkeypatch.setattr(job, "decompose", lambda *a, **k: pytest.fail("decomposed again"))
+    monkeypatch.setattr(job, "half_svd", lambda *a, **k: pytest.fail("decomposed again"))
     specbasis.compare(*pair, tmp_path / "out")
     assert len(specbasis.load(tmp_path / "out").manifest["runs"]) == 1
 
@@ -295,7 +295,7 @@ def test_another_comparison_is_not_overwritten(pair: tuple[Path, Path], tmp_path
 SCRIPT = """
 import importlib, sys
 job = importlib.import_module("specbasis.compare")
-job.SMALL_WORK = float(sys.argv[5])
+job.engines.SMALL_WORK = float(sys.argv[5])
 job.compare(sys.argv[1], sys.argv[2], sys.argv[3], workers=int(sys.argv[4]))
 """
 

@@ -22,6 +22,8 @@ FLOORS = {
     "measures": 2,
     "edits": 2,
     "adapter": 2,
+    "plan": 3,
+    "engine": 3,
     "results": 3,
     "summary": 3,
     "compare": 4,

@@ -9,23 +9,36 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 import torch
-from loky import ProcessPoolExecutor, as_completed, cpu_count
-from loky.process_executor import BrokenProcessPool
+from loky import cpu_count
+from numpy.typing import NDArray
 from torch import Tensor
 
+from specbasis import engine as engines
 from specbasis import results as store
 from specbasis.architecture import ROLES, STRUCTURAL, MatrixKey, MatrixPair, MatrixRef, Pairing, pair
 from specbasis.checkpoint import Checkpoint, content_sha256, open_checkpoint, sha256
 from specbasis.errors import InputError, NonFiniteError
-from specbasis.measures import Measure, Triple, Values, measure_all
+from specbasis.measures import (
+    Absent,
+    Decomposition,
+    Measure,
+    Triple,
+    Values,
+    choose,
+    measure_all,
+    needed,
+)
+from specbasis.plan import Work, makespan, matrix_work, parse_bytes, rates
 from specbasis.results import Results
 from specbasis.summary import RoleSummary, Verdict, judge, summarise
-from specbasis.svd import ALGORITHM, SVD, decompose
+from specbasis.svd import ALGORITHM, HalfSVD, half_svd
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -44,6 +57,7 @@ class Options:
         blocks: keep matrices of these blocks, or all.
         name: keep matrices whose name matches this pattern (``*`` and ``?``), or all.
         common_rows: compare the rows that both sides have where a vocabulary grew.
+        measures: patterns of the measures to take, or all.
     """
 
     ranks: int = 200
@@ -52,6 +66,7 @@ class Options:
     blocks: tuple[int, ...] = ()
     name: str = ""
     common_rows: bool = False
+    measures: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.ranks < 1 or self.subspace < 1:
@@ -60,6 +75,7 @@ class Options:
         unknown = [role for role in self.roles if role not in known]
         if unknown:
             raise InputError(f"no role {', '.join(unknown)}; there is: {', '.join(ROLES)}")
+        choose(self.measures)
 
     def admits(self, key: MatrixKey) -> bool:
         """Whether a matrix is among those asked for."""
@@ -159,7 +175,10 @@ def compare(
     blocks: Sequence[int] = (),
     name: str = "",
     common_rows: bool = False,
+    measures: Sequence[str] = (),
     workers: int | None = None,
+    memory: str | int | None = None,
+    engine: str = "auto",
     progress: Callable[[Progress], None] | None = None,
 ) -> Comparison:
     """Measure what finetuning changed in the singular vectors and values of every weight matrix.
@@ -177,7 +196,13 @@ def compare(
         blocks: only these blocks.
         name: only matrices whose name matches this pattern (``*`` and ``?``).
         common_rows: compare the rows that both sides have where a vocabulary grew.
-        workers: processes, one thread each; as many as there are cores when None. The rows do not depend on it.
+        measures: only the measures that match these patterns, such as ``["alignment*"]``, and those that cost
+            nothing. What no measure reads is not decomposed: without those of delta, a third less work.
+        workers: how many matrices at the same time, one thread each; as many as there are cores when None. The rows
+            do not depend on it.
+        memory: what the running workers may take together, as bytes or as text such as "8GB"; half of what is free
+            when None. A matrix that needs more is done alone.
+        engine: "threads", "processes", "ray" (a cluster), or "auto"; see `specbasis.engine.run`.
         progress: called at the start and after each matrix.
 
     Raises:
@@ -187,65 +212,103 @@ def compare(
 
     Source: Yu et al. 2026, §3 and §4.1–4.2; what is added beside it: bounds, subspaces, chance levels, verdicts.
     """
-    options = Options(ranks, subspace, tuple(roles), tuple(blocks), name, common_rows)
-    sources = [tuned] if isinstance(tuned, str | Path | Mapping) else list(tuned)
-    if not sources:
-        raise InputError("got no tuned checkpoint; want at least one")
+    options = Options(ranks, subspace, tuple(roles), tuple(blocks), name, common_rows, tuple(measures))
     if workers is not None and workers < 1:
         raise InputError(f"got workers = {workers}; want at least 1")
+    workers = workers or cpu_count()
+    budget = parse_bytes(memory) if isinstance(memory, str) else memory
+    matched = _matched(base, tuned, options)
     kept = tempfile.TemporaryDirectory(prefix="specbasis-") if out is None else None
     folder = Path(kept.name) if kept else Path(str(out))
 
-    base_checkpoint = open_checkpoint(base)
-    checkpoints = [open_checkpoint(source) for source in sources]
-    labels = store.unique_labels([checkpoint.source for checkpoint in checkpoints])
-    pairings = {
-        label: _chosen(pair(base_checkpoint, checkpoint, common_rows=common_rows), options)
-        for label, checkpoint in zip(labels, checkpoints, strict=True)
-    }
-    if not any(pairing.matched for pairing in pairings.values()):
-        raise InputError(_nothing_in_common(base_checkpoint, pairings))
-
     known = _known_hashes(folder)
-    provenance = [_provenance(checkpoint, known) for checkpoint in (base_checkpoint, *checkpoints)]
-    results = store.create(folder, _config(options, labels, provenance))
+    provenance = [_provenance(checkpoint, known) for checkpoint in (matched.base, *matched.tuned.values())]
+    results = store.create(folder, _config(options, list(matched.tuned), provenance))
     results.manifest.update(
         store.environment(),
         base=provenance[0],
         pairs={
             label: _about(pairing, about)
-            for (label, pairing), about in zip(pairings.items(), provenance[1:], strict=True)
+            for (label, pairing), about in zip(matched.pairings.items(), provenance[1:], strict=True)
         },
         failed=[],
         runs=results.manifest.get("runs", []),
     )
     results.write_manifest()
 
-    by_matrix: dict[str, list[tuple[str, Source, MatrixPair]]] = {}
-    for (label, pairing), source in zip(pairings.items(), sources, strict=True):
-        for matched in pairing.matched:
-            if not results.is_done(label, matched.key.name):
-                by_matrix.setdefault(matched.key.name, []).append((label, _portable(source), matched))
-    bare = Results(results.folder)
-    tasks = [Task(_portable(base), tuple(todo), bare, options) for todo in by_matrix.values()]
-    tasks.sort(key=lambda task: -task.flops)  # longest first: no worker is left with a long one at the end
-
-    workers = workers or cpu_count()
+    tasks = matched.tasks(results)
     started, done, total = time.perf_counter(), 0.0, math.fsum(task.flops for task in tasks)
     report = progress or (lambda _: None)
     report(Progress(0.0, total, tasks[0].name if tasks else ""))
-    for task, failures in _run(tasks, workers):
+    for task, outcomes in engines.run(
+        tasks, workers=workers, memory=budget, engine=engine, local=matched.in_memory
+    ):
         done += task.flops
+        for label, outcome in outcomes:
+            if isinstance(outcome, str):
+                results.manifest["failed"].append({"pair": label, "matrix": task.name, "error": outcome})
+            else:
+                results.write(label, task.name, outcome)
         report(Progress(done, total, task.name))
-        results.manifest["failed"] += failures
     results.manifest["failed"].sort(key=lambda failure: (failure["pair"], failure["matrix"]))
     if tasks:
         run = {"seconds": round(time.perf_counter() - started, 3), "matrices": len(tasks), "workers": workers}
         results.manifest["runs"].append(run)
     results.write_manifest()
-    if not any(results.part(label, m.key.name).exists() for label, p in pairings.items() for m in p.matched):
+    if not any(
+        results.part(label, m.key.name).exists() for label, p in matched.pairings.items() for m in p.matched
+    ):
         raise InputError(f"every matrix failed; the first: {results.manifest['failed'][0]['error']}")
     return Comparison(results, results.rows(), kept)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `compare` would do, and what that takes.
+
+    Attributes:
+        tasks: one per matrix that is not done, longest first.
+        workers: how many run at the same time.
+        memory: bytes that they may take together.
+    """
+
+    tasks: tuple[Task, ...]
+    workers: int
+    memory: int
+
+    @property
+    def seconds(self) -> float:
+        """Predicted time, from the rates of this machine, which the first call measures."""
+        each = [task.work.seconds(rates()) for task in self.tasks]
+        return makespan(each, self.workers) if each else 0.0
+
+    @property
+    def bytes(self) -> int:
+        """Predicted peak memory of the tasks that run together."""
+        largest = sorted((task.bytes for task in self.tasks), reverse=True)
+        return max(min(sum(largest[: self.workers]), self.memory), *largest[:1], 0)
+
+
+def plan(
+    base: Source,
+    tuned: Source | Sequence[Source],
+    out: str | Path | None = None,
+    *,
+    ranks: int = 200,
+    subspace: int = 10,
+    roles: Sequence[str] = (),
+    blocks: Sequence[int] = (),
+    name: str = "",
+    common_rows: bool = False,
+    measures: Sequence[str] = (),
+    workers: int | None = None,
+    memory: str | int | None = None,
+) -> Plan:
+    """What `compare` with the same arguments would do, from headers alone; nothing is decomposed or written."""
+    options = Options(ranks, subspace, tuple(roles), tuple(blocks), name, common_rows, tuple(measures))
+    budget = parse_bytes(memory) if isinstance(memory, str) else memory
+    tasks = _matched(base, tuned, options).tasks(Results(Path(str(out))) if out is not None else None)
+    return Plan(tuple(tasks), workers or cpu_count(), engines.free_memory() // 2 if budget is None else budget)
 
 
 def load(folder: str | Path) -> Comparison:
@@ -262,19 +325,79 @@ def load(folder: str | Path) -> Comparison:
 
 
 @dataclass(frozen=True)
+class Matched:
+    """Two or more open checkpoints and what they have in common.
+
+    Attributes:
+        source: what the user called base.
+        base: the pretrained checkpoint.
+        sources: label → what the user called a tuned checkpoint.
+        tuned: label → the same, open.
+        pairings: label → the matrices that are in both.
+        options: what to compare.
+    """
+
+    source: Source
+    base: Checkpoint
+    sources: Mapping[str, Source]
+    tuned: Mapping[str, Checkpoint]
+    pairings: Mapping[str, Pairing]
+    options: Options
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether any source is tensors, which cannot be named to another process."""
+        return any(isinstance(source, Mapping) for source in (self.source, *self.sources.values()))
+
+    def tasks(self, results: Results | None) -> list[Task]:
+        """One task per matrix of base with pairs that are not done, longest first."""
+        by_matrix: dict[str, list[tuple[str, Source, MatrixPair]]] = {}
+        for label, pairing in self.pairings.items():
+            for m in pairing.matched:
+                if results is None or not results.is_done(label, m.key.name):
+                    by_matrix.setdefault(m.key.name, []).append((label, _portable(self.sources[label]), m))
+        tasks = [Task(_portable(self.source), tuple(todo), self.options) for todo in by_matrix.values()]
+        return sorted(tasks, key=lambda task: -task.flops)
+
+
+def _matched(base: Source, tuned: Source | Sequence[Source], options: Options) -> Matched:
+    sources = [tuned] if isinstance(tuned, str | Path | Mapping) else list(tuned)
+    if not sources:
+        raise InputError("got no tuned checkpoint; want at least one")
+    opened = open_checkpoint(base)
+    checkpoints = [open_checkpoint(source) for source in sources]
+    labels = store.unique_labels([checkpoint.source for checkpoint in checkpoints])
+    pairings = {
+        label: _chosen(pair(opened, checkpoint, common_rows=options.common_rows), options)
+        for label, checkpoint in zip(labels, checkpoints, strict=True)
+    }
+    if not any(pairing.matched for pairing in pairings.values()):
+        raise InputError(_nothing_in_common(opened, pairings))
+    return Matched(
+        base,
+        opened,
+        dict(zip(labels, sources, strict=True)),
+        dict(zip(labels, checkpoints, strict=True)),
+        pairings,
+        options,
+    )
+
+
+Outcome = tuple[str, pa.Table | str]
+
+
+@dataclass(frozen=True)
 class Task:
     """One base matrix and what it is compared with. Holds names and places, never tensors of files.
 
     Attributes:
         base: source of the base checkpoint.
         todo: (label, source of the tuned checkpoint, where the matrix is in both).
-        results: where the rows go.
         options: how far to look.
     """
 
     base: Source
     todo: tuple[tuple[str, Source, MatrixPair], ...]
-    results: Results
     options: Options
 
     @property
@@ -283,74 +406,53 @@ class Task:
         return self.todo[0][2].key.name
 
     @property
-    def flops(self) -> float:
-        """Work: the Gram matrix and the eigensolver of each decomposition."""
-        short, long = sorted(self.todo[0][2].base.shape)
-        return (1 + 2 * len(self.todo)) * (short**2 * long + 9.0 * short**3)
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the matrix."""
+        return self.todo[0][2].base.shape
 
-    def run(self) -> list[dict[str, str]]:
-        """Compare, write the rows, and return the failures."""
-        failed = []
-        decomposed: dict[MatrixRef, SVD] = {}
+    @cached_property
+    def work(self) -> Work:
+        """What it is predicted to cost."""
+        return matrix_work(self.shape, choose(self.options.measures), self.options.ranks, len(self.todo))
+
+    @property
+    def flops(self) -> float:
+        """Predicted work."""
+        return self.work.flops
+
+    @property
+    def bytes(self) -> int:
+        """Predicted peak memory."""
+        return self.work.bytes
+
+    def run(self) -> list[Outcome]:
+        """Compare; return the rows, or the error, of each pair."""
+        outcomes: list[Outcome] = []
+        decomposed: dict[MatrixRef, HalfSVD] = {}
         base = _opened(self.base)
+        names = choose(self.options.measures)
         for label, source, matched in self.todo:
             tuned = _opened(source)
             where = f"{matched.key.name} in "
             try:
                 W = matched.base.read(base)
-                if matched.base not in decomposed:
-                    k = min(self.options.ranks, *matched.base.shape)
-                    decomposed = {matched.base: decompose(W, k, name=where + base.source)}
+                known = decomposed.get(matched.base)
                 triple = decompose_pair(
                     W,
                     matched.tuned.read(tuned),
-                    base=decomposed[matched.base],
+                    ranks=min(self.options.ranks, *matched.base.shape),
+                    base=known,
                     subspace=self.options.subspace,
-                    name=where + tuned.source,
+                    measures=names,
+                    names=(where + base.source, where + tuned.source),
                 )
             except NonFiniteError as error:
-                failed.append({"pair": label, "matrix": matched.key.name, "error": str(error)})
+                outcomes.append((label, str(error)))
             else:
-                self.results.write(label, matched.key.name, _table(label, matched, measure_all(triple)))
-        return failed
-
-
-SMALL_WORK = 1e11
-"""Below so many flops, starting worker processes takes longer than the work."""
-
-
-def _run(tasks: list[Task], workers: int) -> Iterator[tuple[Task, list[dict[str, str]]]]:
-    """Run tasks, each on one thread, and yield each with its failures as it ends.
-
-    One thread each makes the rows the same bit for bit, however many workers there are; processes in place of
-    threads keep cores busy whatever the size of a matrix.
-    """
-    in_memory = any(
-        not isinstance(source, str) for task in tasks for source in (task.base, *(t[1] for t in task.todo))
-    )
-    if workers == 1 or len(tasks) == 1 or in_memory or sum(task.flops for task in tasks) < SMALL_WORK:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            for task in tasks:
-                yield task, task.run()
-        finally:
-            torch.set_num_threads(threads)
-            _OPENED.clear()
-        return
-    one_thread = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-    executor = ProcessPoolExecutor(max_workers=min(workers, len(tasks)), env=one_thread)
-    try:
-        futures = {executor.submit(Task.run, task): task for task in tasks}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
-    except BrokenProcessPool as error:
-        raise InputError(
-            f"a worker process died, perhaps for lack of memory; what is done is kept: run again with fewer than "
-            f"{workers} workers"
-        ) from error
-    finally:
-        executor.shutdown(kill_workers=True)
+                if isinstance(triple.base, HalfSVD):
+                    decomposed = {matched.base: triple.base}
+                outcomes.append((label, _table(label, matched, measure_all(triple, names))))
+        return outcomes
 
 
 _OPENED: dict[Any, Checkpoint] = {}
@@ -369,54 +471,73 @@ def decompose_pair(
     T: Tensor,
     *,
     ranks: int | None = None,
-    base: SVD | None = None,
+    base: HalfSVD | None = None,
     subspace: int = 10,
-    name: str = "matrix",
+    measures: Sequence[str] | None = None,
+    names: tuple[str, str] = ("base", "tuned"),
 ) -> Triple:
-    """The three decompositions of a pretrained matrix W and its finetune T, ready for the measures.
+    """The decompositions of a pretrained matrix W and its finetune T that some measures read.
 
     Args:
         W: (out, in), pretrained.
         T: (out, in), finetuned.
-        ranks: leading ranks whose vectors are wanted; all when None. Taken from ``base`` where that is given.
-        base: the SVD of W where it is known.
+        ranks: leading ranks whose vectors are wanted; all when None.
+        base: the decomposition of W where it is known.
         subspace: number of leading ranks at which principal angles are taken.
-        name: what to call the matrix in an error.
+        measures: names of the measures to be taken; all when None.
+        names: what to call the two matrices in an error.
 
     Raises:
         InputError: shapes differ. NonFiniteError: NaN or Inf in either.
     """
-    base = base or decompose(W, ranks, name=name)
-    inner, equal = _inner(W, T)
-    tuned = base if equal else decompose(T, len(base.S), name=name)
-    delta = decompose(T, len(base.S), minus=W, name=name)
-    return Triple(base, tuned, delta, inner, subspace)
+    if W.shape != T.shape:
+        raise InputError(f"{names[1]}: got shapes {tuple(W.shape)} and {tuple(T.shape)}; want equal ones")
+    need = needed(choose(()) if measures is None else measures, min(W.shape) if ranks is None else ranks)
+    shape = (W.shape[0], W.shape[1])
+    found: dict[str, Decomposition] = {which: Absent(which, shape) for which in need}
+    if need["base"] is not None:
+        found["base"] = base or half_svd(W, need["base"], name=names[0])
+    inner, norms, equal = _sums(W, T, names)
+    if equal:
+        found["tuned"] = found["base"]
+    elif need["tuned"] is not None:
+        found["tuned"] = half_svd(T, need["tuned"], name=names[1])
+    if need["delta"] is not None:
+        found["delta"] = half_svd(T, need["delta"], minus=W, name=names[1])
+    return Triple(found["base"], found["tuned"], found["delta"], inner, subspace, norms)
 
 
-def _inner(W: Tensor, T: Tensor) -> tuple[float, bool]:
-    """⟨W, T⟩_F in float64, in blocks of rows, and whether the two are equal throughout."""
-    inner, equal = 0.0, W.shape == T.shape
+def _sums(W: Tensor, T: Tensor, names: tuple[str, str]) -> tuple[float, dict[str, float], bool]:
+    """⟨W, T⟩_F and the norms of W, T, T − W, in float64 by blocks of rows; whether the two are equal throughout."""
+    squares, inner, equal = [0.0, 0.0, 0.0], 0.0, True
     rows = max(1, 2**21 // max(1, W.shape[1]))
     for start in range(0, len(W), rows):
-        a, b = (X[start : start + rows].to(torch.float64) for X in (W, T))
-        inner += float((a * b).sum())
+        a, b = (X[start : start + rows].to(torch.float64).flatten() for X in (W, T))
+        inner += float(a @ b)
         equal = equal and torch.equal(a, b)
-    return inner, equal
+        squares = [total + float(x @ x) for total, x in zip(squares, (a, b, b - a), strict=True)]
+    for X, total, name in zip((W, T), squares, names, strict=False):
+        if math.isnan(total):
+            raise NonFiniteError(f"{name}: {int((~torch.isfinite(X)).sum())} entries are NaN or Inf")
+    return inner, dict(zip(("base", "tuned", "delta"), map(math.sqrt, squares), strict=True)), equal
 
 
 def _table(label: str, matched: MatrixPair, measured: Iterator[tuple[Measure, Values]]) -> pa.Table:
     """The rows of one matrix of one pair."""
     key = matched.key
-    columns: dict[str, list[Any]] = {"measure": [], "index": [], "value": [], "bound": [], "resolved": []}
+    names: list[str] = []
+    columns: dict[str, list[NDArray[Any]]] = {"index": [], "value": [], "bound": [], "resolved": []}
     for measure, values in measured:
         n = len(values.value)
-        columns["measure"] += [measure.name] * n
-        columns["index"] += (values.index or list(range(n))) if measure.index else [None] * n
-        columns["value"] += values.value.tolist()
-        columns["bound"] += [None] * n if values.bound is None else values.bound.tolist()
+        names += [measure.name] * n
         resolved = values.resolved(relative=measure.unit == "weight")
-        columns["resolved"] += [None] * n if resolved is None else resolved.tolist()
-    n = len(columns["value"])
+        nothing = np.full(n, np.nan)
+        columns["value"].append(values.value.cpu().numpy())
+        columns["index"].append(np.asarray(values.index or range(n)) if measure.index else nothing)
+        columns["bound"].append(nothing if values.bound is None else values.bound.cpu().numpy())
+        columns["resolved"].append(nothing if resolved is None else resolved.cpu().numpy())
+    whole = {name: np.concatenate(parts).astype(np.float64) for name, parts in columns.items()}
+    n = len(names)
     constant = {
         "pair": label,
         "matrix": key.name,
@@ -426,8 +547,13 @@ def _table(label: str, matched: MatrixPair, measured: Iterator[tuple[Measure, Va
         "out_features": matched.base.shape[0],
         "in_features": matched.base.shape[1],
     }
-    columns |= {name: [value] * n for name, value in constant.items()}
-    return pa.table({name: columns[name] for name in store.SCHEMA.names}, schema=store.SCHEMA)
+    # A bound of NaN is one of a NaN figure; where there is none at all, resolved is NaN as well.
+    missing = {"index": np.isnan(whole["index"]), "bound": np.isnan(whole["resolved"])}
+    missing["resolved"] = missing["bound"]
+    arrays: dict[str, Any] = {name: pa.array([value] * n) for name, value in constant.items()}
+    arrays |= {name: pa.array(values, mask=missing.get(name)) for name, values in whole.items()}
+    arrays["measure"] = pa.array(names)
+    return pa.table([arrays[name].cast(store.SCHEMA.field(name).type) for name in store.SCHEMA.names], store.SCHEMA)
 
 
 # --- what goes into the manifest --------------------------------------------------------------------------------
@@ -450,6 +576,7 @@ def _config(options: Options, labels: list[str], provenance: list[dict[str, Any]
         "base": provenance[0]["sha256"],
         "tuned": {label: about["sha256"] for label, about in zip(labels, provenance[1:], strict=True)},
         **{name: list(v) if isinstance(v, tuple) else v for name, v in asdict(options).items()},
+        "measures": list(choose(options.measures)),
     }
 
 

@@ -1,24 +1,42 @@
 """What changed between two matrices: pure functions of their SVDs, and the table that names them all.
 
-To add a measure, write a function of a `Triple` that returns `Values`, and add one line to `MEASURES`: it then
-appears in the rows, and in the report's table of measures, like every other.
+To add a measure, write a function of a `Triple` that returns `Values`, and add one line to `MEASURES` that says
+which decompositions it reads: it then appears in the rows, and in the report's table of measures, like every other.
+What no measure reads is never decomposed.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from specbasis.errors import InputError
 from specbasis.subspace import chance_alignment, nested_overlap, principal_angles
-from specbasis.svd import SVD
+from specbasis.svd import SVD, Cosines, HalfSVD, cosines
 
 RESOLVED = 1e-6
 """A figure whose error bound exceeds this is marked unresolved: its digits are arbitrary beyond."""
+
+
+@dataclass(frozen=True)
+class Absent:
+    """A decomposition that no wanted measure reads: only the shape of its matrix is known."""
+
+    which: str
+    shape: tuple[int, int]
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"a measure reads the {name} of {self.which} and does not declare it; see Measure")
+
+
+Decomposition = SVD | HalfSVD | Absent
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,18 +49,34 @@ class Triple:
         delta: SVD of tuned − base, subtracted in float64.
         inner: ⟨base, tuned⟩_F, the sum of elementwise products.
         subspace: the number of ranks k at which principal angles are taken.
+        norms: Frobenius norms of base, tuned and delta, from their entries; from the spectra when None.
     """
 
-    base: SVD
-    tuned: SVD
-    delta: SVD
+    base: Decomposition
+    tuned: Decomposition
+    delta: Decomposition
     inner: float
     subspace: int = 10
+    norms: Mapping[str, float] | None = None
+    _cosines: dict[tuple[str, str, str], Cosines] = field(default_factory=dict, repr=False)
 
     @property
     def identical(self) -> bool:
         """Whether tuned is base, bit for bit: the caller then passes the same SVD twice."""
         return self.base is self.tuned
+
+    def norm(self, which: str) -> float:
+        """Frobenius norm of base, tuned or delta."""
+        if self.norms is not None:
+            return self.norms[which]
+        return float(torch.linalg.vector_norm(getattr(self, which).spectrum))
+
+    def cosines(self, first: str, second: str, side: str) -> Cosines:
+        """Cosines between the left or right vectors of two of the three, computed once."""
+        key = (first, second, side)
+        if key not in self._cosines:
+            self._cosines[key] = cosines(getattr(self, first), getattr(self, second), side)
+        return self._cosines[key]
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +102,9 @@ class Values:
 class Measure:
     """One entry of the table: the quantity's name, its unit, what ``index`` counts, its source, its function.
 
-    A function may return None where the measure is undefined, such as a direction of a zero update.
+    A function may return None where the measure is undefined, such as a direction of a zero update. It may read the
+    singular vectors (and values) of the decompositions that ``vectors`` names, the singular values of those that
+    ``values`` names, and of the others nothing.
     """
 
     name: str
@@ -77,6 +113,8 @@ class Measure:
     index: str
     source: str
     function: Callable[[Triple], Values | None]
+    vectors: tuple[str, ...] = ()
+    values: tuple[str, ...] = ()
 
 
 # --- alignment of singular vectors ------------------------------------------------------------------------------
@@ -94,7 +132,7 @@ def alignment(X: Float[Tensor, "d a"], Y: Float[Tensor, "d b"]) -> Float[Tensor,
     return (X[:, :k] * Y[:, :k]).sum(dim=0).abs().clamp(max=1.0)
 
 
-def alignment_bound(a: SVD, b: SVD) -> Float[Tensor, " k"]:
+def alignment_bound(a: Decomposition, b: Decomposition) -> Float[Tensor, " k"]:
     """Bound on the numerical error of the alignment of two computed vectors of equal rank.
 
     π/√2 · (bound_a + bound_b), at most 1: each computed vector is within the angle arcsin(√2·bound) of the exact
@@ -111,8 +149,8 @@ def _aligned(side: str, first: str, second: str) -> Callable[[Triple], Values | 
             return None
         if a is b:  # the same matrix: exactly 1, whatever the gaps
             return Values(torch.ones_like(a.S), torch.zeros_like(a.S))
-        X, Y = (a.U, b.U) if side == "left" else (a.Vh.mT, b.Vh.mT)
-        return Values(alignment(X, Y), alignment_bound(a, b))
+        c = t.cosines(first, second, side)
+        return Values(c.diagonal.abs().clamp(max=1.0), (alignment_bound(a, b) + c.error).clamp(max=1.0))
 
     return function
 
@@ -122,24 +160,24 @@ def _overlap(side: str) -> Callable[[Triple], Values | None]:
         if _zero(t.base) or _zero(t.tuned):
             return None
         k = min(len(t.base.S), len(t.tuned.S))
-        X, Y = (s.U if side == "left" else s.Vh.mT for s in (t.base, t.tuned))
         sizes = sorted({min(2**p, k) for p in range(k.bit_length() + 1)})
         if t.identical:
             return Values(torch.ones(len(sizes)).double(), torch.zeros(len(sizes)).double(), index=sizes)
         at = torch.tensor(sizes) - 1
-        overlap = nested_overlap(X[:, :k].mT @ Y[:, :k])
+        c = t.cosines("base", "tuned", side)
+        overlap = nested_overlap(c.matrix())
         bound = subspace_bound(t.base)[:k] + subspace_bound(t.tuned)[:k]
         counts = torch.tensor(sizes, dtype=overlap.dtype)
         return Values(
             overlap.cpu()[at].clamp(max=1.0),
-            (2 * bound.cpu()[at] / counts.sqrt()).clamp(max=1.0),
+            (2 * bound.cpu()[at] / counts.sqrt() + 2 * c.error.cpu()[at]).clamp(max=1.0),
             index=sizes,
         )
 
     return function
 
 
-def subspace_bound(s: SVD) -> Float[Tensor, " k"]:
+def subspace_bound(s: Decomposition) -> Float[Tensor, " k"]:
     """Bound on ‖sin Θ‖_F between the computed leading j vectors of one side and the exact ones, j = 1 … k.
 
     √2 · √(Σ_{i<j} residual_i²) / (σ_{j−1} − σ_j), where σ past the end of the spectrum is 0 and the error of σ_j is
@@ -151,7 +189,7 @@ def subspace_bound(s: SVD) -> Float[Tensor, " k"]:
     after = torch.cat([s.spectrum + s.spectrum_error, s.spectrum.new_zeros(1)])[1 : k + 1]
     gap = s.S - after
     bound = torch.where(gap > 0, math.sqrt(2) * s.residual.square().cumsum(0).sqrt() / gap, math.inf)
-    if k == s.U.shape[0] == s.Vh.shape[1]:
+    if k == s.shape[0] == s.shape[1]:
         bound[-1] = 0.0
     return bound
 
@@ -161,7 +199,7 @@ def _angles(side: str) -> Callable[[Triple], Values | None]:
         if _zero(t.base) or _zero(t.tuned):
             return None
         k = min(t.subspace, len(t.base.S), len(t.tuned.S))
-        X, Y = (s.U[:, :k] if side == "left" else s.Vh[:k].mT for s in (t.base, t.tuned))
+        X, Y = (s.vectors(side, k) for s in (t.base, t.tuned))
         if t.identical:
             return Values(X.new_zeros(k), X.new_zeros(k))
         bound = float(subspace_bound(t.base)[k - 1] + subspace_bound(t.tuned)[k - 1])
@@ -172,7 +210,7 @@ def _angles(side: str) -> Callable[[Triple], Values | None]:
 
 
 def _chance(side: str) -> Callable[[Triple], Values]:
-    return lambda t: _scalar(chance_alignment(t.base.U.shape[0] if side == "left" else t.base.Vh.shape[1]))
+    return lambda t: _scalar(chance_alignment(t.base.shape[0 if side == "left" else 1]))
 
 
 # --- singular values --------------------------------------------------------------------------------------------
@@ -253,7 +291,9 @@ def singular_value_ratio(t: Triple) -> Values:
 
 def relative_update(t: Triple) -> Values:
     """Size of the whole update: ‖delta‖_F / ‖base‖_F, 0 for a frozen matrix."""
-    return _scalar(0.0) if t.identical else _scalar(_norm(t.delta.spectrum) / _norm(t.base.spectrum))
+    if t.identical:
+        return _scalar(0.0)
+    return _scalar(torch.tensor(t.norm("delta"), dtype=torch.float64) / t.norm("base"))
 
 
 def weight_cosine(t: Triple) -> Values:
@@ -264,7 +304,8 @@ def weight_cosine(t: Triple) -> Values:
     """
     if t.identical:
         return _scalar(1.0)
-    return _scalar((t.inner / (_norm(t.base.spectrum) * _norm(t.tuned.spectrum))).clamp(-1.0, 1.0))
+    norms = torch.tensor(t.norm("base"), dtype=torch.float64) * t.norm("tuned")
+    return _scalar((t.inner / norms).clamp(-1.0, 1.0))
 
 
 def _change(t: Triple) -> tuple[Tensor, Tensor]:
@@ -274,7 +315,7 @@ def _change(t: Triple) -> tuple[Tensor, Tensor]:
     return values.value, values.bound
 
 
-def _quotient_bound(numerator: SVD, denominator: SVD) -> Tensor:
+def _quotient_bound(numerator: Decomposition, denominator: Decomposition) -> Tensor:
     """Bound on the error of S_a[i] / S_b[i]: (error_a + ratio·error_b) / (S_b − error_b); ∞ where S_b may be zero."""
     x, y = numerator.spectrum, denominator.spectrum
     least = y - denominator.spectrum_error
@@ -293,7 +334,7 @@ def _scalar(value: float | Tensor, bound: float | Tensor | None = None) -> Value
     return Values(figures[0], figures[1])
 
 
-def _zero(s: SVD) -> bool:
+def _zero(s: Decomposition) -> bool:
     return bool(s.spectrum[0] == 0)
 
 
@@ -311,6 +352,8 @@ def _spectrum(which: str) -> Callable[[Triple], Values]:
 
 _PAPER = "Yu et al. 2026, "
 _SIDES = ("left", "right")
+_PAIR = ("base", "tuned")
+_ALL = ("base", "tuned", "delta")
 
 MEASURES: tuple[Measure, ...] = (
     *(
@@ -321,6 +364,7 @@ MEASURES: tuple[Measure, ...] = (
             "rank",
             _PAPER + "§3.1",
             _aligned(s, "base", "tuned"),
+            vectors=_PAIR,
         )
         for s in _SIDES
     ),
@@ -332,6 +376,7 @@ MEASURES: tuple[Measure, ...] = (
             "rank",
             _PAPER + "Eq. 2",
             _aligned(s, "delta", "base"),
+            vectors=("delta", "base"),
         )
         for s in _SIDES
     ),
@@ -343,11 +388,20 @@ MEASURES: tuple[Measure, ...] = (
             "k",
             "NOTES: ‖U_kᵀ Ũ_k‖_F² / k",
             _overlap(s),
+            vectors=_PAIR,
         )
         for s in _SIDES
     ),
     *(
-        Measure(f"principal_angle_{s}", f"{s} principal angles", "rad", "angle", "Björck & Golub 1973", _angles(s))
+        Measure(
+            f"principal_angle_{s}",
+            f"{s} principal angles",
+            "rad",
+            "angle",
+            "Björck & Golub 1973",
+            _angles(s),
+            vectors=_PAIR,
+        )
         for s in _SIDES
     ),
     *(
@@ -362,8 +416,16 @@ MEASURES: tuple[Measure, ...] = (
         for s in _SIDES
     ),
     *(
-        Measure(f"singular_value_{w}", f"singular values of {w}", "weight", "rank", _PAPER + "§3.1", _spectrum(w))
-        for w in ("base", "tuned", "delta")
+        Measure(
+            f"singular_value_{w}",
+            f"singular values of {w}",
+            "weight",
+            "rank",
+            _PAPER + "§3.1",
+            _spectrum(w),
+            values=(w,),
+        )
+        for w in _ALL
     ),
     *(
         Measure(
@@ -373,8 +435,9 @@ MEASURES: tuple[Measure, ...] = (
             "rank",
             "gap_i / σ_i",
             lambda t, w=w: Values(getattr(t, w).relative_gap),
+            vectors=(w,),
         )
-        for w in ("base", "tuned")
+        for w in _PAIR
     ),
     Measure(
         "singular_value_change",
@@ -383,6 +446,7 @@ MEASURES: tuple[Measure, ...] = (
         "rank",
         _PAPER + "Fig. 6",
         relative_change,
+        values=_PAIR,
     ),
     Measure(
         "singular_value_ratio",
@@ -391,6 +455,7 @@ MEASURES: tuple[Measure, ...] = (
         "rank",
         _PAPER + "Eq. 1",
         singular_value_ratio,
+        values=("base", "delta"),
     ),
     *(
         Measure(
@@ -400,14 +465,20 @@ MEASURES: tuple[Measure, ...] = (
             "rank",
             _PAPER + "App. H",
             _of(w, explained_variance),
+            values=(w,),
         )
-        for w in ("base", "tuned")
+        for w in _PAIR
     ),
-    Measure("rsd", "relative spectral distance", "1", "", _PAPER + "App. B", relative_spectral_distance),
-    Measure("mrc", "mean relative change", "1", "", _PAPER + "App. B", mean_relative_change),
-    Measure("max_rc", "maximum relative change", "1", "", _PAPER + "App. B", max_relative_change),
-    Measure("t1_rc", "relative change of the largest value", "1", "", _PAPER + "App. B", top_relative_change),
-    Measure("tail_rc", "relative change of the last 10 %", "1", "", _PAPER + "App. B", tail_relative_change),
+    *(
+        Measure(name, title, "1", "", _PAPER + "App. B", function, values=_PAIR)
+        for name, title, function in (
+            ("rsd", "relative spectral distance", relative_spectral_distance),
+            ("mrc", "mean relative change", mean_relative_change),
+            ("max_rc", "maximum relative change", max_relative_change),
+            ("t1_rc", "relative change of the largest value", top_relative_change),
+            ("tail_rc", "relative change of the last 10 %", tail_relative_change),
+        )
+    ),
     *(
         Measure(
             f"effective_rank_{w}",
@@ -416,8 +487,9 @@ MEASURES: tuple[Measure, ...] = (
             "",
             _PAPER + "Tab. 4",
             _of(w, effective_rank),
+            values=(w,),
         )
-        for w in ("base", "tuned")
+        for w in _PAIR
     ),
     *(
         Measure(
@@ -427,28 +499,56 @@ MEASURES: tuple[Measure, ...] = (
             "",
             "Rudelson & Vershynin 2007",
             _of(w, stable_rank),
+            values=(w,),
         )
-        for w in ("base", "tuned", "delta")
+        for w in _ALL
     ),
     *(
-        Measure(
-            f"norm_{w}",
-            f"Frobenius norm of {w}",
-            "weight",
-            "",
-            "‖·‖_F",
-            _of(w, lambda S: float(torch.linalg.vector_norm(S))),
-        )
-        for w in ("base", "tuned", "delta")
+        Measure(f"norm_{w}", f"Frobenius norm of {w}", "weight", "", "‖·‖_F", lambda t, w=w: _scalar(t.norm(w)))
+        for w in _ALL
     ),
     Measure("relative_update", "size of the update", "1", "", "‖delta‖_F / ‖base‖_F", relative_update),
     Measure("weight_cosine", "cosine of the two matrices", "1", "", "⟨base, tuned⟩_F / ‖·‖‖·‖", weight_cosine),
 )
 
 
-def measure_all(t: Triple) -> Iterator[tuple[Measure, Values]]:
-    """Every measure of the table that is defined for these matrices, in the table's order."""
+def choose(patterns: Sequence[str]) -> tuple[str, ...]:
+    """Names of the measures that match any of some patterns (``*`` and ``?``), in the table's order; all when none.
+
+    Those that read no decomposition are always among them: they cost nothing, and the verdict rests on them.
+
+    Raises:
+        InputError: a pattern matches no measure.
+    """
+    names = [measure.name for measure in MEASURES]
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise InputError(f"no measure {pattern!r}; there is: {', '.join(names)}")
+    return tuple(
+        m.name
+        for m in MEASURES
+        if not patterns
+        or not (m.vectors or m.values)
+        or any(fnmatch.fnmatchcase(m.name, pattern) for pattern in patterns)
+    )
+
+
+def needed(names: Sequence[str], ranks: int) -> dict[str, int | None]:
+    """How many vectors some measures read of base, tuned and delta; 0 for values only, None for nothing."""
+    wanted = [measure for measure in MEASURES if measure.name in names]
+    return {
+        which: ranks
+        if any(which in m.vectors for m in wanted)
+        else 0
+        if any(which in m.values for m in wanted)
+        else None
+        for which in _ALL
+    }
+
+
+def measure_all(t: Triple, names: Sequence[str] | None = None) -> Iterator[tuple[Measure, Values]]:
+    """Every measure of the table, or of some names, that is defined for these matrices, in the table's order."""
     for measure in MEASURES:
-        values = measure.function(t)
+        values = measure.function(t) if names is None or measure.name in names else None
         if values is not None:
             yield measure, values

@@ -13,7 +13,7 @@ The matrix is read in column blocks: a bfloat16 matrix is never copied whole to 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from specbasis.errors import InputError, NonFiniteError
 
-ALGORITHM = "gram-deflated-1"
+ALGORITHM = "gram-deflated-2"
 """Name and version of the numerical route; results made by different routes are not bit-equal."""
 
 DEFLATE = 1e-3
@@ -32,12 +32,48 @@ A symmetric eigensolver on the Gram matrix leaves a relative error of about eps 
 value that it keeps. Larger: more levels, more time. Smaller: fewer right digits in small singular values.
 """
 
+IMPLIED = 1e-2
+"""Ranks above this share of the largest value may leave their vectors of the long side implied.
+
+A cosine taken through the short side has a rounding error of about eps / IMPLIED² = 2e-12. Larger: more vectors are
+formed. Smaller: fewer right digits.
+"""
+
+PROBES = 24
+"""Random vectors that measure residuals. More: tighter and dearer."""
+
+CERTAINTY = 4.0
+"""A norm measured with probes is multiplied by this, so that it is a bound but for a chance of 3e-11."""
+
 _EPS = torch.finfo(torch.float64).eps
 _BLOCK_BYTES = 32 * 2**20  # one float64 block of columns
 
 
+class _Ranked:
+    """What every decomposition says about its ranks."""
+
+    S: Tensor
+    residual: Tensor
+    gap: Tensor
+
+    @property
+    def relative_gap(self) -> Float[Tensor, " k"]:
+        """Gap in units of the singular value: gap_i / σ_i, dimensionless, 0 where σ_i = 0."""
+        return torch.where(self.S > 0, self.gap / self.S, 0.0)
+
+    @property
+    def bound(self) -> Float[Tensor, " k"]:
+        """Bound on the sine of the angle between each computed singular pair and the exact one.
+
+        sin θ_i ≤ residual_i / gap_i for the joint vector (u; v)/√2; ∞ where the gap is zero.
+
+        Source: Davis & Kahan 1970, the sin θ theorem, applied to [[0, W], [Wᵀ, 0]].
+        """
+        return torch.where(self.gap > 0, self.residual / self.gap, math.inf)
+
+
 @dataclass(frozen=True, eq=False)
-class SVD:
+class SVD(_Ranked):
     """The leading k singular triplets of a matrix W, in torch's order and meaning.
 
     W ≈ U diag(S) Vh, S descending; exact when k = min(out, in).
@@ -65,19 +101,13 @@ class SVD:
     gap: Float[Tensor, " k"]
 
     @property
-    def relative_gap(self) -> Float[Tensor, " k"]:
-        """Gap in units of the singular value: gap_i / σ_i, dimensionless, 0 where σ_i = 0."""
-        return torch.where(self.S > 0, self.gap / self.S, 0.0)
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the matrix."""
+        return len(self.U), self.Vh.shape[1]
 
-    @property
-    def bound(self) -> Float[Tensor, " k"]:
-        """Bound on the sine of the angle between each computed singular pair and the exact one.
-
-        sin θ_i ≤ residual_i / gap_i for the joint vector (u; v)/√2; ∞ where the gap is zero.
-
-        Source: Davis & Kahan 1970, the sin θ theorem, applied to [[0, W], [Wᵀ, 0]].
-        """
-        return torch.where(self.gap > 0, self.residual / self.gap, math.inf)
+    def vectors(self, side: str, k: int | None = None) -> Float[Tensor, "d k"]:
+        """The leading k vectors of the left or right side as columns."""
+        return self.U[:, :k] if side == "left" else self.Vh[:k].mT
 
     def matrix(self) -> Float[Tensor, "out in"]:
         """The matrix of these triplets: U diag(S) Vh. Costs 2·out·in·k flops."""
@@ -103,7 +133,71 @@ class SVD:
         return (self.U.mT @ X.to(self.U.dtype)) @ self.Vh.mT
 
 
-@torch.no_grad()
+@dataclass(frozen=True, eq=False)
+class HalfSVD(_Ranked):
+    """The leading k singular triplets of a matrix W: vectors of its short side held, of its long side implied.
+
+    With A = W, or Wᵀ where W is tall: A ≈ X diag(S) Yᵀ, and y_i = Aᵀ x_i / σ_i. A product of two implied vectors is
+    taken through the short side (`cosines`), so that the leading ones never need to be formed.
+
+    Attributes:
+        A: the matrix, short side first, scaled; it stays in memory as long as this value.
+        X: vectors of the short side, (short, k), orthonormal columns; signs as the eigensolver left them.
+        S: singular values, (k,), in the units of W.
+        head: how many leading ranks have an implied vector on the long side.
+        tail: vectors of the long side of the ranks from ``head`` on, (long, k − head), orthonormal columns,
+            orthogonal to the implied ones.
+        spectrum, spectrum_error, residual, gap: as in `SVD`; the residual of an implied rank is
+            ‖A Aᵀ x_i − σ_i² x_i‖ / σ_i.
+        wide: whether the short side is the left one.
+    """
+
+    A: _Blocks
+    X: Float[Tensor, "short k"]
+    S: Float[Tensor, " k"]
+    head: int
+    tail: Float[Tensor, "long explicit"]
+    spectrum: Float[Tensor, " short"]
+    spectrum_error: Float[Tensor, " short"]
+    residual: Float[Tensor, " k"]
+    gap: Float[Tensor, " k"]
+    wide: bool
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the matrix."""
+        n, m = self.A.shape
+        return (n, m) if self.wide else (m, n)
+
+    def vectors(self, side: str, k: int | None = None) -> Float[Tensor, "d k"]:
+        """The leading k vectors of the left or right side as orthonormal columns, (out or in, k)."""
+        if self.is_short(side):
+            return self.X[:, :k]
+        return _reorthonormal(self.long_side(0, k)) if self.head else self.tail[:, :k]
+
+    def is_short(self, side: str) -> bool:
+        """Whether a side ("left" or "right") is the one whose vectors are held."""
+        return (side == "left") == self.wide
+
+    def long_side(self, start: int, stop: int | None = None) -> Float[Tensor, "long k"]:
+        """Vectors of the long side of the ranks [start, stop); implied ones are orthonormal to about 1e-12."""
+        stop = len(self.S) if stop is None else min(stop, len(self.S))
+        explicit = self.tail[:, max(start - self.head, 0) : max(stop - self.head, 0)]
+        if start >= min(self.head, stop):
+            return explicit
+        held = slice(start, min(stop, self.head))
+        formed = self.A.transposed_times(self.X[:, held]) / (self.S[held] / self.A.scale)
+        return torch.cat([formed, explicit], dim=1)
+
+    def svd(self) -> SVD:
+        """Both sides, under the sign rule of `decompose`."""
+        X, Y = self.X, self.vectors("right" if self.wide else "left")
+        U, V = (X, Y) if self.wide else (Y, X)
+        sign = _signs(U)
+        shared = {name: getattr(self, name) for name in ("spectrum", "spectrum_error", "residual", "gap")}
+        return SVD(U * sign, self.S, (V * sign).mT.contiguous(), **shared)
+
+
 def decompose(
     W: Float[Tensor, "out in"],
     ranks: int | None = None,
@@ -122,8 +216,8 @@ def decompose(
 
     No gradient flows through it: a parameter may be passed as it is.
 
-    Cost for short side n, long side m, k ranks: n²m (Gram) + about 9n³ (eigensolver) + 4nmk flops; memory n² and
-    (n + m)k float64 beside W.
+    Cost for short side n, long side m, k ranks: n²m (Gram) + about 9n³ (eigensolver) + 2nmk + 3mk² flops; memory
+    4n² + (n + m)k float64 beside W.
 
     Args:
         W: (out, in), any floating dtype, on any device.
@@ -138,51 +232,117 @@ def decompose(
 
     Source: Golub & Van Loan 2013, §8.6; the deflation is this project's (docs/decisions.md).
     """
-    if W.ndim != 2 or W.numel() == 0 or not W.is_floating_point():
-        raise InputError(
-            f"{name}: got {W.dtype} of shape {tuple(W.shape)}; want a floating-point matrix (out, in) with entries"
-        )
-    short = min(W.shape)
+    short = _short_side(W, name)
     k = short if ranks is None else ranks
     if not 1 <= k <= short:
         raise InputError(f"{name}: got ranks = {ranks} for a matrix {tuple(W.shape)}; want 1 … {short}")
+    return half_svd(W, k, minus=minus, name=name, implied=False).svd()
 
-    wide = W.shape[0] <= W.shape[1]
+
+@torch.no_grad()
+def half_svd(
+    W: Float[Tensor, "out in"],
+    ranks: int,
+    *,
+    minus: Float[Tensor, "out in"] | None = None,
+    name: str = "matrix",
+    implied: bool | None = None,
+    device: torch.device | None = None,
+) -> HalfSVD:
+    """What `decompose` computes, with the vectors of the long side left implied where that saves work.
+
+    Takes 0 ranks as well: then only singular values are computed, at about half the price.
+
+    Args:
+        W: (out, in), any floating dtype, on any device.
+        ranks: how many singular vectors are wanted, 0 … min(out, in); values are computed for all ranks.
+        minus: decompose W − minus instead.
+        name: what to call the matrix in an error.
+        implied: leave the long side of the ranks above ``IMPLIED`` implied; by default where more than half of all
+            ranks are wanted, as a product n × n × m is then cheaper than forming the vectors of two matrices.
+        device: where to compute; where W is, when None. W is moved block by block.
+
+    Raises:
+        InputError: W is not a floating matrix with entries, or ``minus`` has another shape.
+        NonFiniteError: W holds NaN or Inf.
+    """
+    n = _short_side(W, name)
     if minus is not None and (minus.shape != W.shape or not minus.is_floating_point()):
         raise InputError(
             f"{name}: got {tuple(W.shape)} minus {minus.dtype} {tuple(minus.shape)}; want floats of one shape"
         )
-    operands = [X if wide else X.mT for X in (W, minus) if X is not None]
-    A = _Blocks(operands, name)  # short side first
-    X, spectrum, error = _left_vectors(A)
-    X = X[:, :k]
-    if spectrum[k - 1] < DEFLATE**2 * spectrum[0]:
+    k = min(ranks, n)
+    wide = W.shape[0] <= W.shape[1]
+    A = _Blocks([X if wide else X.mT for X in (W, minus) if X is not None], name, device or W.device)
+    X, spectrum, error = _left_vectors(A, k)
+    if k and spectrum[k - 1] < DEFLATE**2 * spectrum[0]:
         # Refinement keeps columns orthogonal to first order in eps·σ_0/σ_i: not enough for ranks this deep.
         X = _orthonormal(X)
-    Z = A.transposed_times(X)
     S = spectrum[:k]
-    Y = _orthonormal(Z) if S[-1] <= DEFLATE * S[0] else _reorthonormal(Z / S)
-    residual = (
-        torch.maximum(
-            (A.times(Y) - X * S).norm(dim=0),
-            (Z - Y * S).norm(dim=0),
-        )
-        + _EPS * spectrum[0]
-    )
+    head = _implied(S, n, A.shape[1]) if (2 * k > n if implied is None else implied) else 0
+    tail = _explicit(A, X, S, head)
+    residual = _residuals(A, X, S, head, tail)
     error[:k] = _value_errors(S, residual)
-
-    U, V = (X, Y) if wide else (Y, X)
-    sign = _signs(U)
-    scale = A.scale
-    return SVD(
-        (U * sign).contiguous(),
-        S * scale,
-        (V * sign).mT.contiguous(),
-        spectrum=spectrum * scale,
-        spectrum_error=error * scale,
-        residual=residual * scale,
-        gap=_gaps(spectrum, error, null_space=W.shape[0] != W.shape[1])[:k] * scale,
+    gap = _gaps(spectrum, error, null_space=W.shape[0] != W.shape[1])[:k]
+    return HalfSVD(
+        A, X, S * A.scale, head, tail, spectrum * A.scale, error * A.scale, residual * A.scale, gap * A.scale, wide
     )
+
+
+@dataclass(frozen=True, eq=False)
+class Cosines:
+    """Cosines ⟨x_i, y_j⟩ between the vectors of one side of two decompositions.
+
+    Attributes:
+        diagonal: of equal rank index, (k,).
+        error: bound on what the way of computing them adds to the error of the vectors, (k,): of ⟨x_i, y_j⟩ for all
+            i, j up to the index.
+        matrix: computes all of them, (k, k), in 2dk² flops or less.
+    """
+
+    diagonal: Float[Tensor, " k"]
+    error: Float[Tensor, " k"]
+    matrix: Callable[[], Tensor]
+
+
+@torch.no_grad()
+def cosines(a: SVD | HalfSVD, b: SVD | HalfSVD, side: str) -> Cosines:
+    """Cosines between the left, or the right, vectors of two matrices of equal shape.
+
+    On a side that both hold: XᵀX̃. On a side that both leave implied, through the short side,
+    ⟨y_i, ỹ_j⟩ = x_iᵀ (A Ãᵀ) x̃_j / (σ_i σ̃_j), whose rounding is measured with probes; the ranks that either holds
+    explicitly are multiplied as they are. Costs 2n²m + 2n²k flops where implied, 2dk where not.
+    """
+    k = min(len(a.S), len(b.S))
+    if isinstance(a, HalfSVD) and isinstance(b, HalfSVD) and not a.is_short(side):
+        j = min(a.head, b.head, k)
+        if 2 * j > k:
+            return _cosines_through(a, b, j, k)
+    X, Y = a.vectors(side, k), b.vectors(side, k)
+    return Cosines((X * Y).sum(dim=0), X.new_zeros(k), lambda: X.mT @ Y)
+
+
+def _cosines_through(a: HalfSVD, b: HalfSVD, j: int, k: int) -> Cosines:
+    """Cosines of the long side: of the leading j ranks through the short side, of the others from their vectors."""
+    cross = a.A.times(b.A.transposed())
+    n = len(cross)
+    Z = _probes(n, cross.device)
+    deviation = Z @ cross - a.A.times(b.A.transposed(), Z)
+    Sa, Sb = a.S / a.A.scale, b.S / b.A.scale
+    rounding = _certain(deviation.reshape(-1, 1), len(Z), n) + n * _EPS * a.A.top * b.A.top
+    M = (cross @ b.X[:, :j]) / Sb[:j]  # A ỹ_i of the leading ranks
+    Ya, Yb = a.long_side(j, k), b.long_side(j, k)
+    diagonal = torch.cat([(a.X[:, :j] * M).sum(dim=0) / Sa[:j], (Ya * Yb).sum(dim=0)])
+    error = torch.cat([rounding / (Sa[:j] * Sb[:j]), Ya.new_full((k - j,), 0.0)])
+    normal = a.residual[:k] / a.S[:k] + b.residual[:k] / b.S[:k]  # implied vectors have length 1 up to this
+    normal[j:] = 0
+
+    def matrix() -> Tensor:
+        head = torch.cat([M, a.A.times(Yb)], dim=1)  # A ỹ_i
+        foot = torch.cat([(b.A.times(Ya).mT @ b.X[:, :j]) / Sb[:j], Ya.mT @ Yb], dim=1)
+        return torch.cat([(a.X[:, :j].mT @ head) / Sa[:j, None], foot])
+
+    return Cosines(diagonal, (error + normal).cummax(dim=0).values, matrix)
 
 
 @torch.no_grad()
@@ -226,54 +386,82 @@ def low_rank_svd(B: Float[Tensor, "out r"], A: Float[Tensor, "r in"], *, name: s
     )
 
 
+def _short_side(W: Tensor, name: str) -> int:
+    if W.ndim != 2 or W.numel() == 0 or not W.is_floating_point():
+        raise InputError(
+            f"{name}: got {W.dtype} of shape {tuple(W.shape)}; want a floating-point matrix (out, in) with entries"
+        )
+    return min(W.shape)
+
+
 class _Blocks:
     """A matrix, or the difference of two, in float64 blocks of columns, scaled to a largest entry near 1.
 
     The short side comes first. The scale is a power of two, so that scaling is exact and squares neither overflow
-    nor vanish.
+    nor vanish. A matrix of one block is converted once and kept.
     """
 
-    def __init__(self, operands: list[Tensor], name: str) -> None:
+    def __init__(self, operands: list[Tensor], name: str, device: torch.device) -> None:
         # Exact, and torch has no arithmetic in 8-bit floats.
         self.operands = [X if X.element_size() > 1 else X.to(torch.bfloat16) for X in operands]
-        self.shape, self.device = operands[0].shape, operands[0].device
+        self.shape, self.device = operands[0].shape, device
         self.width = max(1, _BLOCK_BYTES // (8 * self.shape[0]))
+        self.top = 0.0  # the largest singular value, once it is known
         # torch's maximum keeps a NaN, Python's loses one that does not come first.
-        largest = float(torch.stack([block.abs().max() for block in self._columns()]).max())
+        largest = float(torch.stack([torch.stack(block.aminmax()).abs().max() for block in self._entries()]).max())
         if not math.isfinite(largest):
-            bad = sum(int((~torch.isfinite(block)).sum()) for block in self._columns())
+            bad = sum(int((~torch.isfinite(block)).sum()) for block in self._entries())
             raise NonFiniteError(
                 f"{name}: {bad} of {operands[0].numel()} entries are NaN or Inf: no SVD; repair or leave it out"
             )
         exponent = math.frexp(largest)[1]
         self.scale = 2.0 ** min(max(exponent, -1000), 1000)  # 2¹⁰²⁴ is not a float
+        self._kept = [block / self.scale for block in self._columns()] if self.shape[1] <= self.width else None
+
+    def _entries(self) -> Iterator[Tensor]:
+        """The entries in blocks, as stored where that says the same."""
+        whole = (self.operands[0][:, start : start + self.width] for start in range(0, self.shape[1], self.width))
+        return whole if len(self.operands) == 1 else self._columns()
 
     def _columns(self) -> Iterator[Tensor]:
         for start in range(0, self.shape[1], self.width):
-            first, *rest = (X[:, start : start + self.width].to(torch.float64) for X in self.operands)
+            first, *rest = (self._moved(X[:, start : start + self.width]) for X in self.operands)
             yield first - rest[0] if rest else first
 
+    def _moved(self, block: Tensor) -> Tensor:
+        """A block on the device, in float64; moved in its stored dtype, the fewest bytes, through pinned memory."""
+        if block.device != self.device and self.device.type == "cuda":
+            block = block.contiguous().pin_memory().to(self.device, non_blocking=True)
+        return block.to(self.device).to(torch.float64)
+
     def __iter__(self) -> Iterator[Tensor]:
-        for block in self._columns():
-            yield block / self.scale
+        yield from self._kept if self._kept is not None else (block / self.scale for block in self._columns())
 
     def gram(self, basis: Tensor | None) -> Tensor:
-        """Lower triangle of (basisᵀ A)(basisᵀ A)ᵀ; the basis is the identity when None."""
+        """Upper triangle of (basisᵀ A)(basisᵀ A)ᵀ; the basis is the identity when None."""
         n = self.shape[0] if basis is None else basis.shape[1]
         G = torch.zeros(n, n, dtype=torch.float64, device=self.device)
-        rows = max(128, -(-n // 8))  # row panels: 9/16 of the flops of the full product
+        columns = max(128, -(-n // 8))  # panels: 9/16 of the flops of the full product
         for block in self:
             Y = block if basis is None else basis.mT @ block
-            for r in range(0, n, rows):
-                G[r : r + rows, : r + rows].addmm_(Y[r : r + rows], Y[: r + rows].mT)
+            for c in range(0, n, columns):
+                G[: c + columns, c : c + columns].addmm_(Y[: c + columns], Y[c : c + columns].mT)
         return G
 
-    def times(self, X: Tensor) -> Tensor:
-        """A X."""
-        out = torch.zeros(self.shape[0], X.shape[1], dtype=torch.float64, device=self.device)
-        for block, rows in zip(self, torch.split(X, self.width), strict=True):
-            out.addmm_(block, rows)
+    def times(self, right: Tensor | Iterable[Tensor], left: Tensor | None = None) -> Tensor:
+        """A R, or L A R, for R whole or in blocks of rows as wide as this matrix's blocks of columns."""
+        rows = torch.split(right, self.width) if isinstance(right, Tensor) else right
+        out: Tensor | None = None
+        for block, part in zip(self, rows, strict=True):
+            mine = block if left is None else left @ block
+            out = mine @ part if out is None else out.addmm_(mine, part)
+        if out is None:
+            raise AssertionError("a matrix has at least one block")
         return out
+
+    def transposed(self) -> Iterator[Tensor]:
+        """Aᵀ in blocks of rows."""
+        return (block.mT for block in self)
 
     def transposed_times(self, X: Tensor) -> Tensor:
         """Aᵀ X."""
@@ -287,17 +475,33 @@ class _Blocks:
         return out
 
 
-def _left_vectors(A: _Blocks) -> tuple[Tensor, Tensor, Tensor]:
-    """All left singular vectors of a matrix whose short side comes first, its values, and their a priori errors."""
+def _probes(n: int, device: torch.device) -> Tensor:
+    """The same random vectors every time, (PROBES, n), or the identity where that is smaller."""
+    if n <= PROBES:
+        return torch.eye(n, dtype=torch.float64, device=device)
+    return torch.randn(PROBES, n, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def _left_vectors(A: _Blocks, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The leading k left singular vectors of a matrix whose short side comes first, all its values, their errors.
+
+    The errors are a priori ones.
+    """
     n, m = A.shape
+    if k == 0 and n < m:  # square matrices have small values almost always, and those need vectors
+        S = torch.linalg.eigvalsh(A.gram(None), UPLO="U").flip(0).clamp(min=0).sqrt()
+        A.top = float(S[0])
+        if S[-1] > max(DEFLATE, m * _EPS) * A.top:
+            return S.new_zeros(n, 0), S, n * _EPS * (A.top**2 / S + A.top)
     vectors, values, errors = [], [], []
     basis: Tensor | None = None
     floor = 0.0
     while True:
-        squares, E = torch.linalg.eigh(A.gram(basis), UPLO="L")
+        squares, E = torch.linalg.eigh(A.gram(basis), UPLO="U")
         S = squares.flip(0).clamp(min=0).sqrt()
         U = E.flip(1) if basis is None else basis @ E.flip(1)
         top = float(S[0])
+        A.top = max(A.top, top)
         floor = floor or m * _EPS * top
         kept = len(S) if top <= floor else int((S >= max(DEFLATE * top, floor)).sum())
         head, tail = U[:, :kept], U[:, kept:]
@@ -313,7 +517,51 @@ def _left_vectors(A: _Blocks) -> tuple[Tensor, Tensor, Tensor]:
         basis = tail
     # A level ends where the next begins up to rounding, so the order can break there by less than the error.
     spectrum, order = torch.sort(torch.cat(values), descending=True, stable=True)
-    return torch.cat(vectors, dim=1)[:, order], spectrum, torch.cat(errors)[order]
+    return torch.cat(vectors, dim=1)[:, order[:k]], spectrum, torch.cat(errors)[order]
+
+
+def _implied(S: Tensor, n: int, m: int) -> int:
+    """How many leading ranks may stay implied: those above `IMPLIED`, if the others are few and none is zero."""
+    head = int((S >= IMPLIED * S[0]).sum())
+    return head if 4 * (len(S) - head) <= len(S) and S[-1] > m * _EPS * S[0] else 0
+
+
+def _explicit(A: _Blocks, X: Tensor, S: Tensor, head: int) -> Tensor:
+    """Orthonormal vectors of the long side from rank ``head`` on, orthogonal to the implied ones before."""
+    Z = A.transposed_times(X[:, head:])
+    if not head:
+        deep = len(S) > 0 and bool(S[-1] <= DEFLATE * S[0])
+        return _orthonormal(Z) if deep else _reorthonormal(Z / S)
+    if Z.shape[1]:
+        for _ in range(
+            2
+        ):  # Y Yᵀ Z = Aᵀ X S⁻² Xᵀ A Z for the implied Y; twice is enough to be orthogonal to rounding
+            Z = Z - A.transposed_times(X[:, :head] @ ((X[:, :head].mT @ A.times(Z)) / S[:head, None] ** 2))
+    return _orthonormal(Z)
+
+
+def _residuals(A: _Blocks, X: Tensor, S: Tensor, head: int, tail: Tensor) -> Tensor:
+    """Residual of each rank, measured with probes in place of whole products, plus the rounding of measuring it."""
+    n = A.shape[0]
+    Z = _probes(n, A.device)
+    ZX = Z @ X
+    # (A Aᵀ x − σ² x) / σ. Half as much again, as an implied vector has length 1 only up to half of this.
+    square = S[:0]
+    if head:
+        ZG = A.times(A.transposed(), Z)
+        square = 1.5 * _certain(ZG @ X[:, :head] - ZX[:, :head] * S[:head] ** 2, len(Z), n) / S[:head]
+    left = _certain(A.times(tail, Z) - ZX[:, head:] * S[head:], len(Z), n)
+    right = (A.transposed_times(X[:, head:]) - tail * S[head:]).norm(dim=0)
+    return torch.cat([square, torch.maximum(left, right)]) + _EPS * A.top
+
+
+def _certain(projected: Tensor, probes: int, n: int) -> Tensor:
+    """Bound on the norms of the columns of R from Z R: exact where Z is the identity, else almost certain.
+
+    For Gaussian Z the mean square of Z r is ‖r‖² times χ²/probes, which is below 1/CERTAINTY² once in 3·10¹⁰.
+    """
+    norms: Tensor = projected.norm(dim=0)
+    return norms if n <= PROBES else norms * (CERTAINTY / math.sqrt(probes))
 
 
 def _orthonormal(Z: Tensor) -> Tensor:
@@ -326,7 +574,7 @@ def _orthonormal(Z: Tensor) -> Tensor:
 
 def _reorthonormal(Y: Tensor) -> Tensor:
     """Nearly orthonormal columns (to about eps / DEFLATE²) made so to rounding, in order; cheaper than a QR."""
-    R = torch.linalg.cholesky(Y.mT @ Y, upper=True)
+    R = torch.linalg.cholesky(Y.mT @ Y, upper=True)  # reads one triangle
     Q: Tensor = torch.linalg.solve_triangular(R, Y, upper=True, left=False)
     return Q
 
