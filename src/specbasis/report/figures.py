@@ -68,9 +68,8 @@ def _both(name: str, make: Callable[[], Figure]) -> Iterator[tuple[str, bytes]]:
         FigureCanvasAgg(figure)
         for form, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
             buffer = io.BytesIO()
-            figure.savefig(buffer, format=form, dpi=160, metadata=metadata)
+            figure.savefig(buffer, format=form, dpi=144, metadata=metadata)
             yield f"{name}.{form}", buffer.getvalue()
-            figure.set_layout_engine("none")  # the second format takes over the positions of the first
 
 
 # --- all pairs in one figure ------------------------------------------------------------------------------------
@@ -193,9 +192,7 @@ def alignment_heatmap(pair: Pair, label: str) -> Figure:
 def ratio_against_alignment(pair: Pair, label: str) -> Figure:
     """Size of the update against alignment, update alignment as colour. Source: Yu et al. 2026, Fig. 3A and 19."""
     ranks = [rank for rank in SCATTER_RANKS if rank <= pair.vectors()] or [1]
-    figure = Figure(figsize=(2.35 * len(ranks) + 1.6, 5.4), layout="constrained")
-    figure.suptitle(f"Size of the update against alignment: {label}", weight="bold", size=11, x=0.01, ha="left")
-    axes = figure.subplots(2, len(ranks), squeeze=False, sharey=True)
+    figure, axes = _grid(2, len(ranks), (2.35, 2.05), f"Size of the update against alignment: {label}", right=0.95)
     dots = None
     for row, side in zip(axes, SIDES, strict=True):
         for ax, rank in zip(row, ranks, strict=True):
@@ -217,10 +214,13 @@ def ratio_against_alignment(pair: Pair, label: str) -> Figure:
                 ax.text(0.5, 0.5, "no update", transform=ax.transAxes, ha="center", color=QUIET)
             ax.set(title=f"rank {rank}, {side}", ylim=(-0.03, 1.05))
             _few_decades(ax)
+            ax.tick_params(labelleft=ax is row[0])
         row[0].set_ylabel("alignment")
-    figure.supxlabel("size of the update S_i(Δ) / S_i(base)", color=QUIET, size=9)
+    figure.text(0.5, 0.03, "size of the update S_i(Δ) / S_i(base)", color=QUIET, ha="center")
     if dots is not None:
-        bar = figure.colorbar(dots, ax=axes, shrink=0.5, aspect=22, label="update alignment")
+        width, height = figure.get_size_inches()
+        place = figure.add_axes((1 - 0.78 / width, 0.5 - 1.1 / height, 0.12 / width, 2.2 / height))
+        bar = figure.colorbar(dots, cax=place, label="update alignment")
         bar.outline.set_visible(False)
     return figure
 
@@ -228,10 +228,8 @@ def ratio_against_alignment(pair: Pair, label: str) -> Figure:
 def spectra(pair: Pair, label: str) -> Figure:
     """Spectra and alignment of the least and the most updated matrix. Source: Yu et al. 2026, Fig. 3B, C."""
     chosen = representatives(pair)
-    figure = Figure(figsize=(4.6 * len(chosen) if len(chosen) > 1 else 6.2, 5.6), layout="constrained")
     which = "the matrices with the smallest and the largest update at rank 1" if len(chosen) > 1 else "one matrix"
-    figure.suptitle(f"{label}: {which}", weight="bold", size=10.5, x=0.01, ha="left")
-    axes = figure.subplots(2, len(chosen), squeeze=False)
+    figure, axes = _grid(2, len(chosen), (3.8 if len(chosen) > 1 else 5.4, 2.05), f"{label}: {which}", between=0.8)
     for column, m in zip(axes.T, chosen, strict=True):
         column[0].set_title(_plain(pair.matrices["name"][m], 52), size=7.5)
         for i, name in enumerate(("base", "tuned", "delta")):
@@ -279,9 +277,28 @@ OF_PAIR: dict[str, Callable[[Pair, str], Figure]] = {
 
 
 def _panels(n: int, title: str) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(8.6 if n > 1 else 6.4, 3.9), layout="constrained")
-    figure.suptitle(title, weight="bold", size=11, x=0.01, ha="left")
-    return figure, figure.subplots(1, n, squeeze=False)[0]
+    figure, axes = _grid(1, n, (3.6 if n > 1 else 5.6, 2.7), title, between=0.75, below=0.95)
+    return figure, axes[0]
+
+
+def _grid(
+    down: int, across: int, size: tuple[float, float], title: str, *, between: float = 0.3, right: float = 0.15,
+    below: float = 0.6,
+) -> tuple[Figure, Any]:
+    """Panels of a size in inches, on fixed places: an automatic layout would draw everything several times."""
+    left, top, gap = 0.7, 0.7, 0.62
+    width = left + across * size[0] + (across - 1) * between + right
+    height = top + down * size[1] + (down - 1) * gap + below
+    figure = Figure(figsize=(width, height))
+    figure.text(0.12 / width, 1 - 0.28 / height, title, weight="bold", size=11)
+    axes = figure.subplots(
+        down, across, squeeze=False,
+        gridspec_kw={
+            "left": left / width, "right": 1 - right / width, "top": 1 - top / height, "bottom": below / height,
+            "wspace": between / size[0], "hspace": gap / size[1],
+        },
+    )
+    return figure, axes
 
 
 def _curves(
@@ -307,7 +324,17 @@ def _legend(figure: Figure, ax: Any, labels: Sequence[str], extra: str = "", ext
         handles.append(Line2D([], [], color=QUIET, lw=1.2, ls=extra_dash))
         names.append(extra)
     columns = max(1, min(len(names), int(100 / (8 + max(map(len, names), default=1)))))
-    figure.legend(handles, names, loc="outside lower left", ncols=columns, fontsize=8.5)
+    rows = -(-len(names) // columns)
+    if rows > 2:  # many pairs: the figure grows below by what the legend needs beyond the space that there is
+        more = 0.19 * (rows - 2)
+        width, height = figure.get_size_inches()
+        figure.set_size_inches(width, height + more)
+        for panel in figure.axes:
+            x, y, w, h = panel.get_position().bounds
+            panel.set_position((x, (y * height + more) / (height + more), w, h * height / (height + more)))
+        for text in figure.texts:
+            text.set_y(1 - 0.28 / (height + more))
+    figure.legend(handles, names, loc="lower left", ncols=columns, fontsize=8.5, borderaxespad=0.4)
 
 
 def _chance(pairs: Sequence[Pair], side: str) -> list[tuple[int, float, int]]:

@@ -66,7 +66,7 @@ const short = (v, digits = 3) => {
   if (v === Infinity) return "∞";
   if (!isNumber(v)) return "–";
   return (v !== 0 && (Math.abs(v) < 1e-3 || Math.abs(v) >= 1e5) ? v.toExponential(digits - 1)
-    : String(Number(v.toPrecision(digits)))).replace("-", "−");
+    : String(Number(v.toPrecision(digits)))).replaceAll("-", "−");
 };
 const bounded = (bound) => (isNumber(bound) ? `error at most ${short(bound, 2)}` : "error: rounding only");
 const blockName = (block) => (block === null ? "–" : String(block));
