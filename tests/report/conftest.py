@@ -108,7 +108,9 @@ def many_pairs() -> tuple[Weights, dict[str, Weights]]:
 
 def many_matrices() -> tuple[Weights, dict[str, Weights]]:
     base = {
-        f"stage.{block}.part{i}.weight": _random(10, 12, seed=7 * block + i) for block in range(80) for i in range(7)
+        f"stage.{block}.part{i}.weight": _random(10, 12, seed=7 * block + i)
+        for block in range(80)
+        for i in range(7)
     }
     return base, {"tuned": _moved(base, 0.1)}
 
@@ -153,7 +155,7 @@ def pages(comparisons: Callable[[str], Comparison]) -> Callable[[str], Path]:
             c = comparisons(case)
             pairs = read_pairs(c.rows, c.pairs)
             made[case] = c.folder / "page.html"
-            made[case].write_bytes(render(c.manifest, c.rows, pairs, [bands(pair) for pair in pairs]))
+            made[case].write_bytes(render(c.manifest, pairs, [bands(pair) for pair in pairs]))
         return made[case]
 
     return get

@@ -115,11 +115,13 @@ class Pair:
 
     Attributes:
         label: label of the tuned checkpoint.
+        rows: its rows.
         matrices: columns name, stack, block (None outside of blocks), role, out, in; one entry per matrix.
         series: the measures, by name; one that has no rows is absent.
     """
 
     label: str
+    rows: pa.Table
     matrices: dict[str, list[Any]]
     series: dict[str, Series]
 
@@ -163,7 +165,7 @@ class Pair:
     def panels(self) -> list[tuple[str, str, list[int]]]:
         """(stack, role, matrices by block): the panels of the heat map, roles in the order of `ROLES`."""
         found: dict[tuple[str, str], list[int]] = {}
-        stacks = list(dict.fromkeys(self.matrices["stack"]))
+        stacks = sorted(dict.fromkeys(self.matrices["stack"]), key=lambda stack: stack != "encoder")
         for i, (stack, role) in enumerate(zip(self.matrices["stack"], self.matrices["role"], strict=True)):
             found.setdefault((stack, role), []).append(i)
         block = self.matrices["block"]
@@ -266,7 +268,7 @@ def _pair(label: str, mine: pa.Table) -> Pair:
         at = at[np.lexsort((index[at], matrix[at]))]
         start = np.concatenate([[0], np.cumsum(np.bincount(matrix[at], minlength=len(first)))])
         series[names[code]] = Series(start, index[at], value[at], bound[at], resolved[at])
-    return Pair(label, matrices, series)
+    return Pair(label, mine, matrices, series)
 
 
 def _codes(table: pa.Table, column: str) -> Ints:

@@ -22,8 +22,8 @@ DASHES: tuple[Any, ...] = ("solid", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)
 QUIET = "#57606a"
 SIDE_TITLES = {"left": "left, U (output side)", "right": "right, V (input side)"}
 SCATTER_RANKS = (1, 5, 10, 100)
-MOST_ROWS = 400
-"""Matrices that one panel of a heat map still shows one by one."""
+MOST_ROWS = 600
+"""Matrices that the heat map shows, at most: above that, every second one of a role, and so on."""
 
 Bands = dict[str, dict[str, Band]]
 
@@ -122,8 +122,15 @@ def explained_variance(pairs: Sequence[Pair], labels: Sequence[str], bands: Sequ
     figure, axes = _panels(2, "Explained variance")
     for ax, suffix, x_scale in ((axes[0], "", 100), (axes[1], "_leading", 1)):
         _curves(ax, bands, f"explained_variance_tuned{suffix}", scale=100, x_scale=x_scale)
-        _curves(ax, bands[:1], f"explained_variance_base{suffix}", scale=100, x_scale=x_scale, style={
-            "color": QUIET, "ls": DASHES[2], "lw": 1.6, "label": "base"}, fill=False)
+        _curves(
+            ax,
+            bands[:1],
+            f"explained_variance_base{suffix}",
+            scale=100,
+            x_scale=x_scale,
+            style={"color": QUIET, "ls": DASHES[2], "lw": 1.6, "label": "base"},
+            fill=False,
+        )
         ax.set(ylim=(-2, 103), ylabel="explained variance (% of ‖W‖²)")
     axes[0].set(title="by relative rank", xlabel="relative rank (%)", xlim=(0, 100))
     axes[1].set(title="by number of ranks", xlabel="number of ranks")
@@ -147,45 +154,71 @@ def change_range(bands: Sequence[Band]) -> tuple[float, float]:
 
 
 def alignment_heatmap(pair: Pair, label: str) -> Figure:
-    """Alignment by block and rank, a panel for each stack and role. Source: Yu et al. 2026, Fig. 2C."""
+    """Alignment by block and rank, one below the other for each stack and role. Source: Yu et al. 2026, Fig. 2C."""
     panels = pair.panels()
-    rows = [min(len(members), MOST_ROWS) for *_, members in panels]
-    heights = [min(max(0.3, 0.14 * n), 4.0) for n in rows]
-    head, between = 0.8, 0.52
-    total = sum(heights) + between * len(panels) + head
-    figure = Figure(figsize=(9.2, total))
-    figure.text(0.09, 1 - 0.3 / total, f"Alignment by block and rank: {label}", weight="bold", size=11)
-    dense = {side: pair.figures(f"alignment_{side}").dense(pair.vectors()) for side in SIDES}
+    most = max(4, MOST_ROWS // len(panels))
+    shown = [members[:: -(-len(members) // most)] for *_, members in panels]
+    # One image for all panels, with an empty row between them: an axis for each would take seconds to draw.
+    first = np.cumsum([0, *(len(members) + 1 for members in shown)])
+    rows = int(first[-1]) - 1
+    height = min(max(rows * 0.13, 0.5), 40.0)
+    figure, axes = _grid(
+        1, 2, (3.4, height), f"Alignment by block and rank: {label}", between=0.25, left=1.75, right=0.85
+    )
+    every = max(1, round(0.13 / (height / rows)))
     image = None
-    top = total - head + 0.1
-    for (stack, role, members), height in zip(panels, heights, strict=True):
-        top -= height
-        for column, side in enumerate(SIDES):
-            ax = figure.add_axes((0.09 + 0.43 * column, top / total, 0.38, height / total))
-            ax.set_facecolor("#c9ced6")
-            ax.grid(False)
-            shown = members[:: -(-len(members) // MOST_ROWS)]
-            values = dense[side][shown]
-            extent = (0.5, max(values.shape[1], 1) + 0.5, len(shown) - 0.5, -0.5)
-            if values.size:
-                image = ax.imshow(
-                    values, aspect="auto", interpolation="nearest", cmap="cividis", vmin=0, vmax=1, extent=extent
-                )
-            every = -(-len(shown) // max(1, int(height / 0.14)))
-            ticks = range(0, len(shown), every)
-            blocks = [pair.matrices["block"][shown[i]] for i in ticks]
-            ax.set_yticks(list(ticks), ["–" if block is None else str(block) for block in blocks], size=7)
-            ax.tick_params(axis="x", labelsize=7)
-            ax.set_title(f"{stack + ': ' if stack else ''}{role}, {side}", size=8.5)
-            if column == 0:
-                ax.set_ylabel("block", size=8)
-            _from_one(ax, limits=False)
-        top -= between
-    figure.text(0.495, 0.12 / total, "rank i", ha="center", color=QUIET)
-    if image is not None:
-        bar = figure.colorbar(image, cax=figure.add_axes((0.925, 1 - (head + 1.5) / total, 0.012, 1.5 / total)))
-        bar.outline.set_visible(False)
-        bar.ax.set_title("alignment", size=8, weight="normal", color=QUIET)
+    for ax, side in zip(axes[0], SIDES, strict=True):
+        dense = pair.figures(f"alignment_{side}").dense(max(1, pair.vectors()))
+        values = np.full((rows, dense.shape[1]), np.nan)
+        for start, members in zip(first, shown, strict=False):
+            values[start : start + len(members)] = dense[members]
+        ax.grid(False)
+        ax.set_facecolor("#c9ced6")
+        extent = (0.5, values.shape[1] + 0.5, rows - 0.5, -0.5)
+        image = ax.imshow(
+            values, aspect="auto", interpolation="nearest", cmap="cividis", vmin=0, vmax=1, extent=extent
+        )
+        for gap in first[1:-1] - 1:
+            ax.axhspan(gap - 0.5, gap + 0.5, color="white", lw=0)
+        for edge in ("left", "bottom"):
+            ax.spines[edge].set_visible(False)
+        ax.set_title(SIDE_TITLES[side])
+        ax.set_xlabel("rank i")
+        ax.tick_params(axis="y", length=0, labelsize=6.5, labelleft=side == "left")
+        _from_one(ax, limits=False)
+    ticks = [
+        (start + i, members[i])
+        for start, members in zip(first, shown, strict=False)
+        for i in range(0, len(members), every)
+    ]
+    blocks = [pair.matrices["block"][m] for _, m in ticks]
+    for ax in axes[0]:
+        ax.set_yticks([row for row, _ in ticks], ["–" if block is None else str(block) for block in blocks])
+    for start, members, (stack, role, _) in zip(first, shown, panels, strict=False):
+        axes[0][0].annotate(
+            f"{stack} {role}".strip(),
+            (0, start + (len(members) - 1) / 2),
+            xycoords=("axes fraction", "data"),
+            xytext=(-22, 0),
+            textcoords="offset points",
+            ha="right",
+            va="center",
+            size=7.5,
+        )
+    axes[0][0].annotate(
+        "block",
+        (0, 1),
+        xycoords="axes fraction",
+        xytext=(-4, 4),
+        textcoords="offset points",
+        ha="right",
+        size=7,
+        color=QUIET,
+    )
+    width, whole = figure.get_size_inches()
+    bar = figure.colorbar(image, cax=figure.add_axes((1 - 0.6 / width, 1 - 2.2 / whole, 0.12 / width, 1.3 / whole)))
+    bar.outline.set_visible(False)
+    bar.ax.set_title("alignment", size=8, weight="normal", color=QUIET, loc="center")
     return figure
 
 
@@ -205,8 +238,15 @@ def ratio_against_alignment(pair: Pair, label: str) -> Figure:
                 ax.set_xscale("log")
             if known.any():
                 dots = ax.scatter(
-                    ratio[known], aligned[known], c=update[known], cmap="cividis", vmin=0, vmax=1,
-                    edgecolor="#1b1f24", linewidth=0.6, s=26,
+                    ratio[known],
+                    aligned[known],
+                    c=update[known],
+                    cmap="cividis",
+                    vmin=0,
+                    vmax=1,
+                    edgecolor="#1b1f24",
+                    linewidth=0.6,
+                    s=26,
                 )
             unknown = drawn & ~known
             ax.scatter(ratio[unknown], aligned[unknown], facecolor="none", edgecolor=QUIET, s=26)
@@ -240,15 +280,29 @@ def spectra(pair: Pair, label: str) -> Figure:
                 column[0].set_yscale("log")
                 column[0].yaxis.set_major_formatter(FuncFormatter(_power))
                 color = COLORS[(0, 1, 6)[i]]
-                column[0].plot(series.index[part][value > 0] + 1, value[value > 0], color=color, ls=DASHES[i], lw=1.6,
-                               label=("base", "tuned", "update Δ")[i], marker="o" if len(value) < 3 else None)
+                column[0].plot(
+                    series.index[part][value > 0] + 1,
+                    value[value > 0],
+                    color=color,
+                    ls=DASHES[i],
+                    lw=1.6,
+                    label=("base", "tuned", "update Δ")[i],
+                    marker="o" if len(value) < 3 else None,
+                )
         column[0].set(xlabel="rank i", ylabel="singular value")
         for i, side in enumerate(SIDES):
             series = pair.figures(f"alignment_{side}")
             part = slice(series.start[m], series.start[m + 1])
             x, y, resolved = series.index[part] + 1, series.value[part], series.resolved[part]
-            column[1].plot(x, np.where(resolved, y, np.nan), color=COLORS[i], ls=DASHES[i], lw=1.3, label=side,
-                           marker="o" if len(x) < 3 else None)
+            column[1].plot(
+                x,
+                np.where(resolved, y, np.nan),
+                color=COLORS[i],
+                ls=DASHES[i],
+                lw=1.3,
+                label=side,
+                marker="o" if len(x) < 3 else None,
+            )
             column[1].plot(x[~resolved], y[~resolved], "o", mfc="none", ms=3, color=COLORS[i])
             level = pair.whole(f"chance_alignment_{side}")[m]
             column[1].axhline(level, color=QUIET, lw=0.8, ls=(0, (4, 3)), zorder=1, label="chance" if i else None)
@@ -282,27 +336,46 @@ def _panels(n: int, title: str) -> tuple[Figure, Any]:
 
 
 def _grid(
-    down: int, across: int, size: tuple[float, float], title: str, *, between: float = 0.3, right: float = 0.15,
+    down: int,
+    across: int,
+    size: tuple[float, float],
+    title: str,
+    *,
+    between: float = 0.3,
+    right: float = 0.15,
+    left: float = 0.7,
     below: float = 0.6,
 ) -> tuple[Figure, Any]:
     """Panels of a size in inches, on fixed places: an automatic layout would draw everything several times."""
-    left, top, gap = 0.7, 0.7, 0.62
+    top, gap = 0.7, 0.62
     width = left + across * size[0] + (across - 1) * between + right
     height = top + down * size[1] + (down - 1) * gap + below
     figure = Figure(figsize=(width, height))
     figure.text(0.12 / width, 1 - 0.28 / height, title, weight="bold", size=11)
     axes = figure.subplots(
-        down, across, squeeze=False,
+        down,
+        across,
+        squeeze=False,
         gridspec_kw={
-            "left": left / width, "right": 1 - right / width, "top": 1 - top / height, "bottom": below / height,
-            "wspace": between / size[0], "hspace": gap / size[1],
+            "left": left / width,
+            "right": 1 - right / width,
+            "top": 1 - top / height,
+            "bottom": below / height,
+            "wspace": between / size[0],
+            "hspace": gap / size[1],
         },
     )
     return figure, axes
 
 
 def _curves(
-    ax: Any, bands: Sequence[Bands], profile: str, *, scale: float = 1, x_scale: float = 1, fill: bool = True,
+    ax: Any,
+    bands: Sequence[Bands],
+    profile: str,
+    *,
+    scale: float = 1,
+    x_scale: float = 1,
+    fill: bool = True,
     style: dict[str, Any] | None = None,
 ) -> None:
     """A line of medians for each pair, and quartiles around it where there are few."""
@@ -353,9 +426,16 @@ def _chance_lines(ax: Any, levels: Sequence[tuple[int, float, int]]) -> None:
             clusters.append([(d, level)])
     for cluster in clusters:
         ax.annotate(
-            f"chance, d = {', '.join(str(d) for d, _ in cluster)}", (1, cluster[0][1]),
-            xycoords=("axes fraction", "data"), xytext=(-2, 2), textcoords="offset points", ha="right", va="bottom",
-            size=7, color=QUIET, bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.6},
+            f"chance, d = {', '.join(str(d) for d, _ in cluster)}",
+            (1, cluster[0][1]),
+            xycoords=("axes fraction", "data"),
+            xytext=(-2, 2),
+            textcoords="offset points",
+            ha="right",
+            va="bottom",
+            size=7,
+            color=QUIET,
+            bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.6},
         )
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
@@ -53,20 +52,23 @@ TABLE = (
 """Columns of the table of matrices: key, heading, meaning, number format."""
 
 
-def render(manifest: dict[str, Any], rows: pa.Table, pairs: list[Pair], bands: list[dict[str, dict[str, Band]]]) -> bytes:
+def render(manifest: dict[str, Any], pairs: list[Pair], bands: list[dict[str, dict[str, Band]]]) -> bytes:
     """The page as UTF-8."""
     points = sum(len(pair) for pair in pairs)
     limit = int(np.clip(MOST_POINTS // max(1, points), 32, MOST_RANKS))
     scripts = [get_plotlyjs(), _asset("page.js")]
     environment = Environment(
-        loader=PackageLoader("specbasis.report", "assets"), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
+        loader=PackageLoader("specbasis.report", "assets"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters["breakable"] = _breakable
     text = environment.get_template("page.html").render(
         manifest=manifest,
         manifest_text=json.dumps(manifest, indent=1, ensure_ascii=False),
-        pairs=[_about(pair, manifest, rows) for pair in pairs],
+        pairs=[_about(pair, manifest) for pair in pairs],
         headings=HEADINGS,
         signs=VERDICTS,
         style=Markup(_asset("page.css")),
@@ -78,13 +80,13 @@ def render(manifest: dict[str, Any], rows: pa.Table, pairs: list[Pair], bands: l
     return text.encode("utf-8", "replace")
 
 
-def _about(pair: Pair, manifest: dict[str, Any], rows: pa.Table) -> dict[str, Any]:
+def _about(pair: Pair, manifest: dict[str, Any]) -> dict[str, Any]:
     """What the page says in words and in its summary table about a pair."""
     about = manifest["pairs"][pair.label]
-    lines = [cells(line) for line in summarise(rows, pair.label)]
+    lines = [cells(line) for line in summarise(pair.rows, pair.label)]
     return {
         "label": pair.label,
-        "verdict": judge(rows, pair.label),
+        "verdict": judge(pair.rows, pair.label),
         "lines": lines,
         "notes": about["notes"],
         "architecture": about["architecture"],
@@ -105,9 +107,7 @@ def _data(pair: Pair, bands: dict[str, dict[str, Band]], limit: int) -> dict[str
         "label": pair.label,
         "matrices": pair.matrices,
         "whole": {key: _floats(values) for key, values in whole.items()},
-        "series": {
-            name: _series(pair.series[name].thinned(limit)) for name in PER_RANK if name in pair.series
-        },
+        "series": {name: _series(pair.series[name].thinned(limit)) for name in PER_RANK if name in pair.series},
         "bands": {
             profile: {group: _band(band) for group, band in groups.items()} for profile, groups in bands.items()
         },

@@ -58,9 +58,9 @@ function atRank(pair, measure, matrix, rank) {
 
 // --- words and colours --------------------------------------------------------------------------------------------
 
-const escapes = { "&": "&amp;", "<": "&lt;", ">": "&gt;" };
-const safe = (text) => String(text).replace(/[&<>]/g, (c) => escapes[c]);
-const wrapped = (text) => safe(text.replace(/(.{44})/gu, "$1\n")).replace(/\n/g, "<br>");
+const escapes = { "&": "&amp;", "<": "&lt;", ">": "&gt;", "$": "&#36;" };  // $…$ would be read as TeX
+const safe = (text) => String(text).replace(/[&<>$]/g, (c) => escapes[c]);
+const wrapped = (text) => text.match(/.{1,44}/gsu).map(safe).join("<br>");
 const isNumber = (v) => v !== null && v !== undefined && Number.isFinite(v);
 const short = (v, digits = 3) => {
   if (v === Infinity) return "∞";
