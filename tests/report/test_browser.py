@@ -17,6 +17,7 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="the page tests dri
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: the page is not opened in a browser")
 
 FIGURES = ("alignment", "heat", "overlap", "change", "variance", "scatter", "spectra", "single", "angles")
+ANNOTATIONS = "n => document.querySelector(`#${n} .canvas`).layout.annotations.map(a => a.text)"
 DESKTOP = {"viewport": {"width": 1280, "height": 900}}
 PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True, "device_scale_factor": 2}
 
@@ -75,9 +76,7 @@ def test_every_figure_is_drawn_and_fits_a_phone(browser: Any, pages: Callable[[s
         scroll_through(page)
         assert overflow(page) <= 0
         for name in FIGURES:
-            empty = page.evaluate(
-                "n => document.querySelector(`#${n} .canvas`).layout.annotations.map(a => a.text)", name
-            )
+            empty = page.evaluate(ANNOTATIONS, name)
             assert sum(t["n"] for t in traces(page, name)) > 0 or any("no " in text for text in empty), name
             assert page.locator(f"#{name} .canvas").get_attribute("aria-label")
 
@@ -203,8 +202,11 @@ def test_a_point_selects_its_matrix(browser: Any, pages: Callable[[str], Path]) 
         page.locator("#scatter").scroll_into_view_if_needed()
         before = page.locator("#matrix").input_value()
         page.evaluate(
-            "b => { const box = document.querySelector('#scatter .canvas'); const ids = box.data[0].customdata.map(c => c[0]);"
-            " box.emit('plotly_click', {points: [{customdata: box.data[0].customdata[ids.findIndex(m => String(m) !== b)]}]}); }",
+            """before => {
+                const box = document.querySelector("#scatter .canvas");
+                const other = box.data[0].customdata.find((c) => String(c[0]) !== before);
+                box.emit("plotly_click", { points: [{ customdata: other }] });
+            }""",
             before,
         )
         assert page.locator("#matrix").input_value() != before

@@ -75,7 +75,7 @@ class Series:
         return out
 
     def thinned(self, limit: int) -> Series:
-        """At most about ``limit`` ranks of each matrix: the leading half of them, and an even choice of the rest."""
+        """At most about ``limit`` ranks of a matrix: the leading half of them, and an even choice of the rest."""
         lengths = self.lengths
         if not len(lengths) or lengths.max() <= limit:
             return self
@@ -177,7 +177,7 @@ class Pair:
         ]
 
     def chance_levels(self, side: str, most: int = 4) -> list[tuple[int, float, int]]:
-        """(dimension, chance alignment, matrices) of the dimensions that most matrices have, largest level first."""
+        """(dimension, chance alignment, matrices) of the commonest dimensions, largest level first."""
         dimension = np.array(self.matrices["out" if side == "left" else "in"], np.int64)
         level = self.whole(f"chance_alignment_{side}")
         values, first, counts = np.unique(dimension, return_index=True, return_counts=True)
@@ -203,7 +203,7 @@ def bands(pair: Pair) -> dict[str, dict[str, Band]]:
         aligned = pair.figures(f"alignment_{side}").thinned(2 * LEADING)
         width = int(aligned.index.max(initial=-1)) + 1
         columns = np.unique(aligned.index)
-        sources[f"alignment_{side}"] = columns + 1.0, aligned.dense(width)[:, columns]
+        sources[f"alignment_{side}"] = (columns + 1).astype(np.float64), aligned.dense(width)[:, columns]
         overlap = pair.figures(f"subspace_overlap_{side}")
         # The last k of a small matrix is its own: there, a median would be over few others.
         sizes, counts = np.unique(overlap.index, return_counts=True)
@@ -288,4 +288,4 @@ def _band(x: Floats, values: Floats) -> Band:
         below, above = np.floor(place).astype(int), np.ceil(place).astype(int)
         low, high = values[below, columns], values[above, columns]
         quartiles.append(low + (place - below) * (high - low))
-    return Band(np.asarray(x, float), *quartiles, count)
+    return Band(x, quartiles[0], quartiles[1], quartiles[2], count)

@@ -118,7 +118,7 @@ def singular_value_change(pairs: Sequence[Pair], labels: Sequence[str], bands: S
 
 
 def explained_variance(pairs: Sequence[Pair], labels: Sequence[str], bands: Sequence[Bands]) -> Figure:
-    """Median explained variance of base (dotted) and tuned, relative and absolute. Source: Yu et al. 2026, Fig. 16."""
+    """Median explained variance of base (dotted) and tuned. Source: Yu et al. 2026, Fig. 16."""
     figure, axes = _panels(2, "Explained variance")
     for ax, suffix, x_scale in ((axes[0], "", 100), (axes[1], "_leading", 1)):
         _curves(ax, bands, f"explained_variance_tuned{suffix}", scale=100, x_scale=x_scale)
@@ -154,7 +154,7 @@ def change_range(bands: Sequence[Band]) -> tuple[float, float]:
 
 
 def alignment_heatmap(pair: Pair, label: str) -> Figure:
-    """Alignment by block and rank, one below the other for each stack and role. Source: Yu et al. 2026, Fig. 2C."""
+    """Alignment by block and rank, for each stack and role. Source: Yu et al. 2026, Fig. 2C."""
     panels = pair.panels()
     most = max(4, MOST_ROWS // len(panels))
     shown = [members[:: -(-len(members) // most)] for *_, members in panels]
@@ -163,10 +163,10 @@ def alignment_heatmap(pair: Pair, label: str) -> Figure:
     rows = int(first[-1]) - 1
     height = min(max(rows * 0.13, 0.5), 40.0)
     figure, axes = _grid(
-        1, 2, (3.4, height), f"Alignment by block and rank: {label}", between=0.25, left=1.75, right=0.85
+        1, 2, (3.4, height), f"Alignment by block and rank: {label}", between=0.25, left=2.2, right=0.85
     )
     every = max(1, round(0.13 / (height / rows)))
-    image = None
+    image: Any = None
     for ax, side in zip(axes[0], SIDES, strict=True):
         dense = pair.figures(f"alignment_{side}").dense(max(1, pair.vectors()))
         values = np.full((rows, dense.shape[1]), np.nan)
@@ -351,7 +351,8 @@ def _grid(
     width = left + across * size[0] + (across - 1) * between + right
     height = top + down * size[1] + (down - 1) * gap + below
     figure = Figure(figsize=(width, height))
-    figure.text(0.12 / width, 1 - 0.28 / height, title, weight="bold", size=11)
+    size_in_points = min(11.0, 72 * (width - 0.2) / (0.68 * len(title)))  # a long title shrinks to fit
+    figure.text(0.12 / width, 1 - 0.28 / height, title, weight="bold", size=size_in_points)
     axes = figure.subplots(
         down,
         across,

@@ -1,4 +1,4 @@
-"""The page: one HTML file with its data, its style and its drawing code inside, that asks nothing of the network."""
+"""The page: one HTML file with data, style and drawing code inside, that asks nothing of the network."""
 
 from __future__ import annotations
 
