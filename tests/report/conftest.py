@@ -102,7 +102,7 @@ def hostile() -> tuple[Weights, dict[str, Weights]]:
 
 
 def many_pairs() -> tuple[Weights, dict[str, Weights]]:
-    base = _bert(1, 8, seed=1)
+    base = {f"h.{i}.weight": _random(8, 6, seed=i) for i in range(3)}
     return base, {f"checkpoint-{i}": _moved(base, 0.02 * (i + 1)) for i in range(20)}
 
 

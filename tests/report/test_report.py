@@ -20,7 +20,7 @@ from specbasis.report.figures import OF_PAIR, OVER_PAIRS, draw
 from specbasis.report.tables import cells, summary_html
 
 
-@pytest.mark.parametrize("case", ["two_pairs", "identical", "single_small", "rank_one", "degenerate", "hostile"])
+@pytest.mark.parametrize("case", ["two_pairs", "identical", "rank_one", "degenerate", "hostile"])
 def test_the_folder_holds_the_page_and_every_figure_in_both_formats(
     comparisons: Callable[[str], Comparison], case: str, tmp_path: Path
 ) -> None:

@@ -140,7 +140,7 @@ def explained_variance(pairs: Sequence[Pair], labels: Sequence[str], bands: Sequ
 
 
 def change_range(bands: Sequence[Band]) -> tuple[float, float]:
-    """Limits in % that hold every median, and the quartiles but for the last ranks, which would flatten the rest."""
+    """Limits in % that hold every median, and the quartiles but for the last ranks, which dwarf the rest."""
     found = [0.0]
     for band in bands:
         body = band.x < 0.95
