@@ -161,7 +161,7 @@ def alignment_heatmap(pair: Pair, label: str) -> Figure:
     # One image for all panels, with an empty row between them: an axis for each would take seconds to draw.
     first = np.cumsum([0, *(len(members) + 1 for members in shown)])
     rows = int(first[-1]) - 1
-    height = min(max(rows * 0.13, 0.5), 40.0)
+    height = min(max(rows * 0.13, 1.6), 40.0)  # room for the colour bar; Agg draws no more than 2¹⁶ pixels
     figure, axes = _grid(
         1, 2, (3.4, height), f"Alignment by block and rank: {label}", between=0.25, left=2.2, right=0.85
     )
