@@ -39,6 +39,8 @@ def test_what_was_left_out_and_what_failed_is_told(
     text = html.unescape(pages("degenerate").read_text(encoding="utf-8"))
     assert comparisons("degenerate").failed[0]["error"] in text
     assert "NaN" in text
+    assert "every parameter was compared" not in text
+    assert "every parameter was compared" in pages("single_small").read_text(encoding="utf-8")
     hostile = pages("hostile").read_text(encoding="utf-8")
     assert f"<code>{html.escape(f'only {HOSTILE}', quote=False).replace(chr(39), '&#39;')}</code>" in hostile
 
