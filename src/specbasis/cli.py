@@ -15,6 +15,7 @@ from rich.table import Table
 
 import specbasis
 from specbasis.errors import InputError
+from specbasis.report.tables import by_reason, cells
 from specbasis.summary import RoleSummary, named_parts
 
 app = typer.Typer(
@@ -111,7 +112,7 @@ def _print_comparison(comparison: specbasis.Comparison) -> None:
         _out.print(_summary_table(pair, comparison.summaries[pair]))
         for note in about["notes"]:
             _line(f"note: {note}")
-        for reason, names in _by_reason(about["skipped"]).items():
+        for reason, names in by_reason(about["skipped"]).items():
             _line(f"not compared: {len(names)}, {reason}: {named_parts(names, 2)}")
         _line(comparison.verdicts[pair].sentence, style="bold")
         _line("")
@@ -131,15 +132,9 @@ def _summary_table(pair: str, lines: list[RoleSummary]) -> Table:
     for line in lines:
         if line is lines[-1]:
             table.add_section()
-        table.add_row(
-            line.role,
-            str(line.matrices),
-            *(f"{left:.3f} {right:.3f}" for left, right in (line.top10, line.top30)),
-            f"{line.chance[0]:.2f} {line.chance[1]:.2f}",
-            f"{line.rsd:.2g}",
-            f"{line.relative_update:.2g}",
-            str(line.unresolved),
-        )
+        role, matrices, *sides, rsd, update, unresolved = cells(line)
+        both = (f"{left} {right}" for left, right in zip(sides[::2], sides[1::2], strict=True))
+        table.add_row(role, matrices, *both, rsd, update, unresolved)
     return table
 
 
@@ -151,14 +146,6 @@ def _line(text: str, *, console: Console = _out, style: str = "") -> None:
 def _write_report(comparison: specbasis.Comparison) -> None:
     page = comparison.report()
     _line(f"page: {page}")
-
-
-def _by_reason(skipped: list[dict[str, str]]) -> dict[str, list[str]]:
-    groups: dict[str, list[str]] = {}
-    for item in skipped:
-        where = "" if item["side"] == "both" else f", in {item['side']} only"
-        groups.setdefault(item["reason"] + where, []).append(item["name"])
-    return groups
 
 
 def _words(text: str) -> list[str]:

@@ -109,18 +109,18 @@ class Comparison:
         """Versions, configuration, provenance, what was skipped and why, timings."""
         return self.results.manifest
 
-    @property
+    @cached_property
     def pairs(self) -> list[str]:
         """The labels of the tuned checkpoints that have rows."""
         present = set(self.rows["pair"].unique().to_pylist())
         return [label for label in self.manifest["pairs"] if label in present]
 
-    @property
+    @cached_property
     def summaries(self) -> dict[str, list[RoleSummary]]:
         """For each pair: one line per role, and one over all matrices."""
         return {label: summarise(self.rows, label) for label in self.pairs}
 
-    @property
+    @cached_property
     def verdicts(self) -> dict[str, Verdict]:
         """For each pair: identical, finetuned, independent or mixed, with the evidence."""
         return {label: judge(self.rows, label) for label in self.pairs}

@@ -316,7 +316,7 @@ def _change(t: Triple) -> tuple[Tensor, Tensor]:
 
 
 def _quotient_bound(numerator: Decomposition, denominator: Decomposition) -> Tensor:
-    """Bound on the error of S_a[i] / S_b[i]: (error_a + ratio·error_b) / (S_b − error_b); ∞ where S_b may be zero."""
+    """Bound on the error of S_a[i] / S_b[i]: (error_a + ratio·error_b) / (S_b − error_b); ∞ where that is ≤ 0."""
     x, y = numerator.spectrum, denominator.spectrum
     least = y - denominator.spectrum_error
     bound = (numerator.spectrum_error + x / y * denominator.spectrum_error) / least

@@ -3,8 +3,8 @@
 The default route is the float64 Gram matrix of the short side and a symmetric eigensolver. It is faster than a
 float32 SVD and more accurate, but squaring the spectrum costs half the digits of small singular values. They are
 won back by *deflation*: ranks below ``DEFLATE`` times the largest value of their level are re-decomposed at their
-own scale, after one step of subspace refinement that cleans them of the ranks above. Singular values then differ from
-those of gesdd in float64 by at most some hundred eps·σ₁ anywhere in the spectrum (tests/test_svd.py), and every one
+own scale, after one step of subspace refinement that cleans them of the ranks above. Singular values then differ
+from those of gesdd in float64 by at most some hundred eps·σ₁ anywhere in the spectrum (tests/test_svd.py), and each
 carries its measured bound, so no second driver is needed.
 
 The matrix is read in column blocks: a bfloat16 matrix is never copied whole to float64.
