@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import sys
+from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich import box
@@ -14,7 +15,9 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRe
 from rich.table import Table
 
 import specbasis
+from specbasis.compare import Plan
 from specbasis.errors import InputError
+from specbasis.plan import human_bytes, rates
 from specbasis.report.tables import by_reason, cells
 from specbasis.summary import RoleSummary, named_parts
 
@@ -43,12 +46,35 @@ def compare(
     blocks: Annotated[str, typer.Option(help="only these blocks, e.g. 0,10-11")] = "",
     name: Annotated[str, typer.Option(help="only matrices whose name matches this pattern (* and ?)")] = "",
     common_rows: Annotated[bool, typer.Option(help="compare the common rows where a vocabulary grew")] = False,
-    workers: Annotated[int | None, typer.Option(help="processes; default: one for each core")] = None,
+    measures: Annotated[str, typer.Option(help="only these measures, e.g. 'alignment*,singular_value_*'")] = "",
+    workers: Annotated[
+        int | None, typer.Option(help="matrices at the same time; default: one for each core")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="what workers may take, e.g. 8GB; default: half of the free")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="threads, processes, ray, or auto")] = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan; compute and write nothing")] = False,
     report: Annotated[bool, typer.Option(help="write the page and the figures")] = True,
 ) -> None:
     """Measure what finetuning changed in every weight matrix, and write rows, tables and a page."""
     from specbasis.compare import compare as run
+    from specbasis.compare import plan
 
+    what: dict[str, Any] = {
+        "ranks": ranks,
+        "subspace": subspace,
+        "roles": _words(roles),
+        "blocks": _numbers(blocks),
+        "name": name,
+        "common_rows": common_rows,
+        "measures": _words(measures),
+        "workers": workers,
+        "memory": memory,
+    }
+    if dry_run:
+        _print_plan(plan(base, tuned, out, **what))
+        return
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -63,13 +89,8 @@ def compare(
             base,
             tuned,
             out,
-            ranks=ranks,
-            subspace=subspace,
-            roles=_words(roles),
-            blocks=_numbers(blocks),
-            name=name,
-            common_rows=common_rows,
-            workers=workers,
+            **what,
+            engine=engine,
             progress=lambda p: bar.update(task, completed=p.done, total=p.total, description=p.matrix[-60:]),
         )
     _print_comparison(comparison)
@@ -118,6 +139,23 @@ def _print_comparison(comparison: specbasis.Comparison) -> None:
         _line("")
     for failure in comparison.failed:
         _line(f"error: {failure['error']}", console=_err, style="red")
+
+
+def _print_plan(plan: Plan) -> None:
+    """One line per shape, and what it comes to."""
+    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    for heading in ("out × in", "n", "Gflop each", "s each", "memory each"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    shapes = Counter((task.shape, task.work) for task in plan.tasks)
+    for (shape, work), count in shapes.items():
+        seconds = f"{work.seconds(rates()):.2g}"
+        size = "×".join(map(str, shape))
+        table.add_row(size, str(count), f"{work.flops / 1e9:.3g}", seconds, human_bytes(work.bytes))
+    _out.print(table)
+    _line(
+        f"{len(plan.tasks)} matrices, {plan.workers} at a time: about {plan.seconds:.3g} s where nothing else runs, "
+        f"{human_bytes(plan.bytes)} beside the libraries (budget {human_bytes(plan.memory)})"
+    )
 
 
 def _summary_table(pair: str, lines: list[RoleSummary]) -> Table:

@@ -510,7 +510,7 @@ def decompose_pair(
 def _sums(W: Tensor, T: Tensor, names: tuple[str, str]) -> tuple[float, dict[str, float], bool]:
     """⟨W, T⟩_F and the norms of W, T, T − W, in float64 by blocks of rows; whether the two are equal throughout."""
     squares, inner, equal = [0.0, 0.0, 0.0], 0.0, True
-    rows = max(1, 2**21 // max(1, W.shape[1]))
+    rows = max(1, 2**16 // W.shape[1])  # blocks that stay in a core's cache
     for start in range(0, len(W), rows):
         a, b = (X[start : start + rows].to(torch.float64).flatten() for X in (W, T))
         inner += float(a @ b)

@@ -150,13 +150,14 @@ def _of(mine: Columns, measure: str) -> Columns:
 
 
 def _line(role: str, mine: Columns) -> RoleSummary:
-    parts = {name: _of(mine, name) for name in set(mine["measure"])}
+    names = [*_BOTH["alignment"], *_BOTH["chance_alignment"], "rsd", "relative_update"]
+    parts = {name: _of(mine, name) for name in names}  # empty, and its mean NaN, where a measure was not wanted
     sides = [parts[name] for name in _BOTH["alignment"]]
     left, right = (_where(side, side["resolved"] == True) for side in sides)  # noqa: E712 - may be null
     chance_left, chance_right = (_mean(parts[name]) for name in _BOTH["chance_alignment"])
     return RoleSummary(
         role,
-        len(parts["rsd"]["value"]),
+        len(parts["relative_update"]["value"]),
         (_mean(left, top=10), _mean(right, top=10)),
         (_mean(left, top=30), _mean(right, top=30)),
         (chance_left, chance_right),

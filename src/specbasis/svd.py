@@ -32,10 +32,10 @@ A symmetric eigensolver on the Gram matrix leaves a relative error of about eps 
 value that it keeps. Larger: more levels, more time. Smaller: fewer right digits in small singular values.
 """
 
-IMPLIED = 1e-2
+IMPLIED = 3e-3
 """Ranks above this share of the largest value may leave their vectors of the long side implied.
 
-A cosine taken through the short side has a rounding error of about eps / IMPLIED² = 2e-12. Larger: more vectors are
+A cosine taken through the short side has a rounding error of about eps / IMPLIED² = 3e-11. Larger: more vectors are
 formed. Smaller: fewer right digits.
 """
 
@@ -274,6 +274,8 @@ def half_svd(
     k = min(ranks, n)
     wide = W.shape[0] <= W.shape[1]
     A = _Blocks([X if wide else X.mT for X in (W, minus) if X is not None], name, device or W.device)
+    if A.scale == 0:
+        return _zeros(A, k, wide)
     X, spectrum, error = _left_vectors(A, k)
     if k and spectrum[k - 1] < DEFLATE**2 * spectrum[0]:
         # Refinement keeps columns orthogonal to first order in eps·σ_0/σ_i: not enough for ranks this deep.
@@ -287,6 +289,14 @@ def half_svd(
     return HalfSVD(
         A, X, S * A.scale, head, tail, spectrum * A.scale, error * A.scale, residual * A.scale, gap * A.scale, wide
     )
+
+
+def _zeros(A: _Blocks, k: int, wide: bool) -> HalfSVD:
+    """A matrix of zeros: nothing to compute, and any vectors will do."""
+    n, m = A.shape
+    X, Y = (torch.eye(d, k, dtype=torch.float64, device=A.device) for d in (n, m))
+    every, held = X.new_zeros(n), X.new_zeros(k)
+    return HalfSVD(A, X, held, 0, Y, every, every, held, held, wide)
 
 
 @dataclass(frozen=True, eq=False)
@@ -414,9 +424,13 @@ class _Blocks:
             raise NonFiniteError(
                 f"{name}: {bad} of {operands[0].numel()} entries are NaN or Inf: no SVD; repair or leave it out"
             )
+        self._kept: list[Tensor] | None = None
         exponent = math.frexp(largest)[1]
-        self.scale = 2.0 ** min(max(exponent, -1000), 1000)  # 2¹⁰²⁴ is not a float
-        self._kept = [block / self.scale for block in self._columns()] if self.shape[1] <= self.width else None
+        # 2¹⁰²⁴ is not a float. A matrix of zeros has the scale 0.
+        self.scale = 2.0 ** min(max(exponent, -1000), 1000) if largest else 0.0
+        if not largest:
+            return
+        self._kept = list(self) if self.shape[1] <= self.width else None
 
     def _entries(self) -> Iterator[Tensor]:
         """The entries in blocks, as stored where that says the same."""
@@ -426,16 +440,16 @@ class _Blocks:
     def _columns(self) -> Iterator[Tensor]:
         for start in range(0, self.shape[1], self.width):
             first, *rest = (self._moved(X[:, start : start + self.width]) for X in self.operands)
-            yield first - rest[0] if rest else first
+            yield first.sub_(rest[0]) if rest else first
 
     def _moved(self, block: Tensor) -> Tensor:
-        """A block on the device, in float64; moved in its stored dtype, the fewest bytes, through pinned memory."""
+        """A copy of a block on the device, in float64; moved as stored, the fewest bytes, through pinned memory."""
         if block.device != self.device and self.device.type == "cuda":
             block = block.contiguous().pin_memory().to(self.device, non_blocking=True)
-        return block.to(self.device).to(torch.float64)
+        return block.to(self.device).to(torch.float64, copy=True)
 
     def __iter__(self) -> Iterator[Tensor]:
-        yield from self._kept if self._kept is not None else (block / self.scale for block in self._columns())
+        yield from self._kept if self._kept is not None else (b.div_(self.scale) for b in self._columns())
 
     def gram(self, basis: Tensor | None) -> Tensor:
         """Upper triangle of (basisᵀ A)(basisᵀ A)ᵀ; the basis is the identity when None."""
@@ -515,6 +529,8 @@ def _left_vectors(A: _Blocks, k: int) -> tuple[Tensor, Tensor, Tensor]:
         if not tail.shape[1]:
             break
         basis = tail
+    if len(values) == 1:
+        return vectors[0][:, :k].clone(), values[0], errors[0]  # what is not wanted is freed
     # A level ends where the next begins up to rounding, so the order can break there by less than the error.
     spectrum, order = torch.sort(torch.cat(values), descending=True, stable=True)
     return torch.cat(vectors, dim=1)[:, order[:k]], spectrum, torch.cat(errors)[order]
@@ -528,6 +544,8 @@ def _implied(S: Tensor, n: int, m: int) -> int:
 
 def _explicit(A: _Blocks, X: Tensor, S: Tensor, head: int) -> Tensor:
     """Orthonormal vectors of the long side from rank ``head`` on, orthogonal to the implied ones before."""
+    if head == X.shape[1]:
+        return X.new_zeros(A.shape[1], 0)
     Z = A.transposed_times(X[:, head:])
     if not head:
         deep = len(S) > 0 and bool(S[-1] <= DEFLATE * S[0])
@@ -550,9 +568,12 @@ def _residuals(A: _Blocks, X: Tensor, S: Tensor, head: int, tail: Tensor) -> Ten
     if head:
         ZG = A.times(A.transposed(), Z)
         square = 1.5 * _certain(ZG @ X[:, :head] - ZX[:, :head] * S[:head] ** 2, len(Z), n) / S[:head]
-    left = _certain(A.times(tail, Z) - ZX[:, head:] * S[head:], len(Z), n)
-    right = (A.transposed_times(X[:, head:]) - tail * S[head:]).norm(dim=0)
-    return torch.cat([square, torch.maximum(left, right)]) + _EPS * A.top
+    explicit = S[head:]
+    if len(explicit):
+        left = _certain(A.times(tail, Z) - ZX[:, head:] * explicit, len(Z), n)
+        right = (A.transposed_times(X[:, head:]) - tail * explicit).norm(dim=0)
+        explicit = torch.maximum(left, right)
+    return torch.cat([square, explicit]) + _EPS * A.top
 
 
 def _certain(projected: Tensor, probes: int, n: int) -> Tensor:
