@@ -88,6 +88,20 @@ class MatrixRef:
         """
         return self._part(checkpoint[self.parameter]).flatten(0, -2)
 
+    def delta_factors(self, checkpoint: Checkpoint) -> tuple[Tensor, Tensor] | None:
+        """Factors (B, A) of a low-rank update of this matrix, (out, r) and (r, in); None where there is none.
+
+        They are those that `Checkpoint.delta_factors` gives for the whole parameter, cut as `read` cuts it.
+        """
+        factors = checkpoint.delta_factors(self.parameter) if self.expert is None else None
+        if factors is None:
+            return None
+        B, A = (factors[1].mT, factors[0].mT) if self.transposed else factors
+        A = A if self.columns is None else A[:, slice(*self.columns)]
+        B = B if self.groups == 1 else B.reshape(self.groups, -1, B.shape[1])
+        B = B if self.rows is None else B[..., slice(*self.rows), :]
+        return B.flatten(0, -2), A
+
     def write(self, stored: Tensor, W: Tensor) -> None:
         """Put a matrix (out, in) into its place in the parameter's tensor, in place: the inverse of `read`.
 

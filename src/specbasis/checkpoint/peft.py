@@ -84,7 +84,7 @@ def open_adapter(place: Place, base: Checkpoint) -> Checkpoint:
         if name is None:
             raise InputError(f"{place.source}: a PEFT adapter without weights; want {_WEIGHTS[0]} beside {CONFIG}")
         stored = place.entries(name)
-        files, digests = place.provenance([name])
+        files, digests = place.provenance([name, CONFIG])
 
     modules: defaultdict[str, dict[str, Entry]] = defaultdict(dict)
     replaced: dict[str, Entry] = {}

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import fnmatch
 import tomllib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
+
+from specbasis.compare import Comparison, compare
+from specbasis.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,42 @@ def zoo() -> Zoo:
     """
     data = tomllib.loads(files("specbasis").joinpath("recipes/zoo.toml").read_text(encoding="utf-8"))
     return Zoo(tuple(_pair(entry) for entry in data["pair"]), tuple(data["notes"]))
+
+
+def run_zoo(
+    out: Path, only: Sequence[str] = (), **options: Any
+) -> Iterator[tuple[ZooPair, Comparison | InputError]]:
+    """Compare the zoo's pairs one after the other, each into its own folder below ``out``; resumable.
+
+    Args:
+        out: folder of results; a pair's rows, manifest and page go to ``out/NAME``.
+        only: patterns of names, tables or modalities (``*`` and ``?``); all pairs when empty.
+        options: as of `specbasis.compare`.
+
+    Yields:
+        Each pair with its comparison, or with the reason why it could not be had: one failure ends nothing.
+
+    Raises:
+        InputError: ``only`` names no pair.
+    """
+    chosen = [
+        pair
+        for pair in zoo().pairs
+        if not only
+        or any(
+            fnmatch.fnmatch(text, pattern) for pattern in only for text in (pair.name, pair.table, pair.modality)
+        )
+    ]
+    if not chosen:
+        raise InputError(f"no pair of the zoo matches {', '.join(only)}; `specbasis zoo list` shows them all")
+    for pair in chosen:
+        if not pair.obtainable:
+            yield pair, InputError(f"{pair.name}: nothing published to compare; {' '.join(pair.notes)}")
+            continue
+        try:
+            yield pair, compare(pair.base, pair.tuned, out / pair.name, **options)
+        except InputError as error:
+            yield pair, error
 
 
 def _pair(entry: dict[str, Any]) -> ZooPair:
