@@ -242,6 +242,7 @@ def diffract_python(arguments: argparse.Namespace) -> str | None:
 
 
 def main() -> None:
+    """Time the contenders in turn, and print one table of ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="bert-base")
     parser.add_argument("--turns", type=int, default=3)
@@ -268,9 +269,8 @@ def main() -> None:
                 out = Path(folder) / f"{name}-{turn}"
                 program = python.get(name) or sys.executable
                 turns[-1][name] = run(name, program, base, tuned, out, arguments.threads)
-        print(
-            f"\n{arguments.size}: {SIZES[arguments.size]} blocks × width, float32, all ranks, {arguments.threads} threads"
-        )
+        size = f"{arguments.size}: {SIZES[arguments.size]} blocks × width"
+        print(f"\n{size}, float32, all ranks, {arguments.threads} threads")
         print(f"{'':16}{'seconds':>9}{'CPU s':>9}{'peak MB':>9}  ratio of time: median (least … most), CPU, peak")
         for name in chosen:
             of = {key: statistics.median(t[name][key] for t in turns) for key in ("seconds", "cpu", "peak")}
@@ -280,8 +280,8 @@ def main() -> None:
                 ratios = {
                     key: sorted(t[mine][key] / t[name][key] for t in turns) for key in ("seconds", "cpu", "peak")
                 }
-                s, middle = ratios["seconds"], {key: statistics.median(r) for key, r in ratios.items()}
-                line += f"  {middle['seconds']:.2f} ({s[0]:.2f} … {s[-1]:.2f}), {middle['cpu']:.2f}, {middle['peak']:.2f}"
+                s, (time, cpu, peak) = ratios["seconds"], map(statistics.median, ratios.values())
+                line += f"  {time:.2f} ({s[0]:.2f} … {s[-1]:.2f}), {cpu:.2f}, {peak:.2f}"
             print(line)
         if {"specbasis", "svd_loop"} <= set(chosen) and arguments.check:
             print(
