@@ -9,6 +9,10 @@ TESTS ?= tests
 # Tests use one thread in each of as many processes as there are cores.
 export OMP_NUM_THREADS ?= 1
 
+bench: $(VENV)/dev.stamp  ## time, accuracy and memory against other tools (DIFFRACT_PYTHON: one that has Diffract)
+	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python benchmarks/one_matrix.py
+
 .PHONY: demo test check format lint types slow bench clean
 
 demo: $(VENV)/demo.stamp  ## compare real models: a strong finetune, a gentle one, and an independent training

@@ -349,3 +349,128 @@ def test_parquet_is_readable_by_others(pair: tuple[Path, Path], tmp_path: Path) 
     table = pq.read_table(tmp_path / "out" / "rows")
     assert table.num_rows > 0
     assert {"pair", "matrix", "measure", "index", "value", "bound", "resolved"} <= set(table.column_names)
+
+
+# --- less work for the same numbers ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def decomposed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """(what, ranks) of every decomposition."""
+    calls: list[tuple[str, int]] = []
+    whole = job.half_svd
+
+    def counted(W, ranks, *, minus=None, **rest):
+        calls.append(("delta" if minus is not None else "matrix", ranks))
+        return whole(W, ranks, minus=minus, **rest)
+
+    monkeypatch.setattr(job, "half_svd", counted)
+    return calls
+
+
+def test_what_no_measure_reads_is_not_decomposed(pair: tuple[Path, Path], decomposed) -> None:
+    whole = specbasis.compare(*pair, name="*intermediate*")
+    assert sorted(set(decomposed)) == [("delta", 12), ("matrix", 12)]
+    decomposed.clear()
+    some = specbasis.compare(*pair, name="*intermediate*", measures=["alignment*", "rsd"])
+    assert set(decomposed) == {("matrix", 12)}
+    decomposed.clear()
+    spectra = specbasis.compare(*pair, name="*intermediate*", measures=["singular_value_*"])
+    assert set(decomposed) == {("matrix", 0), ("delta", 0)}
+    decomposed.clear()
+    free = specbasis.compare(*pair, name="*intermediate*", measures=["norm_base"])
+    assert not decomposed
+    for part in (some, spectra, free):
+        assert part.verdicts["tuned"].kind == "finetuned"
+        assert {"weight_cosine", "relative_update"} <= set(part.rows["measure"].unique().to_pylist())
+        for measure in part.rows["measure"].unique().to_pylist():
+            matrix = part.rows["matrix"][0].as_py()
+            np.testing.assert_allclose(values(part, matrix, measure), values(whole, matrix, measure), rtol=1e-9)
+
+
+def test_unknown_measures_are_refused(pair: tuple[Path, Path]) -> None:
+    with pytest.raises(InputError, match="no measure 'alignement"):
+        specbasis.compare(*pair, measures=["alignement*"])
+
+
+def test_other_measures_are_another_comparison(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    specbasis.compare(*pair, tmp_path / "out", measures=["rsd"])
+    with pytest.raises(InputError, match=r"another comparison .*measures"):
+        specbasis.compare(*pair, tmp_path / "out")
+
+
+def test_all_ranks_of_wide_matrices_against_numpy(tmp_path: Path) -> None:
+    """Where right vectors stay implied: every alignment, overlap and angle of both sides."""
+    g = torch.Generator().manual_seed(3)
+    base = {"up.weight": torch.randn(150, 40, generator=g), "down.weight": torch.randn(40, 150, generator=g)}
+    a = write(tmp_path / "a.safetensors", base)
+    c = specbasis.compare(a, write(tmp_path / "b.safetensors", finetuned(base, 0.3)), ranks=40)
+    tuned = specbasis.open_checkpoint(tmp_path / "b.safetensors")
+    for name, W in base.items():
+        (Ub, _, Vb), (Ut, _, Vt) = (
+            np.linalg.svd(np.asarray(X, dtype=np.float64), full_matrices=False) for X in (W, tuned[name])
+        )
+        for side, X, Y in (("left", Ub, Ut), ("right", Vb.T, Vt.T)):
+            np.testing.assert_allclose(values(c, name, f"alignment_{side}"), np.abs((X * Y).sum(0)), atol=1e-10)
+            overlap = [np.sum((X[:, :k].T @ Y[:, :k]) ** 2) / k for k in (1, 2, 4, 8, 16, 32, 40)]
+            np.testing.assert_allclose(values(c, name, f"subspace_overlap_{side}"), overlap, atol=1e-10)
+            angles = scipy.linalg.subspace_angles(X[:, :10], Y[:, :10])[::-1]
+            np.testing.assert_allclose(values(c, name, f"principal_angle_{side}"), angles, atol=1e-8)
+
+
+@pytest.mark.parametrize("engine", ["threads", "processes"])
+def test_rows_do_not_depend_on_the_engine(pair: tuple[Path, Path], tmp_path: Path, engine: str) -> None:
+    folders = [tmp_path / "one", tmp_path / engine]
+    specbasis.compare(*pair, folders[0], workers=1)
+    specbasis.compare(*pair, folders[1], workers=2, engine=engine, memory="300M")
+    one, two = ({p.relative_to(f): p.read_bytes() for p in f.rglob("*.parquet")} for f in folders)
+    assert one == two
+
+
+def test_a_cache_gives_the_same_rows_cold_and_warm(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    folders = [tmp_path / "cold", tmp_path / "warm"]
+    for folder in folders:
+        specbasis.compare(*pair, folder, cache=tmp_path / "cache")
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 28
+    one, two = ({p.relative_to(f): p.read_bytes() for p in f.rglob("*.parquet")} for f in folders)
+    assert one == two
+
+
+def test_devices_are_checked(pair: tuple[Path, Path]) -> None:
+    with pytest.raises(InputError, match="got device 'cuda:77'"):
+        specbasis.compare(*pair, device="cuda:77")
+    with pytest.raises(InputError, match="got device 'gpu'"):
+        specbasis.compare(*pair, device="gpu")
+
+
+def test_the_plan_is_what_is_done(pair: tuple[Path, Path], tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    plan = job.plan(*pair, tmp_path / "out", workers=2, memory="1GB")
+    assert [task.flops for task in plan.tasks] == sorted((t.flops for t in plan.tasks), reverse=True)
+    assert not (tmp_path / "out").exists()
+    assert plan.memory == 10**9
+    assert 0 < plan.seconds < 60
+    assert 0 < plan.bytes < plan.memory
+    specbasis.compare(*pair, tmp_path / "out")
+    assert len(specbasis.load(tmp_path / "out").rows["matrix"].unique()) == len(plan.tasks)
+    assert not job.plan(*pair, tmp_path / "out").tasks
+
+
+def test_approximately_only_the_wanted_ranks_are_compared(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(job, "LARGE", 80)
+    g = torch.Generator().manual_seed(0)
+    spikes = 3 * torch.randn(100, 5, generator=g) @ torch.randn(5, 160, generator=g) / 100
+    base = {
+        "a.weight": torch.randn(100, 160, generator=g) / 20 + spikes,
+        "b.weight": torch.randn(30, 50, generator=g),
+    }
+    paths = write(tmp_path / "a.safetensors", base), write(tmp_path / "b.safetensors", finetuned(base))
+    exact = specbasis.compare(*paths, ranks=4)
+    some = specbasis.compare(*paths, ranks=4, approximate=True)
+    assert "mrc" not in some.rows["measure"].unique().to_pylist()
+    for measure in ("alignment_left", "alignment_right", "subspace_overlap_right", "principal_angle_left"):
+        for name in base:
+            np.testing.assert_allclose(values(some, name, measure), values(exact, name, measure), atol=1e-7)
+    found = values(some, "a.weight", "singular_value_tuned")
+    assert len(found) == 5
+    np.testing.assert_allclose(found[:4], values(exact, "a.weight", "singular_value_tuned")[:4], rtol=1e-10)

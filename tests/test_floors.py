@@ -22,6 +22,7 @@ FLOORS = {
     "measures": 2,
     "edits": 2,
     "adapter": 2,
+    "cache": 2,
     "plan": 3,
     "engine": 3,
     "results": 3,

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specbasis import InputError, NonFiniteError, decompose, low_rank_svd
-from specbasis.svd import DEFLATE
+from specbasis.svd import DEFLATE, IMPLIED, PROBES, approximate_svd, cosines, half_svd
 from tests.helpers.exact import exact_svd, sines, true_residuals, value_errors
 from tests.helpers.matrices import (
     gaussian,
@@ -623,3 +623,126 @@ def test_a_bad_entry_in_what_is_subtracted_is_found(value):
 def test_what_cannot_be_subtracted_is_refused(base):
     with pytest.raises(InputError, match=r"^query: got "):
         decompose(torch.ones(5, 6), minus=base, name="query")
+
+
+# --- one side held, the other implied ----------------------------------------------------------------------------
+
+LEADING = torch.linspace(5, 0.05, 60)
+SPECTRA = {
+    "bulk": torch.linspace(2, 0.5, 64),
+    "all above the share": log_spectrum(IMPLIED * 1.01, 64),
+    "a short tail": torch.cat([LEADING, torch.tensor([1e-2, 1e-3, 1e-5, 1e-6])]),
+    "a long tail": log_spectrum(1e-9, 64),
+    "rank deficient": torch.cat([LEADING, torch.zeros(4)]),
+}
+
+
+@pytest.mark.parametrize("shape", [(64, 150), (150, 64), (64, 64)])
+@pytest.mark.parametrize("S", SPECTRA.values(), ids=SPECTRA)
+@pytest.mark.parametrize("ranks", [64, 40])
+def test_cosines_through_the_short_side_are_those_of_the_vectors(shape, S, ranks):
+    W = with_spectrum(S, *shape)
+    T = W + 0.05 * float(S[-8]) * gaussian(*shape, 3) / math.sqrt(sum(shape))
+    (a, b), (da, db) = ([f(X, ranks) for X in (W, T)] for f in (half_svd, decompose))
+    numpys = [np.linalg.svd(X.numpy(), full_matrices=False) for X in (W, T)]
+    for side in ("left", "right"):
+        c = cosines(a, b, side)
+        (Xa, Xb) = (torch.from_numpy(U if side == "left" else Vh.T)[:, :ranks] for U, _, Vh in numpys)
+        exact = (Xa * Xb).sum(0).abs()
+        resolved = (bound := math.pi / math.sqrt(2) * (a.bound + b.bound) + c.error) < 1e-6
+        # numpy's own vectors are off by rounding over the gap as well.
+        own = rounding(shape, float(S[0])) / torch.minimum(a.gap, b.gap)
+        assert ((c.diagonal.abs() - exact).abs() <= bound + own)[resolved].all()
+        assert ((c.diagonal.abs() - exact).abs()[resolved] <= 1e-9).all()
+        whole = da.vectors(side).mT @ db.vectors(side)
+        # Vectors of one Gram matrix twice: only the way to the product differs.
+        error = torch.maximum(c.error[:, None], c.error[None, :]) + rounding(shape)
+        assert ((c.matrix().abs() - whole.abs()).abs() <= error)[resolved][:, resolved].all()
+        torch.testing.assert_close(c.matrix().diagonal(), c.diagonal, rtol=0, atol=rounding(shape))
+
+
+def test_the_leading_ranks_are_implied_where_that_is_cheaper():
+    W = with_spectrum(SPECTRA["a short tail"], 64, 150)
+    assert half_svd(W, 64).head == 60
+    assert half_svd(W, 32).head == 0  # half of the ranks or fewer: the vectors themselves are cheaper
+    assert half_svd(with_spectrum(SPECTRA["a long tail"], 64, 150), 64).head == 0
+
+
+@pytest.mark.parametrize("shape", [(64, 150), (150, 64), (64, 64)])
+@pytest.mark.parametrize("S", SPECTRA.values(), ids=SPECTRA)
+def test_implied_vectors_are_orthonormal_once_they_are_formed(shape, S):
+    half = half_svd(with_spectrum(S, *shape), 64)
+    for side in ("left", "right"):
+        assert off_orthonormal(half.vectors(side)) <= rounding(shape)
+    W = with_spectrum(S, *shape)
+    assert float((half.svd().matrix() - W).norm()) <= rounding(shape, float(W.norm()))
+
+
+@pytest.mark.parametrize("shape", [(10, 24), (24, 10), (16, 16)])
+@pytest.mark.parametrize("smallest", [0.5, 1e-2, 2e-3, 1e-5])
+def test_values_alone_are_the_same_values_and_as_sure(shape, smallest):
+    W = with_spectrum(log_spectrum(smallest, min(shape)), *shape)
+    values, S = half_svd(W, 0), exact_svd(W)[1]
+    assert values.X.shape[1] == len(values.S) == len(values.gap) == 0
+    assert (value_errors(values, S) <= values.spectrum_error.numpy()).all()
+    assert float(values.spectrum_error.max()) <= rounding(W.shape, float(S[0])) / DEFLATE
+
+
+@pytest.mark.parametrize("shape", [(200, 320), (320, 200), (200, 200)])
+@pytest.mark.parametrize("implied", [False, True])
+def test_residuals_measured_with_probes_bound_the_true_ones(shape, implied):
+    """More rows than probes, so that every residual is a statement about chance, and none may be too small."""
+    assert min(shape) > PROBES
+    for seed in range(3):
+        W = weight_like(*shape, seed=seed)
+        half = half_svd(W, 200, implied=implied)
+        assert bool(half.head) == implied
+        true = true_residuals(W, half.svd())
+        assert (half.residual.numpy() >= true).all()
+        assert (half.residual <= 40 * rounding(shape, float(half.S[0])) * half.S[0] / half.S).all()
+
+
+def test_a_matrix_of_zeros_takes_no_eigensolver(monkeypatch):
+    monkeypatch.setattr(torch.linalg, "eigh", None)
+    d = decompose(torch.zeros(4, 7), 3)
+    assert d.S.tolist() == [0, 0, 0]
+    assert off_orthonormal(d.U) == off_orthonormal(d.Vh.mT) == 0
+    assert d.spectrum.tolist() == [0] * 4
+
+
+# --- the approximate way -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(300, 500), (500, 300), (300, 300)])
+@pytest.mark.parametrize("warm", [False, True])
+def test_the_iteration_gives_the_leading_ranks_with_a_true_certificate(monkeypatch, shape, warm):
+    W = weight_like(*shape).double()
+    T = W + 0.1 * gaussian(*shape, 5) / math.sqrt(sum(shape))
+    start = half_svd(W, 6).X if warm else None
+    monkeypatch.setattr("specbasis.svd.half_svd", lambda *a, **k: pytest.fail("fell back"))
+    d = approximate_svd(T, 6, start=start)
+    U, S, Vh = np.linalg.svd(T.numpy(), full_matrices=False)
+    assert d.spectrum.numpy()[:6] == pytest.approx(S[:6], rel=1e-12)
+    assert len(d.spectrum) == 7
+    for side, X in (("left", U), ("right", Vh.T)):
+        cosine = np.abs((d.vectors(side).numpy() * X[:, :6]).sum(0))
+        assert (np.sqrt(1 - np.minimum(cosine, 1) ** 2) <= math.sqrt(2) * d.bound.numpy() + 1e-7).all()
+        assert (1 - cosine <= 1e-9).all()
+    assert (d.bound <= 1e-6).all()
+
+
+def test_where_the_iteration_does_not_converge_the_exact_way_is_taken():
+    W = gaussian(120, 150)  # no rank stands apart: as many steps as there are ranks
+    d, exact = approximate_svd(W, 15), decompose(W, 15)
+    torch.testing.assert_close(d.S, exact.S, rtol=1e-12, atol=0)
+    assert torch.equal(d.spectrum, exact.spectrum[:16])
+    assert torch.equal(d.bound, exact.bound)
+
+
+def test_the_iteration_may_meet_a_matrix_of_small_rank_or_none():
+    W = gaussian(90, 3, 1) @ gaussian(3, 120, 2)
+    d = approximate_svd(W, 3)
+    torch.testing.assert_close(d.svd().matrix(), W, rtol=0, atol=rounding((90, 120), float(d.S[0])))
+    assert approximate_svd(torch.zeros(20, 30), 2).S.tolist() == [0, 0]
+    with pytest.raises(NonFiniteError):
+        approximate_svd(torch.full((20, 30), math.nan), 2)

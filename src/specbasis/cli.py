@@ -76,6 +76,13 @@ def compare(
         str | None, typer.Option(help="what workers may take, e.g. 8GB; default: half of the free")
     ] = None,
     engine: Annotated[str, typer.Option(help="threads, processes, ray, or auto")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1")] = "cpu",
+    cache: Annotated[
+        Path | None, typer.Option(help="folder in which decompositions are kept and found again")
+    ] = None,
+    approximate: Annotated[
+        bool, typer.Option(help="iterate where the short side is over 8192 and ranks few")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan; compute and write nothing")] = False,
     report: Annotated[bool, typer.Option(help="write the page and the figures")] = True,
 ) -> None:
@@ -98,7 +105,18 @@ def compare(
         _print_plan(plan(base, tuned, out, **what))
         return
     with _progress() as progress:
-        comparison = run(base, tuned, out, **what, stream=stream, engine=engine, progress=progress)
+        comparison = run(
+            base,
+            tuned,
+            out,
+            **what,
+            stream=stream,
+            engine=engine,
+            device=device,
+            cache=cache,
+            approximate=approximate,
+            progress=progress,
+        )
     _print_comparison(comparison)
     if report:
         _write_report(comparison)

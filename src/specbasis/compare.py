@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from torch import Tensor
 from specbasis import engine as engines
 from specbasis import results as store
 from specbasis.architecture import ROLES, STRUCTURAL, MatrixKey, MatrixPair, MatrixRef, Pairing, pair
+from specbasis.cache import Cache
 from specbasis.checkpoint import Checkpoint, content_sha256, open_checkpoint, open_tuned, sha256
 from specbasis.errors import InputError, NonFiniteError
 from specbasis.measures import (
@@ -39,7 +40,7 @@ from specbasis.measures import (
 from specbasis.plan import Work, makespan, matrix_work, parse_bytes, rates
 from specbasis.results import Results
 from specbasis.summary import RoleSummary, Verdict, judge, summarise
-from specbasis.svd import ALGORITHM, HalfSVD, half_svd, low_rank_svd
+from specbasis.svd import ALGORITHM, HalfSVD, approximate_svd, half_svd, low_rank_svd
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -59,6 +60,8 @@ class Options:
         name: keep matrices whose name matches this pattern (``*`` and ``?``), or all.
         common_rows: compare the rows that both sides have where a vocabulary grew.
         measures: patterns of the measures to take, or all.
+        approximate: short sides over `LARGE` by block Krylov iteration, where the ranks are few.
+        cached: base and tuned are decomposed through a cache, with the vectors of both sides (other rounding).
     """
 
     ranks: int = 200
@@ -68,6 +71,13 @@ class Options:
     name: str = ""
     common_rows: bool = False
     measures: tuple[str, ...] = ()
+    cached: bool = False
+    approximate: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the measures that are taken."""
+        return choose(self.measures, whole=not self.approximate)
 
     def __post_init__(self) -> None:
         if self.ranks < 1 or self.subspace < 1:
@@ -181,6 +191,9 @@ def compare(
     workers: int | None = None,
     memory: str | int | None = None,
     engine: str = "auto",
+    device: str = "cpu",
+    cache: str | Path | None = None,
+    approximate: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> Comparison:
     """Measure what finetuning changed in the singular vectors and values of every weight matrix.
@@ -207,6 +220,12 @@ def compare(
         memory: what the running workers may take together, as bytes or as text such as "8GB"; half of what is free
             when None. A matrix that needs more is done alone.
         engine: "threads", "processes", "ray" (a cluster), or "auto"; see `specbasis.engine.run`.
+        device: where to compute: "cpu", "cuda", "cuda:1". One matrix at a time there unless ``workers`` says more.
+        cache: folder in which the decompositions of base and tuned are kept and found again, by content; see
+            `specbasis.cache`.
+        approximate: take matrices whose short side is over 8192 by block Krylov iteration where at most an
+            eighth of their ranks is wanted; only measures of these ranks are taken, for every matrix. Each rank
+            carries its own bound; where the iteration does not converge the exact way is taken.
         progress: called at the start and after each matrix.
 
     Raises:
@@ -216,10 +235,21 @@ def compare(
 
     Source: Yu et al. 2026, §3 and §4.1–4.2; what is added beside it: bounds, subspaces, chance levels, verdicts.
     """
-    options = Options(ranks, subspace, tuple(roles), tuple(blocks), name, common_rows, tuple(measures))
+    options = Options(
+        ranks,
+        subspace,
+        tuple(roles),
+        tuple(blocks),
+        name,
+        common_rows,
+        tuple(measures),
+        cache is not None,
+        approximate,
+    )
     if workers is not None and workers < 1:
         raise InputError(f"got workers = {workers}; want at least 1")
-    workers = workers or cpu_count()
+    place = Place(_device(device), None if cache is None else str(cache))
+    workers = workers or (cpu_count() if device == "cpu" else 1)
     budget = parse_bytes(memory) if isinstance(memory, str) else memory
     matched = _matched(base, tuned, options, stream)
     kept = tempfile.TemporaryDirectory(prefix="specbasis-") if out is None else None
@@ -240,7 +270,7 @@ def compare(
     )
     results.write_manifest()
 
-    tasks = matched.tasks(results)
+    tasks = matched.tasks(results, place)
     started, done, total = time.perf_counter(), 0.0, math.fsum(task.flops for task in tasks)
     report = progress or (lambda _: None)
     report(Progress(0.0, total, tasks[0].name if tasks else ""))
@@ -312,7 +342,7 @@ def plan(
     """What `compare` with the same arguments would do, from headers alone; nothing is decomposed or written."""
     options = Options(ranks, subspace, tuple(roles), tuple(blocks), name, common_rows, tuple(measures))
     budget = parse_bytes(memory) if isinstance(memory, str) else memory
-    tasks = _matched(base, tuned, options).tasks(Results(Path(str(out))) if out is not None else None)
+    tasks = _matched(base, tuned, options).tasks(Results(Path(str(out))) if out is not None else None, Place())
     return Plan(tuple(tasks), workers or cpu_count(), engines.free_memory() // 2 if budget is None else budget)
 
 
@@ -327,6 +357,40 @@ def load(folder: str | Path) -> Comparison:
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------
+
+
+LARGE = 8192
+"""Short sides over this may be decomposed approximately, if that is asked for."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and how decompositions are computed, and the folder in which they are kept, if any."""
+
+    device: str = "cpu"
+    cache: str | None = None
+    approximate: bool = False
+
+    def decompose(
+        self, W: Tensor, ranks: int, name: str, minus: Tensor | None = None, start: Decomposition | None = None
+    ) -> Decomposition:
+        """The decomposition of a matrix, or of a difference, which is not kept."""
+        if self.approximate and min(W.shape) > LARGE and 8 * ranks <= min(W.shape):
+            near = start.X if isinstance(start, HalfSVD) else None
+            device = torch.device(self.device)
+            return approximate_svd(W, max(ranks, 1), minus=minus, start=near, name=name, device=device)
+        if self.cache is None or minus is not None or not ranks:
+            return half_svd(W, ranks, minus=minus, name=name, device=torch.device(self.device))
+        return Cache(Path(self.cache)).decompose(W.to(self.device), ranks, name=name)
+
+
+def _device(name: str) -> str:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"got device {name!r}; want cpu, or a GPU that torch sees, such as cuda:0") from error
+    return str(device)
 
 
 @dataclass(frozen=True)
@@ -355,16 +419,16 @@ class Matched:
         """Whether any source is tensors, which cannot be named to another process."""
         return any(isinstance(source, Mapping) for source in (self.source, *self.sources.values()))
 
-    def tasks(self, results: Results | None) -> list[Task]:
+    def tasks(self, results: Results | None, place: Place) -> list[Task]:
         """One task per matrix of base with pairs that are not done, longest first."""
         by_matrix: dict[str, list[tuple[str, Source, MatrixPair]]] = {}
         for label, pairing in self.pairings.items():
             for m in pairing.matched:
                 if results is None or not results.is_done(label, m.key.name):
                     by_matrix.setdefault(m.key.name, []).append((label, _portable(self.sources[label]), m))
-        tasks = [
-            Task(_portable(self.source), tuple(todo), self.options, self.stream) for todo in by_matrix.values()
-        ]
+        place = replace(place, approximate=self.options.approximate)
+        base, options = _portable(self.source), self.options
+        tasks = [Task(base, tuple(todo), options, place, self.stream) for todo in by_matrix.values()]
         return sorted(tasks, key=lambda task: -task.flops)
 
 
@@ -403,12 +467,14 @@ class Task:
         base: source of the base checkpoint.
         todo: (label, source of the tuned checkpoint, where the matrix is in both).
         options: how far to look.
+        place: where to compute and what to keep.
         stream: read byte ranges where a source is on the Hub.
     """
 
     base: Source
     todo: tuple[tuple[str, Source, MatrixPair], ...]
     options: Options
+    place: Place
     stream: bool = False
 
     @property
@@ -424,7 +490,7 @@ class Task:
     @cached_property
     def work(self) -> Work:
         """What it is predicted to cost."""
-        return matrix_work(self.shape, choose(self.options.measures), self.options.ranks, len(self.todo))
+        return matrix_work(self.shape, self.options.names, self.options.ranks, len(self.todo))
 
     @property
     def flops(self) -> float:
@@ -439,9 +505,9 @@ class Task:
     def run(self) -> list[Outcome]:
         """Compare; return the rows, or the error, of each pair."""
         outcomes: list[Outcome] = []
-        decomposed: dict[MatrixRef, HalfSVD] = {}
+        decomposed: dict[MatrixRef, Decomposition] = {}
         base = _opened(self.base, None, self.stream)
-        names = choose(self.options.measures)
+        names = self.options.names
         for label, source, matched in self.todo:
             tuned = _opened(source, self.base, self.stream)
             where = f"{matched.key.name} in "
@@ -457,12 +523,12 @@ class Task:
                     subspace=self.options.subspace,
                     measures=names,
                     names=(where + base.source, where + tuned.source),
+                    place=self.place,
                 )
             except NonFiniteError as error:
                 outcomes.append((label, str(error)))
             else:
-                if isinstance(triple.base, HalfSVD):
-                    decomposed = {matched.base: triple.base}
+                decomposed = {matched.base: triple.base}
                 outcomes.append((label, _table(label, matched, measure_all(triple, names))))
         return outcomes
 
@@ -505,11 +571,12 @@ def decompose_pair(
     T: Tensor,
     *,
     ranks: int | None = None,
-    base: HalfSVD | None = None,
+    base: Decomposition | None = None,
     update: tuple[Tensor, Tensor] | None = None,
     subspace: int = 10,
     measures: Sequence[str] | None = None,
     names: tuple[str, str] = ("base", "tuned"),
+    place: Place | None = None,
 ) -> Triple:
     """The decompositions of a pretrained matrix W and its finetune T that some measures read.
 
@@ -522,6 +589,7 @@ def decompose_pair(
         subspace: number of leading ranks at which principal angles are taken.
         measures: names of the measures to be taken; all when None.
         names: what to call the two matrices in an error.
+        place: where to compute and what to keep; here, and nothing, when None.
 
     Raises:
         InputError: shapes differ. NonFiniteError: NaN or Inf in either.
@@ -531,17 +599,18 @@ def decompose_pair(
     need = needed(choose(()) if measures is None else measures, min(W.shape) if ranks is None else ranks)
     shape = (W.shape[0], W.shape[1])
     found: dict[str, Decomposition] = {which: Absent(which, shape) for which in need}
+    place = place or Place()
     if need["base"] is not None:
-        found["base"] = base or half_svd(W, need["base"], name=names[0])
+        found["base"] = base or place.decompose(W, need["base"], names[0])
     inner, norms, equal = _sums(W, T, names)
     if equal:
         found["tuned"] = found["base"]
     elif need["tuned"] is not None:
-        found["tuned"] = half_svd(T, need["tuned"], name=names[1])
+        found["tuned"] = place.decompose(T, need["tuned"], names[1], start=found["base"])
     if need["delta"] is not None and update is not None and update[0].shape[1] < min(W.shape):
         found["delta"] = low_rank_svd(*update, name=names[1])
     elif need["delta"] is not None:
-        found["delta"] = half_svd(T, need["delta"], minus=W, name=names[1])
+        found["delta"] = place.decompose(T, need["delta"], names[1], minus=W)
     return Triple(found["base"], found["tuned"], found["delta"], inner, subspace, norms)
 
 
@@ -556,7 +625,8 @@ def _sums(W: Tensor, T: Tensor, names: tuple[str, str]) -> tuple[float, dict[str
         squares = [total + float(x @ x) for total, x in zip(squares, (a, b, b - a), strict=True)]
     for X, total, name in zip((W, T), squares, names, strict=False):
         if not math.isfinite(total) and not bool(torch.isfinite(X).all()):
-            raise NonFiniteError(f"{name}: {int((~torch.isfinite(X)).sum())} entries are NaN or Inf")
+            bad = int((~torch.isfinite(X)).sum())
+            raise NonFiniteError(f"{name}: {bad} of {X.numel()} entries are NaN or Inf: repair or leave it out")
     return inner, dict(zip(("base", "tuned", "delta"), map(math.sqrt, squares), strict=True)), equal
 
 
@@ -614,7 +684,7 @@ def _config(options: Options, labels: list[str], provenance: list[dict[str, Any]
         "base": provenance[0]["sha256"],
         "tuned": {label: about["sha256"] for label, about in zip(labels, provenance[1:], strict=True)},
         **{name: list(v) if isinstance(v, tuple) else v for name, v in asdict(options).items()},
-        "measures": list(choose(options.measures)),
+        "measures": list(options.names),
     }
 
 

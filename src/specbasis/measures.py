@@ -512,10 +512,11 @@ MEASURES: tuple[Measure, ...] = (
 )
 
 
-def choose(patterns: Sequence[str]) -> tuple[str, ...]:
+def choose(patterns: Sequence[str], *, whole: bool = True) -> tuple[str, ...]:
     """Names of the measures that match any of some patterns (``*`` and ``?``), in the table's order; all when none.
 
-    Those that read no decomposition are always among them: they cost nothing, and the verdict rests on them.
+    Without ``whole``, only those that can be taken where no more than the leading singular values are known. Those
+    that read no decomposition are always among them: they cost nothing, and the verdict rests on them.
 
     Raises:
         InputError: a pattern matches no measure.
@@ -527,9 +528,8 @@ def choose(patterns: Sequence[str]) -> tuple[str, ...]:
     return tuple(
         m.name
         for m in MEASURES
-        if not patterns
-        or not (m.vectors or m.values)
-        or any(fnmatch.fnmatchcase(m.name, pattern) for pattern in patterns)
+        if (not patterns or not (m.vectors or m.values) or any(fnmatch.fnmatchcase(m.name, p) for p in patterns))
+        and (whole or not m.values or m.name.startswith("singular_value_") or m.name == "t1_rc")
     )
 
 

@@ -1,0 +1,108 @@
+"""Decompositions kept on disk, so that a tensor is decomposed once whoever asks: by its contents, not its name."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from specbasis.checkpoint import open_checkpoint
+from specbasis.errors import InputError
+from specbasis.svd import ALGORITHM, SVD, decompose
+
+_PARTS = ("U", "S", "Vh", "spectrum", "spectrum_error", "residual", "gap")
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A folder of decompositions, one safetensors file each.
+
+    A file's name is the SHA-256 of the matrix (shape, dtype, bytes), the algorithm and the number of ranks: an
+    entry is what `decompose` would return, bit for bit. Files are written whole or not at all, carry a
+    digest of what they hold, and are computed anew where that does not fit. The least recently used go first.
+
+    Attributes:
+        folder: made where it is missing; may be shared by processes and machines.
+        limit: bytes that the entries may take together.
+    """
+
+    folder: Path
+    limit: int = 20 * 10**9
+
+    def decompose(self, W: Float[Tensor, "out in"], ranks: int | None = None, *, name: str = "matrix") -> SVD:
+        """What `specbasis.decompose` gives, from the folder where it is there.
+
+        Costs one pass over W for its digest, and one over the entry.
+
+        Raises: as `decompose`. A folder that cannot be written is a warning, once: nothing is kept then.
+        """
+        path = self.folder / f"{_digest([W])}-{ALGORITHM}-{min(W.shape) if ranks is None else ranks}.safetensors"
+        found = _read(path)
+        if found is None:
+            computed = decompose(W, ranks, name=name)
+            # In the layout of what is read back: products of equal numbers can differ with the layout.
+            found = SVD(**{part: getattr(computed, part).contiguous() for part in _PARTS})
+            self._write(path, found)
+        return found
+
+    def _write(self, path: Path, svd: SVD) -> None:
+        parts = {part: getattr(svd, part).cpu() for part in _PARTS}
+        digest = torch.frombuffer(bytearray.fromhex(_digest(parts.values())), dtype=torch.uint8)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file({**parts, "digest": digest}, temporary)
+            temporary.replace(path)
+            self._evict()
+        except (OSError, SafetensorError) as error:
+            warnings.warn(f"{self.folder}: decompositions cannot be kept here ({error})", stacklevel=2)
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+    def _evict(self) -> None:
+        """Remove what was used longest ago until the rest fits."""
+        entries = []
+        for path in self.folder.glob("*.safetensors"):
+            try:
+                entries.append((path.stat().st_mtime_ns, path.stat().st_size, path))
+            except OSError:  # removed by another process
+                continue
+        total = sum(size for _, size, _ in entries)
+        for _, size, path in sorted(entries):
+            if total <= self.limit:
+                break
+            path.unlink(missing_ok=True)
+            total -= size
+
+
+def _read(path: Path) -> SVD | None:
+    """An entry that is there and whole, marked as used now."""
+    if not path.exists():
+        return None
+    try:
+        stored = dict(open_checkpoint(path))
+        parts = {part: stored[part].clone() for part in _PARTS}
+        whole = bytes(stored["digest"].tolist()).hex() == _digest(parts.values())
+        if whole:
+            os.utime(path)
+    except (InputError, KeyError, OSError):
+        return None
+    return SVD(**parts) if whole else None
+
+
+def _digest(tensors: Iterable[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,92 @@
+"""Decompositions on disk: the same as without, bit for bit, and never a damaged one."""
+
+import os
+
+import pytest
+import torch
+
+from specbasis import cache as module
+from specbasis import decompose
+from specbasis.cache import Cache
+from tests.helpers.matrices import gaussian, weight_like
+
+PARTS = ("U", "S", "Vh", "spectrum", "spectrum_error", "residual", "gap")
+
+
+def same(a, b):
+    return all(torch.equal(getattr(a, part), getattr(b, part)) for part in PARTS)
+
+
+@pytest.fixture
+def only_once(monkeypatch):
+    calls = []
+    monkeypatch.setattr(module, "decompose", lambda *a, **k: calls.append(a) or decompose(*a, **k))
+    return calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("ranks", [None, 3])
+def test_what_is_found_is_what_was_computed(tmp_path, only_once, dtype, ranks):
+    W = weight_like(12, 20).to(dtype)
+    found = [Cache(tmp_path / "c").decompose(W, ranks) for _ in range(2)]
+    assert len(only_once) == 1
+    assert all(same(d, decompose(W, ranks)) for d in found)
+
+
+def test_contents_decide_and_not_the_layout(tmp_path, only_once):
+    W = weight_like(12, 20)
+    cache = Cache(tmp_path)
+    for same_matrix in (W, W.mT.contiguous().mT, W.clone()):
+        cache.decompose(same_matrix)
+    assert len(only_once) == 1
+    for other in (W.double(), W.reshape(20, 12), W + 1e-3, W.bfloat16()):
+        cache.decompose(other)
+    cache.decompose(W, 5)
+    assert len(only_once) == 6
+
+
+def test_another_algorithm_finds_nothing(tmp_path, only_once, monkeypatch):
+    W = gaussian(6, 9)
+    Cache(tmp_path).decompose(W)
+    monkeypatch.setattr(module, "ALGORITHM", "another-1")
+    Cache(tmp_path).decompose(W)
+    assert len(only_once) == 2
+
+
+@pytest.mark.parametrize("at", [5, 300, -1, -400])
+@pytest.mark.parametrize("how", ["flipped", "cut", "emptied"])
+def test_a_damaged_entry_is_computed_anew(tmp_path, only_once, how, at):
+    W = gaussian(8, 11)
+    first = Cache(tmp_path).decompose(W)
+    (path,) = tmp_path.glob("*.safetensors")
+    data = bytearray(path.read_bytes())
+    data[at] ^= 4
+    path.write_bytes({"flipped": data, "cut": data[: at % len(data)], "emptied": b""}[how])
+    assert same(Cache(tmp_path).decompose(W), first)
+    assert len(only_once) == 2
+    assert same(Cache(tmp_path).decompose(W), first)
+    assert len(only_once) == 2
+
+
+def test_the_least_recently_used_go_first(tmp_path, only_once):
+    one, two, three = (gaussian(10, 10, seed) for seed in range(3))
+    Cache(tmp_path).decompose(one)
+    size = next(tmp_path.iterdir()).stat().st_size
+    cache = Cache(tmp_path, limit=2 * size + 10)
+    cache.decompose(two)
+    for age, path in enumerate(sorted(tmp_path.iterdir(), key=lambda p: p.stat().st_mtime_ns, reverse=True)):
+        os.utime(path, (1e9 - age, 1e9 - age))
+    cache.decompose(one)  # used: now the younger of the two
+    cache.decompose(three)
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= cache.limit
+    cache.decompose(one)
+    assert len(only_once) == 3
+    cache.decompose(two)
+    assert len(only_once) == 4
+
+
+def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path):
+    (tmp_path / "file").write_text("")
+    W = gaussian(5, 6)
+    with pytest.warns(UserWarning, match="cannot be kept"):
+        assert same(Cache(tmp_path / "file").decompose(W), decompose(W))
