@@ -4,11 +4,11 @@ import os
 
 import pytest
 import torch
-from helpers.matrices import gaussian, weight_like
 
 from specbasis import cache as module
 from specbasis import decompose
 from specbasis.cache import Cache
+from tests.helpers.matrices import gaussian, weight_like
 
 PARTS = ("U", "S", "Vh", "spectrum", "spectrum_error", "residual", "gap")
 

@@ -109,6 +109,31 @@ def test_frozen_matrices_are_exactly_one_and_zero(tmp_path: Path, dtype: torch.d
     assert set(c.verdicts[c.pairs[0]].frozen) == {r["matrix"] for r in frozen}
 
 
+def test_a_repeated_row_leaves_no_false_precision(tmp_path: Path) -> None:
+    base = bert_state()
+    name = "encoder.layer.0.attention.self.query.weight"
+    base[name][5] = base[name][4]  # rank n − 1: the last relative change divides by zero
+    c = specbasis.compare(
+        write(tmp_path / "a.safetensors", base),
+        write(tmp_path / "b.safetensors", finetuned(base)),
+        roles=["attention"],
+    )
+    rows = {r["measure"]: r for r in c.rows.to_pylist() if r["matrix"] == name and r["index"] is None}
+    assert not any(rows[m]["resolved"] for m in ("mrc", "max_rc", "tail_rc"))
+    assert rows["rsd"]["resolved"]
+    assert rows["t1_rc"]["resolved"]
+
+
+def test_a_frozen_matrix_of_zeros(tmp_path: Path) -> None:
+    base = bert_state()
+    base["pooler.dense.weight"] = torch.zeros(12, 12)
+    a, b = (write(tmp_path / f"{n}.safetensors", base) for n in "ab")
+    c = specbasis.compare(a, b)
+    for measure, value in {"rsd": 0.0, "mrc": 0.0, "relative_update": 0.0, "weight_cosine": 1.0}.items():
+        assert values(c, "pooler.dense.weight", measure).tolist() == [value]
+    assert c.verdicts["b"].kind == "identical"
+
+
 @pytest.mark.parametrize(
     ("tuned", "kind"),
     [

@@ -41,7 +41,10 @@ FLOORS = {
 # Optional or heavy libraries. Below floor 4 none is imported when a module is, except where the name begins so.
 EXTRAS = {"transformers", "peft", "ray", "plotly", "matplotlib"}
 EXTRAS_FLOOR = 4
-EXTRAS_EXCEPT = {"adapter.peft": {"peft", "transformers"}}  # the bridge, which is nothing without them
+EXTRAS_EXCEPT = {
+    "adapter.peft": {"peft", "transformers"},  # the bridge, which is nothing without them
+    "adapter.callback": {"transformers"},  # a callback of its Trainer
+}
 
 # Calls that only one module may make, by the end of their dotted names.
 DECOMPOSITIONS = {

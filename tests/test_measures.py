@@ -6,10 +6,6 @@ import mpmath
 import numpy as np
 import pytest
 import torch
-from helpers import naive
-from helpers.exact import exact_svd
-from helpers.matrices import gaussian, hadamard, log_spectrum, orthonormal, rotated, weight_like, with_spectrum
-from helpers.tolerance import rounding
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,6 +22,18 @@ from specbasis.measures import (
     stable_rank,
     subspace_bound,
 )
+from tests.helpers import naive
+from tests.helpers.exact import exact_svd
+from tests.helpers.matrices import (
+    gaussian,
+    hadamard,
+    log_spectrum,
+    orthonormal,
+    rotated,
+    weight_like,
+    with_spectrum,
+)
+from tests.helpers.tolerance import rounding
 
 NAMES = [measure.name for measure in MEASURES]
 PER_RANK = [measure.name for measure in MEASURES if measure.index == "rank"]

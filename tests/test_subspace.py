@@ -8,12 +8,12 @@ import scipy.integrate
 import scipy.linalg
 import scipy.stats
 import torch
-from helpers.matrices import gaussian, orthonormal, rotated
-from helpers.tolerance import rounding
 from hypothesis import given
 from hypothesis import strategies as st
 
 from specbasis.subspace import chance_alignment, nested_overlap, principal_angles, subspace_overlap
+from tests.helpers.matrices import gaussian, orthonormal, rotated
+from tests.helpers.tolerance import rounding
 
 ANGLES = [0.0, 1e-14, 1e-9, 1e-4, 0.1, math.pi / 4, 1.2, math.pi / 2 - 1e-6, math.pi / 2]
 

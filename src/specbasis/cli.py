@@ -5,19 +5,26 @@ from __future__ import annotations
 import re
 import sys
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 from rich.table import Table
 
 import specbasis
-from specbasis.compare import Plan
+from specbasis.adapter import folder as folders
+from specbasis.architecture import ROLES, MatrixRef, coverage, model_map
+from specbasis.compare import Plan, Progress
 from specbasis.errors import InputError
 from specbasis.plan import human_bytes, rates
+from specbasis.recipes.zoo import run_zoo, zoo
+from specbasis.report.tables import by_reason, cells
 from specbasis.summary import RoleSummary, named_parts
 
 app = typer.Typer(
@@ -29,9 +36,24 @@ app = typer.Typer(
 _out = Console()
 _err = Console(stderr=True)
 
-BASE = Annotated[str, typer.Argument(metavar="BASE", help="pretrained checkpoint: file, folder, pkg:PACKAGE/PATH")]
+BASE = Annotated[
+    str, typer.Argument(metavar="BASE", help="pretrained: file, folder, hub:org/name, timm:name, pkg:…")
+]
 TUNED = Annotated[list[str], typer.Argument(metavar="TUNED...", help="one or several finetunes of it")]
 OUT = Annotated[Path, typer.Option("--out", help="folder for rows, manifest, page; the same command continues it")]
+
+
+STREAM = Annotated[bool, typer.Option("--stream", help="from the Hub read only the bytes that are wanted")]
+ADAPTER = Annotated[Path, typer.Argument(metavar="DIR", help="the folder of a saved spectral adapter")]
+ADAPTER_BASE = Annotated[
+    Path | None, typer.Option("--base", help="the base checkpoint; default: the adapter's own")
+]
+ADAPTER_OUT = Annotated[Path, typer.Option("--out", help="folder to write")]
+
+zoo_app = typer.Typer(help="The pairs of models that the paper compares.", no_args_is_help=True)
+adapter_app = typer.Typer(help="Spectral adapters on disk.", no_args_is_help=True)
+app.add_typer(zoo_app, name="zoo")
+app.add_typer(adapter_app, name="adapter")
 
 
 @app.command()
@@ -45,6 +67,7 @@ def compare(
     blocks: Annotated[str, typer.Option(help="only these blocks, e.g. 0,10-11")] = "",
     name: Annotated[str, typer.Option(help="only matrices whose name matches this pattern (* and ?)")] = "",
     common_rows: Annotated[bool, typer.Option(help="compare the common rows where a vocabulary grew")] = False,
+    stream: STREAM = False,
     measures: Annotated[str, typer.Option(help="only these measures, e.g. 'alignment*,singular_value_*'")] = "",
     workers: Annotated[
         int | None, typer.Option(help="matrices at the same time; default: one for each core")
@@ -81,26 +104,18 @@ def compare(
     if dry_run:
         _print_plan(plan(base, tuned, out, **what))
         return
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-    )
-    with Progress(
-        *columns, TimeRemainingColumn(), console=_err, transient=True, disable=not _err.is_terminal
-    ) as bar:
-        task = bar.add_task("reading", total=None)
+    with _progress() as progress:
         comparison = run(
             base,
             tuned,
             out,
             **what,
+            stream=stream,
             engine=engine,
             device=device,
             cache=cache,
             approximate=approximate,
-            progress=lambda p: bar.update(task, completed=p.done, total=p.total, description=p.matrix[-60:]),
+            progress=progress,
         )
     _print_comparison(comparison)
     if report:
@@ -115,6 +130,117 @@ def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="a folder 
     comparison = specbasis.load(folder)
     _print_comparison(comparison)
     _write_report(comparison)
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="a checkpoint, as in compare")],
+    stream: STREAM = False,
+) -> None:
+    """Print how a model is understood: its stacks of blocks, the role of every matrix, and what has none."""
+    checkpoint = specbasis.open_checkpoint(model, stream=stream)
+    mapped = model_map(checkpoint)
+    covered = coverage(mapped, checkpoint)
+    _line(f"{model}: {mapped.family.title}", style="bold")
+    for tower, family in mapped.towers.items():
+        blocks = {m.key.block for m in mapped.matrices if m.parameter.startswith(tower) and m.key.block is not None}
+        _line(f"{tower or 'the model'}: {len(blocks)} blocks, {family.name}")
+    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    for heading in ("stack", "role", "matrices", "blocks", "parameters", "share"):
+        table.add_column(heading, justify="left" if heading in ("stack", "role") else "right", no_wrap=True)
+    for (stack, role), members in _by_place(mapped.matrices).items():
+        size = sum(m.shape[0] * m.shape[1] for m in members)
+        blocks = {m.key.block for m in members if m.key.block is not None}
+        share = f"{size / covered.total:.1%}" if covered.total else "–"
+        table.add_row(stack, role, str(len(members)), str(len(blocks) or "–"), f"{size:,}", share)
+    _out.print(table)
+    _line(f"{covered.named:.1%} of {covered.total:,} matrix parameters have a named role")
+    for note in (*checkpoint.notes, *mapped.notes):
+        _line(f"note: {note}")
+    if mapped.unnamed:
+        _line(f"no pattern names: {named_parts(mapped.unnamed, 6)}")
+    for reason, names in by_reason(
+        [{"name": s.name, "side": "both", "reason": s.reason} for s in mapped.skipped]
+    ).items():
+        _line(f"no matrix: {len(names)}, {reason}: {named_parts(names, 2)}")
+
+
+@zoo_app.command("list")
+def zoo_list() -> None:
+    """List the pairs that the paper compares, with the accuracy that it prints."""
+    found = zoo()
+    for pair in found.pairs:
+        accuracy = "" if pair.accuracy is None else f", {pair.accuracy:g} %"
+        sides = f"{pair.base} -> {pair.tuned}" if pair.obtainable else "nothing published"
+        _line(f"{pair.name} ({pair.table}, {pair.modality}, {pair.task}{accuracy}): {sides}")
+        for note in pair.notes:
+            _line(f"  note: {note}")
+    for note in found.notes:
+        _line(f"note: {note}")
+
+
+@zoo_app.command("run")
+def zoo_run(
+    out: OUT,
+    only: Annotated[str, typer.Option(help="names, tables or modalities, e.g. '*bert*,EEG'")] = "",
+    ranks: Annotated[int, typer.Option(help="leading ranks whose singular vectors are compared")] = 200,
+    stream: STREAM = False,
+    report: Annotated[bool, typer.Option(help="write each pair's page and figures")] = True,
+) -> None:
+    """Compare the paper's pairs, each into its own folder; what cannot be had is reported and passed over."""
+    missing = 0
+    with _progress() as progress:
+        for _, outcome in run_zoo(out, _words(only), ranks=ranks, stream=stream, progress=progress):
+            if isinstance(outcome, InputError):
+                missing += 1
+                _line(f"error: {outcome}", console=_err, style="red")
+                continue
+            _print_comparison(outcome)
+            if report:
+                _write_report(outcome)
+    _line(f"{missing} pairs could not be compared" if missing else "all pairs compared")
+
+
+@adapter_app.command("info")
+def adapter_info(folder: ADAPTER) -> None:
+    """Print what an adapter holds and what it did to each matrix, from its own file."""
+    found = folders.info(folder)
+    for name in ("base", "basis", "scale"):
+        _line(f"{name}: {found[name]}")
+    _line(
+        f"parameters: {found['adapter_parameters']:,} adapter, {found['head_parameters']:,} head and other modules"
+    )
+    for layer in found["layers"]:
+        first, last = layer["interval"]
+        _line(
+            f"{layer['module']}: {layer['weight']}, ranks {first + 1} … {last}, drift {layer['drift']:.3g}, "
+            f"alignment {layer['mean_left_alignment']:.3f} / {layer['mean_right_alignment']:.3f}, "
+            f"condition {layer['condition']:.3g}, basis {'saved' if layer['basis_saved'] else 'not saved'}"
+        )
+
+
+@adapter_app.command("verify")
+def adapter_verify(folder: ADAPTER, base: ADAPTER_BASE = None) -> None:
+    """Check every vector of the basis against the base; exit code 2 and the reason where they differ."""
+    checked = folders.verify(folder, base)
+    _line(f"verified: {len(checked)} matrices meet the basis that they were trained in")
+
+
+@adapter_app.command("merge")
+def adapter_merge(folder: ADAPTER, out: ADAPTER_OUT, base: ADAPTER_BASE = None) -> None:
+    """Write the base with the adapter merged in, as a folder that transformers loads."""
+    _line(f"merged: {folders.merge(folder, out, base)}")
+
+
+@adapter_app.command("export-lora")
+def adapter_export_lora(
+    folder: ADAPTER,
+    out: ADAPTER_OUT,
+    base: ADAPTER_BASE = None,
+    rank: Annotated[int | None, typer.Option(help="best approximation at this rank; default: exact")] = None,
+) -> None:
+    """Write the adapter as LoRA, for PEFT without this package."""
+    _line(f"exported: {folders.export_lora(folder, out, base, rank)}")
 
 
 @app.callback(invoke_without_command=True)
@@ -136,13 +262,32 @@ def main() -> None:
         sys.exit(130)
 
 
+@contextmanager
+def _progress() -> Iterator[Callable[[Progress], None]]:
+    """A bar with the time left, where there is a terminal."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn())
+    percent = TextColumn("{task.percentage:>3.0f}%")
+    quiet = not _err.is_terminal
+    with Bar(*columns, percent, TimeRemainingColumn(), console=_err, transient=True, disable=quiet) as bar:
+        task = bar.add_task("reading", total=None)
+        yield lambda p: bar.update(task, completed=p.done, total=p.total, description=p.matrix[-60:])
+
+
+def _by_place(matrices: Iterable[MatrixRef]) -> dict[tuple[str, str], list[MatrixRef]]:
+    """Matrices by stack and role, roles in the order of `ROLES`."""
+    groups: dict[tuple[str, str], list[MatrixRef]] = {}
+    for m in sorted(matrices, key=lambda m: (m.key.stack, ROLES.index(m.key.role))):
+        groups.setdefault((m.key.stack, m.key.role), []).append(m)
+    return groups
+
+
 def _print_comparison(comparison: specbasis.Comparison) -> None:
     for pair in comparison.pairs:
         about = comparison.manifest["pairs"][pair]
         _out.print(_summary_table(pair, comparison.summaries[pair]))
         for note in about["notes"]:
             _line(f"note: {note}")
-        for reason, names in _by_reason(about["skipped"]).items():
+        for reason, names in by_reason(about["skipped"]).items():
             _line(f"not compared: {len(names)}, {reason}: {named_parts(names, 2)}")
         _line(comparison.verdicts[pair].sentence, style="bold")
         _line("")
@@ -162,7 +307,7 @@ def _print_plan(plan: Plan) -> None:
         table.add_row(size, str(count), f"{work.flops / 1e9:.3g}", seconds, human_bytes(work.bytes))
     _out.print(table)
     _line(
-        f"{len(plan.tasks)} matrices, {plan.workers} at a time: about {plan.seconds:.3g} s if nothing else runs, "
+        f"{len(plan.tasks)} matrices, {plan.workers} at a time: about {plan.seconds:.3g} s on an idle machine, "
         f"{human_bytes(plan.bytes)} beside the libraries (budget {human_bytes(plan.memory)})"
     )
 
@@ -179,15 +324,9 @@ def _summary_table(pair: str, lines: list[RoleSummary]) -> Table:
     for line in lines:
         if line is lines[-1]:
             table.add_section()
-        table.add_row(
-            line.role,
-            str(line.matrices),
-            *(f"{left:.3f} {right:.3f}" for left, right in (line.top10, line.top30)),
-            f"{line.chance[0]:.2f} {line.chance[1]:.2f}",
-            f"{line.rsd:.2g}",
-            f"{line.relative_update:.2g}",
-            str(line.unresolved),
-        )
+        role, matrices, *sides, rsd, update, unresolved = cells(line)
+        both = (f"{left} {right}" for left, right in zip(sides[::2], sides[1::2], strict=True))
+        table.add_row(role, matrices, *both, rsd, update, unresolved)
     return table
 
 
@@ -199,14 +338,6 @@ def _line(text: str, *, console: Console = _out, style: str = "") -> None:
 def _write_report(comparison: specbasis.Comparison) -> None:
     page = comparison.report()
     _line(f"page: {page}")
-
-
-def _by_reason(skipped: list[dict[str, str]]) -> dict[str, list[str]]:
-    groups: dict[str, list[str]] = {}
-    for item in skipped:
-        where = "" if item["side"] == "both" else f", in {item['side']} only"
-        groups.setdefault(item["reason"] + where, []).append(item["name"])
-    return groups
 
 
 def _words(text: str) -> list[str]:

@@ -8,6 +8,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +25,7 @@ from specbasis import engine as engines
 from specbasis import results as store
 from specbasis.architecture import ROLES, STRUCTURAL, MatrixKey, MatrixPair, MatrixRef, Pairing, pair
 from specbasis.cache import Cache
-from specbasis.checkpoint import Checkpoint, content_sha256, open_checkpoint, sha256
+from specbasis.checkpoint import Checkpoint, content_sha256, open_checkpoint, open_tuned, sha256
 from specbasis.errors import InputError, NonFiniteError
 from specbasis.measures import (
     Absent,
@@ -39,7 +40,7 @@ from specbasis.measures import (
 from specbasis.plan import Work, makespan, matrix_work, parse_bytes, rates
 from specbasis.results import Results
 from specbasis.summary import RoleSummary, Verdict, judge, summarise
-from specbasis.svd import ALGORITHM, HalfSVD, approximate_svd, half_svd
+from specbasis.svd import ALGORITHM, HalfSVD, approximate_svd, half_svd, low_rank_svd
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -119,18 +120,18 @@ class Comparison:
         """Versions, configuration, provenance, what was skipped and why, timings."""
         return self.results.manifest
 
-    @property
+    @cached_property
     def pairs(self) -> list[str]:
         """The labels of the tuned checkpoints that have rows."""
         present = set(self.rows["pair"].unique().to_pylist())
         return [label for label in self.manifest["pairs"] if label in present]
 
-    @property
+    @cached_property
     def summaries(self) -> dict[str, list[RoleSummary]]:
         """For each pair: one line per role, and one over all matrices."""
         return {label: summarise(self.rows, label) for label in self.pairs}
 
-    @property
+    @cached_property
     def verdicts(self) -> dict[str, Verdict]:
         """For each pair: identical, finetuned, independent or mixed, with the evidence."""
         return {label: judge(self.rows, label) for label in self.pairs}
@@ -186,6 +187,7 @@ def compare(
     name: str = "",
     common_rows: bool = False,
     measures: Sequence[str] = (),
+    stream: bool = False,
     workers: int | None = None,
     memory: str | int | None = None,
     engine: str = "auto",
@@ -201,7 +203,8 @@ def compare(
 
     Args:
         base: the pretrained checkpoint; see `specbasis.checkpoint.open_checkpoint` for what a source can be.
-        tuned: one or several finetunes of it.
+        tuned: one or several finetunes of it: checkpoints, or PEFT adapters trained on it, whose low-rank updates
+            are decomposed without being formed.
         out: folder for rows and manifest; a temporary one, kept as long as the result, when None.
         ranks: leading ranks whose singular vectors are compared; singular values are compared at all ranks.
         subspace: number of leading ranks at which principal angles are taken.
@@ -211,6 +214,7 @@ def compare(
         common_rows: compare the rows that both sides have where a vocabulary grew.
         measures: only the measures that match these patterns, such as ``["alignment*"]``, and those that cost
             nothing. What no measure reads is not decomposed: without those of delta, a third less work.
+        stream: read only the byte ranges of the wanted matrices from the Hub, and write nothing to its cache.
         workers: how many matrices at the same time, one thread each; as many as there are cores when None. The rows
             do not depend on it.
         memory: what the running workers may take together, as bytes or as text such as "8GB"; half of what is free
@@ -247,7 +251,7 @@ def compare(
     place = Place(_device(device), None if cache is None else str(cache))
     workers = workers or (cpu_count() if device == "cpu" else 1)
     budget = parse_bytes(memory) if isinstance(memory, str) else memory
-    matched = _matched(base, tuned, options)
+    matched = _matched(base, tuned, options, stream)
     kept = tempfile.TemporaryDirectory(prefix="specbasis-") if out is None else None
     folder = Path(kept.name) if kept else Path(str(out))
 
@@ -270,16 +274,17 @@ def compare(
     started, done, total = time.perf_counter(), 0.0, math.fsum(task.flops for task in tasks)
     report = progress or (lambda _: None)
     report(Progress(0.0, total, tasks[0].name if tasks else ""))
-    for task, outcomes in engines.run(
-        tasks, workers=workers, memory=budget, engine=engine, local=matched.in_memory
-    ):
-        done += task.flops
-        for label, outcome in outcomes:
-            if isinstance(outcome, str):
-                results.manifest["failed"].append({"pair": label, "matrix": task.name, "error": outcome})
-            else:
-                results.write(label, task.name, outcome)
-        report(Progress(done, total, task.name))
+    with _opened_here(matched):
+        for task, outcomes in engines.run(
+            tasks, workers=workers, memory=budget, engine=engine, local=matched.in_memory
+        ):
+            done += task.flops
+            for label, outcome in outcomes:
+                if isinstance(outcome, str):
+                    results.manifest["failed"].append({"pair": label, "matrix": task.name, "error": outcome})
+                else:
+                    results.write(label, task.name, outcome)
+            report(Progress(done, total, task.name))
     results.manifest["failed"].sort(key=lambda failure: (failure["pair"], failure["matrix"]))
     if tasks:
         run = {"seconds": round(time.perf_counter() - started, 3), "matrices": len(tasks), "workers": workers}
@@ -407,6 +412,7 @@ class Matched:
     tuned: Mapping[str, Checkpoint]
     pairings: Mapping[str, Pairing]
     options: Options
+    stream: bool = False
 
     @property
     def in_memory(self) -> bool:
@@ -421,16 +427,17 @@ class Matched:
                 if results is None or not results.is_done(label, m.key.name):
                     by_matrix.setdefault(m.key.name, []).append((label, _portable(self.sources[label]), m))
         place = replace(place, approximate=self.options.approximate)
-        tasks = [Task(_portable(self.source), tuple(todo), self.options, place) for todo in by_matrix.values()]
+        base, options = _portable(self.source), self.options
+        tasks = [Task(base, tuple(todo), options, place, self.stream) for todo in by_matrix.values()]
         return sorted(tasks, key=lambda task: -task.flops)
 
 
-def _matched(base: Source, tuned: Source | Sequence[Source], options: Options) -> Matched:
+def _matched(base: Source, tuned: Source | Sequence[Source], options: Options, stream: bool = False) -> Matched:
     sources = [tuned] if isinstance(tuned, str | Path | Mapping) else list(tuned)
     if not sources:
         raise InputError("got no tuned checkpoint; want at least one")
-    opened = open_checkpoint(base)
-    checkpoints = [open_checkpoint(source) for source in sources]
+    opened = open_checkpoint(base, stream=stream)
+    checkpoints = [open_tuned(source, opened, stream=stream) for source in sources]
     labels = store.unique_labels([checkpoint.source for checkpoint in checkpoints])
     pairings = {
         label: _chosen(pair(opened, checkpoint, common_rows=options.common_rows), options)
@@ -445,6 +452,7 @@ def _matched(base: Source, tuned: Source | Sequence[Source], options: Options) -
         dict(zip(labels, checkpoints, strict=True)),
         pairings,
         options,
+        stream,
     )
 
 
@@ -460,12 +468,14 @@ class Task:
         todo: (label, source of the tuned checkpoint, where the matrix is in both).
         options: how far to look.
         place: where to compute and what to keep.
+        stream: read byte ranges where a source is on the Hub.
     """
 
     base: Source
     todo: tuple[tuple[str, Source, MatrixPair], ...]
     options: Options
     place: Place
+    stream: bool = False
 
     @property
     def name(self) -> str:
@@ -496,10 +506,10 @@ class Task:
         """Compare; return the rows, or the error, of each pair."""
         outcomes: list[Outcome] = []
         decomposed: dict[MatrixRef, Decomposition] = {}
-        base = _opened(self.base)
+        base = _opened(self.base, None, self.stream)
         names = self.options.names
         for label, source, matched in self.todo:
-            tuned = _opened(source)
+            tuned = _opened(source, self.base, self.stream)
             where = f"{matched.key.name} in "
             try:
                 W = matched.base.read(base)
@@ -509,6 +519,7 @@ class Task:
                     matched.tuned.read(tuned),
                     ranks=min(self.options.ranks, *matched.base.shape),
                     base=known,
+                    update=matched.tuned.delta_factors(tuned),
                     subspace=self.options.subspace,
                     measures=names,
                     names=(where + base.source, where + tuned.source),
@@ -525,12 +536,34 @@ class Task:
 _OPENED: dict[Any, Checkpoint] = {}
 
 
-def _opened(source: Source) -> Checkpoint:
-    """A checkpoint, opened once per process."""
-    key = source if isinstance(source, str) else id(source)
+def _opened(source: Source, base: Source | None, stream: bool) -> Checkpoint:
+    """A checkpoint of the run that this process is working for, opened once."""
+    key = _key(source, base)
     if key not in _OPENED:
-        _OPENED[key] = open_checkpoint(source)
+        _OPENED[key] = (
+            open_checkpoint(source, stream=stream)
+            if base is None
+            else open_tuned(source, _opened(base, None, stream), stream=stream)
+        )
     return _OPENED[key]
+
+
+@contextmanager
+def _opened_here(matched: Matched) -> Iterator[None]:
+    """In this process tasks find what is open already; afterwards nothing stays open, since files may change."""
+    base = _portable(matched.source)
+    mine = {_key(base, None): matched.base}
+    mine |= {_key(_portable(source), base): matched.tuned[label] for label, source in matched.sources.items()}
+    _OPENED.update(mine)
+    try:
+        yield
+    finally:
+        for key in mine:
+            _OPENED.pop(key, None)
+
+
+def _key(source: Source, base: Source | None) -> Any:
+    return tuple(x if isinstance(x, str) else id(x) for x in (source, base))
 
 
 def decompose_pair(
@@ -539,6 +572,7 @@ def decompose_pair(
     *,
     ranks: int | None = None,
     base: Decomposition | None = None,
+    update: tuple[Tensor, Tensor] | None = None,
     subspace: int = 10,
     measures: Sequence[str] | None = None,
     names: tuple[str, str] = ("base", "tuned"),
@@ -551,6 +585,7 @@ def decompose_pair(
         T: (out, in), finetuned.
         ranks: leading ranks whose vectors are wanted; all when None.
         base: the decomposition of W where it is known.
+        update: (B, A) with T = W + B A, where the update is known to be of low rank: it is then not formed.
         subspace: number of leading ranks at which principal angles are taken.
         measures: names of the measures to be taken; all when None.
         names: what to call the two matrices in an error.
@@ -572,7 +607,9 @@ def decompose_pair(
         found["tuned"] = found["base"]
     elif need["tuned"] is not None:
         found["tuned"] = place.decompose(T, need["tuned"], names[1], start=found["base"])
-    if need["delta"] is not None:
+    if need["delta"] is not None and update is not None and update[0].shape[1] < min(W.shape):
+        found["delta"] = low_rank_svd(*update, name=names[1])
+    elif need["delta"] is not None:
         found["delta"] = place.decompose(T, need["delta"], names[1], minus=W)
     return Triple(found["base"], found["tuned"], found["delta"], inner, subspace, norms)
 
@@ -587,7 +624,7 @@ def _sums(W: Tensor, T: Tensor, names: tuple[str, str]) -> tuple[float, dict[str
         equal = equal and torch.equal(a, b)
         squares = [total + float(x @ x) for total, x in zip(squares, (a, b, b - a), strict=True)]
     for X, total, name in zip((W, T), squares, names, strict=False):
-        if math.isnan(total):
+        if not math.isfinite(total) and not bool(torch.isfinite(X).all()):
             bad = int((~torch.isfinite(X)).sum())
             raise NonFiniteError(f"{name}: {bad} of {X.numel()} entries are NaN or Inf: repair or leave it out")
     return inner, dict(zip(("base", "tuned", "delta"), map(math.sqrt, squares), strict=True)), equal
@@ -660,6 +697,7 @@ def _about(pairing: Pairing, provenance: dict[str, Any]) -> dict[str, Any]:
         "notes": [
             *([f"no architecture file matches: {STRUCTURAL.title}"] if pairing.family is STRUCTURAL else []),
             *pairing.notes,
+            *provenance.get("notes", ()),
         ],
     }
 
@@ -674,10 +712,13 @@ def _provenance(checkpoint: Checkpoint, known: Mapping[str, Any]) -> dict[str, A
         same = {key: earlier.get(key) for key in entry} == entry
         files.append(entry | {"sha256": earlier["sha256"] if same else sha256(path)})
     digests = [file["sha256"] for file in files]
+    digests += [f"{name} {digest}" for name, digest in sorted(checkpoint.digests.items())]
     if not digests:
         digests = [content_sha256(checkpoint)]
     whole = digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
-    return {"source": checkpoint.source, "sha256": whole, "files": files}
+    found = {"source": checkpoint.source, "sha256": whole, "files": files}
+    remote = {"revision": checkpoint.revision, "digests": dict(checkpoint.digests), "notes": list(checkpoint.notes)}
+    return found | {name: value for name, value in remote.items() if value}
 
 
 def _known_hashes(folder: Path) -> dict[str, Any]:

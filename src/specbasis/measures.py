@@ -224,37 +224,39 @@ def relative_change(t: Triple) -> Values:
     Source: Yu et al. 2026, Fig. 6.
     """
     base, tuned = t.base.spectrum, t.tuned.spectrum
-    bound = (t.tuned.spectrum_error + (tuned / base) * t.base.spectrum_error) / base
-    return Values(
-        torch.where(tuned == base, 0.0, (tuned - base) / base), torch.zeros_like(base) if t.identical else bound
-    )
+    change = torch.where(tuned == base, 0.0, (tuned - base) / base)
+    return Values(change, torch.zeros_like(base) if t.identical else _quotient_bound(t.tuned, t.base))
 
 
 def relative_spectral_distance(t: Triple) -> Values:
     """RSD = ‖S_t − S_b‖₂ / ‖S_b‖₂. Source: Yu et al. 2026, App. B."""
-    change = torch.linalg.vector_norm(t.tuned.spectrum - t.base.spectrum)
-    return _scalar(change / torch.linalg.vector_norm(t.base.spectrum))
+    distance, norm = _norm(t.tuned.spectrum - t.base.spectrum), _norm(t.base.spectrum)
+    error = _norm(t.tuned.spectrum_error) + (1 + distance / norm) * _norm(t.base.spectrum_error)
+    return _scalar(0.0, 0.0) if t.identical else _scalar(distance / norm, error / norm)
 
 
 def mean_relative_change(t: Triple) -> Values:
     """MRC: mean over ranks of |S_t[i] − S_b[i]| / S_b[i]. Source: Yu et al. 2026, App. B."""
-    return _scalar(_change(t).abs().mean())
+    change, bound = _change(t)
+    return _scalar(change.abs().mean(), bound.mean())
 
 
 def max_relative_change(t: Triple) -> Values:
     """MaxRC: maximum over ranks of |S_t[i] − S_b[i]| / S_b[i]. Source: Yu et al. 2026, App. B."""
-    return _scalar(_change(t).abs().max())
+    change, bound = _change(t)
+    return _scalar(change.abs().max(), bound.max())
 
 
 def top_relative_change(t: Triple) -> Values:
     """T1RC = (S_t[0] − S_b[0]) / S_b[0], signed. Source: Yu et al. 2026, App. B (printed "TIRC")."""
-    return _scalar(_change(t)[0])
+    change, bound = _change(t)
+    return _scalar(change[0], bound[0])
 
 
 def tail_relative_change(t: Triple) -> Values:
     """TailRC: mean signed relative change over the last 10 % of ranks (ceil). Source: Yu et al. 2026, App. B."""
-    change = _change(t)
-    return _scalar(change[-math.ceil(len(change) / 10) :].mean())
+    change, bound = (x[-math.ceil(len(x) / 10) :] for x in _change(t))
+    return _scalar(change.mean(), bound.mean())
 
 
 def effective_rank(S: Float[Tensor, " n"]) -> float:
@@ -278,13 +280,19 @@ def explained_variance(S: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
 
 
 def singular_value_ratio(t: Triple) -> Values:
-    """Size of the update at equal rank: r_i = S_i(delta) / S_i(base). Source: Yu et al. 2026, Eq. 1."""
+    """Size of the update at equal rank: r_i = S_i(delta) / S_i(base), ∞ where only S_i(base) is zero.
+
+    Source: Yu et al. 2026, Eq. 1.
+    """
     base, delta = t.base.spectrum, t.delta.spectrum
-    return Values(delta / base, (t.delta.spectrum_error + (delta / base) * t.base.spectrum_error) / base)
+    ratio = torch.where(delta == 0, 0.0, delta / base)
+    return Values(ratio, torch.zeros_like(base) if t.identical else _quotient_bound(t.delta, t.base))
 
 
 def relative_update(t: Triple) -> Values:
-    """Size of the whole update: ‖delta‖_F / ‖base‖_F."""
+    """Size of the whole update: ‖delta‖_F / ‖base‖_F, 0 for a frozen matrix."""
+    if t.identical:
+        return _scalar(0.0)
     return _scalar(torch.tensor(t.norm("delta"), dtype=torch.float64) / t.norm("base"))
 
 
@@ -294,18 +302,36 @@ def weight_cosine(t: Triple) -> Values:
     For independent matrices with centred entries it is near 0, with standard deviation at most about 1/√n for
     effective sizes n of the leading ranks; a finetune keeps it near 1, and a frozen matrix at exactly 1.
     """
-    if t.identical and t.norm("base"):
+    if t.identical:
         return _scalar(1.0)
     norms = torch.tensor(t.norm("base"), dtype=torch.float64) * t.norm("tuned")
     return _scalar((t.inner / norms).clamp(-1.0, 1.0))
 
 
-def _change(t: Triple) -> Tensor:
-    return relative_change(t).value
+def _change(t: Triple) -> tuple[Tensor, Tensor]:
+    """Relative change of each singular value and its bound."""
+    values = relative_change(t)
+    assert values.bound is not None
+    return values.value, values.bound
 
 
-def _scalar(value: float | Tensor) -> Values:
-    return Values(torch.as_tensor(value, dtype=torch.float64).reshape(1))
+def _quotient_bound(numerator: Decomposition, denominator: Decomposition) -> Tensor:
+    """Bound on the error of S_a[i] / S_b[i]: (error_a + ratio·error_b) / (S_b − error_b); ∞ where that is ≤ 0."""
+    x, y = numerator.spectrum, denominator.spectrum
+    least = y - denominator.spectrum_error
+    bound = (numerator.spectrum_error + x / y * denominator.spectrum_error) / least
+    return torch.where(least > 0, bound, math.inf)
+
+
+def _norm(S: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(S)
+    return norm
+
+
+def _scalar(value: float | Tensor, bound: float | Tensor | None = None) -> Values:
+    figures = [None if x is None else torch.as_tensor(x, dtype=torch.float64).reshape(1) for x in (value, bound)]
+    assert figures[0] is not None
+    return Values(figures[0], figures[1])
 
 
 def _zero(s: Decomposition) -> bool:

@@ -104,7 +104,7 @@ class Results:
             raise InputError(
                 f"{self.folder}: a rows file is damaged ({error}); run the comparison again"
             ) from error
-        return pa.concat_tables(tables).unify_dictionaries()
+        return pa.concat_tables(tables).unify_dictionaries().combine_chunks()
 
 
 def create(folder: Path, config: Mapping[str, Any]) -> Results:

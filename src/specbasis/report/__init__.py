@@ -47,7 +47,7 @@ def write_report(results: Results, rows: pa.Table, path: Path) -> Path:
     pairs = data.read_pairs(rows, labels)
     bands = [data.bands(pair) for pair in pairs]
     try:
-        _save(path, page.render(results.manifest, rows, pairs, bands))
+        _save(path, page.render(results.manifest, pairs, bands))
         for name, content in figures.draw(pairs, bands):
             _save(path.parent / "figures" / name, content)
     except OSError as error:

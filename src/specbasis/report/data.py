@@ -75,7 +75,7 @@ class Series:
         return out
 
     def thinned(self, limit: int) -> Series:
-        """At most about ``limit`` ranks of each matrix: the leading half of them, and an even choice of the rest."""
+        """At most about ``limit`` ranks of a matrix: the leading half of them, and an even choice of the rest."""
         lengths = self.lengths
         if not len(lengths) or lengths.max() <= limit:
             return self
@@ -115,11 +115,13 @@ class Pair:
 
     Attributes:
         label: label of the tuned checkpoint.
+        rows: its rows.
         matrices: columns name, stack, block (None outside of blocks), role, out, in; one entry per matrix.
         series: the measures, by name; one that has no rows is absent.
     """
 
     label: str
+    rows: pa.Table
     matrices: dict[str, list[Any]]
     series: dict[str, Series]
 
@@ -163,7 +165,7 @@ class Pair:
     def panels(self) -> list[tuple[str, str, list[int]]]:
         """(stack, role, matrices by block): the panels of the heat map, roles in the order of `ROLES`."""
         found: dict[tuple[str, str], list[int]] = {}
-        stacks = list(dict.fromkeys(self.matrices["stack"]))
+        stacks = sorted(dict.fromkeys(self.matrices["stack"]), key=lambda stack: stack != "encoder")
         for i, (stack, role) in enumerate(zip(self.matrices["stack"], self.matrices["role"], strict=True)):
             found.setdefault((stack, role), []).append(i)
         block = self.matrices["block"]
@@ -175,7 +177,7 @@ class Pair:
         ]
 
     def chance_levels(self, side: str, most: int = 4) -> list[tuple[int, float, int]]:
-        """(dimension, chance alignment, matrices) of the dimensions that most matrices have, largest level first."""
+        """(dimension, chance alignment, matrices) of the commonest dimensions, largest level first."""
         dimension = np.array(self.matrices["out" if side == "left" else "in"], np.int64)
         level = self.whole(f"chance_alignment_{side}")
         values, first, counts = np.unique(dimension, return_index=True, return_counts=True)
@@ -201,7 +203,7 @@ def bands(pair: Pair) -> dict[str, dict[str, Band]]:
         aligned = pair.figures(f"alignment_{side}").thinned(2 * LEADING)
         width = int(aligned.index.max(initial=-1)) + 1
         columns = np.unique(aligned.index)
-        sources[f"alignment_{side}"] = columns + 1.0, aligned.dense(width)[:, columns]
+        sources[f"alignment_{side}"] = (columns + 1).astype(np.float64), aligned.dense(width)[:, columns]
         overlap = pair.figures(f"subspace_overlap_{side}")
         # The last k of a small matrix is its own: there, a median would be over few others.
         sizes, counts = np.unique(overlap.index, return_counts=True)
@@ -266,7 +268,7 @@ def _pair(label: str, mine: pa.Table) -> Pair:
         at = at[np.lexsort((index[at], matrix[at]))]
         start = np.concatenate([[0], np.cumsum(np.bincount(matrix[at], minlength=len(first)))])
         series[names[code]] = Series(start, index[at], value[at], bound[at], resolved[at])
-    return Pair(label, matrices, series)
+    return Pair(label, mine, matrices, series)
 
 
 def _codes(table: pa.Table, column: str) -> Ints:
@@ -286,4 +288,4 @@ def _band(x: Floats, values: Floats) -> Band:
         below, above = np.floor(place).astype(int), np.ceil(place).astype(int)
         low, high = values[below, columns], values[above, columns]
         quartiles.append(low + (place - below) * (high - low))
-    return Band(np.asarray(x, float), *quartiles, count)
+    return Band(x, quartiles[0], quartiles[1], quartiles[2], count)

@@ -22,8 +22,8 @@ DASHES: tuple[Any, ...] = ("solid", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)
 QUIET = "#57606a"
 SIDE_TITLES = {"left": "left, U (output side)", "right": "right, V (input side)"}
 SCATTER_RANKS = (1, 5, 10, 100)
-MOST_ROWS = 400
-"""Matrices that one panel of a heat map still shows one by one."""
+MOST_ROWS = 600
+"""Matrices that the heat map shows, at most: above that, every second one of a role, and so on."""
 
 Bands = dict[str, dict[str, Band]]
 
@@ -68,9 +68,8 @@ def _both(name: str, make: Callable[[], Figure]) -> Iterator[tuple[str, bytes]]:
         FigureCanvasAgg(figure)
         for form, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
             buffer = io.BytesIO()
-            figure.savefig(buffer, format=form, dpi=160, metadata=metadata)
+            figure.savefig(buffer, format=form, dpi=144, metadata=metadata)
             yield f"{name}.{form}", buffer.getvalue()
-            figure.set_layout_engine("none")  # the second format takes over the positions of the first
 
 
 # --- all pairs in one figure ------------------------------------------------------------------------------------
@@ -119,7 +118,7 @@ def singular_value_change(pairs: Sequence[Pair], labels: Sequence[str], bands: S
 
 
 def explained_variance(pairs: Sequence[Pair], labels: Sequence[str], bands: Sequence[Bands]) -> Figure:
-    """Median explained variance of base (dotted) and tuned, relative and absolute. Source: Yu et al. 2026, Fig. 16."""
+    """Median explained variance of base (dotted) and tuned. Source: Yu et al. 2026, Fig. 16."""
     figure, axes = _panels(2, "Explained variance")
     for ax, suffix, x_scale in ((axes[0], "", 100), (axes[1], "_leading", 1)):
         _curves(ax, bands, f"explained_variance_tuned{suffix}", scale=100, x_scale=x_scale)
@@ -141,7 +140,7 @@ def explained_variance(pairs: Sequence[Pair], labels: Sequence[str], bands: Sequ
 
 
 def change_range(bands: Sequence[Band]) -> tuple[float, float]:
-    """Limits in % that hold every median, and the quartiles but for the last ranks, which would flatten the rest."""
+    """Limits in % that hold every median, and the quartiles but for the last ranks, which dwarf the rest."""
     found = [0.0]
     for band in bands:
         body = band.x < 0.95
@@ -155,54 +154,78 @@ def change_range(bands: Sequence[Band]) -> tuple[float, float]:
 
 
 def alignment_heatmap(pair: Pair, label: str) -> Figure:
-    """Alignment by block and rank, a panel for each stack and role. Source: Yu et al. 2026, Fig. 2C."""
+    """Alignment by block and rank, for each stack and role. Source: Yu et al. 2026, Fig. 2C."""
     panels = pair.panels()
-    rows = [min(len(members), MOST_ROWS) for *_, members in panels]
-    heights = [min(max(0.3, 0.14 * n), 4.0) for n in rows]
-    head, between = 0.8, 0.52
-    total = sum(heights) + between * len(panels) + head
-    figure = Figure(figsize=(9.2, total))
-    figure.text(0.09, 1 - 0.3 / total, f"Alignment by block and rank: {label}", weight="bold", size=11)
-    dense = {side: pair.figures(f"alignment_{side}").dense(pair.vectors()) for side in SIDES}
-    image = None
-    top = total - head + 0.1
-    for (stack, role, members), height in zip(panels, heights, strict=True):
-        top -= height
-        for column, side in enumerate(SIDES):
-            ax = figure.add_axes((0.09 + 0.43 * column, top / total, 0.38, height / total))
-            ax.set_facecolor("#c9ced6")
-            ax.grid(False)
-            shown = members[:: -(-len(members) // MOST_ROWS)]
-            values = dense[side][shown]
-            extent = (0.5, max(values.shape[1], 1) + 0.5, len(shown) - 0.5, -0.5)
-            if values.size:
-                image = ax.imshow(
-                    values, aspect="auto", interpolation="nearest", cmap="cividis", vmin=0, vmax=1, extent=extent
-                )
-            every = -(-len(shown) // max(1, int(height / 0.14)))
-            ticks = range(0, len(shown), every)
-            blocks = [pair.matrices["block"][shown[i]] for i in ticks]
-            ax.set_yticks(list(ticks), ["–" if block is None else str(block) for block in blocks], size=7)
-            ax.tick_params(axis="x", labelsize=7)
-            ax.set_title(f"{stack + ': ' if stack else ''}{role}, {side}", size=8.5)
-            if column == 0:
-                ax.set_ylabel("block", size=8)
-            _from_one(ax, limits=False)
-        top -= between
-    figure.text(0.495, 0.12 / total, "rank i", ha="center", color=QUIET)
-    if image is not None:
-        bar = figure.colorbar(image, cax=figure.add_axes((0.925, 1 - (head + 1.5) / total, 0.012, 1.5 / total)))
-        bar.outline.set_visible(False)
-        bar.ax.set_title("alignment", size=8, weight="normal", color=QUIET)
+    most = max(4, MOST_ROWS // len(panels))
+    shown = [members[:: -(-len(members) // most)] for *_, members in panels]
+    # One image for all panels, with an empty row between them: an axis for each would take seconds to draw.
+    first = np.cumsum([0, *(len(members) + 1 for members in shown)])
+    rows = int(first[-1]) - 1
+    height = min(max(rows * 0.13, 1.6), 40.0)  # room for the colour bar; Agg draws no more than 2¹⁶ pixels
+    figure, axes = _grid(
+        1, 2, (3.4, height), f"Alignment by block and rank: {label}", between=0.25, left=2.2, right=0.85
+    )
+    every = max(1, round(0.13 / (height / rows)))
+    image: Any = None
+    for ax, side in zip(axes[0], SIDES, strict=True):
+        dense = pair.figures(f"alignment_{side}").dense(max(1, pair.vectors()))
+        values = np.full((rows, dense.shape[1]), np.nan)
+        for start, members in zip(first, shown, strict=False):
+            values[start : start + len(members)] = dense[members]
+        ax.grid(False)
+        ax.set_facecolor("#c9ced6")
+        extent = (0.5, values.shape[1] + 0.5, rows - 0.5, -0.5)
+        image = ax.imshow(
+            values, aspect="auto", interpolation="nearest", cmap="cividis", vmin=0, vmax=1, extent=extent
+        )
+        for gap in first[1:-1] - 1:
+            ax.axhspan(gap - 0.5, gap + 0.5, color="white", lw=0)
+        for edge in ("left", "bottom"):
+            ax.spines[edge].set_visible(False)
+        ax.set_title(SIDE_TITLES[side])
+        ax.set_xlabel("rank i")
+        ax.tick_params(axis="y", length=0, labelsize=6.5, labelleft=side == "left")
+        _from_one(ax, limits=False)
+    ticks = [
+        (start + i, members[i])
+        for start, members in zip(first, shown, strict=False)
+        for i in range(0, len(members), every)
+    ]
+    blocks = [pair.matrices["block"][m] for _, m in ticks]
+    for ax in axes[0]:
+        ax.set_yticks([row for row, _ in ticks], ["–" if block is None else str(block) for block in blocks])
+    for start, members, (stack, role, _) in zip(first, shown, panels, strict=False):
+        axes[0][0].annotate(
+            f"{stack} {role}".strip(),
+            (0, start + (len(members) - 1) / 2),
+            xycoords=("axes fraction", "data"),
+            xytext=(-22, 0),
+            textcoords="offset points",
+            ha="right",
+            va="center",
+            size=7.5,
+        )
+    axes[0][0].annotate(
+        "block",
+        (0, 1),
+        xycoords="axes fraction",
+        xytext=(-4, 4),
+        textcoords="offset points",
+        ha="right",
+        size=7,
+        color=QUIET,
+    )
+    width, whole = figure.get_size_inches()
+    bar = figure.colorbar(image, cax=figure.add_axes((1 - 0.6 / width, 1 - 2.2 / whole, 0.12 / width, 1.3 / whole)))
+    bar.outline.set_visible(False)
+    bar.ax.set_title("alignment", size=8, weight="normal", color=QUIET, loc="center")
     return figure
 
 
 def ratio_against_alignment(pair: Pair, label: str) -> Figure:
     """Size of the update against alignment, update alignment as colour. Source: Yu et al. 2026, Fig. 3A and 19."""
     ranks = [rank for rank in SCATTER_RANKS if rank <= pair.vectors()] or [1]
-    figure = Figure(figsize=(2.35 * len(ranks) + 1.6, 5.4), layout="constrained")
-    figure.suptitle(f"Size of the update against alignment: {label}", weight="bold", size=11, x=0.01, ha="left")
-    axes = figure.subplots(2, len(ranks), squeeze=False, sharey=True)
+    figure, axes = _grid(2, len(ranks), (2.35, 2.05), f"Size of the update against alignment: {label}", right=0.95)
     dots = None
     for row, side in zip(axes, SIDES, strict=True):
         for ax, rank in zip(row, ranks, strict=True):
@@ -231,10 +254,13 @@ def ratio_against_alignment(pair: Pair, label: str) -> Figure:
                 ax.text(0.5, 0.5, "no update", transform=ax.transAxes, ha="center", color=QUIET)
             ax.set(title=f"rank {rank}, {side}", ylim=(-0.03, 1.05))
             _few_decades(ax)
+            ax.tick_params(labelleft=ax is row[0])
         row[0].set_ylabel("alignment")
-    figure.supxlabel("size of the update S_i(Δ) / S_i(base)", color=QUIET, size=9)
+    figure.text(0.5, 0.03, "size of the update S_i(Δ) / S_i(base)", color=QUIET, ha="center")
     if dots is not None:
-        bar = figure.colorbar(dots, ax=axes, shrink=0.5, aspect=22, label="update alignment")
+        width, height = figure.get_size_inches()
+        place = figure.add_axes((1 - 0.78 / width, 0.5 - 1.1 / height, 0.12 / width, 2.2 / height))
+        bar = figure.colorbar(dots, cax=place, label="update alignment")
         bar.outline.set_visible(False)
     return figure
 
@@ -242,10 +268,8 @@ def ratio_against_alignment(pair: Pair, label: str) -> Figure:
 def spectra(pair: Pair, label: str) -> Figure:
     """Spectra and alignment of the least and the most updated matrix. Source: Yu et al. 2026, Fig. 3B, C."""
     chosen = representatives(pair)
-    figure = Figure(figsize=(4.6 * len(chosen) if len(chosen) > 1 else 6.2, 5.6), layout="constrained")
     which = "the matrices with the smallest and the largest update at rank 1" if len(chosen) > 1 else "one matrix"
-    figure.suptitle(f"{label}: {which}", weight="bold", size=10.5, x=0.01, ha="left")
-    axes = figure.subplots(2, len(chosen), squeeze=False)
+    figure, axes = _grid(2, len(chosen), (3.8 if len(chosen) > 1 else 5.4, 2.05), f"{label}: {which}", between=0.8)
     for column, m in zip(axes.T, chosen, strict=True):
         column[0].set_title(_plain(pair.matrices["name"][m], 52), size=7.5)
         for i, name in enumerate(("base", "tuned", "delta")):
@@ -307,9 +331,42 @@ OF_PAIR: dict[str, Callable[[Pair, str], Figure]] = {
 
 
 def _panels(n: int, title: str) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(8.6 if n > 1 else 6.4, 3.9), layout="constrained")
-    figure.suptitle(title, weight="bold", size=11, x=0.01, ha="left")
-    return figure, figure.subplots(1, n, squeeze=False)[0]
+    figure, axes = _grid(1, n, (3.6 if n > 1 else 5.6, 2.7), title, between=0.75, below=0.95)
+    return figure, axes[0]
+
+
+def _grid(
+    down: int,
+    across: int,
+    size: tuple[float, float],
+    title: str,
+    *,
+    between: float = 0.3,
+    right: float = 0.15,
+    left: float = 0.7,
+    below: float = 0.6,
+) -> tuple[Figure, Any]:
+    """Panels of a size in inches, on fixed places: an automatic layout would draw everything several times."""
+    top, gap = 0.7, 0.62
+    width = left + across * size[0] + (across - 1) * between + right
+    height = top + down * size[1] + (down - 1) * gap + below
+    figure = Figure(figsize=(width, height))
+    size_in_points = min(11.0, 72 * (width - 0.2) / (0.68 * len(title)))  # a long title shrinks to fit
+    figure.text(0.12 / width, 1 - 0.28 / height, title, weight="bold", size=size_in_points)
+    axes = figure.subplots(
+        down,
+        across,
+        squeeze=False,
+        gridspec_kw={
+            "left": left / width,
+            "right": 1 - right / width,
+            "top": 1 - top / height,
+            "bottom": below / height,
+            "wspace": between / size[0],
+            "hspace": gap / size[1],
+        },
+    )
+    return figure, axes
 
 
 def _curves(
@@ -341,7 +398,17 @@ def _legend(figure: Figure, ax: Any, labels: Sequence[str], extra: str = "", ext
         handles.append(Line2D([], [], color=QUIET, lw=1.2, ls=extra_dash))
         names.append(extra)
     columns = max(1, min(len(names), int(100 / (8 + max(map(len, names), default=1)))))
-    figure.legend(handles, names, loc="outside lower left", ncols=columns, fontsize=8.5)
+    rows = -(-len(names) // columns)
+    if rows > 2:  # many pairs: the figure grows below by what the legend needs beyond the space that there is
+        more = 0.19 * (rows - 2)
+        width, height = figure.get_size_inches()
+        figure.set_size_inches(width, height + more)
+        for panel in figure.axes:
+            x, y, w, h = panel.get_position().bounds
+            panel.set_position((x, (y * height + more) / (height + more), w, h * height / (height + more)))
+        for text in figure.texts:
+            text.set_y(1 - 0.28 / (height + more))
+    figure.legend(handles, names, loc="lower left", ncols=columns, fontsize=8.5, borderaxespad=0.4)
 
 
 def _chance(pairs: Sequence[Pair], side: str) -> list[tuple[int, float, int]]:

@@ -1,4 +1,4 @@
-"""The page: one HTML file with its data, its style and its drawing code inside, that asks nothing of the network."""
+"""The page: one HTML file with data, style and drawing code inside, that asks nothing of the network."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
@@ -53,9 +52,7 @@ TABLE = (
 """Columns of the table of matrices: key, heading, meaning, number format."""
 
 
-def render(
-    manifest: dict[str, Any], rows: pa.Table, pairs: list[Pair], bands: list[dict[str, dict[str, Band]]]
-) -> bytes:
+def render(manifest: dict[str, Any], pairs: list[Pair], bands: list[dict[str, dict[str, Band]]]) -> bytes:
     """The page as UTF-8."""
     points = sum(len(pair) for pair in pairs)
     limit = int(np.clip(MOST_POINTS // max(1, points), 32, MOST_RANKS))
@@ -71,7 +68,7 @@ def render(
     text = environment.get_template("page.html").render(
         manifest=manifest,
         manifest_text=json.dumps(manifest, indent=1, ensure_ascii=False),
-        pairs=[_about(pair, manifest, rows) for pair in pairs],
+        pairs=[_about(pair, manifest) for pair in pairs],
         headings=HEADINGS,
         signs=VERDICTS,
         style=Markup(_asset("page.css")),
@@ -83,13 +80,13 @@ def render(
     return text.encode("utf-8", "replace")
 
 
-def _about(pair: Pair, manifest: dict[str, Any], rows: pa.Table) -> dict[str, Any]:
+def _about(pair: Pair, manifest: dict[str, Any]) -> dict[str, Any]:
     """What the page says in words and in its summary table about a pair."""
     about = manifest["pairs"][pair.label]
-    lines = [cells(line) for line in summarise(rows, pair.label)]
+    lines = [cells(line) for line in summarise(pair.rows, pair.label)]
     return {
         "label": pair.label,
-        "verdict": judge(rows, pair.label),
+        "verdict": judge(pair.rows, pair.label),
         "lines": lines,
         "notes": about["notes"],
         "architecture": about["architecture"],

@@ -62,9 +62,9 @@ def by_reason(skipped: Iterable[dict[str, str]]) -> dict[str, list[str]]:
 
 def summary_html(comparison: Comparison) -> str:
     """A comparison as a notebook shows it: for each pair its verdict, its table, and what was left out."""
+    verdicts, summaries = comparison.verdicts, comparison.summaries  # each is computed anew at every access
     parts = [
-        _notebook_pair(label, comparison.verdicts[label], comparison.summaries[label], comparison.manifest)
-        for label in comparison.pairs
+        _notebook_pair(label, verdicts[label], summaries[label], comparison.manifest) for label in comparison.pairs
     ]
     failed = "".join(f"<li>{escape(f['error'])}</li>" for f in comparison.failed)
     if failed:
@@ -112,7 +112,7 @@ def _notebook_pair(label: str, verdict: Verdict, lines: Sequence[RoleSummary], m
     return (
         f'<p style="margin:.4em 0;overflow-wrap:anywhere"><b>{escape(label)}</b><br>'
         f"{VERDICTS[verdict.kind]} {escape(verdict.sentence)}{notes}</p>"
-        f'<table style="border-collapse:collapse;background:none;margin:0"><thead><tr>{head}</tr><tr>{sides}</tr></thead>'
-        f"<tbody>{body}</tbody></table>"
+        f'<table style="border-collapse:collapse;background:none;margin:0">'
+        f"<thead><tr>{head}</tr><tr>{sides}</tr></thead><tbody>{body}</tbody></table>"
         + (f'<p style="margin:.4em 0 1em;opacity:.8">Not compared: {escape(left_out)}</p>' if left_out else "")
     )

@@ -58,15 +58,15 @@ function atRank(pair, measure, matrix, rank) {
 
 // --- words and colours --------------------------------------------------------------------------------------------
 
-const escapes = { "&": "&amp;", "<": "&lt;", ">": "&gt;" };
-const safe = (text) => String(text).replace(/[&<>]/g, (c) => escapes[c]);
-const wrapped = (text) => safe(text.replace(/(.{44})/gu, "$1\n")).replace(/\n/g, "<br>");
+const escapes = { "&": "&amp;", "<": "&lt;", ">": "&gt;", "$": "&#36;" };  // $…$ would be read as TeX
+const safe = (text) => String(text).replace(/[&<>$]/g, (c) => escapes[c]);
+const wrapped = (text) => text.match(/.{1,44}/gsu).map(safe).join("<br>");
 const isNumber = (v) => v !== null && v !== undefined && Number.isFinite(v);
 const short = (v, digits = 3) => {
   if (v === Infinity) return "∞";
   if (!isNumber(v)) return "–";
   return (v !== 0 && (Math.abs(v) < 1e-3 || Math.abs(v) >= 1e5) ? v.toExponential(digits - 1)
-    : String(Number(v.toPrecision(digits)))).replace("-", "−");
+    : String(Number(v.toPrecision(digits)))).replaceAll("-", "−");
 };
 const bounded = (bound) => (isNumber(bound) ? `error at most ${short(bound, 2)}` : "error: rounding only");
 const blockName = (block) => (block === null ? "–" : String(block));

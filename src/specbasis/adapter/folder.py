@@ -1,0 +1,324 @@
+"""An adapter folder as the command line sees it: look into it, verify it against a base, merge it, export it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from specbasis.adapter import functional
+from specbasis.adapter.diagnostics import diagnose
+from specbasis.adapter.layer import compute_basis
+from specbasis.adapter.proof import Proof, align, check_format, check_stored, weight_digest
+from specbasis.checkpoint import Checkpoint, open_checkpoint
+from specbasis.errors import InputError
+from specbasis.svd import decompose
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_TASKS = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class StoredLayer:
+    """One adapted matrix as the folder holds it; U and Vh are None where the basis was not saved."""
+
+    module: str
+    M: Tensor
+    proof: Proof
+    scale: str
+    U: Tensor | None
+    Vh: Tensor | None
+
+    @property
+    def core(self) -> Tensor:
+        """C in units of the weight, float64."""
+        return functional.core(self.M.double(), self.proof.S.double(), self.scale)
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterFolder:
+    """A spectral adapter on disk: its configuration, its adapted matrices, and the modules saved whole."""
+
+    path: Path
+    config: Mapping[str, Any]
+    layers: tuple[StoredLayer, ...]
+    whole: Mapping[str, Tensor]
+
+
+def read_folder(path: str | Path) -> AdapterFolder:
+    """Read an adapter folder as ``save_pretrained`` writes it.
+
+    Raises:
+        InputError: a file is missing or damaged, or the folder holds another kind of adapter.
+    """
+    path = Path(path)
+    for name in (CONFIG, WEIGHTS):
+        if not (path / name).is_file():
+            raise InputError(f"{path}: no {name}; want the folder of a saved adapter")
+    try:
+        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        kind = str(config["peft_type"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path / CONFIG}: not an adapter configuration ({error})") from None
+    if not kind.startswith("SPECTRAL"):
+        raise InputError(f"{path}: holds a {kind} adapter; want a spectral one")
+    held = open_checkpoint(path / WEIGHTS)
+    modules = [name.removesuffix(".spectral_M") for name in held if name.endswith(".spectral_M")]
+    if not modules:
+        raise InputError(f"{path / WEIGHTS}: holds no coefficients; save the adapter again")
+    return AdapterFolder(
+        path,
+        config,
+        tuple(_stored_layer(held, module, config, path) for module in modules),
+        {name.removeprefix(_PREFIX): held[name] for name in held if ".spectral_" not in name},
+    )
+
+
+def _stored_layer(held: Checkpoint, module: str, config: Mapping[str, Any], path: Path) -> StoredLayer:
+    parts = {key: f"{module}.spectral_{key}" for key in ("origin", "S", "sketch_U", "sketch_V")}
+    lacking = [name for name in parts.values() if name not in held]
+    if lacking:
+        raise InputError(
+            f"{path / WEIGHTS}: lacks {lacking[0]}, so nothing tells which basis its coefficients belong to"
+        )
+    U, Vh = (held.get(f"{module}.spectral_{key}") for key in ("U", "Vh"))
+    proof = Proof(*(held[name] for name in parts.values()))
+    return StoredLayer(
+        module.removeprefix(_PREFIX), held[f"{module}.spectral_M"], proof, str(config.get("scale", "none")), U, Vh
+    )
+
+
+def info(folder: str | Path) -> dict[str, Any]:
+    """What an adapter holds and what it did, from its own file: counts, intervals, drift, rotation, condition.
+
+    Raises:
+        InputError: see `read_folder`.
+    """
+    adapter = read_folder(folder)
+    rows = []
+    for layer in adapter.layers:
+        found = diagnose(layer.core, layer.proof.S)
+        rows.append(
+            {
+                "module": layer.module,
+                "weight": f"{layer.proof.shape[0]} × {layer.proof.shape[1]} {layer.proof.dtype}",
+                "interval": layer.proof.interval,
+                "parameters": layer.M.numel(),
+                "drift": found.drift,
+                "S_before": [float(layer.proof.S[0]), float(layer.proof.S[-1])],
+                "S_after": [float(found.S[0]), float(found.S[-1])],
+                "mean_left_alignment": float(found.left.mean()),
+                "mean_right_alignment": float(found.right.mean()),
+                "condition": found.condition,
+                "basis_saved": layer.U is not None,
+            }
+        )
+    return {
+        "folder": str(folder),
+        "base": adapter.config.get("base_model_name_or_path"),
+        "basis": adapter.config.get("basis"),
+        "scale": adapter.config.get("scale"),
+        "adapter_parameters": sum(layer.M.numel() for layer in adapter.layers),
+        "head_parameters": sum(tensor.numel() for tensor in adapter.whole.values()),
+        "layers": rows,
+    }
+
+
+def verify(folder: str | Path, base: str | Path | None = None) -> list[dict[str, Any]]:
+    """Check that an adapter's coefficients meet the basis they were trained in, in this base.
+
+    Args:
+        folder: the adapter folder.
+        base: the base model's checkpoint; by default the one that the adapter names.
+
+    Returns:
+        One row for each adapted matrix: module, interval, and how its basis was found.
+
+    Raises:
+        InputError: any vector is not the trained one; the message names the layer and the reason.
+    """
+    adapter = read_folder(folder)
+    checkpoint = open_checkpoint(_base_path(adapter, base))
+    rows = []
+    for layer in adapter.layers:
+        _basis(layer, adapter, checkpoint)
+        found = "stored with the adapter" if layer.U is not None else "decomposed again, every vector equal"
+        rows.append({"module": layer.module, "interval": layer.proof.interval, "basis": found})
+    return rows
+
+
+def export_lora(
+    folder: str | Path, output: str | Path, base: str | Path | None = None, rank: int | None = None
+) -> Path:
+    """Write the adapter as a LoRA that PEFT loads without specbasis: B = U C, A = Vh, scaling 1.
+
+    Exact, and no matrix is decomposed, unless ``rank`` truncates: then the best approximation of that rank, from
+    the
+    SVD of the r × r core alone, C ≈ P diag(s) Qᵀ, B = U P diag(s), A = Qᵀ Vh.
+
+    Args:
+        folder: the adapter folder.
+        output: the new folder.
+        base: the base model's checkpoint; needed where the basis was not saved, and for convolutions.
+        rank: at most this rank for every layer.
+
+    Raises:
+        InputError: the basis is not the trained one, the rank is below 1, or the output exists and is not a folder.
+    """
+    adapter = read_folder(folder)
+    if rank is not None and rank < 1:
+        raise InputError(f"got rank = {rank}; want at least 1")
+    need = base is not None or any(layer.U is None for layer in adapter.layers)
+    checkpoint = open_checkpoint(_base_path(adapter, base)) if need else None
+    tensors: dict[str, Tensor] = {_PREFIX + name: tensor for name, tensor in adapter.whole.items()}
+    ranks: dict[str, int] = {}
+    transposed = False
+    for layer in adapter.layers:
+        U, Vh, kernel, is_transposed = _basis(layer, adapter, checkpoint)
+        B, A = _lora_factors(U.double(), layer.core, Vh.double(), rank)
+        ranks[layer.module] = B.shape[1]
+        transposed |= is_transposed
+        if len(kernel) == 2:
+            A, B = A.view(len(A), -1, *kernel), B[:, :, None, None]
+        tensors[f"{_PREFIX}{layer.module}.lora_A.weight"] = A.float().contiguous()
+        tensors[f"{_PREFIX}{layer.module}.lora_B.weight"] = B.float().contiguous()
+    common = max(ranks.values())
+    config = {
+        "peft_type": "LORA",
+        "task_type": adapter.config.get("task_type"),
+        "auto_mapping": adapter.config.get("auto_mapping"),
+        "base_model_name_or_path": adapter.config.get("base_model_name_or_path"),
+        "revision": adapter.config.get("revision"),
+        "inference_mode": True,
+        "r": common,
+        "lora_alpha": common,
+        "rank_pattern": {module: r for module, r in ranks.items() if r != common},
+        "alpha_pattern": {module: r for module, r in ranks.items() if r != common},
+        "target_modules": sorted(ranks),
+        "modules_to_save": adapter.config.get("modules_to_save"),
+        "fan_in_fan_out": transposed,
+        "bias": "none",
+        "lora_dropout": 0.0,
+    }
+    output = Path(output)
+    if output.exists() and not output.is_dir():
+        raise InputError(f"{output}: is a file; want a folder to write to")
+    output.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, output / WEIGHTS, metadata={"format": "pt"})
+    (output / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return output
+
+
+def _lora_factors(U: Tensor, C: Tensor, Vh: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
+    if rank is None or rank >= len(C):
+        return U @ C, Vh
+    core = decompose(C, ranks=rank, name="core")
+    return U @ (core.U * core.S), core.Vh @ Vh
+
+
+def _basis(
+    layer: StoredLayer, adapter: AdapterFolder, base: Checkpoint | None
+) -> tuple[Tensor, Tensor, tuple[int, ...], bool]:
+    """The proven basis of a stored layer, its kernel size if it is a convolution, and whether it is stored
+    (in, out).
+    """
+    name = f"{adapter.path}: {layer.module}"
+    if base is None:
+        assert layer.U is not None
+        assert layer.Vh is not None
+        return layer.U, layer.Vh, (), False
+    stored = base[_parameter(base, f"{layer.module}.weight")]
+    W, is_transposed = stored.flatten(1), False
+    if stored.ndim == 2 and tuple(stored.shape) == layer.proof.shape[::-1]:
+        # Square matrices: the digest tells which way round it was trained.
+        W, is_transposed = _oriented(stored, layer.proof)
+    kernel = tuple(stored.shape[2:])
+    kind = str(adapter.config.get("basis", "pretrained"))
+    if layer.U is not None and layer.Vh is not None:
+        check_stored(layer.proof, layer.U, layer.Vh, W, name, singular=kind == "pretrained")
+        return layer.U, layer.Vh, kernel, is_transposed
+    check_format(layer.proof, W, name)
+    found = align(layer.proof, compute_basis(W, layer.proof.interval, kind, name), W, name)
+    return found.U, found.Vh, kernel, is_transposed
+
+
+def _oriented(stored: Tensor, proof: Proof) -> tuple[Tensor, bool]:
+    if stored.shape[0] != stored.shape[1]:
+        return stored.mT, True
+    return (stored.mT, True) if weight_digest(stored.mT) == proof.digest else (stored, False)
+
+
+def _parameter(base: Checkpoint, name: str) -> str:
+    if name in base:
+        return name
+    found = [key for key in base if key.endswith(f".{name}") or name.endswith(f".{key}")]
+    if len(found) != 1:
+        raise InputError(
+            f"{base.source}: {len(found)} parameters match {name}; want the base that the adapter was trained on"
+        )
+    return found[0]
+
+
+def _base_path(adapter: AdapterFolder, base: str | Path | None) -> str:
+    named = base or adapter.config.get("base_model_name_or_path")
+    if not named:
+        raise InputError(f"{adapter.path}: the adapter does not name its base; give the base model's folder")
+    if not Path(str(named)).exists():
+        raise InputError(f"{named}: no such file or folder; give the base model's folder")
+    return str(named)
+
+
+def merge(folder: str | Path, output: str | Path, base: str | Path | None = None) -> Path:
+    """Write the dense model W + U C Vh, head included, as an ordinary transformers folder.
+
+    Sums are formed in float64 and rounded once to the base's dtype. Needs transformers and peft.
+
+    Raises:
+        InputError: the basis is not the trained one, or the base cannot be loaded for the adapter's task.
+    """
+    import transformers
+    from peft import PeftModel
+
+    from specbasis.adapter import peft_bridge  # noqa: F401  registers the method
+
+    adapter = read_folder(folder)
+    place = _base_path(adapter, base)
+    mapping = adapter.config.get("auto_mapping") or {}
+    task = _TASKS.get(str(adapter.config.get("task_type")), mapping.get("base_model_class", "AutoModel"))
+    model_class = getattr(transformers, task, None)
+    if model_class is None:
+        raise InputError(
+            f"{folder}: made for a {task}, which is not a class of transformers; merge it in your own code"
+        )
+    labels = [
+        tensor.shape[0]
+        for name, tensor in adapter.whole.items()
+        if name.endswith("weight") and task == _TASKS["SEQ_CLS"] and name.split(".")[0] in ("classifier", "score")
+    ]
+    options = {"num_labels": labels[-1]} if labels else {}
+    model = model_class.from_pretrained(place, dtype="auto", trust_remote_code=False, **options)
+    merged = PeftModel.from_pretrained(model, str(folder)).merge_and_unload(safe_merge=True)
+    output = Path(output)
+    merged.save_pretrained(output)
+    for file in sorted(Path(place).iterdir()) if Path(place).is_dir() else []:
+        if (
+            file.is_file()
+            and not file.is_symlink()
+            and (file.name.startswith(("tokenizer", "vocab", "special_tokens", "spm", "merges")))
+        ):
+            shutil.copy2(file, output / file.name)
+    return output

@@ -1,0 +1,58 @@
+"""What an adapter trains besides its cores: a task head or pooler that the base checkpoint lacks; and the
+counts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+_LOADED = "_is_hf_initialized"  # transformers marks every parameter that came from the checkpoint
+
+
+def fresh_modules(model: nn.Module) -> list[str]:
+    """Modules that transformers' loading report lists as missing: random, because the checkpoint lacks their
+    weights.
+
+    Reads the mark that ``from_pretrained`` leaves on each loaded parameter. Only modules outside of the model's
+    backbone, or directly below it (a pooler), are considered. Empty for a model that was not loaded from a
+    checkpoint, where all or nothing is random.
+    """
+    parameters = dict(model.named_parameters())
+    if not any(getattr(parameter, _LOADED, False) for parameter in parameters.values()):
+        return []
+    backbone = getattr(model, "base_model", model)
+    candidates = [(name, module) for name, module in model.named_children() if module is not backbone]
+    if isinstance(backbone, nn.Module) and backbone is not model:
+        prefix = next((name for name, module in model.named_modules() if module is backbone), "")
+        candidates += [(f"{prefix}.{name}", module) for name, module in backbone.named_children()]
+    return [
+        name
+        for name, module in candidates
+        if list(module.parameters()) and not any(getattr(p, _LOADED, False) for p in module.parameters())
+    ]
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Numbers of parameters: cores in training, other modules in training (head, pooler), and the whole model."""
+
+    adapter: int
+    head: int
+    total: int
+
+    def __str__(self) -> str:
+        named = {"adapter": self.adapter, "head": self.head, "all": self.total}
+        return " || ".join(f"{name} parameters: {count:,}" for name, count in named.items())
+
+
+def parameter_counts(model: nn.Module) -> ParameterCounts:
+    """Trainable parameters of the adapters and of the head apart, and all parameters.
+
+    Papers on finetuning with few parameters count the adapter alone (Yu et al. 2026, Tab. 1); a head is trained all
+    the same.
+    """
+    trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    adapter = sum(count for name, count in trained.items() if ".spectral_M." in f".{name}")
+    return ParameterCounts(adapter, sum(trained.values()) - adapter, sum(p.numel() for p in model.parameters()))

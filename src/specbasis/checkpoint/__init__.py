@@ -1,0 +1,90 @@
+"""A checkpoint as a lazy mapping from parameter name to tensor, whatever it is stored in.
+
+Weights are data: nothing is unpickled that could run code, no path is followed out of its folder, and names are
+checked before they reach a terminal. Nothing here knows what a parameter means.
+
+A *source* is what a user writes. It is located (places: a folder on disk or on the Hub), the weights in it are
+chosen by name (choice), and each file is opened by kind (readers).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from specbasis.checkpoint.choice import open_place
+from specbasis.checkpoint.entry import Checkpoint, Entry
+from specbasis.checkpoint.peft import is_adapter, open_adapter
+from specbasis.checkpoint.places import locate
+from specbasis.checkpoint.readers import tensor_entries
+from specbasis.errors import InputError
+
+__all__ = ["Checkpoint", "Entry", "content_sha256", "open_checkpoint", "open_tuned", "sha256"]
+
+
+def open_checkpoint(source: str | Path | Mapping[str, Tensor], *, stream: bool = False) -> Checkpoint:
+    """Open a checkpoint without reading its tensors.
+
+    Args:
+        source: one of
+
+            - a `.safetensors` file; a torch file (`.pt .pth .bin .ckpt …`, told by content, not by name); an ONNX
+              or GGUF file with floating-point weights (extras ``onnx``, ``gguf``);
+            - a folder with one, sharded with an index or not (Hugging Face layout);
+            - ``hub:org/name@revision/subfolder`` (revision and subfolder may be left out, the subfolder may be a
+              file), a bare ``org/name`` where no such path exists, ``timm:name`` (extra ``hub``);
+            - ``pkg:package/path/to/file``: a resource inside an installed package, which is not imported;
+            - any of these with ``#key.key``: a dictionary nested in a torch file;
+            - a mapping from names to tensors, such as a `state_dict`; a `Checkpoint` is returned as it is.
+        stream: for a repository on the Hub, read only the byte ranges of the tensors that are read, and write
+            nothing to disk; each reading of a tensor is a request. Otherwise a shard is downloaded into the
+            client's cache when a tensor of it is first read. No effect on local sources.
+
+    Raises:
+        InputError: nothing there, not a checkpoint, truncated, corrupted, needing code to unpickle, leading out of
+            its folder, quantised, an adapter without its base, or holding no tensors.
+    """
+    if isinstance(source, Checkpoint):
+        return source
+    if isinstance(source, Mapping):
+        checkpoint = Checkpoint("state_dict", tensor_entries(source, "state_dict"))
+        if not checkpoint.entries:
+            raise InputError("state_dict: holds no tensors; want a mapping from names to tensors")
+        return checkpoint
+    return open_place(*locate(source, stream=stream))
+
+
+def open_tuned(source: str | Path | Mapping[str, Tensor], base: Checkpoint, *, stream: bool = False) -> Checkpoint:
+    """Open the tuned side of a comparison: a checkpoint, or a PEFT adapter of the base.
+
+    Args:
+        source: as in `open_checkpoint`, or an adapter's folder on disk or on the Hub (``adapter_config.json``).
+        base: the model that it was tuned from.
+        stream: as in `open_checkpoint`; an adapter's own small file is read whole.
+
+    Raises:
+        InputError: as `open_checkpoint`, and as `peft.open_adapter`.
+    """
+    if isinstance(source, Mapping):
+        return open_checkpoint(source)
+    place, key = locate(source, stream=stream)
+    return open_adapter(place, base) if is_adapter(place) else open_place(place, key)
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def content_sha256(checkpoint: Checkpoint) -> str:
+    """SHA-256 over the names, shapes, dtypes and bytes of every tensor, for a checkpoint that has no files."""
+    digest = hashlib.sha256()
+    for name, entry in checkpoint.entries.items():
+        digest.update(f"{name} {entry.shape} {entry.dtype}\n".encode())
+        digest.update(checkpoint[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

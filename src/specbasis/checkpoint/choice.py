@@ -1,0 +1,206 @@
+"""Choice: which files of a place hold the model, by their names and the index, each shard checked against it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from specbasis.checkpoint.entry import Checkpoint, Entry, check_names, json_object, no_key, reading, shown
+from specbasis.checkpoint.places import Place
+from specbasis.checkpoint.readers import with_scale
+from specbasis.errors import InputError
+
+USUAL = tuple(
+    name + ending
+    for name in ("model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin",
+                 "diffusion_pytorch_model.bin")
+    for ending in ("", ".index.json")
+)  # fmt: skip
+"""The names that transformers and diffusers look for, in their order."""
+
+_PATTERNS = ("*.safetensors.index.json", "*.bin.index.json", "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt",
+             "*.gguf", "*.onnx", "*.h5", "*.msgpack", "*.ckpt.index")  # fmt: skip
+
+_BESIDE = ("adapter_model.*", "training_args.bin", "optimizer*", "scheduler*", "scaler*", "rng_state*",
+           "random_states*", "openvino_*")  # fmt: skip
+"""Files that lie beside a model's weights and are not them."""
+
+_SHARD = re.compile(r"^(.*)-(\d{5})-of-(\d{5})(\..*)$")
+
+
+def open_place(place: Place, key: str = "") -> Checkpoint:
+    """Open the weights in a place: the file that was named, the usual names, an index, or complete shards.
+
+    Raises:
+        InputError: as `open_checkpoint`.
+    """
+    with reading(place.source):
+        names = [place.given] if place.given else _choose(place)
+        notes: list[str] = []
+        entries: Mapping[str, Entry]
+        if names[0].endswith(".index.json"):
+            no_key(key, place.source)
+            entries, names, notes = _open_index(place, names[0])
+        elif place.given or (len(names) == 1 and not _SHARD.match(names[0])):
+            entries = place.entries(names[0], key)
+        else:
+            no_key(key, place.source)
+            entries = _open_shards(place, names)
+        if not entries:
+            raise InputError(f"{place.source}: holds no tensors")
+        config, config_notes = read_config(place, "config.json")
+        files, digests = place.provenance(names)
+        notes = [*notes, *config_notes, *_beside(place, names)]
+        return Checkpoint(place.source, entries, files, config, place.revision, digests, tuple(notes))
+
+
+def read_config(place: Place, name: str) -> tuple[dict[str, Any], list[str]]:
+    """A JSON object as data, empty where there is none, and notes of what was wrong; code it names is never run."""
+    if name not in (_siblings(place) if place.given else place.names):
+        return {}, []
+    try:
+        return json_object(place.text(name)), []
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        return {}, [f"{name} is not a JSON object and was ignored"]
+
+
+def _siblings(place: Place) -> Collection[str]:
+    """Names beside a file that the user named: a folder that cannot be listed is no reason to refuse the file."""
+    try:
+        return place.names
+    except OSError:
+        return ()
+
+
+def _choose(place: Place) -> list[str]:
+    """Names of the files that hold a place's weights."""
+    names = [name for name in place.names if not any(fnmatchcase(name, pattern) for pattern in _BESIDE)]
+    for usual in USUAL:
+        if usual in names:
+            return [usual]
+    for pattern in _PATTERNS:
+        found = sorted(name for name in names if fnmatchcase(name, pattern))
+        if found and found[0].endswith(".index.json") and len(found) > 1:
+            raise _ambiguous(place, found)
+        if found:
+            return found
+    if "adapter_config.json" in place.names:
+        raise InputError(
+            f"{place.source}: a PEFT adapter, which is a change to a model and none by itself; give it as the "
+            "tuned side of a comparison with its base"
+        )
+    below = sorted({path.split("/")[0] for path in place.below() if Path(path).suffix in (".safetensors", ".bin")})
+    hint = f"; there are some in its folders {', '.join(map(shown, below[:6]))}: name one" if below else ""
+    raise InputError(f"{place.source}: no weights in this folder; want one of {', '.join(_PATTERNS[2:7])}{hint}")
+
+
+def _beside(place: Place, names: list[str]) -> list[str]:
+    """Notes of what was not read: the other shards of one that was named, the same model in shards, an adapter."""
+    shard = _SHARD.match(place.given)
+    if shard:
+        return [f"{shown(place.given)} is one of {int(shard.group(3))} shards; only its tensors were read"]
+    others = () if place.given else (f"{names[0]}.index.json", "adapter_config.json")
+    return [f"{other} lies beside the weights and was not read" for other in others if other in place.names]
+
+
+def _open_index(place: Place, index: str) -> tuple[Mapping[str, Entry], list[str], list[str]]:
+    """The shards that an index names: each must be there and, when opened, hold what the index says and no more."""
+    try:
+        weight_map = json_object(place.text(index))["weight_map"]
+        shards = sorted(set(weight_map.values()))
+        if not all(isinstance(shard, str) for shard in shards):
+            raise TypeError
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"{place.source}: {index} is not an index (want a JSON object whose weight_map maps names to files)"
+        ) from error
+    check_names(weight_map, place.source)
+    for shard in shards:
+        place.require(shard)
+    unlisted = set(place.names) - set(shards)
+    series = {found.group(1, 3, 4) for shard in shards if (found := _SHARD.match(shard))}
+    for name in sorted(unlisted):
+        found = _SHARD.match(name)
+        if found and found.group(1, 3, 4) in series:
+            raise InputError(
+                f"{place.source}: {shown(name)} is here, and {index} does not list it; repair the index or remove "
+                "the file"
+            )
+    entries = _Sharded(weight_map, index, place)
+    if place.eager:
+        for shard in shards:
+            entries.part(shard)
+    left = [name for name in sorted(unlisted) if name.endswith(Path(shards[0]).suffix)] if shards else []
+    left = [name for name in left if not any(fnmatchcase(name, pattern) for pattern in _BESIDE)]
+    notes = [f"not in {index} and not read: {', '.join(map(shown, left))}"] if left else []
+    return entries, shards, notes
+
+
+class _Sharded(Mapping[str, Entry]):
+    """Entries of several files, each opened when one of its names is first looked up."""
+
+    def __init__(self, weight_map: dict[str, str], index: str, place: Place) -> None:
+        self._weight_map = weight_map
+        self._index = index
+        self._place = place
+        self._parts: dict[str, Mapping[str, Entry]] = {}
+
+    def part(self, shard: str) -> Mapping[str, Entry]:
+        if shard not in self._parts:
+            source = self._place.source
+            part = self._place.entries(shard)
+            listed = {name for name, where in self._weight_map.items() if where == shard}
+            for name in sorted(listed - set(part)):
+                raise InputError(f"{source}: {self._index} puts {name!r} into {shard}, which does not hold it")
+            for name in sorted(set(part) - listed):
+                also = self._weight_map.get(name)
+                raise InputError(
+                    f"{source}: {shard} holds {len(set(part) - listed)} tensors that {self._index} "
+                    f"{f'puts into {also}' if also else 'does not list'}, e.g. {name!r}; repair the index"
+                )
+            self._parts[shard] = part
+        return self._parts[shard]
+
+    def __getitem__(self, name: str) -> Entry:
+        with reading(self._place.source):
+            return with_scale(self.part(self._weight_map[name])[name], name, self._weight_map)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._weight_map
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weight_map)
+
+    def __len__(self) -> int:
+        return len(self._weight_map)
+
+
+def _open_shards(place: Place, names: list[str]) -> dict[str, Entry]:
+    """Open shards that no index names, when their own numbering shows that none is missing."""
+    numbers = [_SHARD.match(name) for name in names]
+    series = {number.group(1, 3, 4) if number else None for number in numbers}
+    if len(series) != 1 or None in series:
+        raise _ambiguous(place, names)
+    expected = int(next(number.group(3) for number in numbers if number))
+    if sorted(int(number.group(2)) for number in numbers if number) != list(range(1, expected + 1)):
+        raise InputError(f"{place.source}: {len(names)} of {expected} shards are here, and no index names them all")
+    entries: dict[str, Entry] = {}
+    for shard in names:
+        part = place.entries(shard)
+        twice = sorted(set(part) & set(entries))
+        if twice:
+            raise InputError(f"{place.source}: {twice[0]!r} is in {shown(shard)} and in another shard")
+        entries |= part
+    return {name: with_scale(entry, name, entries) for name, entry in entries.items()}
+
+
+def _ambiguous(place: Place, names: list[str]) -> InputError:
+    some = ", ".join(map(shown, names[:4])) + (", …" if len(names) > 4 else "")
+    return InputError(f"{place.source}: several weights files ({some}) and nothing says which; name one")

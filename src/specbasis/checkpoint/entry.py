@@ -1,0 +1,184 @@
+"""What a checkpoint is: a lazy mapping from parameter name to tensor, and the checks that every reader shares."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import Tensor
+
+from specbasis.errors import InputError
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One stored tensor, known from headers alone: its shape, its dtype, and how to read it.
+
+    Attributes:
+        shape: as stored.
+        dtype: torch's name of the stored numbers without ``torch.``; other formats' names in lower case. A float8
+            tensor whose scales are stored beside it is ``scaled float8_…``: without them its numbers mean nothing.
+        load: reads the tensor.
+        factors: for a low-rank update of another checkpoint's tensor, reads (B, A) with
+            tuned.reshape(shape[0], -1) = base.reshape(shape[0], -1) + B A.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    load: Callable[[], Tensor] = field(repr=False, compare=False)
+    factors: Callable[[], tuple[Tensor, Tensor]] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the stored numbers are floating-point."""
+        return self.dtype.startswith(("float", "bfloat"))
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint(Mapping[str, Tensor]):
+    """Parameter name → tensor, read on access, one tensor in memory at a time.
+
+    Attributes:
+        source: what the user called it.
+        entries: name → shape, dtype and reader, in file order. On the Hub, a shard is first contacted when an entry
+            of it is looked up; the names alone cost nothing where there is an index.
+        files: the files on disk that hold the weights, for provenance.
+        config: the model's config.json where there is one, else empty.
+        revision: the commit, for a repository on the Hub.
+        digests: file name → digest as the Hub lists it at that commit, ``sha256:…`` or, for a small file that is
+            kept in git itself, ``git-sha1:…``. Empty for files on disk.
+        notes: what a person should know about how it was read, one sentence each.
+    """
+
+    source: str
+    entries: Mapping[str, Entry]
+    files: tuple[Path, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
+    revision: str = ""
+    digests: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def __getitem__(self, name: str) -> Tensor:
+        with reading(self.source):
+            return self.entries[name].load()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def delta_factors(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """The factors (B, A) of a low-rank update: tuned − base = B A, both reshaped to (shape[0], -1).
+
+        None where the tensor is no low-rank update of the base. Sign, scale and storage order (a Conv1D is stored
+        (in, out)) are already in the factors.
+        """
+        factors = self.entries[name].factors
+        with reading(self.source):
+            return None if factors is None else factors()
+
+    def select(self, names: Iterable[str]) -> Checkpoint:
+        """The same checkpoint with these names only; shards that hold none of them are not contacted."""
+        return replace(self, entries={name: self.entries[name] for name in names})
+
+
+# --- checks that every reader shares ------------------------------------------------------------------------------
+
+
+def json_object(text: bytes) -> dict[str, Any]:
+    """A JSON object, or ValueError."""
+    try:
+        found = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"want a JSON object, got {type(found).__name__}")
+    return found
+
+
+def no_key(key: str, source: str) -> None:
+    """Refuse a nested key where there are no dictionaries."""
+    if key:
+        raise InputError(
+            f"{source}: '#{key}' addresses a dictionary inside one torch file, but this is none; leave it out"
+        )
+
+
+def check_names(names: Iterable[str], source: str) -> None:
+    """Refuse names that would do something to a terminal."""
+    for name in names:
+        if not name.isprintable():
+            raise InputError(f"{source}: tensor name {name!r} has control characters and is refused")
+
+
+def shown(name: str) -> str:
+    """A name as it may reach a terminal."""
+    return name if name.isprintable() else repr(name)
+
+
+@contextmanager
+def reading(source: str) -> Iterator[None]:
+    """Turn what a reader raises on a damaged file into one line that names the source."""
+    try:
+        yield
+    except InputError:
+        raise
+    except SafetensorError as error:
+        raise InputError(f"{source}: truncated or corrupted safetensors file ({first_line(error)})") from error
+    except OSError as error:
+        raise InputError(f"{source}: cannot be read ({error.strerror or first_line(error)})") from error
+
+
+@contextmanager
+def parsing(name: str, source: str) -> Iterator[None]:
+    """Turn what a parser raises on a damaged file into one line.
+
+    A damaged file can make a parser fail in any way, and each of them means the same.
+    """
+    try:
+        yield
+    except (OSError, InputError):
+        raise
+    except Exception as error:
+        raise InputError(f"{source}: {shown(name)} is truncated or corrupted ({first_line(error)})") from error
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one short line."""
+    return shown(next(iter(str(error).strip().splitlines()), type(error).__name__)[:200])
+
+
+def is_plain(path: str) -> bool:
+    """Whether a relative path (or none) stays inside: no empty, . or .. part, no backslash, nothing unprintable."""
+    parts = path.split("/") if path else []
+    return path.isprintable() and "\\" not in path and not {"", ".", ".."} & set(parts)
+
+
+def inside(folder: Path, name: str, source: str) -> Path:
+    """Path of a file in a folder, refused where it leads out.
+
+    The Hub client's cache links snapshots/COMMIT/file to blobs of the same repository or of the whole cache: that
+    much is allowed.
+    """
+    path = folder / name
+    if not name or not is_plain(name):
+        raise InputError(f"{source}: {name!r} leads out of its folder and is refused")
+    if not path.exists():
+        raise InputError(f"{source}: {name} is missing")
+    root = folder.resolve()
+    roots = [root]
+    for parent in root.parents:
+        if parent.name == "snapshots" and "--" in parent.parent.name:
+            roots += [parent.parent / "blobs", parent.parent.parent / "blobs"]
+    if not any(path.resolve().is_relative_to(allowed) for allowed in roots):
+        raise InputError(f"{source}: {name} is a link out of its folder and is refused")
+    return path

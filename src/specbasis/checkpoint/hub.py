@@ -1,0 +1,370 @@
+"""The files of a repository on the Hub at one commit: listed, downloaded into the cache, or read by byte range.
+
+Nothing here knows what a file holds. The client is huggingface_hub (extra ``hub``): its cache, its token
+(``HF_TOKEN`` or ``hf auth login``), its endpoint (``HF_ENDPOINT``) and its offline switch (``HF_HUB_OFFLINE``) are
+the user's, as in every other tool.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import unquote
+
+from specbasis.checkpoint.entry import is_plain
+from specbasis.errors import InputError
+
+RETRIES = 5
+"""How often a request is repeated after a failure that can pass: no connection, cut off, 408, 429, 5xx."""
+
+WAIT_SECONDS = 8.0
+"""Wait before the first repetition; it doubles with each. A server's Retry-After wins, up to `MAX_WAIT_SECONDS`."""
+
+MAX_WAIT_SECONDS = 300.0
+
+T = TypeVar("T")
+
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Address:
+    """What ``hub:org/name@revision/subfolder`` names."""
+
+    repository: str
+    revision: str = "main"
+    subfolder: str = ""
+
+
+def parse_address(source: str) -> Address:
+    """Read ``hub:org/name[@revision][/subfolder]``, the same without ``hub:``, or ``timm:name[@revision]``.
+
+    A slash inside a revision is written %2F; ``refs/pr/1`` needs no such care. timm's models live in the Hub's
+    ``timm`` organisation under the name of architecture and pretrained tag.
+
+    Raises:
+        InputError: not of this form, or a subfolder that leads out of the repository.
+    """
+    scheme, colon, rest = source.partition(":")
+    if not colon:
+        scheme, rest = "hub", source
+    name, at, tail = rest.partition("@")
+    if not at:
+        parts = name.split("/")
+        name, tail = "/".join(parts[:2]), "/".join(["", *parts[2:]])
+    depth = 3 if tail.startswith("refs/") else 1
+    pieces = tail.split("/")
+    revision, subfolder = unquote("/".join(pieces[:depth])), "/".join(pieces[depth:]).rstrip("/")
+    repository = f"timm/{name}" if scheme == "timm" else name
+    if (
+        not _REPOSITORY.fullmatch(repository)
+        or (at and not revision)
+        or not is_plain(revision)
+        or ".." in repository
+    ):
+        raise InputError(
+            f"{source!r}: not an address on the Hub; want hub:org/name@revision/subfolder (the last two may be "
+            "left out) or timm:name"
+        )
+    if not is_plain(subfolder):
+        raise InputError(f"{source!r}: the subfolder leads out of the repository and is refused")
+    return Address(repository, revision or "main", subfolder)
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file as the Hub lists it: length in bytes; SHA-256, or git's SHA-1 for a small file kept in git itself."""
+
+    size: int
+    sha256: str = ""
+    git_sha1: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Repository:
+    """One repository at one commit.
+
+    Attributes:
+        source: what the user called it, for errors.
+        name: ``org/name``.
+        commit: the commit that the branch or tag stood for when it was opened.
+        files: path in the repository → length and digest; offline, what the cache holds of it, digests unknown.
+        revision: the branch, tag or commit that was asked for.
+        online: false when ``HF_HUB_OFFLINE`` is set; then only the cache is read.
+    """
+
+    source: str
+    name: str
+    commit: str
+    files: Mapping[str, RemoteFile]
+    revision: str
+    online: bool = True
+    _verified: dict[str, Path] = field(default_factory=dict, repr=False)
+
+    def path(self, file: str) -> Path:
+        """The file on disk, downloaded into the client's cache unless it is there; checked against its SHA-256."""
+        if file not in self._verified:
+            hub = _client()
+            path = Path(
+                self._patiently(
+                    lambda: hub.hf_hub_download(
+                        self.name, file, revision=self.commit, local_files_only=not self.online
+                    ),
+                    file,
+                )
+            )
+            self._verify(path, file)
+            self._remember_revision()
+            self._verified[file] = path
+        return self._verified[file]
+
+    def cached(self, file: str) -> bool:
+        """Whether the file is in the client's cache, so that `path` needs no network."""
+        return isinstance(_client().try_to_load_from_cache(self.name, file, revision=self.commit), str)
+
+    def read(self, file: str, start: int, stop: int) -> bytearray:
+        """The bytes [start, stop) of a file, and no others, by one range request; nothing is written to disk."""
+        if start == stop:
+            return bytearray()
+        whole = (start, stop) == (0, self.files[file].size)
+        url = _client().hf_hub_url(self.name, file, revision=self.commit)
+        return self._patiently(lambda: _read_range(url, start, stop, whole), file)
+
+    def _verify(self, path: Path, file: str) -> None:
+        listed = self.files.get(file)
+        if listed is None:
+            return
+        with path.open("rb") as opened:
+            size = path.stat().st_size
+            good = size == listed.size and (
+                not listed.sha256 or hashlib.file_digest(opened, "sha256").hexdigest() == listed.sha256
+            )
+        if not good:
+            raise InputError(
+                f"{self.source}: {file} in the cache ({size} bytes) is not the file that {self.name} lists "
+                f"({listed.size} bytes, other content); delete {path} and try again"
+            )
+
+    def _remember_revision(self) -> None:
+        """Note in the cache which commit the branch stands for, so that it can be found again offline.
+
+        The client does so only for downloads by branch, and this is a download by commit.
+        """
+        folder = Path(_client().constants.HF_HUB_CACHE) / f"models--{self.name.replace('/', '--')}"
+        if self.online and self.revision != self.commit and folder.is_dir():
+            ref = folder / "refs" / self.revision
+            with suppress(OSError):  # a cache that cannot be written still serves this run
+                ref.parent.mkdir(parents=True, exist_ok=True)
+                ref.write_text(self.commit, encoding="utf-8")
+
+    def _patiently(self, call: Callable[[], T], file: str) -> T:
+        return _patiently(call, self.source, self.name, file)
+
+
+def find_repository(source: str, address: Address) -> Repository:
+    """Resolve a branch or tag to its commit and list the files there; offline, from the cache.
+
+    Raises:
+        InputError: no such repository, revision or access, the Hub cannot be reached, or nothing is in the cache.
+    """
+    hub = _client()
+    if hub.constants.HF_HUB_OFFLINE:
+        return _cached_repository(source, address)
+    info = _patiently(
+        lambda: hub.HfApi().model_info(address.repository, revision=address.revision, files_metadata=True),
+        source,
+        address.repository,
+        f"revision {address.revision}",
+    )
+    files = {
+        file.rfilename: RemoteFile(file.size or 0, file.lfs.sha256 if file.lfs else "", file.blob_id or "")
+        for file in info.siblings or ()
+    }
+    if not re.fullmatch(r"[0-9a-f]{40}", info.sha or ""):
+        raise InputError(f"{source}: {address.repository} answered without a commit; is HF_ENDPOINT a Hub?")
+    return Repository(source, address.repository, info.sha, files, address.revision)
+
+
+def _cached_repository(source: str, address: Address) -> Repository:
+    hub = _client()
+    try:
+        # No pattern matches: only the place of the snapshot is asked for, whatever of it is there.
+        folder = Path(
+            hub.snapshot_download(
+                address.repository, revision=address.revision, local_files_only=True, allow_patterns=[]
+            )
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{source}: HF_HUB_OFFLINE is set and {address.repository} at {address.revision} is not in the cache; "
+            "unset it, or download the repository first"
+        ) from error
+    files = {
+        path.relative_to(folder).as_posix(): RemoteFile(path.stat().st_size)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    return Repository(source, address.repository, folder.name, files, address.revision, online=False)
+
+
+class _CutOffError(OSError):
+    """A body that ended before its announced end, or ran past it: worth another try."""
+
+
+class _NoRangesError(OSError):
+    """A server that sends the whole file when asked for a part."""
+
+
+def _read_range(url: str, start: int, stop: int, whole: bool) -> bytearray:
+    from huggingface_hub import constants
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    headers = {
+        **build_hf_headers(library_name="specbasis"),
+        "Range": f"bytes={start}-{stop - 1}",
+        "Accept-Encoding": "identity",
+    }
+    body = bytearray()
+    with get_session().stream(
+        "GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT, follow_redirects=True
+    ) as response:
+        hf_raise_for_status(response)
+        expected = f"bytes {start}-{stop - 1}/"
+        if response.status_code != 206 and not whole:
+            raise _NoRangesError(f"answered {response.status_code} to a request for bytes {start} to {stop - 1}")
+        if response.status_code == 206 and not response.headers.get("Content-Range", "").startswith(expected):
+            raise _CutOffError(f"asked for {expected[:-1]}, got {response.headers.get('Content-Range')!r}")
+        for chunk in response.iter_bytes():
+            body += chunk
+            if len(body) > stop - start:
+                raise _CutOffError(f"more than the {stop - start} bytes asked for")
+    if len(body) != stop - start:
+        raise _CutOffError(f"{len(body)} of {stop - start} bytes")
+    return body
+
+
+# --- failures ---------------------------------------------------------------------------------------------------
+
+
+def _patiently(call: Callable[[], T], source: str, repository: str, what: str) -> T:
+    """Call, repeat while the failure can pass, and turn a final failure into one line that says what to do."""
+    for attempt in range(RETRIES + 1):
+        try:
+            return call()
+        # Whatever the client or the answer of a broken server raises is a failure of this one request.
+        except Exception as error:
+            if attempt == RETRIES or not _can_pass(error):
+                raise _explained(error, source, repository, what) from error
+            time.sleep(_retry_after(error) or WAIT_SECONDS * 2**attempt)
+    raise AssertionError("unreachable")
+
+
+def _status(error: BaseException) -> int:
+    response = getattr(error, "response", None)
+    return int(getattr(response, "status_code", 0) or 0)
+
+
+def _can_pass(error: BaseException | None) -> bool:
+    from huggingface_hub import errors
+
+    if error is None or isinstance(error, (errors.OfflineModeIsEnabled, _NoRangesError)):
+        return False
+    if isinstance(error, errors.LocalEntryNotFoundError):  # the client hides what went wrong behind it
+        return _can_pass(error.__cause__)
+    if _status(error):
+        return _status(error) in (408, 429) or _status(error) >= 500
+    cut_off = type(error) is OSError and error.errno is None  # the client's own check of the length
+    return cut_off or isinstance(error, (errors.HTTPError, ConnectionError, TimeoutError, _CutOffError))
+
+
+def _retry_after(error: BaseException) -> float:
+    """Seconds that a server asked to wait, 0 where it asked for nothing."""
+    response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
+    value = str(getattr(response, "headers", {}).get("Retry-After", ""))
+    return min(float(value), MAX_WAIT_SECONDS) if value.isdigit() else 0.0
+
+
+def _explained(error: BaseException, source: str, repository: str, what: str) -> InputError:
+    """One line for a failed request: what was asked of which repository, why it failed, what to do."""
+    from huggingface_hub import errors
+
+    if isinstance(error, InputError):
+        return error
+    if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
+        cause = error.__cause__
+        if not isinstance(cause, errors.OfflineModeIsEnabled):
+            error = cause
+    file = what or "the repository"
+    advice: list[tuple[bool, str]] = [
+        (
+            isinstance(error, errors.GatedRepoError),
+            f"{repository} is gated; ask for access on its page, then log in (hf auth login) or set HF_TOKEN",
+        ),
+        (
+            isinstance(error, errors.DisabledRepoError),
+            f"{repository} is disabled on the Hub; use another source for it",
+        ),
+        (
+            isinstance(error, errors.RevisionNotFoundError),
+            f"{repository} has no {what or 'such revision'}; name a branch, tag or commit that it has",
+        ),
+        (
+            isinstance(error, errors.RepositoryNotFoundError) or _status(error) == 401,
+            f"no repository {repository} on the Hub that this token may see (and no such local path); check the "
+            "name, and log in (hf auth login) or set HF_TOKEN if it is private" + _timm_hint(repository),
+        ),
+        (
+            isinstance(error, (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError)),
+            f"{file} of {repository} is not in the cache and HF_HUB_OFFLINE is set; unset it, or download it first",
+        ),
+        (isinstance(error, errors.EntryNotFoundError), f"{repository} has no {file}"),
+        (
+            isinstance(error, errors.HFValidationError),
+            f"{repository!r} is not a name of a repository; want org/name",
+        ),
+        (
+            _status(error) == 403,
+            f"access to {file} of {repository} is forbidden to this token; make one with the permission to read it",
+        ),
+        (
+            _status(error) == 429,
+            f"the Hub limits the rate of requests ({repository}, still after {RETRIES} retries); wait, or set "
+            "HF_TOKEN for a higher limit",
+        ),
+        (
+            isinstance(error, _NoRangesError),
+            f"the server does not send parts of {file} of {repository} ({error}); read it without streaming",
+        ),
+        (
+            _can_pass(error),
+            f"{file} of {repository} could not be read, still after {RETRIES} retries ({_brief(error)}); check the "
+            "connection and try again, or set HF_HUB_OFFLINE=1 to read what is in the cache",
+        ),
+    ]
+    text = next((text for applies, text in advice if applies), f"{file} of {repository}: {_brief(error)}")
+    return InputError(f"{source}: {text}")
+
+
+def _timm_hint(repository: str) -> str:
+    if repository.startswith("timm/") and "." not in repository:
+        return "; timm's names end in a pretrained tag, as in timm:vit_base_patch16_224.augreg2_in21k_ft_in1k"
+    return ""
+
+
+def _brief(error: BaseException) -> str:
+    line = next(iter(str(error).strip().splitlines()), "")[:200]
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__
+
+
+def _client() -> Any:
+    try:
+        import huggingface_hub.constants
+    except ImportError as error:
+        raise InputError("models on the Hub need huggingface_hub; pip install 'specbasis[hub]'") from error
+    return huggingface_hub

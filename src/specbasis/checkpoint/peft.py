@@ -1,0 +1,338 @@
+"""A PEFT adapter folder and its base, read as the tuned model.
+
+LoRA, DoRA, rank-stabilised LoRA, PiSSA and AdaLoRA. What the adapter leaves alone is the base's own entry. What it
+changes is computed on access, one matrix at a time, in float32 (float64 over a float64 base) and never rounded to a
+narrower type of the base, in which a small update can vanish:
+
+    tuned = base + s B A,              LoRA, s = alpha / r, or alpha / √r with use_rslora
+    tuned = base + s B diag(E) A,      AdaLoRA, s = alpha / (init_r + 1e-5)
+    tuned = m ⊙ (base + s B A) / ‖base + s B A‖,  DoRA, one norm for each output
+
+peft itself is not needed and not imported.
+
+Source: Hu et al. 2021 (LoRA); Kalajdzievski 2023 (rsLoRA); Liu et al. 2024 (DoRA, Eq. 5); Meng et al. 2024 (PiSSA);
+Zhang et al. 2023 (AdaLoRA, Eq. 3), in the file format of peft 0.21.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import ChainMap, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specbasis.checkpoint.choice import USUAL, read_config
+from specbasis.checkpoint.entry import Checkpoint, Entry, reading
+from specbasis.checkpoint.places import Place
+from specbasis.errors import InputError
+from specbasis.svd import decompose
+
+CONFIG = "adapter_config.json"
+
+_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
+_PART = re.compile(r"^(?P<module>.+?)\.lora_(?P<part>A|B|E|embedding_A|embedding_B|magnitude_vector)(?:\.weight)?$")
+
+_REFUSED = {
+    "layer_replication": "replicated layers have no counterpart in the base",
+    "trainable_token_indices": "single trained rows of an embedding are not read",
+    "target_parameters": "adapters of bare parameters (experts) are not read",
+    "alora_invocation_tokens": "it acts on some tokens only",
+    "arrow_config": "it mixes adapters by token",
+    "use_qalora": "it acts on pooled inputs of a quantised model",
+    "use_bdlora": "block-diagonal factors are not read",
+    "kasa_config": "its base is truncated first",
+    "monteclora_config": "it samples its factors",
+}
+"""Fields of an adapter's config that, when set, make the tuned matrix something else than the formulas above."""
+
+_MUTATED = ("olora", "corda", "loftq", "lora_ga", "pissa_niter")
+"""Initialisations that change the base in a way that the adapter's files do not tell."""
+
+
+def is_adapter(place: Place) -> bool:
+    """Whether a place is a PEFT adapter's folder, and not a whole model with one beside it."""
+    return not place.given and CONFIG in place.names and not set(USUAL) & set(place.names)
+
+
+def open_adapter(place: Place, base: Checkpoint) -> Checkpoint:
+    """The tuned model that an adapter makes of its base.
+
+    Args:
+        place: the adapter's folder: adapter_config.json and adapter_model.safetensors (or .bin, without code).
+        base: the checkpoint that it was trained on.
+
+    Returns:
+        A checkpoint with the base's names and config, plus modules that only the adapter has (a new head). Entries
+        that are not adapted are the base's own objects. Low-rank updates have `Entry.factors`; DoRA, which rescales
+        every row, has none.
+
+    Raises:
+        InputError: another kind of adapter, one that needs what is not in its files, a tensor that is not
+            understood, or modules that the base does not have in these shapes.
+    """
+    with reading(place.source):
+        config, _ = read_config(place, CONFIG)
+        kind = str(config.get("peft_type", "")).upper()
+        _check(config, kind, place.source)
+        name = next((name for name in _WEIGHTS if name in place.names), None)
+        if name is None:
+            raise InputError(f"{place.source}: a PEFT adapter without weights; want {_WEIGHTS[0]} beside {CONFIG}")
+        stored = place.entries(name)
+        files, digests = place.provenance([name, CONFIG])
+
+    modules: defaultdict[str, dict[str, Entry]] = defaultdict(dict)
+    replaced: dict[str, Entry] = {}
+    for full, entry in stored.items():
+        path = full.removeprefix("base_model.model.")
+        found = _PART.match(path)
+        if found:
+            modules[found["module"]][found["part"].replace("embedding_", "")] = entry
+            if "embedding" in found["part"]:
+                modules[found["module"]]["embedding"] = entry
+        else:
+            replaced[path] = entry
+    names = _Names(base, modules, place.source)
+    changed = {names.saved(path): entry for path, entry in replaced.items()}
+    flipped = _stored_in_out(config, modules, names, base)
+    for module, parts in modules.items():
+        parameter = names.parameter(module)
+        stored_base = changed.get(parameter) or base.entries[parameter]
+        changed[parameter] = _Update(module, parts, config, kind, stored_base, flipped, place.source).entry()
+    return replace(
+        base,
+        source=place.source,
+        # A view: the base's shards on the Hub that hold nothing adapted stay untouched.
+        entries=ChainMap(changed, base.entries),  # type: ignore[arg-type]
+        files=files,
+        digests=digests,
+        revision=place.revision,
+        notes=(
+            f"{kind} adapter on {base.source}: {len(modules)} modules adapted, {len(replaced)} tensors replaced",
+        ),
+    )
+
+
+def _check(config: Mapping[str, Any], kind: str, source: str) -> None:
+    """Refuse an adapter whose tuned matrices the formulas of this module do not give."""
+    merge = "merge it with peft (merge_and_unload), save the model, and use that"
+    if kind not in ("LORA", "ADALORA"):
+        raise InputError(
+            f"{source}: a PEFT adapter of kind {kind[:40]!r}; LoRA, DoRA, PiSSA and AdaLoRA are read; for others, "
+            f"{merge}"
+        )
+    for name, reason in _REFUSED.items():
+        if config.get(name):
+            raise InputError(f"{source}: its {CONFIG} sets {name}: {reason}; {merge}")
+    start = str(config.get("init_lora_weights"))
+    if start.startswith(_MUTATED):
+        raise InputError(
+            f"{source}: initialised with {start[:40]!r}, which changes the base; save it again with peft's "
+            f"path_initial_model_for_weight_conversion, or {merge}"
+        )
+    for name in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(name) or {}, dict):
+            raise InputError(f"{source}: {name} in {CONFIG} is not a JSON object")
+
+
+class _Names:
+    """How the adapter's module names map to the base's parameter names.
+
+    An adapter is saved from a whole model (``transformer.h.0…``), a base often from its body (``h.0…``). One
+    leading prefix is dropped on either side, so that the base has every adapted module in its size. Where that is
+    so for several parts of the base (two towers of one shape), it is refused: a wrong pair is worse than none.
+    """
+
+    def __init__(self, base: Checkpoint, modules: Mapping[str, Mapping[str, Entry]], source: str) -> None:
+        self.base = base
+        self.source = source
+        self.drop, self.add = self._align(modules)
+
+    def parameter(self, module: str) -> str:
+        return self._base_name(module, self.drop, self.add)
+
+    def saved(self, path: str) -> str:
+        """Name of a tensor that the adapter stores whole: the base's where it has one, else the adapter's own."""
+        path = path.replace(".modules_to_save", "").replace(".original_module", "").replace(".base_layer", "")
+        if "lora_" in path or "ranknum" in path:
+            raise InputError(f"{self.source}: {path!r} is no part of a LoRA, DoRA, PiSSA or AdaLoRA adapter")
+        name = self.add + path.removeprefix(self.drop)
+        return name if name in self.base else path
+
+    def _base_name(self, module: str, drop: str, add: str) -> str:
+        return f"{add}{module.removeprefix(drop)}.weight"
+
+    def _align(self, modules: Mapping[str, Mapping[str, Entry]]) -> tuple[str, str]:
+        if self._fits(modules, "", ""):
+            return "", ""
+        drops = _prefixes(modules)
+        adds = _prefixes(name.removesuffix(".weight") for name in self.base)
+        ways = [(drop, add) for drop in drops for add in adds if self._fits(modules, drop, add)]
+        targets = {self._base_name(next(iter(modules)), *way) for way in ways}
+        if len(targets) > 1:
+            sized = [way for way in ways if self._sizes_fit(modules, *way)]
+            targets = {self._base_name(next(iter(modules)), *way) for way in sized}
+            ways = sized or ways
+        if len(targets) > 1:
+            raise InputError(
+                f"{self.source}: fits several parts of the base ({', '.join(sorted(targets)[:3])}); "
+                "give the part that it was trained on as the base"
+            )
+        if ways:
+            return min(ways, key=lambda way: (len(way[0]) + len(way[1]), way))
+        missing = next(iter(m for m in modules if f"{m}.weight" not in self.base), "such modules")
+        raise InputError(
+            f"{self.source}: the base {self.base.source} has no {missing!r}, which the adapter changes; "
+            "give the checkpoint that it was trained on (tied weights stored once: store both)"
+        )
+
+    def _fits(self, modules: Iterable[str], drop: str, add: str) -> bool:
+        return all(self._base_name(module, drop, add) in self.base for module in modules)
+
+    def _sizes_fit(self, modules: Mapping[str, Mapping[str, Entry]], drop: str, add: str) -> bool:
+        return all(
+            math.prod(self.base.entries[self._base_name(module, drop, add)].shape)
+            == parts["B"].shape[0] * math.prod(parts["A"].shape[1:])
+            for module, parts in modules.items()
+            if {"A", "B"} <= set(parts)
+        )
+
+
+def _prefixes(names: Iterable[str]) -> set[str]:
+    """The empty prefix and the leading one and two components of dotted names."""
+    parts = {tuple(name.split(".")[:2]) for name in names}
+    return {"", *(f"{one[0]}." for one in parts), *(".".join(two) + "." for two in parts if len(two) == 2)}
+
+
+def _stored_in_out(
+    config: Mapping[str, Any], modules: Mapping[str, Mapping[str, Entry]], names: _Names, base: Checkpoint
+) -> bool:
+    """Whether the base stores its adapted linear layers (in, out): what a square matrix's shape cannot tell.
+
+    Told by those that are not square; the config's fan_in_fan_out decides where all are.
+    """
+    shapes = [
+        (base.entries[names.parameter(module)].shape, parts["B"].shape[0], parts["A"].shape[-1])
+        for module, parts in modules.items()
+        if {"A", "B"} <= set(parts) and "embedding" not in parts
+    ]
+    told = [shape == (columns, rows) for shape, rows, columns in shapes if len(shape) == 2 and rows != columns]
+    return any(told) if told else bool(config.get("fan_in_fan_out"))
+
+
+@dataclass(frozen=True, eq=False)
+class _Update:
+    """One adapted module: its stored parts, its scale, and how its base is stored."""
+
+    module: str
+    parts: Mapping[str, Entry]
+    config: Mapping[str, Any]
+    kind: str
+    base: Entry
+    flipped: bool
+    source: str
+
+    def entry(self) -> Entry:
+        """The tuned parameter, checked by shapes alone."""
+        if not {"A", "B"} <= set(self.parts) or (self.kind == "ADALORA") != ("E" in self.parts):
+            raise self._refused(f"has {', '.join(sorted(self.parts))}; want the factors of {self.kind}")
+        if not self.base.is_float:
+            raise self._refused(f"is stored as {self.base.dtype} in the base; give the base in floating point")
+        shape = self.base.shape
+        rows, columns = self._stored_size()
+        if len(shape) < 2 or (rows, columns) != (shape[0], math.prod(shape[1:])):
+            got = f"{self.parts['B'].shape} and {self.parts['A'].shape}"
+            raise self._refused(f"has factors {got}, which do not make the base's {shape}")
+        scale = self._scale()
+        if "magnitude_vector" not in self.parts:
+            if self.config.get("use_dora"):
+                raise self._refused("has no magnitudes, although its config sets use_dora")
+            return Entry(
+                shape, self._dtype(), lambda: self._sum(scale).reshape(shape), lambda: self._factors(scale)
+            )
+        if math.prod(self.parts["magnitude_vector"].shape) != (columns if self._turned else rows):
+            raise self._refused(f"has magnitudes {self.parts['magnitude_vector'].shape} for the base's {shape}")
+        return Entry(shape, self._dtype(), lambda: self._rescaled(scale).reshape(shape))
+
+    @property
+    def _turned(self) -> bool:
+        """Whether the base stores this matrix (in, out)."""
+        if "embedding" in self.parts:
+            return True
+        size = (self.parts["B"].shape[0], math.prod(self.parts["A"].shape[1:]))
+        return len(self.base.shape) == 2 and (size != self.base.shape or (size[0] == size[1] and self.flipped))
+
+    def _stored_size(self) -> tuple[int, int]:
+        B, A = self.parts["B"].shape, self.parts["A"].shape
+        if len(B) < 2 or len(A) < 2 or math.prod(B[1:]) != A[0]:
+            raise self._refused(f"has factors {B} and {A} of different rank")
+        size = B[0], math.prod(A[1:])
+        return size[::-1] if self._turned else size
+
+    def _scale(self) -> float:
+        """What the product of the factors is multiplied by."""
+        alpha = _of_pattern(self.config.get("alpha_pattern"), self.module, self.config.get("lora_alpha"))
+        try:
+            alpha = float(alpha)
+            if self.kind == "ADALORA":
+                first = float(self.config["init_r"])
+                return (alpha if alpha > 0 else first) / (first + 1e-5)
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{self.source}: {CONFIG} lacks lora_alpha (or init_r) as a number") from error
+        rank = self.parts["A"].shape[0]
+        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+    def _dtype(self) -> str:
+        return "float64" if self.base.dtype == "float64" else "float32"
+
+    def _low_rank(self, scale: float) -> tuple[Tensor, Tensor]:
+        """(s B, A) in float64, of the matrix (out, in), the columns of s B scaled by E for AdaLoRA."""
+        A, B = self._part("A"), self._part("B") * scale
+        if "E" in self.parts:
+            B = B * self._part("E").reshape(1, -1)
+        if str(self.config.get("init_lora_weights")) == "pissa":
+            # The base of the update is what is left of the stored one without its r leading triplets.
+            W = self.base.load()
+            leading = decompose(W.mT if self._turned else W, B.shape[1], name=self.module)
+            B, A = torch.cat([B, -leading.U * leading.S], dim=1), torch.cat([A, leading.Vh])
+        return B, A
+
+    def _factors(self, scale: float) -> tuple[Tensor, Tensor]:
+        B, A = self._low_rank(scale)
+        return (A.mT.contiguous(), B.mT.contiguous()) if self._turned else (B, A)
+
+    def _sum(self, scale: float) -> Tensor:
+        B, A = self._factors(scale)
+        kind = getattr(torch, self._dtype())
+        W: Tensor = self.base.load().reshape(B.shape[0], -1).to(kind)
+        return torch.addmm(W, B.to(kind), A.to(kind))
+
+    def _rescaled(self, scale: float) -> Tensor:
+        total = self._sum(scale)
+        outputs = total.mT if self._turned else total
+        magnitude = self._part("magnitude_vector").flatten().to(outputs.dtype)
+        scaled: Tensor = outputs * (magnitude / outputs.norm(dim=1))[:, None]
+        return scaled.mT if self._turned else scaled
+
+    def _part(self, name: str) -> Tensor:
+        tensor: Tensor = self.parts[name].load().to(torch.float64)
+        return tensor.reshape(tensor.shape[0], -1) if name in ("A", "B") else tensor
+
+    def _refused(self, reason: str) -> InputError:
+        return InputError(f"{self.source}: {self.module} {reason}")
+
+
+def _of_pattern(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    """The value of the first pattern that matches the end of a module's name, from the start of a component."""
+    for key, value in (pattern or {}).items():
+        try:
+            if re.match(rf"(.*\.)?({key})$", module):
+                return value
+        except re.error as error:
+            raise InputError(f"{key!r} in {CONFIG} is no pattern ({error})") from error
+    return default

@@ -1,0 +1,234 @@
+"""Places: the folder that a source names, on disk, in an installed package or on the Hub.
+
+Names in a place are relative, and none is followed out of it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Protocol
+
+from specbasis.checkpoint import hub
+from specbasis.checkpoint.entry import Entry, inside, is_plain, no_key, reading, shown
+from specbasis.checkpoint.readers import check_framework, file_entries, remote_entries
+from specbasis.errors import InputError
+
+
+class Place(Protocol):
+    """A folder, on disk or on the Hub; names in it are relative and checked before they are followed."""
+
+    @property
+    def source(self) -> str:
+        """What the user called it."""
+
+    @property
+    def given(self) -> str:
+        """The one file that the user named, or empty."""
+
+    @property
+    def eager(self) -> bool:
+        """Whether opening a file is cheap, so that every shard can be checked at once."""
+
+    @property
+    def revision(self) -> str:
+        """The commit, for a repository on the Hub."""
+
+    @property
+    def names(self) -> Collection[str]:
+        """Names of the files directly inside."""
+
+    def below(self) -> Iterator[str]:
+        """Paths of files one folder down, for a hint."""
+
+    def require(self, name: str) -> None:
+        """Raise InputError unless the file is there and inside."""
+
+    def text(self, name: str) -> bytes:
+        """Content of a small file."""
+
+    def entries(self, name: str, key: str = "") -> Mapping[str, Entry]:
+        """The tensors of one weights file."""
+
+    def provenance(self, names: Iterable[str]) -> tuple[tuple[Path, ...], dict[str, str]]:
+        """The files on disk, or the digests that the Hub lists."""
+
+
+def locate(source: str | Path, *, stream: bool = False) -> tuple[Place, str]:
+    """The place that a source names, and the nested key behind ``#`` (empty without one).
+
+    Raises:
+        InputError: nothing there.
+    """
+    if not isinstance(source, (str, os.PathLike)):
+        raise InputError(
+            f"got a {type(source).__name__}; want a path, hub:…, timm:…, pkg:…, or a mapping from names to tensors"
+        )
+    text, label = str(source), shown(str(source))
+    with reading(label):
+        if Path(text).exists():
+            return _on_disk(Path(text), label), ""
+        name, _, key = text.partition("#")
+        scheme = name.partition(":")[0]
+        if scheme == "pkg":
+            return _on_disk(_package_path(name), label), key
+        path = _expanded(name)
+        if path.exists():
+            return _on_disk(path, label), key
+        if scheme in ("hub", "timm") or (_BARE.fullmatch(name) and Path(name).suffix not in _SUFFIXES):
+            return _on_hub(name, label, stream), key
+    hint = "; for a model on the Hub write hub:org/name" if "://" in name else ""
+    raise InputError(f"{label}: no such file or folder{hint}")
+
+
+def _expanded(name: str) -> Path:
+    """A path with ~ expanded, as it is where there is no such user."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)
+
+
+_BARE = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./%-]+)?", re.ASCII)
+_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".onnx", ".gguf", ".h5", ".msgpack", ".json")
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """A folder on disk."""
+
+    path: Path
+    source: str
+    given: str = ""
+    eager: bool = True
+    revision: str = ""
+
+    @cached_property
+    def names(self) -> Collection[str]:
+        return tuple(
+            sorted(path.name for path in self.path.iterdir() if not path.is_dir() or path.suffix in _SUFFIXES)
+        )
+
+    def below(self) -> Iterator[str]:
+        return (path.relative_to(self.path).as_posix() for path in islice(self.path.glob("*/*"), 10_000))
+
+    def require(self, name: str) -> None:
+        self._path(name)
+
+    def text(self, name: str) -> bytes:
+        return self._path(name).read_bytes()
+
+    def entries(self, name: str, key: str = "") -> Mapping[str, Entry]:
+        return file_entries(self._path(name), self.source, key)
+
+    def provenance(self, names: Iterable[str]) -> tuple[tuple[Path, ...], dict[str, str]]:
+        return tuple(self.path / name for name in names), {}
+
+    def _path(self, name: str) -> Path:
+        return self.path / name if name and name == self.given else inside(self.path, name, self.source)
+
+
+@dataclass(frozen=True)
+class _Remote:
+    """A folder of a repository on the Hub."""
+
+    repository: hub.Repository
+    folder: str
+    source: str
+    stream: bool
+    given: str = ""
+    eager: bool = False
+
+    @property
+    def revision(self) -> str:
+        return self.repository.commit
+
+    @cached_property
+    def names(self) -> Collection[str]:
+        return tuple(name for name in self._relative() if "/" not in name)
+
+    def below(self) -> Iterator[str]:
+        return (name for name in self._relative() if name.count("/") == 1)
+
+    def require(self, name: str) -> None:
+        if not is_plain(name):
+            raise InputError(f"{self.source}: {name!r} leads out of its folder and is refused")
+        if self.repository.online and self._full(name) not in self.repository.files:
+            raise InputError(f"{self.source}: {name} is missing from {self.repository.name}")
+
+    def text(self, name: str) -> bytes:
+        self.require(name)
+        file = self._full(name)
+        if self.stream and not self.repository.cached(file):
+            return bytes(self.repository.read(file, 0, self.repository.files[file].size))
+        return self.repository.path(file).read_bytes()
+
+    def entries(self, name: str, key: str = "") -> Mapping[str, Entry]:
+        self.require(name)
+        check_framework(name, self.source, self.repository.name, lambda: self.text("config.json"))
+        file = self._full(name)
+        if self.repository.cached(file) or not self.repository.online:
+            return file_entries(self.repository.path(file), self.source, key)
+        if name.endswith(".safetensors"):
+            no_key(key, self.source)
+            return remote_entries(self.repository, file, self.source, self.stream)
+        if self.stream:
+            raise InputError(
+                f"{self.source}: {name} cannot be streamed; only safetensors files can be read by byte range. "
+                "Read it without streaming"
+            )
+        return file_entries(self.repository.path(file), self.source, key)
+
+    def provenance(self, names: Iterable[str]) -> tuple[tuple[Path, ...], dict[str, str]]:
+        listed = {name: self.repository.files.get(self._full(name)) for name in names}
+        if not self.repository.online:
+            return tuple(self.repository.path(self._full(name)) for name, file in listed.items() if file), {}
+        return (), {
+            name: f"sha256:{file.sha256}" if file.sha256 else f"git-sha1:{file.git_sha1}"
+            for name, file in listed.items()
+            if file
+        }
+
+    def _full(self, name: str) -> str:
+        return f"{self.folder}/{name}" if self.folder else name
+
+    def _relative(self) -> Iterator[str]:
+        prefix = f"{self.folder}/" if self.folder else ""
+        return (file.removeprefix(prefix) for file in self.repository.files if file.startswith(prefix))
+
+
+def _on_disk(path: Path, source: str) -> _Folder:
+    return _Folder(path, source) if path.is_dir() else _Folder(path.parent, source, path.name)
+
+
+def _on_hub(name: str, source: str, stream: bool) -> _Remote:
+    address = hub.parse_address(name)
+    repository = hub.find_repository(source, address)
+    if stream and not repository.online:
+        raise InputError(f"{source}: HF_HUB_OFFLINE is set, so nothing can be streamed; unset it or do not stream")
+    folder, _, file = address.subfolder.rpartition("/")
+    if address.subfolder in repository.files:
+        return _Remote(repository, folder, source, stream, file)
+    place = _Remote(repository, address.subfolder, source, stream)
+    if address.subfolder and not any(place._relative()):
+        raise InputError(f"{source}: {repository.name} has no file or folder {address.subfolder}")
+    return place
+
+
+def _package_path(place: str) -> Path:
+    """Path of ``pkg:package/inner/path``, found without importing the package."""
+    package, _, inner = place.removeprefix("pkg:").partition("/")
+    try:
+        spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    except (ImportError, ValueError):
+        spec = None
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    if not folders:
+        raise InputError(f"{place}: no installed package {package!r}; install it, or name a path")
+    return inside(Path(folders[0]), inner, place) if inner else Path(folders[0])

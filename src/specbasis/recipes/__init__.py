@@ -1,0 +1,1 @@
+"""Experiments of the paper, one a file: each returns a frozen configuration or frozen data."""

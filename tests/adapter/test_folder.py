@@ -1,0 +1,200 @@
+"""Adapter folders: what info says, what verify refuses, and that merge and export are the adapter."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+peft = pytest.importorskip("peft", minversion="0.21")
+transformers = pytest.importorskip("transformers")
+
+from peft import get_peft_model  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+from specbasis.adapter import SpectralConfig, diagnostics, folder  # noqa: E402
+from specbasis.errors import InputError  # noqa: E402
+from tests.adapter.helpers import TARGETS, load_classifier, randomise, save_deberta  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+IDS = torch.arange(48).reshape(4, 12)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A base, a trained adapter with and without its basis, and the adapted model's logits."""
+    place = tmp_path_factory.mktemp("models")
+    base = save_deberta(place / "base")
+    torch.manual_seed(1)
+    loaded = load_classifier(base)
+    state = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
+    for save_basis in (True, False):
+        model = load_classifier(base)
+        model.load_state_dict(state)
+        config = SpectralConfig(
+            rank=10,
+            target_modules=TARGETS,
+            blocks_to_transform=[1, 2],
+            task_type="SEQ_CLS",
+            save_basis=save_basis,
+            interval_pattern={r"layer\.2\.output\.dense": (3, 8)},
+            scale="sigma",
+        )
+        model = get_peft_model(model, config).eval()
+        randomise(model, std=0.4)
+        model.save_pretrained(place / ("with" if save_basis else "without"))
+    with torch.no_grad():
+        return place, model(IDS).logits
+
+
+def run_plain(code: str, *arguments: object) -> torch.Tensor:
+    """Run code in a process that must not import specbasis; it prints logits as JSON."""
+    code += "\nimport sys, json\nassert not any(m.startswith('specbasis') for m in sys.modules)"
+    code += "\nprint('#', json.dumps(y.tolist()))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return torch.tensor(json.loads(done.stdout.split("#")[-1]))
+
+
+LOAD_LORA = """
+import sys, torch, transformers, peft
+torch.manual_seed(7)
+base = transformers.AutoModelForSequenceClassification.from_pretrained(sys.argv[1], num_labels=3)
+model = peft.PeftModel.from_pretrained(base, sys.argv[2]).eval()
+with torch.no_grad(): y = model(torch.arange(48).reshape(4, 12)).logits
+"""
+LOAD_DENSE = """
+import sys, torch, transformers
+model = transformers.AutoModelForSequenceClassification.from_pretrained(sys.argv[1]).eval()
+with torch.no_grad(): y = model(torch.arange(48).reshape(4, 12)).logits
+"""
+
+
+@pytest.mark.parametrize("kind", ["with", "without"])
+def test_exported_lora_in_plain_peft(models, kind, tmp_path):
+    place, wanted = models
+    out = folder.export_lora(place / kind, tmp_path / "lora", base=place / "base")
+    assert torch.allclose(run_plain(LOAD_LORA, place / "base", out), wanted, atol=1e-5)
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["r"] == 10
+    assert list(config["rank_pattern"].values()) == [5]
+
+
+def test_merged_model_in_plain_transformers(models, tmp_path):
+    place, wanted = models
+    out = folder.merge(place / "without", tmp_path / "dense", base=place / "base")
+    assert torch.allclose(run_plain(LOAD_DENSE, out), wanted, atol=1e-5)
+
+
+def test_truncated_export_is_the_best_of_its_rank(models, tmp_path):
+    place, _ = models
+    out = folder.export_lora(place / "with", tmp_path / "lora", rank=3)
+    tensors = load_file(out / "adapter_model.safetensors")
+    full = load_file(folder.export_lora(place / "with", tmp_path / "full") / "adapter_model.safetensors")
+    for name in full:
+        if name.endswith("lora_A.weight"):
+            other = name.replace("lora_A", "lora_B")
+            dense, cut = (
+                full[other].double() @ full[name].double(),
+                tensors[other].double() @ tensors[name].double(),
+            )
+            S = torch.linalg.svdvals(dense)
+            assert tensors[name].shape[0] == 3
+            assert float((dense - cut).norm()) == pytest.approx(float(S[3:].norm()), rel=1e-4)
+
+
+def test_exported_convolutions_and_conv1d(tmp_path):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv = nn.Conv2d(4, 8, 3, padding=1)
+            self.square = transformers.pytorch_utils.Conv1D(8, 8)
+            self.wide = transformers.pytorch_utils.Conv1D(20, 8)
+
+        def forward(self, x):
+            return self.wide(self.square(self.conv(x).mean((2, 3))))
+
+    base = Net()
+    save_file({k: v.contiguous() for k, v in base.state_dict().items()}, tmp_path / "base.safetensors")
+    x = torch.randn(2, 4, 6, 6)
+    for save_basis in (True, False):
+        model = get_peft_model(
+            Net(), SpectralConfig(rank=5, target_modules=["conv", "square", "wide"], save_basis=save_basis)
+        ).eval()
+        randomise(model, std=0.5)
+        model.save_pretrained(tmp_path / "a")
+        out = folder.export_lora(tmp_path / "a", tmp_path / f"lora{save_basis}", base=tmp_path / "base.safetensors")
+        lora = peft.PeftModel.from_pretrained(Net(), out)
+        assert torch.allclose(lora(x), model(x), atol=1e-5)
+
+
+def test_verify(models, tmp_path):
+    place, _ = models
+    assert {row["basis"] for row in folder.verify(place / "with", place / "base")} == {"stored with the adapter"}
+    assert {row["basis"] for row in folder.verify(place / "without")} == {"decomposed again, every vector equal"}
+    other = save_deberta(tmp_path / "other", seed=5)
+    for kind in ("with", "without"):
+        with pytest.raises(InputError, match="load the base that the adapter was trained on"):
+            folder.verify(place / kind, other)
+
+
+def test_info(models):
+    place, _ = models
+    found = folder.info(place / "with")
+    assert found["adapter_parameters"] == 3 * 100 + 25
+    assert found["head_parameters"] == 32 * 32 + 32 + 3 * 32 + 3
+    row = found["layers"][-1]
+    assert row["module"] == "deberta.encoder.layer.2.output.dense"
+    assert row["interval"] == (3, 8)
+    assert row["weight"] == "32 × 64 float32"
+    assert row["drift"] > 0
+    json.dumps(found)
+
+
+def test_diagnosis_is_the_svd_of_the_merged_weight():
+    from specbasis.adapter import SpectralLinear
+    from specbasis.svd import decompose
+    from tests.adapter.helpers import linear
+
+    base = linear(12, 20)
+    layer = SpectralLinear(base, interval=(0, 5))
+    randomise(nn.ModuleDict({"x": layer}), std=0.05)
+    found = diagnostics.diagnose(layer.core("default"), layer.spectral_S["default"])
+    before, after = decompose(base.weight.detach()), decompose(layer.merged_weight(["default"]))
+    assert torch.allclose(found.S, after.S[:5], atol=1e-5)
+    assert torch.allclose(found.left, (before.U * after.U).sum(0).abs()[:5], atol=1e-4)
+    assert torch.allclose(found.right, (before.Vh * after.Vh).sum(1).abs()[:5], atol=1e-4)
+    assert found.condition == pytest.approx(float(after.S[0] / after.S[4]), rel=1e-4)
+
+
+@pytest.mark.parametrize("damage", ["none", "config", "kind", "tensors", "truncated", "proof"])
+def test_bad_folders_get_one_line(models, tmp_path, damage):
+    place, _ = models
+    bad = tmp_path / "bad"
+    if damage != "none":
+        bad.mkdir()
+        config = json.loads((place / "with" / "adapter_config.json").read_text())
+        tensors = load_file(place / "with" / "adapter_model.safetensors")
+        if damage == "kind":
+            config["peft_type"] = "LORA"
+        if damage == "tensors":
+            tensors = {"x": torch.zeros(2)}
+        if damage == "proof":
+            tensors = {k: v for k, v in tensors.items() if "sketch_V" not in k}
+        (bad / "adapter_config.json").write_text("{" if damage == "config" else json.dumps(config))
+        save_file(tensors, bad / "adapter_model.safetensors")
+        if damage == "truncated":
+            file = bad / "adapter_model.safetensors"
+            file.write_bytes(file.read_bytes()[:-100])
+    for call in (folder.info, folder.verify, lambda path: folder.export_lora(path, tmp_path / "out")):
+        with pytest.raises(InputError) as error:
+            call(bad)
+        assert "\n" not in str(error.value)
+        assert not (tmp_path / "out").exists()
