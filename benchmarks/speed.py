@@ -80,8 +80,8 @@ def delta_values(base: str, tuned: str, out: str, threads: int) -> dict[str, obj
     return {"seconds": time.perf_counter() - started, "cpu": time.process_time() - cpu}
 
 
-def weightwatcher(base: str, tuned: str, out: str, threads: int) -> dict[str, object]:
-    """WeightWatcher 0.7.7 takes the spectrum of a delta by numpy's full SVD without vectors of each matrix."""
+def numpy_values(base: str, tuned: str, out: str, threads: int) -> dict[str, object]:
+    """The spectra of the deltas by numpy.linalg.svd without vectors, in float32."""
     import numpy as np
     import torch
     from safetensors import safe_open
@@ -118,8 +118,8 @@ def floor(base: str, tuned: str, out: str, threads: int) -> dict[str, object]:
     return {"seconds": flops / rate + read, "cpu": threads * (flops / rate), "rate": rate / 1e9, "bytes": size}
 
 
-CONTENDERS = {f.__name__: f for f in (specbasis, svd_loop, diffract, delta_values, weightwatcher, floor)}
-PAIRS = {"svd_loop": "specbasis", "diffract": "specbasis", "weightwatcher": "delta_values", "floor": "specbasis"}
+CONTENDERS = {f.__name__: f for f in (specbasis, svd_loop, diffract, delta_values, numpy_values, floor)}
+PAIRS = {"svd_loop": "specbasis", "diffract": "specbasis", "numpy_values": "delta_values", "floor": "specbasis"}
 
 # --- the run -----------------------------------------------------------------------------------------------------
 
