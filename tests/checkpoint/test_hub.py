@@ -252,7 +252,7 @@ def test_an_adapter_on_the_hub(hub):
     assert not hub.requests("00002-of|00003-of")
     assert list(tuned) == list(base)
     assert tuned.revision == COMMIT
-    assert list(tuned.digests) == ["adapter_model.safetensors"]
+    assert list(tuned.digests) == ["adapter_model.safetensors", "adapter_config.json"]
     refused("hub:org/adapter", "PEFT adapter")
 
 
