@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
@@ -54,6 +54,10 @@ class MatrixKey:
     role: str
     name: str
     stack: str = ""
+
+
+Admits = Callable[[MatrixKey], bool]
+"""Whether a matrix is wanted. It is also asked about what a parameter can turn out to be."""
 
 
 @dataclass(frozen=True)
@@ -265,48 +269,81 @@ def recognise(checkpoint: Checkpoint) -> Family:
     return model_map(checkpoint).family
 
 
-def model_map(checkpoint: Checkpoint) -> ModelMap:
+def model_map(checkpoint: Checkpoint, *, admits: Admits | None = None) -> ModelMap:
     """Every matrix of a checkpoint with its block and role; every other parameter with the reason.
 
     In a known family, a matrix that its file does not name gets the role ``other``. Only headers are read, except
     where an embedding and a head have equal shape and config.json does not say whether they are tied.
+
+    Args:
+        checkpoint: the model; all of its names are read, which costs nothing.
+        admits: which matrices are wanted; all when None. A parameter that by its name can hold none of them is not
+            looked up and not listed. Every name can turn out to be ``other`` by its shape, so asking for that role
+            looks up every matrix.
+
+    Where looking a name up contacts a file (`Checkpoint.shards`), only the files that hold wanted names are. A role
+    that rests on the shape of a neighbour in another file is checked on the blocks that are at hand, where the
+    parameter has the same shape and they agree; else that file's header is read. Embeddings and heads are compared
+    for equal values with those at hand only, and a note says so.
     """
+    return _mapped(checkpoint, admits)[0]
+
+
+def _mapped(checkpoint: Checkpoint, admits: Admits | None) -> tuple[ModelMap, _Reader]:
     names = _Names(checkpoint)
+    if admits is not None and names.shards:
+        # What a first guess wants is where recognition may look at shapes.
+        names.at_hand(_Reader(names, _claims(names, shapes=False)).wanted(admits))
     towers = _claims(names)
-    rules = {skeleton: _rule(skeleton, towers) for skeleton in names.examples}
+    reader = _Reader(names, towers)
+    wanted = reader.wanted(admits)
+    names.at_hand(wanted)
+    tied = {name for name in names.bare if reader.may_be_tied(name)}
+    looked = wanted | {name for name in tied if names.is_at_hand(name)} if wanted & tied else wanted
     drafts: list[_Draft] = []
     skipped: list[Skipped] = []
     doubts = Counter[str]()
-    for name, entry in checkpoint.entries.items():
+    for name in names.bare:
+        if name not in looked:
+            continue
+        entry = checkpoint.entries[name]
         reason = _unusable(name, checkpoint.entries)
-        tower, rule = rules[names.skeleton[name]]
-        found = None if reason or rule is None else _meaning(name, tower, rule, names)
+        reading = reader.read(name)
+        found = None if reason else _meaning(reading, entry.shape, names)
         reason = reason or (found.entry.get("skip", "") if found else _not_a_matrix(name, entry))
         if reason:
-            skipped.append(Skipped(name, "both", reason))
+            skipped += [Skipped(name, "both", reason)] if name in wanted else []
         elif found is None:
-            drafts.append(_unnamed(name, entry, tower, towers, names))
+            drafts.append(_unnamed(name, entry, reading))
         else:
             parts, doubt = _parts(found, entry.shape, names)
-            drafts.append(_Draft(name, tower, found.place, parts, named=not doubt))
+            drafts.append(_Draft(name, reading.tower, found.place, parts, named=not doubt))
             doubts.update([doubt] if doubt else [])
-    matrices = _numbered(drafts, names, towers)
+    matrices = tuple(ref for draft in drafts for ref in reader.matrices(draft))
     shared = _shared(matrices, checkpoint)
-    skipped += [
-        Skipped(ref.key.name, "both", f"holds the values of {twin} (tied weights): counted once")
-        for ref, twin in shared.items()
-    ]
-    unnamed = tuple(draft.name for draft in drafts if not draft.named)
     mapped = ModelMap(
-        _main(towers, drafts),
+        reader.main_family(),
         tuple(ref for ref in matrices if ref not in shared),
         tuple(skipped),
         towers,
-        unnamed,
+        tuple(draft.name for draft in drafts if not draft.named and draft.name in wanted),
         shared,
         tuple(f"{n} parameters: {text}" for text, n in doubts.items()),
     )
-    return replace(mapped, notes=(*mapped.notes, *_remarks(mapped, checkpoint)))
+    notes = (*mapped.notes, *_remarks(mapped, checkpoint, reader, looked), *_untold(tied - looked, tied & wanted))
+    kept = [ref for ref in matrices if admits is None or admits(ref.key)]
+    shared = {ref: shared[ref] for ref in kept if ref in shared}
+    twins = (
+        Skipped(ref.key.name, "both", f"holds the values of {twin} (tied weights): counted once")
+        for ref, twin in shared.items()
+    )
+    return replace(
+        mapped,
+        matrices=tuple(ref for ref in kept if ref not in shared),
+        skipped=(*skipped, *twins),
+        shared=shared,
+        notes=notes,
+    ), reader
 
 
 def coverage(mapped: ModelMap, checkpoint: Checkpoint) -> Coverage:
@@ -333,7 +370,9 @@ def coverage(mapped: ModelMap, checkpoint: Checkpoint) -> Coverage:
     )
 
 
-def pair(base: Checkpoint, tuned: Checkpoint, *, common_rows: bool = False) -> Pairing:
+def pair(
+    base: Checkpoint, tuned: Checkpoint, *, common_rows: bool = False, admits: Admits | None = None
+) -> Pairing:
     """Match the matrices of two checkpoints by name.
 
     Wrapper components (``module``, ``_orig_mod`` …) are dropped, and one leading prefix on either side is aligned
@@ -344,14 +383,20 @@ def pair(base: Checkpoint, tuned: Checkpoint, *, common_rows: bool = False) -> P
         tuned: the finetuned checkpoint.
         common_rows: compare the first rows that both have where only the number of rows differs (a vocabulary that
             grew), instead of skipping the matrix.
+        admits: which matrices are wanted, as in `model_map`; what it excludes is neither looked up in either
+            checkpoint nor listed as skipped.
 
     Raises:
         InputError: no name in common, or two alignments of prefixes fit equally well.
     """
-    drop_base, drop_tuned = _align(base, tuned)
+    model, reader = _mapped(base, admits)
+    refs = (*model.matrices, *model.shared)
+    partial = admits is not None and bool(base.shards or tuned.shards)
+    drop_base, drop_tuned = _align(base, tuned, {ref.parameter for ref in refs} if partial else None)
     theirs = {_strip(name, drop_tuned): name for name in tuned}
-    model = model_map(base)
-    untied = _untied(model.shared, tuned, theirs, drop_base)
+    counterparts = (theirs.get(_strip(ref.parameter, drop_base)) for ref in refs)
+    at_hand = {tuned.shards.get(name) for name in counterparts if name} | {None} if partial else None
+    untied = _untied(model.shared, tuned, theirs, drop_base, at_hand)
     matched: list[MatrixPair] = []
     skipped: list[Skipped] = []
     notes: list[str] = list(model.notes)
@@ -386,11 +431,10 @@ def pair(base: Checkpoint, tuned: Checkpoint, *, common_rows: bool = False) -> P
         for item in model.skipped
         if item.name not in {ref.key.name for ref in untied}
     ]
-    skipped += [
-        Skipped(name, "tuned", _unusable(name, tuned.entries) or "not in base")
-        for bare, name in theirs.items()
-        if bare not in ours
-    ]
+    for bare, name in theirs.items():
+        if bare not in ours and (admits is None or reader.is_wanted(drop_base + bare, admits)):
+            known = at_hand is None or tuned.shards.get(name) in at_hand
+            skipped.append(Skipped(name, "tuned", (known and _unusable(name, tuned.entries)) or "not in base"))
     return Pairing(model.family, tuple(matched), tuple(skipped), tuple(notes))
 
 
@@ -407,17 +451,55 @@ class _Names:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.entries = checkpoint.entries
         self.config = checkpoint.config
+        self.shards = checkpoint.shards
         self.bare = {name: _bare(name) for name in checkpoint.entries}
         self.stored = {bare: name for name, bare in self.bare.items()}
         self.skeleton = {name: _skeleton(bare) for name, bare in self.bare.items()}
-        self.examples: dict[str, tuple[int, ...]] = {}
+        self.alike: dict[str, list[str]] = defaultdict(list)
         for name, skeleton in self.skeleton.items():
-            self.examples.setdefault(skeleton, checkpoint.entries[name].shape)
+            self.alike[skeleton].append(name)
+        self._contacted: set[str | None] = {None}
+        self._stand_ins: dict[tuple[str, tuple[int, ...], str], tuple[int, ...] | None] = {}
+
+    def at_hand(self, names: Iterable[str]) -> None:
+        """From here on the files of these names are contacted anyway, so that all that they hold is at hand."""
+        self._contacted = {None, *map(self.shards.get, names)}
+
+    def is_at_hand(self, name: str) -> bool:
+        """Whether looking a name up contacts no further file."""
+        return self.shards.get(name) in self._contacted
+
+    def shape(self, skeleton: str) -> tuple[int, ...]:
+        """The shape of the first parameter with a skeleton, of those at hand where there are any."""
+        alike = self.alike[skeleton]
+        return self.entries[next(filter(self.is_at_hand, alike), alike[0])].shape
 
     def sibling(self, place: _Place, name: str) -> tuple[int, ...] | None:
         """The shape of a parameter in the same block, by its name behind the block; None where it is missing."""
-        stored = self.stored.get(f"{place.base}.{name.format(**place.slots)}")
-        return None if stored is None else self.entries[stored].shape
+        name = f".{name.format(**place.slots)}"
+        stored = self.stored.get(place.base + name)
+        if stored is None:
+            return None
+        known = None if self.is_at_hand(stored) else self._stand_in(place, name)
+        return known or self.entries[stored].shape
+
+    def _stand_in(self, place: _Place, name: str) -> tuple[int, ...] | None:
+        """The shape that a sibling has in every block at hand in which this parameter has the same shape.
+
+        None where there is no such block, or where they differ.
+        """
+        own = self.stored[place.base + place.rest]
+        shape = self.entries[own].shape
+        key = (place.rest, shape, name)
+        if key not in self._stand_ins:
+            found = set()
+            for twin in filter(self.is_at_hand, self.alike[self.skeleton[own]]):
+                sibling = self.stored.get(self.bare[twin].removesuffix(place.rest) + name, "")
+                comparable = self.bare[twin].endswith(place.rest) and self.entries[twin].shape == shape
+                if comparable and sibling and self.is_at_hand(sibling):
+                    found.add(self.entries[sibling].shape)
+            self._stand_ins[key] = found.pop() if len(found) == 1 else None
+        return self._stand_ins[key]
 
 
 @dataclass(frozen=True)
@@ -430,12 +512,30 @@ class _Rule:
 
 @dataclass(frozen=True)
 class _Place:
-    """A name taken apart: the text before its block, the block's numbers, the text up to it, other numbers."""
+    """A name taken apart: the text before its block, the block's numbers, the text up to it and behind it."""
 
     container: str
     numbers: tuple[int, ...]
     base: str
-    slots: Mapping[str, str]
+    rest: str
+    slots: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """What a name alone tells of a parameter.
+
+    Attributes:
+        tower: the container of the stack whose blocks hold it.
+        rule: the entries of a family's file that may hold for it.
+        place: where it lies when one of them holds.
+        around: where it lies when none does.
+    """
+
+    tower: str | None
+    rule: _Rule | None
+    place: _Place | None
+    around: _Place | None
 
 
 @dataclass(frozen=True)
@@ -488,20 +588,22 @@ def _patterns(family: Family) -> Iterator[str]:
     yield from (*family.beside, *family.unless)
 
 
-def _claims(names: _Names) -> dict[str, Family]:
+def _claims(names: _Names, *, shapes: bool = True) -> dict[str, Family]:
     """Container (as a skeleton) of every recognised stack of blocks → the family that claims it, in file order.
 
     A family claims a container where all its recognising patterns occur with equal text before the block and none
     of its `unless` patterns does. Of several, the one that names most skeletons there wins, then the one with more
-    evidence. Of two containers one inside the other, the one with more named skeletons stays.
+    evidence. Of two containers one inside the other, the one with more named skeletons stays. Without shapes, what
+    a recognising pattern says of them is taken to hold.
     """
-    skeletons = tuple(names.examples)
+    skeletons = tuple(names.alike)
+    told = names if shapes else None
     best: dict[str, tuple[tuple[int, int, str], Family]] = {}
     for family in families():
         if not family.recognised_by or not _occur(family.beside, skeletons):
             continue
-        anchored = [set(_containers(family, anchor, names.examples)) for anchor in family.recognised_by]
-        look_alikes = {c for p in family.unless for c in _containers(family, {"name": p}, names.examples)}
+        anchored = [set(_containers(family, anchor, skeletons, told)) for anchor in family.recognised_by]
+        look_alikes = {c for p in family.unless for c in _containers(family, {"name": p}, skeletons, told)}
         for container in set.intersection(*anchored) - look_alikes:
             named = sum(_inside(s, container) and _block_rule(s, container, family) is not None for s in skeletons)
             rank = (named, len(family.recognised_by) + len(family.beside), family.name)
@@ -522,17 +624,13 @@ def _occur(patterns: Iterable[str], skeletons: Iterable[str]) -> bool:
 
 
 def _containers(
-    family: Family, anchor: Mapping[str, Any], examples: Mapping[str, tuple[int, ...]]
+    family: Family, anchor: Mapping[str, Any], skeletons: Iterable[str], told: _Names | None
 ) -> Iterator[str]:
     """The text before the block in every skeleton that an anchor matches, by name and, where given, by shape."""
-    for skeleton, shape in examples.items():
-        if "shape" in anchor and not _fits(anchor["shape"], shape):
-            continue
-        for form in family.blocks:
-            found = _regex(anchor["name"], form).search(skeleton)
-            if found:
-                yield skeleton[: found.start()]
-                break
+    for skeleton in skeletons:
+        found = next(filter(None, (_regex(anchor["name"], form).search(skeleton) for form in family.blocks)), None)
+        if found and (told is None or "shape" not in anchor or _fits(anchor["shape"], told.shape(skeleton))):
+            yield skeleton[: found.start()]
 
 
 def _inside(name: str, container: str) -> bool:
@@ -592,21 +690,31 @@ def _common_components(a: str, b: str) -> int:
 # --- one parameter ----------------------------------------------------------------------------------------------
 
 
-def _meaning(name: str, tower: str | None, rule: _Rule, names: _Names) -> _Found | None:
+def _meaning(reading: _Reading, shape: tuple[int, ...], names: _Names) -> _Found | None:
     """What a family's file says of a parameter: the first entry with its name that holds for it, or None."""
-    bare, shape = names.bare[name], names.entries[name].shape
-    found = rule.regex.search(bare)
-    if found is None:
-        return None
-    place = _place(bare, found) if "block" in rule.regex.groupindex else None
-    entry = next((entry for entry in rule.entries if _holds(entry, shape, place, names)), None)
-    return None if entry is None else _Found(entry, place)
+    entries = reading.rule.entries if reading.rule else ()
+    entry = next((entry for entry in entries if _holds(entry, shape, reading.place, names)), None)
+    return None if entry is None else _Found(entry, reading.place)
 
 
 def _place(bare: str, found: re.Match[str]) -> _Place:
     numbers = [int(text) for key, text in found.groupdict().items() if key.startswith("block_")]
     slots = {key: text for key, text in found.groupdict().items() if not key.startswith("block")}
-    return _Place(bare[: found.start()], tuple(numbers), bare[: found.end("block")], slots)
+    end = found.end("block")
+    return _Place(bare[: found.start()], tuple(numbers), bare[:end], bare[end:], slots)
+
+
+def _around(bare: str, skeleton: str, tower: str, family: Family) -> _Place | None:
+    """The place of a name that lies in a tower's blocks, whatever it is."""
+    found = _in_block(skeleton, tower, family)
+    if found is None:
+        return None
+    parts = bare.split(".")
+    start = len(tower.split(".")) if tower else 0
+    stop = start + found.group(0).rstrip(".").count(".") + 1
+    numbers = tuple(int(part) for part in parts[start:stop] if part.isdigit())
+    base = ".".join(parts[:stop])
+    return _Place(".".join(parts[:start]), numbers, base, bare[len(base) :])
 
 
 def _holds(entry: Mapping[str, Any], shape: tuple[int, ...], place: _Place | None, names: _Names) -> bool:
@@ -722,7 +830,7 @@ def _row_parts(
     for role, size in zip(roles, sizes, strict=True):
         stop = start + size // groups
         cut = {"rows": (start, stop)} | ({"groups": groups} if groups > 1 else {})
-        parts.append(_Part(role, (size, columns), f"[{role.rpartition('.')[2]}]", cut))
+        parts.append(_Part(role, (size, columns), _label(role), cut))
         start = stop
     return parts, ""
 
@@ -735,7 +843,7 @@ def _column_parts(
     if source is None or not 0 < source[0] < whole[1]:
         return [], "fused columns that do not divide into their parts: role other"
     return [
-        _Part(role, (whole[0], stop - start), f"[{role.rpartition('.')[2]}]", {"columns": (start, stop)})
+        _Part(role, (whole[0], stop - start), _label(role), {"columns": (start, stop)})
         for role, start, stop in zip(entry["columns"], (0, source[0]), (source[0], whole[1]), strict=True)
     ], ""
 
@@ -778,20 +886,12 @@ def _configured(config: Mapping[str, Any], wanted: Mapping[str, Any], width: int
     )
 
 
-def _unnamed(name: str, entry: Entry, tower: str | None, towers: Mapping[str, Family], names: _Names) -> _Draft:
+def _unnamed(name: str, entry: Entry, reading: _Reading) -> _Draft:
     """A matrix that no pattern names: a kernel by its axes, else other; its block where its tower tells it."""
     shape = (entry.shape[0], prod(entry.shape[1:]))
-    place = None
-    if tower is not None:
-        found = _in_block(names.skeleton[name], tower, towers[tower])
-        parts = names.bare[name].split(".")
-        depth = len(tower.split(".")) if tower else 0
-        assert found is not None
-        inner = found.group(0).rstrip(".").count(".") + 1
-        numbers = tuple(int(part) for part in parts[depth : depth + inner] if part.isdigit())
-        place = _Place(".".join(parts[:depth]), numbers, ".".join(parts[: depth + inner]), {})
     kernel = len(entry.shape) > 2
-    return _Draft(name, tower, place, (_Part("conv" if kernel else "other", shape),), named=kernel)
+    part = _Part("conv" if kernel else "other", shape)
+    return _Draft(name, reading.tower, reading.around, (part,), named=kernel)
 
 
 def _unusable(name: str, entries: Mapping[str, Entry]) -> str:
@@ -849,42 +949,117 @@ def _is_matrix_like(entry: Entry) -> bool:
 # --- the whole model --------------------------------------------------------------------------------------------
 
 
-def _numbered(drafts: Sequence[_Draft], names: _Names, towers: Mapping[str, Family]) -> tuple[MatrixRef, ...]:
-    """The drafts as matrices: blocks counted on over stages, stacks labelled by what tells them apart."""
-    numbers: dict[str, set[tuple[int, ...]]] = defaultdict(set)
-    owner: dict[str, Family] = {}
-    for draft in drafts:
-        if draft.place is not None:
-            numbers[draft.place.container].add(draft.place.numbers)
-            owner[draft.place.container] = towers[draft.tower or ""] if draft.tower in towers else STRUCTURAL
-    # A name that lies in a stage but in no block of it has fewer numbers than a block has.
-    depth = {c: max(map(len, found)) for c, found in numbers.items()}
-    rank = {
-        c: {place: i for i, place in enumerate(sorted(place for place in found if len(place) == depth[c]))}
-        for c, found in numbers.items()
-    }
-    labels = _labels(owner)
-    matrices: list[MatrixRef] = []
-    for draft in drafts:
-        if draft.place is not None:
-            place = draft.place
-            single = depth[place.container] == 1
-            block: int | None = place.numbers[0] if single else rank[place.container].get(place.numbers)
-            stack = labels[place.container][0]
-        elif towers and draft.named:
-            block = None
-            stack = next(
-                (label for label, path in labels.values() if path and _inside(names.bare[draft.name], path)), ""
-            )
-        else:
-            block, stack = _block_from_name(draft.name)
-        matrices += [
-            MatrixRef(
-                MatrixKey(block, part.role, draft.name + part.label, stack), draft.name, part.shape, **part.cut
-            )
-            for part in draft.parts
-        ]
-    return tuple(matrices)
+class _Reader:
+    """What a model's names alone tell: rules, blocks counted on over stages, stacks labelled by what differs."""
+
+    def __init__(self, names: _Names, towers: Mapping[str, Family]) -> None:
+        self.names = names
+        self.towers = towers
+        self._rules: dict[str, tuple[str | None, _Rule | None]] = {}
+        self._readings = {name: self._read(bare) for name, bare in names.bare.items()}
+        numbers: dict[str, set[tuple[int, ...]]] = defaultdict(set)
+        owner: dict[str, Family] = {}
+        for reading in self._readings.values():
+            place = reading.place or reading.around
+            if place is not None and reading.tower is not None:
+                numbers[place.container].add(place.numbers)
+                owner[place.container] = towers[reading.tower]
+        # A name that lies in a stage but in no block of it has fewer numbers than a block has.
+        self._depth = depth = {c: max(map(len, found)) for c, found in numbers.items()}
+        self._rank = {
+            c: {place: i for i, place in enumerate(sorted(place for place in found if len(place) == depth[c]))}
+            for c, found in numbers.items()
+        }
+        self._labels = _labels(owner)
+
+    def read(self, name: str) -> _Reading:
+        """The reading of one of the model's names, or of one that another checkpoint has."""
+        return self._readings.get(name) or self._read(_bare(name))
+
+    def _read(self, bare: str) -> _Reading:
+        skeleton = _skeleton(bare)
+        if skeleton not in self._rules:
+            self._rules[skeleton] = _rule(skeleton, self.towers)
+        tower, rule = self._rules[skeleton]
+        found = rule.regex.search(bare) if rule else None
+        return _Reading(
+            tower,
+            rule if found else None,
+            _place(bare, found) if found and "block" in found.re.groupindex else None,
+            None if tower is None else _around(bare, skeleton, tower, self.towers[tower]),
+        )
+
+    def wanted(self, admits: Admits | None) -> set[str]:
+        """The names that may hold an admitted matrix."""
+        return {name for name in self.names.bare if admits is None or self.is_wanted(name, admits)}
+
+    def is_wanted(self, name: str, admits: Admits) -> bool:
+        """Whether a parameter may hold an admitted matrix, by its name alone."""
+        return any(map(admits, self._possible(name)))
+
+    def may_be_tied(self, name: str) -> bool:
+        """Whether a parameter may be an embedding or a head, by its name alone."""
+        rule = self.read(name).rule
+        return rule is not None and any(entry.get("role") in ("embedding", "head") for entry in rule.entries)
+
+    def _possible(self, name: str) -> Iterator[MatrixKey]:
+        """Every key that a matrix of this parameter can turn out to have."""
+        reading = self.read(name)
+        for entry in reading.rule.entries if reading.rule else ():
+            if "skip" in entry:
+                if "shape" not in entry:
+                    return
+                continue
+            roles = entry.get("rows") or entry.get("columns") or [entry["role"]]
+            labels = [""] if "role" in entry else [_label(role) for role in roles]
+            whole = [] if "role" in entry else [("other", "", False)]
+            for role, label, named in (*((r, n, True) for r, n in zip(roles, labels, strict=True)), *whole):
+                block, stack = self.where(name, reading.place, named)
+                for expert in range(_MOST_EXPERTS) if entry.get("stacked") else [None]:
+                    number = "" if expert is None else f"[{expert}]"
+                    yield MatrixKey(block, role, f"{name}{number}{label}", stack)
+        for role in ("other", "conv") if name.endswith("weight") else ("other",):
+            block, stack = self.where(name, reading.around, role == "conv")
+            yield MatrixKey(block, role, name, stack)
+
+    def where(self, name: str, place: _Place | None, named: bool) -> tuple[int | None, str]:
+        """Block and stack of a parameter that lies in a place, or in none."""
+        if place is not None:
+            single = self._depth.get(place.container, 1) == 1
+            block = place.numbers[0] if single else self._rank[place.container].get(place.numbers)
+            return block, self._labels.get(place.container, ("", ""))[0]
+        if self.towers and named:
+            bare = _bare(name)
+            inside = (label for label, path in self._labels.values() if path and _inside(bare, path))
+            return None, next(inside, "")
+        return _block_from_name(name)
+
+    def matrices(self, draft: _Draft) -> Iterator[MatrixRef]:
+        """The matrices of a parameter, with their keys."""
+        block, stack = self.where(draft.name, draft.place, draft.named)
+        for part in draft.parts:
+            key = MatrixKey(block, part.role, draft.name + part.label, stack)
+            yield MatrixRef(key, draft.name, part.shape, **part.cut)
+
+    def main_family(self) -> Family:
+        """The family whose patterns name most parameters in its blocks; of equals the first."""
+        counts = Counter(
+            self.towers[reading.tower].name
+            for reading in self._readings.values()
+            if reading.tower is not None and reading.rule and any("skip" not in e for e in reading.rule.entries)
+        )
+        return (
+            _family_named(counts.most_common(1)[0][0]) if counts else next(iter(self.towers.values()), STRUCTURAL)
+        )
+
+
+_MOST_EXPERTS = 1024
+"""Matrices in one stacked parameter that a pattern of names can address without the parameter being looked up."""
+
+
+def _label(role: str) -> str:
+    """What stands behind the name of a parameter for a part of it."""
+    return f"[{role.rpartition('.')[2]}]"
 
 
 def _labels(owner: Mapping[str, Family]) -> dict[str, tuple[str, str]]:
@@ -918,12 +1093,6 @@ def _block_from_name(name: str) -> tuple[int | None, str]:
     return (None, "") if at is None else (int(parts[at]), ".".join(parts[:at]))
 
 
-def _main(towers: Mapping[str, Family], drafts: Sequence[_Draft]) -> Family:
-    """The family that names most parameters; of equals the first."""
-    counts = Counter(towers[d.tower].name for d in drafts if d.tower is not None and d.named)
-    return _family_named(counts.most_common(1)[0][0]) if counts else next(iter(towers.values()), STRUCTURAL)
-
-
 def _shared(matrices: Sequence[MatrixRef], checkpoint: Checkpoint) -> dict[MatrixRef, str]:
     """Embeddings and heads that repeat the values of an earlier one → the parameter that they repeat.
 
@@ -955,31 +1124,54 @@ def _equal(checkpoint: Checkpoint, a: str, b: str) -> bool:
 
 
 def _untied(
-    shared: Mapping[MatrixRef, str], tuned: Checkpoint, theirs: Mapping[str, str], prefix: str
+    shared: Mapping[MatrixRef, str],
+    tuned: Checkpoint,
+    theirs: Mapping[str, str],
+    prefix: str,
+    at_hand: Collection[str | None] | None,
 ) -> list[MatrixRef]:
-    """Matrices that base ties to another one and tuned does not: they are compared after all."""
+    """Matrices that base ties to another one and tuned does not: they are compared after all.
+
+    So are those whose twin in tuned lies in a file that is not otherwise read.
+    """
     found = []
     for ref, twin in shared.items():
         mine, other = theirs.get(_strip(ref.parameter, prefix)), theirs.get(_strip(twin, prefix))
-        if mine and other and not _equal(tuned, mine, other):
-            found.append(ref)
+        if mine and other:
+            known = at_hand is None or tuned.shards.get(other) in at_hand
+            found += [] if known and _equal(tuned, mine, other) else [ref]
     return found
 
 
-def _remarks(mapped: ModelMap, checkpoint: Checkpoint) -> Iterator[str]:
-    """What a person should know before trusting the roles."""
+def _untold(unread: Collection[str], wanted: Collection[str]) -> Iterator[str]:
+    """That ties with embeddings and heads which were not looked up are not known."""
+    if unread and wanted:
+        yield (
+            f"{min(wanted)} may hold the same values as {min(unread)} (tied weights), which was not read: "
+            "its file holds nothing that was asked for"
+        )
+
+
+def _remarks(mapped: ModelMap, checkpoint: Checkpoint, reader: _Reader, looked: Collection[str]) -> Iterator[str]:
+    """What a person should know before trusting the roles; names that were not looked up count as matrices."""
     if mapped.towers and mapped.unnamed:
         share = coverage(mapped, checkpoint)
+        of = "the matrix parameters" + (" looked at" if len(looked) < len(checkpoint) else "")
         yield (
-            f"{len(mapped.unnamed)} matrices ({share.unnamed / max(1, share.total):.1%} of the matrix parameters) "
+            f"{len(mapped.unnamed)} matrices ({share.unnamed / max(1, share.total):.1%} of {of}) "
             f"are not in the map of {mapped.family.name} and have the role other, e.g. {mapped.unnamed[0]}"
         )
     if any(_ADAPTER.search(name) for name in checkpoint.entries):
         yield "holds an adapter that is not merged: the matrices it adapts are read without it"
+    found_in = [(ref.parameter, ref.key.block, ref.key.stack) for ref in mapped.matrices]
+    for name in checkpoint.entries:
+        if name not in looked:
+            reading = reader.read(name)
+            found_in.append((name, *reader.where(name, reading.place or reading.around, reading.rule is not None)))
     blocks: dict[tuple[str, str], set[int]] = defaultdict(set)
-    for ref in mapped.matrices:
-        if ref.key.block is not None and mapped.towers:
-            blocks[ref.key.stack, ref.parameter.split(".")[0]].add(ref.key.block)
+    for name, block, stack in found_in:
+        if block is not None and mapped.towers:
+            blocks[stack, name.split(".")[0]].add(block)
     for (stack, _), found in blocks.items():
         missing = sorted(set(range(max(found))) - found)
         if missing:
@@ -988,7 +1180,7 @@ def _remarks(mapped: ModelMap, checkpoint: Checkpoint) -> Iterator[str]:
             yield f"blocks {shown}{where} hold no matrix"
     for family in dict.fromkeys(mapped.towers.values()):
         times = checkpoint.config.get(family.repeated)
-        stored = len({ref.key.block for ref in mapped.matrices} - {None})
+        stored = len({block for _, block, _ in found_in} - {None})
         if isinstance(times, int) and times > stored:
             yield f"{stored} stored block(s) are run through {times} times ({family.repeated}) and counted once"
 
@@ -1089,12 +1281,61 @@ def _prefixes(names: Iterable[str]) -> list[str]:
     return sorted(found)
 
 
-def _align(base: Checkpoint, tuned: Checkpoint) -> tuple[str, str]:
+def _align(base: Checkpoint, tuned: Checkpoint, wanted: Collection[str] | None = None) -> tuple[str, str]:
     """The prefixes to drop from base's and tuned's names so that the most names and shapes agree.
 
     The shortest such prefixes win. Two equally short ones that agree equally often are ambiguous, and refused:
     a decoder must never be compared with an encoder.
+
+    Args:
+        base: the pretrained checkpoint.
+        tuned: the finetuned checkpoint.
+        wanted: the parameters of base to which shapes may be looked up; all when None. Names then come first, and
+            all shapes decide only where names and the wanted shapes do not.
+
+    Raises:
+        InputError: nothing agrees, or the choice is ambiguous.
     """
+    way = None if wanted is None else _align_by_names(base, tuned, wanted)
+    return way or _align_by_shapes(base, tuned)
+
+
+def _align_by_names(base: Checkpoint, tuned: Checkpoint, wanted: Collection[str]) -> tuple[str, str] | None:
+    """The prefixes under which the most names agree; None where that leaves a doubt.
+
+    Where several fit equally, those under which the most wanted parameters have equal shapes. Where a prefix is
+    dropped, a wanted parameter has to confirm it by its shape.
+    """
+    ours = {_bare(name) for name in base.entries}
+    theirs = {_bare(name): name for name in tuned.entries}
+    stripped = {mine: {name.removeprefix(mine) for name in ours} for mine in _prefixes(ours)}
+    shifted = {other: {name.removeprefix(other): name for name in theirs} for other in _prefixes(theirs)}
+    agreeing = {
+        (mine, other): len(names & their_names.keys())
+        for mine, names in stripped.items()
+        for other, their_names in shifted.items()
+        if not mine or mine != other
+    }
+    most = max(agreeing.values())
+    if most == 0:
+        raise _nothing_agrees(base, tuned)
+    by_partners: dict[tuple[str | None, ...], tuple[str, str]] = {}
+    for way in sorted((way for way, n in agreeing.items() if n == most), key=lambda way: (len("".join(way)), way)):
+        partners = (shifted[way[1]].get(_strip(name, way[0])) for name in wanted)
+        by_partners.setdefault(tuple(partner and theirs[partner] for partner in partners), way)
+    if len(by_partners) == 1 and not any(way := next(iter(by_partners.values()))):
+        return way
+
+    def confirmed(partners: tuple[str | None, ...]) -> int:
+        pairs = zip(wanted, partners, strict=True)
+        return sum(bool(b) and base.entries[a].shape == tuned.entries[b].shape for a, b in pairs if b)
+
+    counts = Counter({partners: confirmed(partners) for partners in by_partners}).most_common(2)
+    clear = counts[0][1] > 0 and (len(counts) == 1 or counts[0][1] > counts[1][1])
+    return by_partners[counts[0][0]] if clear or not wanted else None
+
+
+def _align_by_shapes(base: Checkpoint, tuned: Checkpoint) -> tuple[str, str]:
     ours = {_bare(name): entry.shape for name, entry in base.entries.items()}
     theirs = {_bare(name): entry.shape for name, entry in tuned.entries.items()}
     # The first and the last stand for all names that differ in numbers alone: the blocks of a stack agree together.
@@ -1114,10 +1355,7 @@ def _align(base: Checkpoint, tuned: Checkpoint) -> tuple[str, str]:
             )
     best = max(agreeing.values())
     if best == 0:
-        raise InputError(
-            f"{base.source} and {tuned.source}: no parameter in common by name and shape "
-            f"(e.g. {next(iter(ours))!r} and {next(iter(theirs))!r}); want two checkpoints of one architecture"
-        )
+        raise _nothing_agrees(base, tuned)
     ranked = sorted((len(a) + len(b), a, b) for (a, b), count in agreeing.items() if count == best)
     if len(ranked) > 1 and ranked[0][0] == ranked[1][0]:
         raise InputError(
@@ -1125,3 +1363,11 @@ def _align(base: Checkpoint, tuned: Checkpoint) -> tuple[str, str]:
             f"({ranked[0][1:]} or {ranked[1][1:]} dropped); rename one side"
         )
     return ranked[0][1], ranked[0][2]
+
+
+def _nothing_agrees(base: Checkpoint, tuned: Checkpoint) -> InputError:
+    ours, theirs = (_bare(next(iter(checkpoint.entries))) for checkpoint in (base, tuned))
+    return InputError(
+        f"{base.source} and {tuned.source}: no parameter in common by name and shape "
+        f"(e.g. {ours!r} and {theirs!r}); want two checkpoints of one architecture"
+    )

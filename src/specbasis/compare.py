@@ -88,6 +88,11 @@ class Options:
             raise InputError(f"no role {', '.join(unknown)}; there is: {', '.join(ROLES)}")
         choose(self.measures)
 
+    @property
+    def filter(self) -> Callable[[MatrixKey], bool] | None:
+        """`admits`, or None where every matrix is asked for."""
+        return self.admits if self.roles or self.blocks or self.name else None
+
     def admits(self, key: MatrixKey) -> bool:
         """Whether a matrix is among those asked for."""
         return (
@@ -440,7 +445,7 @@ def _matched(base: Source, tuned: Source | Sequence[Source], options: Options, s
     checkpoints = [open_tuned(source, opened, stream=stream) for source in sources]
     labels = store.unique_labels([checkpoint.source for checkpoint in checkpoints])
     pairings = {
-        label: _chosen(pair(opened, checkpoint, common_rows=options.common_rows), options)
+        label: pair(opened, checkpoint, common_rows=options.common_rows, admits=options.filter)
         for label, checkpoint in zip(labels, checkpoints, strict=True)
     }
     if not any(pairing.matched for pairing in pairings.values()):
@@ -665,11 +670,6 @@ def _table(label: str, matched: MatrixPair, measured: Iterator[tuple[Measure, Va
 
 
 # --- what goes into the manifest --------------------------------------------------------------------------------
-
-
-def _chosen(pairing: Pairing, options: Options) -> Pairing:
-    matched = tuple(m for m in pairing.matched if options.admits(m.key))
-    return Pairing(pairing.family, matched, pairing.skipped, pairing.notes)
 
 
 def _portable(source: Source) -> Source:

@@ -41,9 +41,11 @@ def open_place(place: Place, key: str = "") -> Checkpoint:
         names = [place.given] if place.given else _choose(place)
         notes: list[str] = []
         entries: Mapping[str, Entry]
+        shards: Mapping[str, str] = {}
         if names[0].endswith(".index.json"):
             no_key(key, place.source)
             entries, names, notes = _open_index(place, names[0])
+            shards = {} if place.eager else entries.files
         elif place.given or (len(names) == 1 and not _SHARD.match(names[0])):
             entries = place.entries(names[0], key)
         else:
@@ -54,7 +56,7 @@ def open_place(place: Place, key: str = "") -> Checkpoint:
         config, config_notes = read_config(place, "config.json")
         files, digests = place.provenance(names)
         notes = [*notes, *config_notes, *_beside(place, names)]
-        return Checkpoint(place.source, entries, files, config, place.revision, digests, tuple(notes))
+        return Checkpoint(place.source, entries, files, config, place.revision, digests, tuple(notes), shards)
 
 
 def read_config(place: Place, name: str) -> tuple[dict[str, Any], list[str]]:
@@ -108,7 +110,7 @@ def _beside(place: Place, names: list[str]) -> list[str]:
     return [f"{other} lies beside the weights and was not read" for other in others if other in place.names]
 
 
-def _open_index(place: Place, index: str) -> tuple[Mapping[str, Entry], list[str], list[str]]:
+def _open_index(place: Place, index: str) -> tuple[_Sharded, list[str], list[str]]:
     """The shards that an index names: each must be there and, when opened, hold what the index says and no more."""
     try:
         weight_map = json_object(place.text(index))["weight_map"]
@@ -147,7 +149,7 @@ class _Sharded(Mapping[str, Entry]):
     """Entries of several files, each opened when one of its names is first looked up."""
 
     def __init__(self, weight_map: dict[str, str], index: str, place: Place) -> None:
-        self._weight_map = weight_map
+        self.files = weight_map
         self._index = index
         self._place = place
         self._parts: dict[str, Mapping[str, Entry]] = {}
@@ -156,11 +158,11 @@ class _Sharded(Mapping[str, Entry]):
         if shard not in self._parts:
             source = self._place.source
             part = self._place.entries(shard)
-            listed = {name for name, where in self._weight_map.items() if where == shard}
+            listed = {name for name, where in self.files.items() if where == shard}
             for name in sorted(listed - set(part)):
                 raise InputError(f"{source}: {self._index} puts {name!r} into {shard}, which does not hold it")
             for name in sorted(set(part) - listed):
-                also = self._weight_map.get(name)
+                also = self.files.get(name)
                 raise InputError(
                     f"{source}: {shard} holds {len(set(part) - listed)} tensors that {self._index} "
                     f"{f'puts into {also}' if also else 'does not list'}, e.g. {name!r}; repair the index"
@@ -170,16 +172,16 @@ class _Sharded(Mapping[str, Entry]):
 
     def __getitem__(self, name: str) -> Entry:
         with reading(self._place.source):
-            return with_scale(self.part(self._weight_map[name])[name], name, self._weight_map)
+            return with_scale(self.part(self.files[name])[name], name, self.files)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._weight_map
+        return name in self.files
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._weight_map)
+        return iter(self.files)
 
     def __len__(self) -> int:
-        return len(self._weight_map)
+        return len(self.files)
 
 
 def _open_shards(place: Place, names: list[str]) -> dict[str, Entry]:

@@ -53,6 +53,8 @@ class Checkpoint(Mapping[str, Tensor]):
         digests: file name → digest as the Hub lists it at that commit, ``sha256:…`` or, for a small file that is
             kept in git itself, ``git-sha1:…``. Empty for files on disk.
         notes: what a person should know about how it was read, one sentence each.
+        shards: name → the file that is contacted when the name is looked up, where that is not done when opening:
+            on the Hub, with an index. Names that are not in it cost nothing to look up.
     """
 
     source: str
@@ -62,6 +64,7 @@ class Checkpoint(Mapping[str, Tensor]):
     revision: str = ""
     digests: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    shards: Mapping[str, str] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Tensor:
         with reading(self.source):
