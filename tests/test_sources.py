@@ -177,6 +177,40 @@ def test_two_finetunes_on_the_hub(hub: HubServer, tmp_path: Path) -> None:
     assert not hub.requests("org/other/.*00003-of")
 
 
+@pytest.mark.parametrize("targets", [["query", "output"], ["value"]])
+def test_an_adapter_of_a_base_on_the_hub(hub: HubServer, tmp_path: Path, targets: list[str]) -> None:
+    """It adapts every block; the shards of those that are not asked for stay untouched, on both sides."""
+    base = bert_state(blocks=6)
+    generator = torch.Generator().manual_seed(3)
+    wanted = {"query": "attention.self.query", "value": "attention.self.value", "output": "output.dense"}
+    adapter: State = {}
+    merged = dict(base)
+    for n in range(6):
+        for target in targets:
+            name = f"encoder.layer.{n}.{wanted[target]}"
+            out, inner = base[f"{name}.weight"].shape
+            B, A = (torch.randn(*size, generator=generator) for size in ((out, 2), (2, inner)))
+            stem = f"base_model.model.{name}.lora_"
+            adapter |= {f"{stem}A.weight": A, f"{stem}B.weight": B}
+            merged[f"{name}.weight"] = base[f"{name}.weight"] + 2 * B @ A
+    hub.repositories["org/adapter"] = {
+        "adapter_model.safetensors": save(adapter),
+        "adapter_config.json": json.dumps({"peft_type": "LORA", "lora_alpha": 4, "r": 2}).encode(),
+    }
+    found = compare(
+        "org/base", "org/adapter", tmp_path / "out", stream=True, blocks=[0], roles=["attention", "ffn"]
+    )
+    assert not hub.requests("org/base/.*0000[23]-of")
+    tuned = next(iter(found.manifest["pairs"].values()))["tuned"]
+    assert set(tuned["digests"]) == {"adapter_model.safetensors", "adapter_config.json"}
+    assert tuned["revision"] == COMMIT
+    want = frame(compare(base, merged, blocks=[0], roles=["attention", "ffn"]))
+    both = frame(found).merge(want, on=["matrix", "measure", "index"])
+    both = both[both.measure.isin(["singular_value_tuned", "singular_value_delta", "norm_delta"])]
+    assert both.matrix.nunique() == 6
+    assert (both.value_x - both.value_y).abs().max() <= 16 * EPS * both.value_y.max()
+
+
 # --- adapters -----------------------------------------------------------------------------------------------------
 
 
