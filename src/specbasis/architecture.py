@@ -1273,12 +1273,20 @@ def _strip(name: str, prefix: str) -> str:
 
 
 def _prefixes(names: Iterable[str]) -> list[str]:
-    """Leading dotted prefixes, up to three components deep and without numbers, and the empty one."""
-    found = {""}
+    """Leading dotted prefixes up to three components deep, the empty one too; with numbers where all share it."""
+    names = list(names)
+    levels = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    shared = [level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels)]
+    found = {"", *(".".join(shared[:depth]) + "." for depth in range(1, min(4, len(shared) + 1)))}
     for name in {_NUMBER.sub(r"\g<1>00", name) for name in names}:
         parts = list(takewhile(lambda part: not part.isdigit(), name.split(".")[:-1]))
         found |= {".".join(parts[:depth]) + "." for depth in range(1, min(4, len(parts) + 1))}
     return sorted(found)
+
+
+def _may_drop(mine: str, other: str) -> bool:
+    """Whether prefixes may be dropped from both sides: never two of a block, such as layers.3. and layers.5."""
+    return not (mine and other) or (mine != other and not re.search(r"(^|\.)\d+\.", f"{mine}.{other}"))
 
 
 def _align(base: Checkpoint, tuned: Checkpoint, wanted: Collection[str] | None = None) -> tuple[str, str]:
@@ -1314,7 +1322,7 @@ def _align_by_names(base: Checkpoint, tuned: Checkpoint, wanted: Collection[str]
         (mine, other): len(names & their_names.keys())
         for mine, names in stripped.items()
         for other, their_names in shifted.items()
-        if not mine or mine != other
+        if _may_drop(mine, other)
     }
     most = max(agreeing.values())
     if most == 0:
@@ -1346,7 +1354,7 @@ def _align_by_shapes(base: Checkpoint, tuned: Checkpoint) -> tuple[str, str]:
     for other in _prefixes(theirs):
         shapes = {name.removeprefix(other): shape for name, shape in theirs.items()}
         for mine in _prefixes(ours):
-            if bool(mine) and mine == other:
+            if not _may_drop(mine, other):
                 continue
             agreeing[mine, other] = sum(
                 len(group)

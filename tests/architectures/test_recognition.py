@@ -247,3 +247,12 @@ def test_every_family_file_is_whole() -> None:
         for entry in family.matrices:
             for role in entry.get("rows") or entry.get("columns") or [entry.get("role", "other")]:
                 assert role in ROLES
+
+
+def test_a_numbered_wrapper_is_dropped_and_blocks_are_not_confused() -> None:
+    shapes = bert_layer("encoder.layer.0.") | bert_layer("encoder.layer.1.")
+    wrapped = stored({f"0.auto_model.{name}": shape for name, shape in shapes.items()})
+    for base, tuned in ((stored(shapes), wrapped), (wrapped, stored(shapes))):
+        assert len(pair(base, tuned).matched) == len(shapes)
+    with pytest.raises(InputError, match="no parameter in common"):
+        pair(stored(bert_layer("layer.3.")), stored(bert_layer("layer.5.")))

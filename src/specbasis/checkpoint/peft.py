@@ -18,9 +18,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections import ChainMap, defaultdict
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -98,17 +99,23 @@ def open_adapter(place: Place, base: Checkpoint) -> Checkpoint:
         else:
             replaced[path] = entry
     names = _Names(base, modules, place.source)
-    changed = {names.saved(path): entry for path, entry in replaced.items()}
-    flipped = _stored_in_out(config, modules, names, base)
-    for module, parts in modules.items():
-        parameter = names.parameter(module)
-        stored_base = changed.get(parameter) or base.entries[parameter]
-        changed[parameter] = _Update(module, parts, config, kind, stored_base, flipped, place.source).entry()
+    saved = {names.saved(path): entry for path, entry in replaced.items()}
+    adapted = {names.parameter(module): module for module in modules}
+    stored_in_out = _stored_in_out(config, {module: name for name, module in adapted.items()}, modules, base)
+
+    def update(name: str) -> Entry:
+        module = adapted[name]
+        stored_base = saved.get(name) or base.entries[name]
+        flipped = partial(stored_in_out, base.shards.get(name))
+        return _Update(module, modules[module], config, kind, stored_base, flipped, place.source).entry()
+
+    entries = _Tuned(base.entries, saved, adapted, update)
+    for name in () if base.shards else adapted:
+        entries[name]  # what does not fit is refused now, where looking it up contacts nothing
     return replace(
         base,
         source=place.source,
-        # A view: the base's shards on the Hub that hold nothing adapted stay untouched.
-        entries=ChainMap(changed, base.entries),  # type: ignore[arg-type]
+        entries=entries,
         files=files,
         digests=digests,
         revision=place.revision,
@@ -116,6 +123,37 @@ def open_adapter(place: Place, base: Checkpoint) -> Checkpoint:
             f"{kind} adapter on {base.source}: {len(modules)} modules adapted, {len(replaced)} tensors replaced",
         ),
     )
+
+
+class _Tuned(Mapping[str, Entry]):
+    """The base's entries with those that the adapter changes or adds, made when they are first looked up.
+
+    A view: the base's shards on the Hub are contacted for the names that are looked up, and for no other.
+    """
+
+    def __init__(
+        self,
+        base: Mapping[str, Entry],
+        saved: Mapping[str, Entry],
+        adapted: Collection[str],
+        update: Callable[[str], Entry],
+    ) -> None:
+        self._base, self._saved, self._adapted = base, saved, adapted
+        self._update = cache(update)
+
+    def __getitem__(self, name: str) -> Entry:
+        if name in self._adapted:
+            return self._update(name)
+        return self._saved[name] if name in self._saved else self._base[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._saved or name in self._base
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys((*self._base, *self._saved)))
+
+    def __len__(self) -> int:
+        return len(self._base) + sum(name not in self._base for name in self._saved)
 
 
 def _check(config: Mapping[str, Any], kind: str, source: str) -> None:
@@ -210,19 +248,32 @@ def _prefixes(names: Iterable[str]) -> set[str]:
 
 
 def _stored_in_out(
-    config: Mapping[str, Any], modules: Mapping[str, Mapping[str, Entry]], names: _Names, base: Checkpoint
-) -> bool:
+    config: Mapping[str, Any],
+    parameters: Mapping[str, str],
+    modules: Mapping[str, Mapping[str, Entry]],
+    base: Checkpoint,
+) -> Callable[[str | None], bool]:
     """Whether the base stores its adapted linear layers (in, out): what a square matrix's shape cannot tell.
 
-    Told by those that are not square; the config's fan_in_fan_out decides where all are.
+    Told by those that are not square, of the same shard where it has any; the config's fan_in_fan_out decides where
+    all are square.
     """
-    shapes = [
-        (base.entries[names.parameter(module)].shape, parts["B"].shape[0], parts["A"].shape[-1])
+    sizes = {
+        parameters[module]: (parts["B"].shape[0], parts["A"].shape[-1])
         for module, parts in modules.items()
         if {"A", "B"} <= set(parts) and "embedding" not in parts
-    ]
-    told = [shape == (columns, rows) for shape, rows, columns in shapes if len(shape) == 2 and rows != columns]
-    return any(told) if told else bool(config.get("fan_in_fan_out"))
+    }
+    oblong = [name for name, (rows, columns) in sizes.items() if rows != columns]
+
+    @cache
+    def told(shard: str | None) -> bool:
+        near = [name for name in oblong if base.shards.get(name) == shard] or oblong[:1]
+        found = [
+            base.entries[name].shape == sizes[name][::-1] for name in near if len(base.entries[name].shape) == 2
+        ]
+        return any(found) if found else bool(config.get("fan_in_fan_out"))
+
+    return told
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,7 +285,7 @@ class _Update:
     config: Mapping[str, Any]
     kind: str
     base: Entry
-    flipped: bool
+    flipped: Callable[[], bool]
     source: str
 
     def entry(self) -> Entry:
@@ -265,7 +316,7 @@ class _Update:
         if "embedding" in self.parts:
             return True
         size = (self.parts["B"].shape[0], math.prod(self.parts["A"].shape[1:]))
-        return len(self.base.shape) == 2 and (size != self.base.shape or (size[0] == size[1] and self.flipped))
+        return len(self.base.shape) == 2 and (size != self.base.shape or (size[0] == size[1] and self.flipped()))
 
     def _stored_size(self) -> tuple[int, int]:
         B, A = self.parts["B"].shape, self.parts["A"].shape
