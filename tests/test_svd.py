@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specbasis import InputError, NonFiniteError, decompose, low_rank_svd
-from specbasis.svd import DEFLATE
+from specbasis.svd import DEFLATE, half_svd
 from tests.helpers.exact import exact_svd, sines, true_residuals, value_errors
 from tests.helpers.matrices import (
     gaussian,
@@ -623,3 +623,11 @@ def test_a_bad_entry_in_what_is_subtracted_is_found(value):
 def test_what_cannot_be_subtracted_is_refused(base):
     with pytest.raises(InputError, match=r"^query: got "):
         decompose(torch.ones(5, 6), minus=base, name="query")
+
+
+@pytest.mark.parametrize("shape", [(5, 9), (9, 5), (6, 6), (1, 4), (1, 1)])
+def test_values_alone(shape: tuple[int, int]) -> None:
+    W = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = half_svd(W, 0)
+    assert len(found.S) == len(found.residual) == 0
+    assert bool(((found.spectrum - torch.linalg.svdvals(W)).abs() <= found.spectrum_error + 1e-15).all())
