@@ -158,12 +158,29 @@ def test_report_of_a_folder_without_results(specbasis: Run, tmp_path: Path) -> N
     assert "no results here" in done.stderr
 
 
-@pytest.mark.parametrize("text", ["x", "1-", "-1", "0,,a"])
+@pytest.mark.parametrize("text", ["x", "1-", "-1", "0,,a", "2-1", "0-99999999999"])
 def test_blocks_that_are_no_numbers(specbasis: Run, folder: Path, tmp_path: Path, text: str) -> None:
     out = ("--out", tmp_path / "out", f"--blocks={text}")
     done = specbasis("compare", "base.safetensors", "tuned.safetensors", *out, cwd=folder)
     assert done.returncode == 2
-    assert "want numbers and ranges" in done.stderr
+    assert "want numbers and ascending ranges" in done.stderr
+
+
+def test_measures_without_alignment_still_give_a_verdict(specbasis: Run, folder: Path, tmp_path: Path) -> None:
+    out = ("--out", tmp_path / "out", "--measures", "rsd", "--no-report")
+    done = specbasis("compare", "base.safetensors", "tuned.safetensors", *out, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "finetuned from this base" in done.stdout
+
+
+def test_an_interrupt_says_what_is_kept(specbasis: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.specbasis, "load", interrupted)
+    done = specbasis("report", tmp_path)
+    assert done.returncode == 130
+    assert done.stderr == "interrupted: what is done is kept, and the same command continues\n"
 
 
 def test_version_and_help(specbasis: Run) -> None:

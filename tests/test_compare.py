@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -207,8 +208,29 @@ def test_filters(pair: tuple[Path, Path]) -> None:
     assert specbasis.compare(*pair, name="*intermediate*").rows["block"].unique().to_pylist() == [0, 1]
     with pytest.raises(InputError, match="no role nonsense"):
         specbasis.compare(*pair, roles=["nonsense"])
-    with pytest.raises(InputError, match="no matrix to compare"):
+    with pytest.raises(InputError, match=r"no matrix to compare: .* leave none of roles .*ffn.up.*blocks 0 to 1"):
         specbasis.compare(*pair, name="nothing*")
+    for what, given in (("roles", "ffn"), ("blocks", 1), ("measures", "rsd")):
+        with pytest.raises(InputError, match=f"got {what} = .*want a list"):
+            specbasis.compare(*pair, **{what: given})
+
+
+def test_what_cannot_run_leaves_no_folder(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="got engine 'nonsense'"):
+        specbasis.compare(*pair, tmp_path / "out", engine="nonsense")
+    with pytest.raises(InputError, match="workers = 0"):
+        job.plan(*pair, workers=0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_error_stops_the_workers_at_once(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise InputError("full")
+
+    monkeypatch.setattr(job.store.Results, "write", full)
+    with pytest.raises(InputError, match="full") as held:  # keeps the traceback, and with it the frames
+        specbasis.compare(*pair, engine="threads", workers=2)
+    assert not [t for t in threading.enumerate() if t.name.startswith("specbasis")], held
 
 
 def test_one_matrix_with_nan_is_named_and_the_others_are_done(pair: tuple[Path, Path], tmp_path: Path) -> None:

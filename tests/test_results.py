@@ -63,9 +63,22 @@ def test_other_formats_and_broken_manifests_are_refused(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"format": 99}')
     with pytest.raises(InputError, match="format 99"):
         results.load(tmp_path)
-    (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(InputError, match="not a manifest"):
-        results.load(tmp_path)
+    for text in ("{", "[1]", "{}", '{"format": 1}', '{"format": 1, "config": {}}'):
+        (tmp_path / "manifest.json").write_text(text)
+        with pytest.raises(InputError, match="not a manifest"):
+            results.load(tmp_path)
+
+
+def test_damage_inside_a_part_names_the_file_to_delete(tmp_path: Path) -> None:
+    made = fresh(tmp_path / "out")
+    made.write("p", "m", table(1000))
+    part = made.part("p", "m")
+    whole = bytearray(part.read_bytes())
+    whole[4:40] = bytes(36)  # the footer, by which a part counts as done, stays
+    part.write_bytes(whole)
+    assert made.is_done("p", "m")
+    with pytest.raises(InputError, match=rf"{part.name}: is damaged .*delete this file"):
+        made.rows()
 
 
 @given(st.lists(st.text(min_size=1), min_size=2, max_size=4, unique=True))

@@ -257,9 +257,10 @@ def main() -> None:
     except InputError as error:
         _line(f"error: {error}", console=_err, style="red")
         sys.exit(2)
-    except KeyboardInterrupt:
-        _line("interrupted: what is done is kept, and the same command continues", console=_err)
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == 130:  # what typer makes of Ctrl-C
+            _line("interrupted: what is done is kept, and the same command continues", console=_err)
+        raise
 
 
 @contextmanager
@@ -348,8 +349,9 @@ def _numbers(text: str) -> list[int]:
     """Block numbers from a list with ranges: "0,10-11" is 0, 10, 11."""
     numbers: list[int] = []
     for word in _words(text):
-        if not re.fullmatch(r"\d+(-\d+)?", word):
-            raise InputError(f"--blocks got {word!r}; want numbers and ranges, such as 0,10-11")
-        first, _, last = word.partition("-")
-        numbers += range(int(first), int(last or first) + 1)
+        found = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", word, re.ASCII)
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        if first > last:
+            raise InputError(f"--blocks got {word!r}; want numbers and ascending ranges, such as 0,10-11")
+        numbers += range(first, last + 1)
     return numbers

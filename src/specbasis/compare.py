@@ -8,7 +8,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -240,21 +240,15 @@ def compare(
 
     Source: Yu et al. 2026, §3 and §4.1–4.2; what is added beside it: bounds, subspaces, chance levels, verdicts.
     """
-    options = Options(
-        ranks,
-        subspace,
-        tuple(roles),
-        tuple(blocks),
-        name,
-        common_rows,
-        tuple(measures),
-        cache is not None,
-        approximate,
+    options = replace(
+        _options(ranks, subspace, roles, blocks, name, common_rows, measures),
+        cached=cache is not None,
+        approximate=approximate,
     )
-    if workers is not None and workers < 1:
-        raise InputError(f"got workers = {workers}; want at least 1")
+    if engine not in engines.ENGINES:
+        raise InputError(f"got engine {engine!r}; want one of {', '.join(engines.ENGINES)}")
     place = Place(_device(device), None if cache is None else str(cache))
-    workers = workers or (cpu_count() if device == "cpu" else 1)
+    workers = _workers(workers) if workers is not None or device == "cpu" else 1
     budget = parse_bytes(memory) if isinstance(memory, str) else memory
     matched = _matched(base, tuned, options, stream)
     kept = tempfile.TemporaryDirectory(prefix="specbasis-") if out is None else None
@@ -279,10 +273,10 @@ def compare(
     started, done, total = time.perf_counter(), 0.0, math.fsum(task.flops for task in tasks)
     report = progress or (lambda _: None)
     report(Progress(0.0, total, tasks[0].name if tasks else ""))
-    with _opened_here(matched):
-        for task, outcomes in engines.run(
-            tasks, workers=workers, memory=budget, engine=engine, local=matched.in_memory
-        ):
+    running = engines.run(tasks, workers=workers, memory=budget, engine=engine, local=matched.in_memory)
+    # Closed here, not when the garbage collector comes: an error's traceback would keep the workers busy.
+    with _opened_here(matched), closing(running):
+        for task, outcomes in running:
             done += task.flops
             for label, outcome in outcomes:
                 if isinstance(outcome, str):
@@ -345,10 +339,11 @@ def plan(
     memory: str | int | None = None,
 ) -> Plan:
     """What `compare` with the same arguments would do, from headers alone; nothing is decomposed or written."""
-    options = Options(ranks, subspace, tuple(roles), tuple(blocks), name, common_rows, tuple(measures))
+    options = _options(ranks, subspace, roles, blocks, name, common_rows, measures)
     budget = parse_bytes(memory) if isinstance(memory, str) else memory
+    workers = _workers(workers)
     tasks = _matched(base, tuned, options).tasks(Results(Path(str(out))) if out is not None else None, Place())
-    return Plan(tuple(tasks), workers or cpu_count(), engines.free_memory() // 2 if budget is None else budget)
+    return Plan(tuple(tasks), workers, engines.free_memory() // 2 if budget is None else budget)
 
 
 def load(folder: str | Path) -> Comparison:
@@ -437,6 +432,27 @@ class Matched:
         return sorted(tasks, key=lambda task: -task.flops)
 
 
+def _options(
+    ranks: int,
+    subspace: int,
+    roles: Sequence[str],
+    blocks: Sequence[int],
+    name: str,
+    common_rows: bool,
+    measures: Sequence[str],
+) -> Options:
+    for what, given in (("roles", roles), ("blocks", blocks), ("measures", measures)):
+        if isinstance(given, str | int):
+            raise InputError(f"got {what} = {given!r}; want a list, such as [{given!r}]")
+    return Options(ranks, subspace, tuple(roles), tuple(blocks), name, common_rows, tuple(measures))
+
+
+def _workers(given: int | None) -> int:
+    if given is not None and given < 1:
+        raise InputError(f"got workers = {given}; want at least 1")
+    return given or cpu_count()
+
+
 def _matched(base: Source, tuned: Source | Sequence[Source], options: Options, stream: bool = False) -> Matched:
     sources = [tuned] if isinstance(tuned, str | Path | Mapping) else list(tuned)
     if not sources:
@@ -449,7 +465,10 @@ def _matched(base: Source, tuned: Source | Sequence[Source], options: Options, s
         for label, checkpoint in zip(labels, checkpoints, strict=True)
     }
     if not any(pairing.matched for pairing in pairings.values()):
-        raise InputError(_nothing_in_common(opened, pairings))
+        everything = {
+            label: pair(opened, checkpoint) for label, checkpoint in zip(labels, checkpoints, strict=True)
+        }
+        raise InputError(_nothing_in_common(opened, everything))
     return Matched(
         base,
         opened,
@@ -631,7 +650,9 @@ def _sums(W: Tensor, T: Tensor, names: tuple[str, str]) -> tuple[float, dict[str
     for X, total, name in zip((W, T), squares, names, strict=False):
         if not math.isfinite(total) and not bool(torch.isfinite(X).all()):
             bad = int((~torch.isfinite(X)).sum())
-            raise NonFiniteError(f"{name}: {bad} of {X.numel()} entries are NaN or Inf: repair or leave it out")
+            raise NonFiniteError(
+                f"{name}: {bad} of {X.numel()} entries are NaN or Inf: no SVD; repair or leave it out"
+            )
     return inner, dict(zip(("base", "tuned", "delta"), map(math.sqrt, squares), strict=True)), equal
 
 
@@ -732,5 +753,11 @@ def _known_hashes(folder: Path) -> dict[str, Any]:
 
 def _nothing_in_common(base: Checkpoint, pairings: Mapping[str, Pairing]) -> str:
     label, pairing = next(iter(pairings.items()))
-    reasons = "; ".join(dict.fromkeys(s.reason for s in pairing.skipped)) or "the filters leave nothing"
+    keys = [m.key for each in pairings.values() for m in each.matched]
+    if keys:
+        roles = ", ".join(role for role in ROLES if any(key.role == role for key in keys))
+        blocks = sorted({key.block for key in keys if key.block is not None})
+        there = f"roles {roles}" + (f"; blocks {blocks[0]} to {blocks[-1]}" if blocks else "; no blocks")
+        return f"{base.source} and {label}: no matrix to compare: roles, blocks and name leave none of {there}"
+    reasons = "; ".join(dict.fromkeys(s.reason for s in pairing.skipped))
     return f"{base.source} and {label}: no matrix to compare ({reasons[:300]})"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -54,7 +54,7 @@ Submit = Callable[[Task], "Future[Any]"]
 
 def run(
     tasks: Sequence[T], *, workers: int, memory: int | None = None, engine: str = "auto", local: bool = False
-) -> Iterator[tuple[T, Any]]:
+) -> Generator[tuple[T, Any], None, None]:
     """Run tasks, longest first, and yield each with its result as it ends.
 
     A task whose worker dies is tried again, alone, since lack of memory is the likely reason.

@@ -98,13 +98,7 @@ class Results:
         ]
         if not parts:
             raise InputError(f"{self.folder}: holds no rows yet; run the comparison first")
-        try:
-            tables = [pq.read_table(path, schema=SCHEMA) for path in parts]
-        except (pa.ArrowInvalid, OSError) as error:
-            raise InputError(
-                f"{self.folder}: a rows file is damaged ({error}); run the comparison again"
-            ) from error
-        return pa.concat_tables(tables).unify_dictionaries().combine_chunks()
+        return pa.concat_tables(map(_read, parts)).unify_dictionaries().combine_chunks()
 
 
 def create(folder: Path, config: Mapping[str, Any]) -> Results:
@@ -151,10 +145,15 @@ def load(folder: Path) -> Results:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         found = manifest["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: is not a manifest of results ({error})") from error
-    if found != FORMAT:
-        raise InputError(f"{folder}: results of format {found}; this version reads format {FORMAT}: compare again")
+        if found != FORMAT:
+            raise InputError(
+                f"{folder}: results of format {found}; this version reads format {FORMAT}: compare again"
+            )
+        missing = [key for key in ("config", "pairs") if key not in manifest]
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: is not a manifest of results ({error}); choose another folder") from error
+    if missing:
+        raise InputError(f"{path}: is not a manifest of results (no {missing[0]!r}); choose another folder")
     return Results(folder, manifest)
 
 
@@ -186,6 +185,14 @@ def unique_labels(names: Iterable[str]) -> list[str]:
         count = sum(used == label or used.startswith(f"{label} (") for used in labels)
         labels.append(f"{label} ({count + 1})" if count else label)
     return labels
+
+
+def _read(path: Path) -> pa.Table:
+    try:
+        return pq.read_table(path, schema=SCHEMA)
+    except (pa.ArrowInvalid, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path}: is damaged ({reason}); delete this file and run the comparison again") from error
 
 
 def _file_name(text: str) -> str:

@@ -184,9 +184,8 @@ def _matrices(rows: pa.Table, pair: str) -> list[dict[str, Any]]:
     leading = _where(mine, np.isin(mine["measure"], _BOTH["alignment"]))
     leading = _where(leading, (leading["index"] < 10) & (leading["resolved"] == True))  # noqa: E712
     names, at = np.unique(leading["matrix"].astype(str), return_inverse=True)
-    means = np.bincount(at, weights=leading["value"]) / np.bincount(at)
-    for name, value in zip(names, means, strict=True):
-        found[str(name)]["top10"] = float(value)
+    for i, name in enumerate(names):  # none where alignment was not wanted
+        found[str(name)]["top10"] = float(np.mean(leading["value"][at == i]))
     return list(found.values())
 
 

@@ -705,7 +705,7 @@ def _value_errors(S: Tensor, residual: Tensor) -> Tensor:
     if not len(S):
         return S
     apart = S[:-1] - S[1:] > residual[:-1] + residual[1:]
-    cluster = torch.cat([apart.new_zeros(1), apart]).cumsum(0)
+    cluster = torch.cat([apart.new_zeros(min(1, len(S))), apart]).cumsum(0)
     return torch.zeros_like(S).index_add_(0, cluster, residual.square()).sqrt()[cluster]
 
 
