@@ -156,6 +156,13 @@ def test_verdicts(tmp_path: Path, tuned, kind: str) -> None:
         assert "layer.0" in verdict.sentence
 
 
+def test_the_chance_level_beside_the_alignment_is_of_both_sides() -> None:
+    W = torch.randn(4, 400, generator=torch.Generator().manual_seed(0))
+    c = specbasis.compare({"w.weight": W}, {"w.weight": W + 0.1})
+    chance = (4 / (3 * np.pi) + (2 / (np.pi * 400)) ** 0.5) / 2  # E|cos| in R^4, and nearly so in R^400
+    assert f"(chance {chance:.3f})" in c.verdicts["state_dict"].sentence
+
+
 def test_a_new_head_does_not_hide_a_finetune(tmp_path: Path) -> None:
     base = bert_state(width=64)
     tuned = finetuned(base, 0.05) | {"pooler.dense.weight": torch.randn(64, 64)}

@@ -286,6 +286,8 @@ def _print_comparison(comparison: specbasis.Comparison) -> None:
     for pair in comparison.pairs:
         about = comparison.manifest["pairs"][pair]
         _out.print(_summary_table(pair, comparison.summaries[pair]))
+        # Not the table's caption, which would wrap at the width of a narrow table.
+        _line("L left, R right; ?: unresolved ranks, left out of the means", style="italic dim")
         for note in about["notes"]:
             _line(f"note: {note}")
         for reason, names in by_reason(about["skipped"]).items():
@@ -321,7 +323,6 @@ def _summary_table(pair: str, lines: list[RoleSummary]) -> Table:
     headings = ("role", "n", "top-10\nL     R", "top-30\nL     R", "chance\nL    R", "RSD", "‖Δ‖/‖W‖", "?")
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "role" else "right", no_wrap=True)
-    table.caption, table.caption_justify = "L left, R right; ?: unresolved ranks, left out of the means", "left"
     for line in lines:
         if line is lines[-1]:
             table.add_section()

@@ -174,13 +174,16 @@ def _mean(mine: Columns, top: int | None = None) -> float:
 
 def _matrices(rows: pa.Table, pair: str) -> list[dict[str, Any]]:
     """One dictionary per matrix with what the verdict needs."""
-    mine = _columns(rows, pair, ["relative_update", "weight_cosine", "chance_alignment_left", *_BOTH["alignment"]])
+    whole = ("relative_update", "weight_cosine", *_BOTH["chance_alignment"])
+    mine = _columns(rows, pair, [*whole, *_BOTH["alignment"]])
     found: dict[str, dict[str, Any]] = {}
-    for measure in ("relative_update", "weight_cosine", "chance_alignment_left"):
+    for measure in whole:
         part = _of(mine, measure)
         sizes = part["out_features"] * part["in_features"]
         for name, value, size in zip(part["matrix"], part["value"], sizes, strict=True):
             found.setdefault(name, {"matrix": name, "top10": math.nan, "size": int(size)})[measure] = float(value)
+    for m in found.values():
+        m["chance"] = sum(m[side] for side in _BOTH["chance_alignment"]) / len(SIDES)
     leading = _where(mine, np.isin(mine["measure"], _BOTH["alignment"]))
     leading = _where(leading, (leading["index"] < 10) & (leading["resolved"] == True))  # noqa: E712
     names, at = np.unique(leading["matrix"].astype(str), return_inverse=True)
@@ -202,10 +205,12 @@ def _sentence(kind: str, matrices: list[dict[str, Any]], groups: dict[str, list[
     if kind == "identical":
         return f"identical: all {n} compared matrices are equal bit for bit"
     changed = groups["related"] + groups["unrelated"]
+    top10 = _median(changed, "top10")
     evidence = (
         f"weight cosine with base {_median(changed, 'weight_cosine'):.3f} (chance 0), "
-        f"‖Δ‖/‖W‖ {_median(changed, 'relative_update'):.3g}, top-10 alignment {_median(changed, 'top10'):.3f} "
-        f"(chance {_median(changed, 'chance_alignment_left'):.3f}); medians over matrices"
+        f"‖Δ‖/‖W‖ {_median(changed, 'relative_update'):.3g}"
+        + ("" if math.isnan(top10) else f", top-10 alignment {top10:.3f} (chance {_median(changed, 'chance'):.3f})")
+        + "; medians over matrices"
     )
     frozen, unrelated = ([m["matrix"] for m in groups[group]] for group in ("frozen", "unrelated"))
     frozen_part = f"; frozen, bit for bit: {len(frozen)} ({named_parts(frozen)})" if frozen else ""
