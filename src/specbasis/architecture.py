@@ -283,8 +283,8 @@ def model_map(checkpoint: Checkpoint, *, admits: Admits | None = None) -> ModelM
 
     Where looking a name up contacts a file (`Checkpoint.shards`), only the files that hold wanted names are. A role
     that rests on the shape of a neighbour in another file is checked on the blocks that are at hand, where the
-    parameter has the same shape and they agree; else that file's header is read. So is one header where a family is
-    recognised by shapes and nothing is wanted that shows them. Embeddings and heads are compared for equal values
+    parameter has the same shape and they agree; else that file's header is read. So is a header for each shape that
+    a family is recognised by and that no wanted file shows. Embeddings and heads are compared for equal values
     with those at hand only, and a note says so.
     """
     return _mapped(checkpoint, admits)[0]

@@ -179,7 +179,9 @@ def test_a_filter_gives_what_the_whole_comparison_gives_there(
         admitted = {m.base.parameter for m in found.matched} | {i.name for i in found.skipped}
         blocks = {m.key.block for m in found.matched} - {None}
         beside = {r.parameter for r in model_map(base).matrices if r.key.block in blocks}
-        assert shelf.contacted <= {shelf.files[n] for n in {*admitted, *beside} if n in shelf.files}
+        expected = {shelf.files[n] for n in {*admitted, *beside} if n in shelf.files}
+        # GPT-2 is recognised by the shapes of two matrices, whose files may be others.
+        assert len(shelf.contacted - expected) <= 2 * name.startswith("gpt2")
         assert tuned_shelf.contacted <= {tuned_shelf.files[m.tuned.parameter] for m in found.matched}
 
 
