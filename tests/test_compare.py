@@ -530,3 +530,35 @@ def test_rows_of_a_ray_cluster_are_those_of_this_process(pair: tuple[Path, Path]
     assert here == cluster
     configs = [json.loads((f / "manifest.json").read_text())["config"] for f in folders]
     assert configs[0] == configs[1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_workers_end_with_a_driver_that_is_killed(tmp_path: Path) -> None:
+    base = bert_state(blocks=6, width=200)
+    a = write(tmp_path / "a.safetensors", base)
+    b = write(tmp_path / "b.safetensors", finetuned(base))
+    mark = f"SPECBASIS_TEST_MARK={tmp_path.name}"
+    environment = os.environ | dict([mark.split("=")])
+    command = [sys.executable, "-c", SCRIPT, a, b, tmp_path / "out", "2", "0"]
+    child = subprocess.Popen(command, env=environment)
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "out").rglob("*.parquet")) and time.monotonic() < deadline and child.poll() is None:
+        time.sleep(0.005)
+    child.kill()
+    child.wait()
+    deadline = time.monotonic() + 20
+    while (left := _marked(mark)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not left
+
+
+def _marked(mark: str) -> list[str]:
+    """Processes whose environment has an entry."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if mark.encode() in path.read_bytes().split(b"\0"):
+                found.append(path.parent.name)
+        except OSError:
+            continue
+    return found

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -139,7 +141,7 @@ def _processes(workers: int) -> Iterator[Submit]:
     from loky import ProcessPoolExecutor
 
     one_thread = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-    executor = ProcessPoolExecutor(max_workers=workers, env=one_thread)
+    executor = ProcessPoolExecutor(workers, initializer=_leave_with, initargs=(os.getpid(),), env=one_thread)
     try:
         yield lambda task: executor.submit(_run, task)
     finally:
@@ -192,6 +194,17 @@ def _deaths() -> tuple[type[BaseException], ...]:
         "NodePreemptedError",
     )
     return (BrokenProcessPool, *(getattr(ray.exceptions, name) for name in names if hasattr(ray.exceptions, name)))
+
+
+def _leave_with(driver: int) -> None:
+    """End this worker when its driver is gone: one that is killed outright cannot end its workers itself."""
+
+    def watch() -> None:
+        while os.getppid() == driver:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _run(task: Task) -> Any:

@@ -124,10 +124,11 @@ def create(folder: Path, config: Mapping[str, Any]) -> Results:
     results = Results(folder, manifest | {"format": FORMAT, "config": dict(config)})
     with _writing(folder):
         (folder / "rows").mkdir(parents=True, exist_ok=True)
-        for path in folder.rglob(".*.tmp"):
-            path.unlink()
+        for path in (*folder.iterdir(), *(folder / "rows").rglob("*")):
+            if _is_temporary(path) and not _is_running(path):
+                path.unlink(missing_ok=True)
         # Reports before hours of work that the folder cannot be written.
-        probe = folder / ".probe.tmp"
+        probe = folder / f".probe.{os.getpid()}.tmp"
         probe.write_bytes(b"")
         probe.unlink()
     return results
@@ -201,8 +202,26 @@ def _file_name(text: str) -> str:
     return f"{readable}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 
 
+_TEMPORARY = re.compile(r"\.(manifest\.json|probe|.+\.parquet)\.(\d+)\.tmp")
+
+
+def _is_running(path: Path) -> bool:
+    """Whether the process that writes a temporary file is another one that is alive."""
+    found = _TEMPORARY.fullmatch(path.name)
+    writer = int(found.group(2)) if found else 0
+    if writer in (0, os.getpid()) or os.name == "nt":  # on Windows signal 0 would end the process
+        return False
+    try:
+        os.kill(writer, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 def _is_temporary(path: Path) -> bool:
-    return path.name.startswith(".") and path.name.endswith(".tmp")
+    return bool(_TEMPORARY.fullmatch(path.name))
 
 
 def _write(path: Path, write: Callable[[Path], Any]) -> None:

@@ -176,7 +176,7 @@ def test_a_scalar_beside_the_only_dictionary_does_not_hide_it(tmp_path):
 def test_a_path_with_a_hash_in_it(tmp_path):
     save_file(tensors(), tmp_path / "a#1.safetensors")
     same(open_checkpoint(tmp_path / "a#1.safetensors"), tensors())
-    refused(f"{tmp_path / 'a#1.safetensors'}#model", "no such file")
+    refused(f"{tmp_path / 'a#1.safetensors'}#model", "leave it out")
 
 
 def test_a_key_where_there_are_no_dictionaries(tmp_path):
@@ -612,3 +612,10 @@ def test_no_name_leads_out(name):
     except InputError:
         return
     assert path.resolve().is_relative_to(folder.resolve())
+
+
+def test_a_file_name_may_hold_the_sign_of_a_key(tmp_path):
+    path = tmp_path / "ha#sh.pt"
+    torch.save({"model": {"state": {"w": torch.ones(2, 2)}}, "other": {"w": torch.zeros(3, 3)}}, path)
+    assert open_checkpoint(f"{path}#model.state")["w"].shape == (2, 2)
+    assert open_checkpoint(f"{path}#other")["w"].shape == (3, 3)

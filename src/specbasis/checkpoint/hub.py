@@ -8,7 +8,9 @@ the user's, as in every other tool.
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
+import socket
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -29,6 +31,8 @@ WAIT_SECONDS = 8.0
 MAX_WAIT_SECONDS = 300.0
 
 T = TypeVar("T")
+
+_LOG = logging.getLogger(__name__)
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
@@ -261,7 +265,10 @@ def _patiently(call: Callable[[], T], source: str, repository: str, what: str) -
         except Exception as error:
             if attempt == RETRIES or not _can_pass(error):
                 raise _explained(error, source, repository, what) from error
-            time.sleep(_retry_after(error) or WAIT_SECONDS * 2**attempt)
+            seconds = _retry_after(error) or WAIT_SECONDS * 2**attempt
+            if seconds >= 1:
+                _LOG.warning("%s: %s; trying again in %.0f s", repository, _brief(error), seconds)
+            time.sleep(seconds)
     raise AssertionError("unreachable")
 
 
@@ -270,10 +277,20 @@ def _status(error: BaseException) -> int:
     return int(getattr(response, "status_code", 0) or 0)
 
 
+def _is_unresolved(error: BaseException | None) -> bool:
+    """Whether the Hub's name has no address: the machine is offline, and waiting does not help."""
+    found = error
+    while found is not None:
+        if isinstance(found, socket.gaierror):
+            return True
+        found = found.__cause__ or found.__context__
+    return False
+
+
 def _can_pass(error: BaseException | None) -> bool:
     from huggingface_hub import errors
 
-    if error is None or isinstance(error, (errors.OfflineModeIsEnabled, _NoRangesError)):
+    if error is None or isinstance(error, (errors.OfflineModeIsEnabled, _NoRangesError)) or _is_unresolved(error):
         return False
     if isinstance(error, errors.LocalEntryNotFoundError):  # the client hides what went wrong behind it
         return _can_pass(error.__cause__)
@@ -302,6 +319,11 @@ def _explained(error: BaseException, source: str, repository: str, what: str) ->
             error = cause
     file = what or "the repository"
     advice: list[tuple[bool, str]] = [
+        (
+            _is_unresolved(error),
+            f"no such file or folder, and the Hub cannot be reached to look for {repository} (its name has no "
+            "address); check the path, or the connection",
+        ),
         (
             isinstance(error, errors.GatedRepoError),
             f"{repository} is gated; ask for access on its page, then log in (hf auth login) or set HF_TOKEN",

@@ -74,6 +74,9 @@ def locate(source: str | Path, *, stream: bool = False) -> tuple[Place, str]:
     with reading(label):
         if Path(text).exists():
             return _on_disk(Path(text), label), ""
+        for at in (i for i in reversed(range(len(text))) if text[i] == "#"):  # a file's name may hold '#' itself
+            if _expanded(text[:at]).exists():
+                return _on_disk(_expanded(text[:at]), label), text[at + 1 :]
         name, _, key = text.partition("#")
         scheme = name.partition(":")[0]
         if scheme == "pkg":
