@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import save
+from safetensors.torch import load_file, save, save_file
 
 from specbasis import InputError, compare
 from specbasis.compare import Comparison
@@ -286,6 +286,43 @@ def test_what_an_adapter_leaves_alone_has_not_moved_at_all(tmp_path: Path, case:
     moved = rows[~rows.matrix.isin(frozen.matrix) & (rows.measure == "norm_delta")]
     assert len(moved)
     assert (moved.value > 0).all()
+
+
+@pytest.mark.parametrize("scale", ["none", "sigma"])
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_a_spectral_adapter_is_read_as_what_it_merges_to(tmp_path: Path, family: str, scale: str) -> None:
+    peft = pytest.importorskip("peft")
+    import transformers
+
+    from specbasis.adapter import SpectralConfig
+
+    if family == "bert":
+        shape = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+        model = transformers.BertModel(transformers.BertConfig(vocab_size=50, **shape))
+        targets = ["intermediate.dense", "query"]
+    else:
+        model = transformers.GPT2Model(transformers.GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2))
+        targets = ["c_fc", "c_attn"]
+    model.save_pretrained(tmp_path / "base")
+    tuned = peft.get_peft_model(model, SpectralConfig(interval=(2, 9), target_modules=targets, scale=scale))
+    for name, parameter in tuned.named_parameters():
+        if "spectral_M" in name:
+            parameter.data.normal_(0, 0.1)
+    tuned.save_pretrained(tmp_path / "adapter")
+    tuned.merge_and_unload().save_pretrained(tmp_path / "merged")
+    found = compare(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", workers=1)
+    want = compare(tmp_path / "base", tmp_path / "merged", tmp_path / "want", workers=1)
+    both = frame(found).merge(frame(want), on=["matrix", "measure", "index"], suffixes=("", "_want"))
+    both = both[both.measure.isin(["singular_value_tuned", "singular_value_delta", "relative_update"])]
+    assert (both.value - both.value_want).abs().max() < 32 * EPS * both.value.max()
+    moved = frame(found)[lambda rows: (rows.measure == "norm_delta") & (rows.value > 0)]
+    assert len(moved) == (4 if family == "bert" else 8)  # c_attn is three matrices
+
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    bare = {name: value for name, value in weights.items() if not name.endswith(("spectral_U", "spectral_Vh"))}
+    save_file(bare, tmp_path / "adapter" / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=r"without its basis.*export-lora"):
+        compare(tmp_path / "base", tmp_path / "adapter")
 
 
 # --- names, configs and shards as they come -----------------------------------------------------------------------

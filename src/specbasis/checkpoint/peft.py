@@ -1,11 +1,12 @@
 """A PEFT adapter folder and its base, read as the tuned model.
 
-LoRA, DoRA, rank-stabilised LoRA, PiSSA and AdaLoRA. What the adapter leaves alone is the base's own entry. What it
-changes is computed on access, one matrix at a time, in float32 (float64 over a float64 base) and never rounded to a
-narrower type of the base, in which a small update can vanish:
+LoRA, DoRA, rank-stabilised LoRA, PiSSA, AdaLoRA and spectral adapters. What the adapter leaves alone is the base's
+own entry. What it changes is computed on access, one matrix at a time, in float32 (float64 over a float64 base) and
+never rounded to a narrower type of the base, in which a small update can vanish:
 
     tuned = base + s B A,              LoRA, s = alpha / r, or alpha / √r with use_rslora
     tuned = base + s B diag(E) A,      AdaLoRA, s = alpha / (init_r + 1e-5)
+    tuned = base + U C Vh,             spectral, this project's own
     tuned = m ⊙ (base + s B A) / ‖base + s B A‖,  DoRA, one norm for each output
 
 peft itself is not needed and not imported.
@@ -79,12 +80,14 @@ def open_adapter(place: Place, base: Checkpoint) -> Checkpoint:
     """
     with reading(place.source):
         config, _ = read_config(place, CONFIG)
-        kind = str(config.get("peft_type", "")).upper()
+        kind = str(config.get("peft_type", "")).upper().partition(":")[0]  # a spectral one says more behind it
         _check(config, kind, place.source)
         name = next((name for name in _WEIGHTS if name in place.names), None)
         if name is None:
             raise InputError(f"{place.source}: a PEFT adapter without weights; want {_WEIGHTS[0]} beside {CONFIG}")
         stored = place.entries(name)
+        if kind == "SPECTRAL":
+            stored = _as_factors(stored, str(config.get("scale")), place.source)
         files, digests = place.provenance([name, CONFIG])
 
     modules: defaultdict[str, dict[str, Entry]] = defaultdict(dict)
@@ -125,6 +128,35 @@ def open_adapter(place: Place, base: Checkpoint) -> Checkpoint:
     )
 
 
+def _as_factors(stored: Mapping[str, Entry], scale: str, source: str) -> Mapping[str, Entry]:
+    """A spectral adapter as LoRA factors of scale 1: W + U C Vh = W + B A with B = U C, A = Vh.
+
+    C is the core M, or diag(S) M where the adapter counts in units of the singular values.
+    """
+    found: dict[str, Entry] = {}
+    for name, entry in stored.items():
+        module, is_part, part = name.rpartition(".spectral_")
+        if not is_part:
+            found[name] = entry
+        elif part == "M":
+            U, S, Vh = (stored.get(f"{module}.spectral_{key}") for key in ("U", "S", "Vh"))
+            if U is None or S is None or Vh is None:
+                raise InputError(
+                    f"{source}: a spectral adapter saved without its basis; `specbasis adapter export-lora` writes "
+                    "it as LoRA with the base at hand: use that"
+                )
+            found[f"{module}.lora_A.weight"] = Vh
+            found[f"{module}.lora_B.weight"] = Entry(
+                U.shape, U.dtype, partial(_left_factor, U, entry, S if scale == "sigma" else None)
+            )
+    return found
+
+
+def _left_factor(U: Entry, M: Entry, S: Entry | None) -> Tensor:
+    C = M.load().double()
+    return U.load().double() @ (C if S is None else S.load().double()[:, None] * C)
+
+
 class _Tuned(Mapping[str, Entry]):
     """The base's entries with those that the adapter changes or adds, made when they are first looked up.
 
@@ -159,10 +191,10 @@ class _Tuned(Mapping[str, Entry]):
 def _check(config: Mapping[str, Any], kind: str, source: str) -> None:
     """Refuse an adapter whose tuned matrices the formulas of this module do not give."""
     merge = "merge it with peft (merge_and_unload), save the model, and use that"
-    if kind not in ("LORA", "ADALORA"):
+    if kind not in ("LORA", "ADALORA", "SPECTRAL"):
         raise InputError(
-            f"{source}: a PEFT adapter of kind {kind[:40]!r}; LoRA, DoRA, PiSSA and AdaLoRA are read; for others, "
-            f"{merge}"
+            f"{source}: a PEFT adapter of kind {kind[:40]!r}; LoRA, DoRA, PiSSA, AdaLoRA, spectral ones are read; "
+            f"for others, {merge}"
         )
     for name, reason in _REFUSED.items():
         if config.get(name):
@@ -327,6 +359,8 @@ class _Update:
 
     def _scale(self) -> float:
         """What the product of the factors is multiplied by."""
+        if self.kind == "SPECTRAL":
+            return 1.0
         alpha = _of_pattern(self.config.get("alpha_pattern"), self.module, self.config.get("lora_alpha"))
         try:
             alpha = float(alpha)
