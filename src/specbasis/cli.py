@@ -50,7 +50,7 @@ ADAPTER_BASE = Annotated[
 ]
 ADAPTER_OUT = Annotated[Path, typer.Option("--out", help="folder to write")]
 
-zoo_app = typer.Typer(help="The pairs of models that the paper compares.", no_args_is_help=True)
+zoo_app = typer.Typer(help="The pairs of models that the paper compares; without a verb it lists them.")
 adapter_app = typer.Typer(help="Spectral adapters on disk.", no_args_is_help=True)
 app.add_typer(zoo_app, name="zoo")
 app.add_typer(adapter_app, name="adapter")
@@ -165,9 +165,11 @@ def inspect(
         _line(f"no matrix: {len(names)}, {reason}: {named_parts(names, 2)}")
 
 
-@zoo_app.command("list")
-def zoo_list() -> None:
-    """List the pairs that the paper compares, with the accuracy that it prints."""
+@zoo_app.callback(invoke_without_command=True)
+def zoo_list(context: typer.Context) -> None:
+    """List the pairs that the paper compares, with the accuracy that it prints; `zoo run` compares them."""
+    if context.invoked_subcommand:
+        return
     found = zoo()
     for pair in found.pairs:
         accuracy = "" if pair.accuracy is None else f", {pair.accuracy:g} %"

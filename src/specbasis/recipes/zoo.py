@@ -88,7 +88,7 @@ def run_zoo(
         )
     ]
     if not chosen:
-        raise InputError(f"no pair of the zoo matches {', '.join(only)}; `specbasis zoo list` shows them all")
+        raise InputError(f"no pair of the zoo matches {', '.join(only)}; `specbasis zoo` shows them all")
     for pair in chosen:
         if not pair.obtainable:
             yield pair, InputError(f"{pair.name}: nothing published to compare; {' '.join(pair.notes)}")
