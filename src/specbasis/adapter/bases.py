@@ -70,7 +70,7 @@ def foreign_basis(path: str, layer: SpectralLinear, name: str, interval: tuple[i
         InputError: the checkpoint has no such matrix, or one of another shape.
     """
     checkpoint = open_checkpoint(path)
-    key = _find(checkpoint, f"{name}.weight", path)
+    key = parameter_named(checkpoint, f"{name}.weight", where=path, want="a checkpoint of the same architecture")
     W = layer.kind.matrix(checkpoint[key])
     shape = tuple(layer.weight_matrix().shape)
     if tuple(W.shape) != shape:
@@ -81,13 +81,15 @@ def foreign_basis(path: str, layer: SpectralLinear, name: str, interval: tuple[i
     return decompose(W, ranks=interval[1], name=f"{path}: {key}").interval(*interval)
 
 
-def _find(checkpoint: Checkpoint, name: str, path: str) -> str:
-    """The parameter of this name, with or without leading components (``bert.``, ``model.``) on either side."""
+def parameter_named(checkpoint: Checkpoint, name: str, *, where: str, want: str) -> str:
+    """The parameter of this name, with or without leading components (``bert.``, ``model.``) on either side.
+
+    Raises:
+        InputError: none or several have it; says ``where`` and what to ``want`` instead.
+    """
     if name in checkpoint:
         return name
     found = [key for key in checkpoint if key.endswith(f".{name}") or name.endswith(f".{key}")]
     if len(found) != 1:
-        raise InputError(
-            f"{path}: {len(found)} parameters match {name}; want a checkpoint of the same architecture"
-        )
+        raise InputError(f"{where}: {len(found)} parameters match {name}; want {want}")
     return found[0]

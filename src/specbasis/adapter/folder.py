@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from specbasis.adapter import functional
+from specbasis.adapter.bases import parameter_named
 from specbasis.adapter.diagnostics import diagnose
 from specbasis.adapter.layer import compute_basis
 from specbasis.adapter.proof import Proof, align, check_format, check_stored, weight_digest
@@ -241,7 +242,11 @@ def _basis(
         assert layer.U is not None
         assert layer.Vh is not None
         return layer.U, layer.Vh, (), False
-    stored = base[_parameter(base, f"{layer.module}.weight")]
+    stored = base[
+        parameter_named(
+            base, f"{layer.module}.weight", where=base.source, want="the base that the adapter was trained on"
+        )
+    ]
     W, is_transposed = stored.flatten(1), False
     if stored.ndim == 2 and tuple(stored.shape) == layer.proof.shape[::-1]:
         # Square matrices: the digest tells which way round it was trained.
@@ -260,17 +265,6 @@ def _oriented(stored: Tensor, proof: Proof) -> tuple[Tensor, bool]:
     if stored.shape[0] != stored.shape[1]:
         return stored.mT, True
     return (stored.mT, True) if weight_digest(stored.mT) == proof.digest else (stored, False)
-
-
-def _parameter(base: Checkpoint, name: str) -> str:
-    if name in base:
-        return name
-    found = [key for key in base if key.endswith(f".{name}") or name.endswith(f".{key}")]
-    if len(found) != 1:
-        raise InputError(
-            f"{base.source}: {len(found)} parameters match {name}; want the base that the adapter was trained on"
-        )
-    return found[0]
 
 
 def _base_path(adapter: AdapterFolder, base: str | Path | None) -> str:
