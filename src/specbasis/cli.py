@@ -100,6 +100,7 @@ def compare(
         "measures": _words(measures),
         "workers": workers,
         "memory": memory,
+        "stream": stream,
     }
     if dry_run:
         _print_plan(plan(base, tuned, out, **what))
@@ -110,7 +111,6 @@ def compare(
             tuned,
             out,
             **what,
-            stream=stream,
             engine=engine,
             device=device,
             cache=cache,

@@ -335,6 +335,7 @@ def plan(
     name: str = "",
     common_rows: bool = False,
     measures: Sequence[str] = (),
+    stream: bool = False,
     workers: int | None = None,
     memory: str | int | None = None,
 ) -> Plan:
@@ -342,7 +343,8 @@ def plan(
     options = _options(ranks, subspace, roles, blocks, name, common_rows, measures)
     budget = parse_bytes(memory) if isinstance(memory, str) else memory
     workers = _workers(workers)
-    tasks = _matched(base, tuned, options).tasks(Results(Path(str(out))) if out is not None else None, Place())
+    matched = _matched(base, tuned, options, stream)
+    tasks = matched.tasks(Results(Path(str(out))) if out is not None else None, Place())
     return Plan(tuple(tasks), workers, engines.free_memory() // 2 if budget is None else budget)
 
 
@@ -404,6 +406,7 @@ class Matched:
         tuned: label → the same, open.
         pairings: label → the matrices that are in both.
         options: what to compare.
+        stream: read byte ranges where a source is on the Hub.
     """
 
     source: Source
