@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save, save_file
 
 from specbasis import InputError, compare
-from specbasis.compare import Comparison
+from specbasis.compare import Comparison, plan
 
 from .checkpoint.hub_server import COMMIT, HubServer, serve
 from .pico import State, bert_state, finetuned, write
@@ -166,6 +166,13 @@ def test_worker_processes_stream_from_the_hub_too(hub: HubServer, tmp_path: Path
     assert not hub.requests("org/tuned/.*0000[13]-of")
     # Each process resolves the branch, and reads the headers, for itself.
     assert len(hub.requests("api/models/org/base")) > 1
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+def test_a_plan_of_a_stream_downloads_nothing(hub: HubServer, tmp_path: Path) -> None:
+    found = plan("hub:org/base", "hub:org/tuned", stream=True, blocks=[2], roles=["attention"])
+    assert len(found.tasks) == 4
+    assert not hub.requests("0000[13]-of")
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
 
 
