@@ -1,8 +1,8 @@
 """A grid of experiments: each cell runs once, and its row is on disk when it ends.
 
-A folder holds `manifest.json` (configuration, and versions, commit and machine of every run) and `rows.jsonl`, one line
-for each cell: `{"cell": …, "values": …}` or `{"cell": …, "error": …}`, with seconds, time and commit beside it. Tables
-and figures are made from rows alone.
+A folder holds `manifest.json` (configuration, and versions, commit and machine of every run) and `rows.jsonl`, one
+line for each cell: `{"cell": …, "values": …}` or `{"cell": …, "error": …}`, with seconds, time and commit beside it.
+Tables and figures are made from rows alone.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def run_cells(
 
     Args:
         cells: what is to run; equal cells run once.
-        run: a cell's experiment: its values, by name. With several workers it is pickled: a function of a module, or
-            a `functools.partial` of one.
+        run: a cell's experiment: its values, by name. With several workers it is pickled: a function of a module,
+            or a `functools.partial` of one.
         out: folder of the rows, new or of the same configuration.
         config: what all cells share, for the manifest; another one in the same folder is refused.
         workers: processes side by side, each with its share of the cores' threads.
