@@ -1,8 +1,8 @@
 """A grid of experiments: each cell runs once, and its row is on disk when it ends.
 
 A folder holds `manifest.json` (configuration, and versions, commit and machine of every run) and `rows.jsonl`, one
-line for each cell: `{"cell": …, "values": …}` or `{"cell": …, "error": …}`, with seconds, time and commit beside it.
-Tables and figures are made from rows alone.
+line for each cell: `{"cell": …, "values": …}` or `{"cell": …, "error": …}`, with seconds, time and commit beside
+it. Tables and figures are made from rows alone.
 """
 
 from __future__ import annotations
