@@ -40,8 +40,10 @@ def _only(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> State:
 
 
 def _low_rank(W: torch.Tensor) -> torch.Tensor:
+    if W.ndim == 1:
+        return W
     B, A = torch.randn(W.shape[0], 2), torch.randn(2, W.shape[1])
-    return W + 0.1 * W.norm() / (B @ A).norm() * (B @ A) if W.ndim == 2 else W
+    return W + 0.1 * W.norm() / (B @ A).norm() * (B @ A)
 
 
 CASES: dict[str, Callable[[], State]] = {

@@ -20,10 +20,11 @@ import pyarrow.compute as pc
 from specbasis.errors import InputError
 from specbasis.summary import RELATED_COSINE, RELATED_SIGMAS, Verdict, copy_form, judge, matrix_facts, named_parts
 
-ROUNDING = 0.19
+ROUNDING = 0.2
 """Root-mean-square rounding error over the root mean square of entries, in units of 2^(1 − bits).
 
-ulp²/12 against x², both averaged over mantissas that are uniform in [1, 2): √((1/12) / (7/3)) = 0.189.
+ulp²/12 against x² over mantissas in [1, 2): √((1/12) / (7/3)) = 0.189 where these are uniform, 0.196 where their
+logarithms are; 0.21 for normal entries.
 """
 
 Fact = dict[str, Any]
@@ -200,6 +201,7 @@ def _collapse(facts: Facts, threshold: Mapping[str, float]) -> Found:
 
 
 def _rounding(facts: Facts, threshold: Mapping[str, float]) -> Found:
+    # What is seen is update and rounding in quadrature: √2 times the rounding where the two are equal.
     within = [
         m
         for m in facts.having("precision_base", "precision_tuned")
@@ -409,7 +411,7 @@ CHECKS: tuple[Check, ...] = (
     Check("reordered", "rows or columns in another order", "problem", {"kept": 0.9, "lost": 0.3, "side": 8}, _reordered),
     Check("intruders", "leading vectors of tuned that are like none of base", "problem", {"count": 1}, _intruders),
     Check("rank-collapse", "a fall of the effective rank", "problem", {"ratio": 0.8}, _collapse),
-    Check("storage-rounding", "updates no larger than rounding", "problem", {"factor": 1.0}, _rounding),
+    Check("storage-rounding", "updates no larger than rounding", "problem", {"factor": 1.5}, _rounding),
     Check(
         "outlier-layer",
         "matrices that moved unlike the others of their role",
