@@ -590,7 +590,8 @@ def _marked(mark: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "options", [{"ranks": 2.5}, {"ranks": True}, {"ranks": 5, "subspace": 6}, {"memory": 0}, {"engine": "processes"}]
+    "options",
+    [{"ranks": 2.5}, {"ranks": True}, {"ranks": 5, "subspace": 6}, {"memory": 0}, {"engine": "processes"}],
 )
 def test_options_that_cannot_run_leave_no_folder(tmp_path: Path, options: dict[str, Any]) -> None:
     W = {"w.weight": torch.randn(8, 8)}
