@@ -3,6 +3,8 @@
 from specbasis.checkpoint import open_checkpoint
 from specbasis.compare import Comparison, compare, load
 from specbasis.errors import InputError, NonFiniteError
+from specbasis.lineage import lineage
+from specbasis.population import population
 from specbasis.svd import SVD, decompose, low_rank_svd
 
 __version__ = "0.1.0"
@@ -14,7 +16,9 @@ __all__ = [
     "NonFiniteError",
     "compare",
     "decompose",
+    "lineage",
     "load",
     "low_rank_svd",
     "open_checkpoint",
+    "population",
 ]

@@ -115,9 +115,9 @@ def judge(rows: pa.Table, pair: str) -> Verdict:
 
     - *frozen* where delta is exactly zero;
     - *copied* where base and tuned are equal once rounded to the coarser precision of the two; where base rounds to
-      tuned on tuned's own grid (quantised); where all entries but those set to zero are equal; or where the singular
-      values are the same (`SAME_SPECTRUM`) of weights that do not correspond: rows and columns in another order, as
-      hidden units can have without any effect, or with other signs;
+      tuned on tuned's own grid (quantised); where all entries but those set to zero are equal; or where the values
+      in the spectrum are the same (`SAME_SPECTRUM`) of weights that do not correspond: rows and columns in another
+      order, as hidden units can have without any effect, or with other signs;
     - *related* where the cosine ⟨base, tuned⟩/(‖base‖‖tuned‖) is at least `RELATED_COSINE` and `RELATED_SIGMAS`
       standard deviations above that of rows and of columns in random order (`weight_cosine_z`); a matrix too small
       for that test needs `UNTESTED_COSINE` and as many deviations of random entries, 1/√(out·in);
