@@ -2,8 +2,8 @@
 
 What is identifiable. Trainings from different initialisations have weights that do not correspond: separate trees.
 Within a tree, updates made independently of each other are nearly orthogonal, so squared distances add along its
-paths (an additive tree), and the tree without direction is found by the shortest edges. An edge alone has no direction:
-base and finetune are symmetric in their difference. A direction is given only
+paths (an additive tree), and the tree without direction is found by the shortest edges. An edge alone has no
+direction: base and finetune are symmetric in their difference. A direction is given only
 
 - by *form*: rounding, pruning and quantising lose what cannot be won back;
 - by a *star*: where one checkpoint has three or more branches at right angles to each other, all but at most one of

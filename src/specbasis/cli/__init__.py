@@ -9,6 +9,7 @@ import typer
 
 import specbasis
 from specbasis.cli import compare as comparing
+from specbasis.cli import figures as _figures  # noqa: F401 - adds its verbs to reproduce
 from specbasis.cli.adapter import adapter_app
 from specbasis.cli.common import STDERR, STDOUT, line
 from specbasis.cli.population import lineage, population
