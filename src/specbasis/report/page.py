@@ -16,7 +16,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from specbasis.findings import find
-from specbasis.report.data import MARKED_RANKS, SIDES, Band, Floats, Pair, Series, representatives
+from specbasis.report.data import MARKED_RANKS, SIDES, Band, Floats, Pair, Series, missing, representatives
 from specbasis.report.tables import HEADINGS, SEVERITIES, VERDICTS, by_reason, cells, evidence
 from specbasis.summary import judge, summarise
 
@@ -75,6 +75,7 @@ def render(manifest: dict[str, Any], pairs: list[Pair], bands: list[dict[str, di
         severities=SEVERITIES,
         style=Markup(_asset("page.css")),
         scripts=[Markup(_inline(script)) for script in scripts],
+        missing=missing(pairs),
         hashes=[_hash(script) for script in scripts],
         shared=Markup(_json({"table": TABLE, "marked": MARKED_RANKS})),
         data=[Markup(_json(_data(pair, band, limit))) for pair, band in zip(pairs, bands, strict=True)],
