@@ -121,8 +121,8 @@ class Population:
     def power(self) -> list[dict[str, Any]]:
         """For each modality and number of clusters: the least |r| that would have been seen 4 times in 5.
 
-        Keys: modality, clusters, unit, tests, alone (at p < 0.05), family (at 0.05 / tests, the most that control can
-        ask for).
+        Keys: modality, clusters, unit, tests, alone (at p < 0.05), family (at 0.05 / tests, the most that control
+        can ask for).
         """
         lines = {(c.modality, c.clusters, c.unit, c.family) for c in self.correlations if c.family}
         return [

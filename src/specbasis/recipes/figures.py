@@ -352,6 +352,18 @@ def _rank_axis(ax: Any, last: int) -> None:
     _from_one(ax)
 
 
+def _logarithmic(ax: Any, which: str) -> None:
+    """A logarithmic axis whose ticks are plain characters: a figure's text is never read as a formula."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    from specbasis.report.figures import _power
+
+    getattr(ax, f"set_{which}scale")("log")
+    axis = getattr(ax, f"{which}axis")
+    axis.set_major_formatter(FuncFormatter(_power))
+    axis.set_minor_formatter(NullFormatter())
+
+
 def _alignment_panel(
     ax: Any,
     models: Sequence[Model],
@@ -536,7 +548,7 @@ def _scatter(ax: Any, points: Table) -> Any:
     x, y, c, null = (
         np.array([p[key] for p in points]) for key in ("ratio", "alignment", "update_alignment", "random_update")
     )
-    ax.set_xscale("log")
+    _logarithmic(ax, "x")
     have = np.isfinite(null)
     ax.scatter(
         x[have], null[have], marker="_", color=COLORS[1], s=14, lw=0.9, label="random update of the same size"
@@ -606,7 +618,7 @@ def figure3(material: Material) -> tuple[Figure, Table]:
             label = "update Δ" if which == "delta" else which
             x = series.index[part][shown] + 1
             ax.plot(x, value[shown], color=COLORS[(0, 1, 6)[i]], ls=DASHES[i], label=label)
-        ax.set_yscale("log")
+        _logarithmic(ax, "y")
         ax.set(xlabel="rank i", ylabel="singular value")
         told = f"{point['matrix'][-34:]}\nratio {point['ratio']:.2g}, alignment {point['alignment']:.2f}"
         ax.set_title(f"{panel}\n{told}", size=7)
@@ -770,7 +782,7 @@ def figure20(material: Material) -> tuple[Figure, Table]:
                 {"pair": m.name, "matrix": m.pair.matrices["name"][i], "ratio_rank_1": float(ratio)}
                 | {"relative_update": float(m.pair.whole("relative_update")[i]), "random_update_s1": float(noise)}
             )
-        ax.set_yscale("log")
+        _logarithmic(ax, "y")
         ax.set(xlabel="rank i", ylabel="singular value")
         ax.set_title(m.name[-36:], size=8)
         ax.text(0.02, 0.02, "dotted: S₁ of random entries of Δ's norm", transform=ax.transAxes, size=6, color=QUIET)
