@@ -49,6 +49,12 @@ CERTAINTY = 4.0
 CONVERGED = 1e-8
 """Bound residual/gap at which the iteration of `approximate_svd` stops."""
 
+SUBSET_SIDE = 1024
+"""Short sides from this on take a subset of eigenvectors where few ranks are wanted."""
+
+SUBSET_SHARE = 8
+"""A subset of eigenvectors is taken for at most one in so many ranks. Larger shares gain little."""
+
 _EPS = torch.finfo(torch.float64).eps
 _BLOCK_BYTES = 32 * 2**20  # one float64 block of columns
 
@@ -603,6 +609,12 @@ def _left_vectors(A: _Blocks, k: int) -> tuple[Tensor, Tensor, Tensor]:
         A.top = float(S[0])
         if S[-1] > max(DEFLATE, m * _EPS) * A.top:
             return S.new_zeros(n, 0), S, n * _EPS * (A.top**2 / S + A.top)
+    if n >= SUBSET_SIDE and k and SUBSET_SHARE * k <= n < m and A.device.type == "cpu":
+        squares, X = _leading_eigenvectors(A.gram(None), k)
+        S = squares.clamp(min=0).sqrt()
+        A.top = float(S[0])
+        if S[-1] > max(DEFLATE, m * _EPS) * A.top:  # none of the values needs deflation
+            return X, S, n * _EPS * (A.top**2 / S + A.top)
     vectors, values, errors = [], [], []
     basis: Tensor | None = None
     floor = 0.0
@@ -635,6 +647,27 @@ def _left_vectors(A: _Blocks, k: int) -> tuple[Tensor, Tensor, Tensor]:
     if bool(moved.any()):  # few are: the others stay where they are
         X[:, :k][:, moved] = X[:, order[:k][moved]]
     return X[:, :k], spectrum, torch.cat(errors)[order]
+
+
+def _leading_eigenvectors(G: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """All eigenvalues of a symmetric matrix (its upper triangle; overwritten), descending, and k eigenvectors.
+
+    One reduction to tridiagonal form serves both; the vectors are taken by MRRR, whose orthogonality is then made
+    that of rounding.
+    """
+    import numpy as np
+    from scipy.linalg import eigh_tridiagonal, eigvalsh_tridiagonal, lapack
+
+    n = len(G)
+    lower = G.numpy().T  # column-major, as LAPACK has it: nothing is copied
+    size, _ = lapack.dsytrd_lwork(n, lower=1)
+    reflectors, diagonal, beside, tau, _ = lapack.dsytrd(lower, lower=1, lwork=int(size), overwrite_a=1)
+    squares = eigvalsh_tridiagonal(diagonal, beside, lapack_driver="sterf")
+    _, Z = eigh_tridiagonal(diagonal, beside, select="i", select_range=(n - k, n - 1), lapack_driver="stemr")
+    X = torch.from_numpy(np.ascontiguousarray(Z[:, ::-1]))
+    Q = torch.from_numpy(reflectors[1:, :-1])
+    X[1:] = torch.ormqr(Q, torch.from_numpy(tau), X[1:].clone())
+    return torch.from_numpy(squares).flip(0), _reorthonormal(X)
 
 
 def _implied(S: Tensor, n: int, m: int) -> int:
