@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from specbasis.adapter import bases
 from specbasis.adapter.heads import fresh_modules
-from specbasis.adapter.layer import SpectralLinear, innermost
+from specbasis.adapter.layer import SpectralLinear, find_bases, innermost
 from specbasis.architecture import model_map
 from specbasis.checkpoint import open_checkpoint
 from specbasis.errors import InputError
@@ -179,6 +179,7 @@ class SpectralLayer(SpectralLinear, BaseTunerLayer):
         """Forget an adapter."""
         super().delete_adapter(adapter_name)
         self._unproven.discard(adapter_name)
+        self._awaited.pop(adapter_name, None)
         self._exact.discard(adapter_name)
         self._rated.pop(adapter_name, None)
         self._sources.pop(adapter_name, None)
@@ -264,6 +265,8 @@ class SpectralModel(BaseTuner):
         _add_fresh_modules(config, model)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            if config.file_format is None:
+                find_bases(self.spectral_layers().values(), adapter_name)
         except Exception:
             self._remove(adapter_name)
             raise
@@ -335,6 +338,7 @@ class SpectralModel(BaseTuner):
             keep_basis=peft_config.save_basis,
             source=_source(peft_config, layer, current_key, interval),
             from_file=peft_config.file_format is not None,
+            later=True,
             shard=peft_config.shard_basis,
         )
         if adapter_name not in self.active_adapters:
