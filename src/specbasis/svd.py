@@ -292,8 +292,8 @@ def half_svd(
         X = _orthonormal(X)
     S = spectrum[:k]
     head = _implied(S, n, A.shape[1]) if (2 * k > n if implied is None else implied) else 0
-    tail = _explicit(A, X, S, head)
-    residual = _residuals(A, X, S, head, tail)
+    tail, product = _explicit(A, X, S, head)
+    residual = _residuals(A, X, S, head, tail, product)
     error[:k] = _value_errors(S, residual)
     gap = _gaps(spectrum, error, null_space=W.shape[0] != W.shape[1])[:k]
     return HalfSVD(
@@ -344,8 +344,8 @@ def approximate_svd(
         return replace(exact, spectrum=exact.spectrum[: k + 1], spectrum_error=exact.spectrum_error[: k + 1])
     X, spectrum, error = found
     S = spectrum[:k]
-    tail = _explicit(A, X, S, 0)
-    residual = _residuals(A, X, S, 0, tail)
+    tail, product = _explicit(A, X, S, 0)
+    residual = _residuals(A, X, S, 0, tail, product)
     error[:k] = _value_errors(S, residual)
     gap = _gaps(spectrum, error, null_space=True)[:k]
     return HalfSVD(
@@ -676,23 +676,25 @@ def _implied(S: Tensor, n: int, m: int) -> int:
     return head if 4 * (len(S) - head) <= len(S) and S[-1] > m * _EPS * S[0] else 0
 
 
-def _explicit(A: _Blocks, X: Tensor, S: Tensor, head: int) -> Tensor:
-    """Orthonormal vectors of the long side from rank ``head`` on, orthogonal to the implied ones before."""
+def _explicit(A: _Blocks, X: Tensor, S: Tensor, head: int) -> tuple[Tensor, Tensor]:
+    """Orthonormal vectors of the long side from rank ``head`` on, orthogonal to the implied ones before; and the
+    product Aᵀ X that they are made from, which `_residuals` reads too.
+    """
     if head == X.shape[1]:
-        return X.new_zeros(A.shape[1], 0)
-    Z = A.transposed_times(X[:, head:])
+        return X.new_zeros(A.shape[1], 0), X.new_zeros(A.shape[1], 0)
+    product = Z = A.transposed_times(X[:, head:])
     if not head:
         deep = len(S) > 0 and bool(S[-1] <= DEFLATE * S[0])
-        return _orthonormal(Z) if deep else _reorthonormal(Z / S)
+        return _orthonormal(Z) if deep else _reorthonormal(Z / S), product
     if Z.shape[1]:
         for _ in range(
             2
         ):  # Y Yᵀ Z = Aᵀ X S⁻² Xᵀ A Z for the implied Y; twice is enough to be orthogonal to rounding
             Z = Z - A.transposed_times(X[:, :head] @ ((X[:, :head].mT @ A.times(Z)) / S[:head, None] ** 2))
-    return _orthonormal(Z)
+    return _orthonormal(Z), product
 
 
-def _residuals(A: _Blocks, X: Tensor, S: Tensor, head: int, tail: Tensor) -> Tensor:
+def _residuals(A: _Blocks, X: Tensor, S: Tensor, head: int, tail: Tensor, product: Tensor) -> Tensor:
     """Residual of each rank, measured with probes in place of whole products, plus the rounding of measuring it."""
     n = A.shape[0]
     Z = _probes(n, A.device)
@@ -705,7 +707,7 @@ def _residuals(A: _Blocks, X: Tensor, S: Tensor, head: int, tail: Tensor) -> Ten
     explicit = S[head:]
     if len(explicit):
         left = _certain(A.times(tail, Z) - ZX[:, head:] * explicit, len(Z), n)
-        right = (A.transposed_times(X[:, head:]) - tail * explicit).norm(dim=0)
+        right = (product - tail * explicit).norm(dim=0)
         explicit = torch.maximum(left, right)
     return torch.cat([square, explicit]) + _EPS * A.top
 
