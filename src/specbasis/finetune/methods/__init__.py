@@ -1,0 +1,28 @@
+"""Finetuning methods behind one door: attach one to a model, train it, save it, load it.
+
+attached = attach(model, "spectral", rank=300)
+Trainer(attached.model, callbacks=list(attached.callbacks), ...).train()
+attached.save("out")
+"""
+
+from __future__ import annotations
+
+from specbasis.finetune.methods.attach import Attached, Request, attach, load, method_named
+from specbasis.finetune.methods.placement import ALL_LINEAR, FEED_FORWARD, Site, head_modules, sites
+from specbasis.finetune.methods.table import METHODS, TABLE_5, Method
+
+__all__ = [
+    "ALL_LINEAR",
+    "FEED_FORWARD",
+    "METHODS",
+    "TABLE_5",
+    "Attached",
+    "Method",
+    "Request",
+    "Site",
+    "attach",
+    "head_modules",
+    "load",
+    "method_named",
+    "sites",
+]
