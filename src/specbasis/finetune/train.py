@@ -7,6 +7,7 @@ model card, and while it is under way `checkpoints/` with what is trained, so th
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +28,7 @@ from specbasis.errors import InputError
 from specbasis.finetune.base import Base, Examples, load_base
 from specbasis.finetune.card import model_card
 from specbasis.finetune.costs import Stopwatch, peak_memory, weights_bytes
-from specbasis.finetune.forgetting import pretraining_loss
+from specbasis.finetune.forgetting import Pretraining, pretraining_loss
 from specbasis.finetune.methods import METHODS, Attached, attach, method_named
 from specbasis.finetune.metrics import scores
 from specbasis.finetune.tasks import Split, Task, TaskData, load_task, selection_size, subset
@@ -40,6 +41,8 @@ METRICS, MANIFEST, CARD, CHECKPOINTS, TRAINED = (
     "checkpoints",
     "trained.safetensors",
 )
+HELD_BACK = 128
+"""How many held-back texts are taken where the user gives none."""
 PRECISIONS = ("float32", "bf16", "fp16")
 SELECTIONS = ("last", "best")
 
@@ -270,11 +273,10 @@ def run(
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
+        pretraining, before = _pretraining(str(base), data.task, tuple(held_back[1]))
         with peak_memory() as peak:
             set_seed(seed)
             loaded = load_base(base, data.task, max_length=protocol.max_length)
-            pretraining = pretraining_loss(loaded, held_back[1])
-            before = pretraining.loss(loaded.model)
             attached = _attach(loaded, method, seed, placement)
             watch = Stopwatch()
             trainer, notes = _trainer(
@@ -290,6 +292,8 @@ def run(
         after = pretraining.loss(attached.model)
         if is_main_process():
             attached.save(folder)
+            if (folder / "config.json").is_file():  # a whole model, which loads without its base
+                loaded.processor.save_pretrained(folder)
         counts = attached.counts
         first = next(iter(data.dev))
         return {
@@ -318,6 +322,14 @@ def run(
         }
     finally:
         transformers_logging.set_verbosity(verbosity)
+
+
+@functools.lru_cache(maxsize=4)
+def _pretraining(base: str, task: Task, texts: tuple[str, ...]) -> tuple[Pretraining, float | None]:
+    """The pretraining loss of a base, and its value before any training: the same for every run on it."""
+    loaded = load_base(base, task)
+    loss = pretraining_loss(loaded, texts)
+    return loss, loss.loss(loaded.model)
 
 
 def is_main_process() -> bool:
@@ -349,9 +361,9 @@ def held_back_texts(
         return "", ()
     if data_dir is not None and (Path(data_dir).expanduser() / "RTE" / "dev.tsv").is_file():
         held = load_task("rte", data_dir=data_dir).dev["dev"]
-        return "premises of RTE's dev set", sorted({inputs[0] for inputs in held.inputs})
+        return "premises of RTE's dev set", sorted({inputs[0] for inputs in held.inputs})[:HELD_BACK]
     first, split = next(iter(data.dev.items()))
-    return f"texts of {data.task.title}'s {first} set", [" ".join(inputs) for inputs in split.inputs[:512]]
+    return f"texts of {data.task.title}'s {first} set", [" ".join(inputs) for inputs in split.inputs[:HELD_BACK]]
 
 
 # --- the Trainer ------------------------------------------------------------------------------------------------
