@@ -59,7 +59,7 @@ class Task:
     title: str
     metrics: tuple[str, ...]
     labels: tuple[str, ...] = ()
-    layout: Layout | None = None
+    layout: Layout | None = field(default=None, hash=False)
     hub: tuple[tuple[str, ...], str] = ((), "label")
     images: bool = False
 
