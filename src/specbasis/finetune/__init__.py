@@ -1,0 +1,1 @@
+"""Finetuning: methods, tasks, training, and the grids of experiments over them."""
