@@ -10,7 +10,8 @@ import dataclasses
 import functools
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from specbasis.finetune.costs import Stopwatch, peak_memory, weights_bytes
 from specbasis.finetune.forgetting import Pretraining, pretraining_loss
 from specbasis.finetune.methods import METHODS, Attached, attach, method_named
 from specbasis.finetune.metrics import scores
+from specbasis.finetune.prefix import PrefixCache, Uncut, find_cut
 from specbasis.finetune.tasks import Split, Task, TaskData, load_task, selection_size, subset
 from specbasis.results import environment, write_whole, writing
 
@@ -279,26 +281,23 @@ def run(
             loaded = load_base(base, data.task, max_length=protocol.max_length)
             attached = _attach(loaded, method, seed, placement)
             watch = Stopwatch()
-            trainer, notes = _trainer(
-                loaded, attached, data, protocol, seed, folder, cache_prefix, report_to, resumable
-            )
-            for callback in (watch, *attached.callbacks, *callbacks):
-                trainer.add_callback(callback)
-            set_seed(seed)
-            trainer.train(resume_from_checkpoint=_last_checkpoint(folder) if resumable else None)
-            memory = peak()
-        sets = {**data.dev, **({"selection": data.selection} if len(data.selection) else {})}
-        found = {name: _score(trainer, attached.model, loaded, split) for name, split in sets.items()}
+            with _ready(loaded, attached, data, protocol, seed, folder, cache_prefix, report_to, resumable) as ready:
+                for callback in (watch, *attached.callbacks, *callbacks):
+                    ready.trainer.add_callback(callback)
+                set_seed(seed)
+                ready.trainer.train(resume_from_checkpoint=_last_checkpoint(folder) if resumable else None)
+                memory = peak()
+                found = {name: ready.score(split) for name, split in _scored(data).items()}
         after = pretraining.loss(attached.model)
         if is_main_process():
             attached.save(folder)
             if (folder / "config.json").is_file():  # a whole model, which loads without its base
                 loaded.processor.save_pretrained(folder)
         counts = attached.counts
-        first = next(iter(data.dev))
+        trainer = ready.trainer
         return {
-            "score": data.task.score(found[first]),
-            **{name: value for name, value in found.items()},
+            "score": data.task.score(next(iter(found.values()))),
+            **found,
             "parameters": {"adapter": counts.adapter, "head": counts.head, "total": counts.total},
             "learning_rate": protocol.learning_rate,
             "epochs": protocol.epochs,
@@ -318,7 +317,8 @@ def run(
                 "before": before,
                 "after": after,
             },
-            "notes": [*data.notes, *notes],
+            "prefix_cache": ready.cache,
+            "notes": [*data.notes, *ready.notes],
         }
     finally:
         transformers_logging.set_verbosity(verbosity)
@@ -419,7 +419,39 @@ def _attach(base: Base, method: str, seed: int, placement: Placement) -> Attache
     )
 
 
-def _trainer(
+def _scored(data: TaskData) -> dict[str, Split]:
+    """What is scored after training, by name: dev sets, then what was kept for choosing."""
+    return {**data.dev, **({"selection": data.selection} if len(data.selection) else {})}
+
+
+@dataclass(frozen=True, eq=False)
+class _Ready:
+    """A Trainer, ready to train and to score.
+
+    Attributes:
+        trainer: of the attached model.
+        base: whose inputs it takes.
+        collate: makes batches, with the cached activations where there are any.
+        cache: what a report says about the prefix cache; None without one.
+        notes: what is to be said about it.
+    """
+
+    trainer: _Trainer
+    base: Base
+    collate: Callable[[list[Any]], Any]
+    cache: Mapping[str, Any] | None
+    notes: Sequence[str]
+
+    def score(self, split: Split) -> dict[str, float]:
+        """The metrics on examples, taken longest first: less padding, and the same metrics."""
+        order = sorted(range(len(split)), key=lambda i: -sum(map(len, split.inputs[i])))
+        judge = Trainer(model=self.trainer.model, args=self.trainer.args, data_collator=self.collate)
+        found = judge.predict(self.base.encode(split.take(order)))
+        return scores(self.base.task, _logits(found.predictions), np.asarray(found.label_ids, dtype=np.float64))
+
+
+@contextmanager
+def _ready(
     base: Base,
     attached: Attached,
     data: TaskData,
@@ -429,27 +461,37 @@ def _trainer(
     cache_prefix: Path | None,
     report_to: str,
     resumable: bool,
-) -> tuple[_Trainer, list[str]]:
-    """A Trainer that is ready, and what is to be said about it."""
+) -> Iterator[_Ready]:
+    """A Trainer; inside, the model runs from the cached activations of its frozen prefix where there is a cache."""
     best = protocol.select == "best"
-    model, train, notes = attached.model, base.encode(data.train), []
-    held = base.encode(data.selection) if best else None
-    collate: Callable[..., Any] = base.collator()
-    trainer = _Trainer(
-        model=model,
-        args=_arguments(protocol, seed, folder / CHECKPOINTS, report_to, best or resumable, best, data.task),
-        train_dataset=train,
-        eval_dataset=held,
-        data_collator=collate,
-        compute_metrics=_computed(data.task) if best else None,
-    )
-    if protocol.group_by_length:
-        trainer.lengths = train.lengths
-    return trainer, notes
+    train, notes, about = base.encode(data.train), [], None
+    collate: Callable[[list[Any]], Any] = base.collator()
+    args = _arguments(protocol, seed, folder / CHECKPOINTS, report_to, best or resumable, best)
+    with ExitStack() as stack:
+        if cache_prefix is not None:
+            cut = find_cut(attached.model.to(args.device))
+            if isinstance(cut, Uncut):
+                notes.append(f"no prefix cache: {cut.reason}")
+            else:
+                sets = [train, *(base.encode(split) for split in _scored(data).values())]
+                cache = PrefixCache.build(attached.model, cut, sets, collate, cache_prefix)
+                collate, about = cache.collator(collate), cache.manifest()
+                stack.enter_context(cut.suffix(attached.model))
+        trainer = _Trainer(
+            model=attached.model,
+            args=args,
+            train_dataset=train,
+            eval_dataset=base.encode(data.selection) if best else None,
+            data_collator=collate,
+            compute_metrics=_computed(data.task) if best else None,
+        )
+        if protocol.group_by_length:
+            trainer.lengths = train.lengths
+        yield _Ready(trainer, base, collate, about, notes)
 
 
 def _arguments(
-    protocol: Protocol, seed: int, folder: Path, report_to: str, saves: bool, best: bool, task: Task
+    protocol: Protocol, seed: int, folder: Path, report_to: str, saves: bool, best: bool
 ) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(folder),
@@ -488,14 +530,6 @@ def _computed(task: Task) -> Callable[[EvalPrediction], dict[str, float]]:
         return {**values, "score": task.score(values)}
 
     return compute
-
-
-def _score(trainer: _Trainer, model: nn.Module, base: Base, split: Split) -> dict[str, float]:
-    """The metrics of the whole model on examples, the longest first: less padding, and the same metrics."""
-    order = sorted(range(len(split)), key=lambda i: -sum(map(len, split.inputs[i])))
-    judge = Trainer(model=model, args=trainer.args, data_collator=base.collator())
-    found = judge.predict(base.encode(split.take(order)))
-    return scores(base.task, _logits(found.predictions), np.asarray(found.label_ids, dtype=np.float64))
 
 
 def _logits(predictions: Any) -> Any:
