@@ -1,1 +1,0 @@
-"""Finetuning: methods, tasks, training, and the grids of experiments over them."""
