@@ -87,7 +87,7 @@ class Attached:
         """
         if isinstance(self.model, PeftModel):
             _unwrap_head(self.model)
-            merged: nn.Module = self.model.merge_and_unload()  # type: ignore[operator]
+            merged: nn.Module = self.model.merge_and_unload()
             return merged
         merge_updates(self.model)
         return self.model
@@ -275,8 +275,8 @@ def method_sites(
 ) -> tuple[Site, ...]:
     """The modules that a method adapts, by name, or by role and block; the arguments are those of `attach`.
 
-    Bottleneck adapters stand behind the outputs of attention and feed-forward networks only: of the roles asked for,
-    they take those.
+    Bottleneck adapters stand behind the outputs of attention and feed-forward networks only: of the roles asked
+    for, they take those.
     """
     given = [name for name, value in (("roles", roles), ("blocks", blocks)) if value is not None]
     if targets is not None:

@@ -41,7 +41,7 @@ def match_budget(
     roles: Sequence[str] | None = None,
     blocks: Sequence[int] | None = None,
 ) -> dict[str, Size]:
-    """The size of each method that comes nearest to a budget of trained parameters, and what it trains at that size.
+    """The size of each method that comes nearest to a budget of trained parameters, and what it then trains.
 
     Works on shapes alone: the model may be on the meta device. Where two sizes are equally near, the smaller one.
 
@@ -80,7 +80,8 @@ def parameters(
     places = method_sites(model, method, None, roles, blocks)
     if method.builder == "subset":
         return _subset(method, model, places)
-    return _count(method, places, rank or method.size or default_width(_smallest(places)))
+    follows = _sized(method) and method.size is None
+    return _count(method, places, rank or method.size or (default_width(_smallest(places)) if follows else 0))
 
 
 def _smallest(places: Sequence[Site]) -> int:

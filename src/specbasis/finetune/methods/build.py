@@ -80,7 +80,7 @@ def _subset(model: nn.Module, request: Request, head: tuple[str, ...]) -> Built:
 
 
 def chosen(model: nn.Module, which: str, places: Sequence[Site], head: tuple[str, ...]) -> list[nn.Parameter]:
-    """All parameters ("all"), the biases ("bias") or none ("none"): of the places, or of everything but the head."""
+    """All parameters ("all"), the biases ("bias") or none ("none") of the places, or of everything but the head."""
     inside = tuple(f"{site.name}." for site in places)
     outside = tuple(f"{name}." for name in head)
     return [
@@ -190,7 +190,7 @@ def _with_peft(
         )
     except (ValueError, TypeError) as error:
         raise InputError(f"{request.method.name}: {error}") from None
-    return peft.get_peft_model(model, config), ()  # type: ignore[arg-type]
+    return peft.get_peft_model(model, config), ()
 
 
 def _houlsby(model: nn.Module, request: Request, head: tuple[str, ...]) -> Built:
@@ -200,7 +200,7 @@ def _houlsby(model: nn.Module, request: Request, head: tuple[str, ...]) -> Built
 
 
 def _pfeiffer(model: nn.Module, request: Request, head: tuple[str, ...]) -> Built:
-    """Behind the norm of the feed-forward network's sum with the residual; in a pre-norm model, behind the block."""
+    """Behind the norm of the feed-forward sum with the residual; without such a norm, behind the block."""
     return _bottlenecks(model, request, head, norms_behind(model, request.sites))
 
 

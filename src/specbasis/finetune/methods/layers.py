@@ -319,7 +319,7 @@ def merge_updates(model: nn.Module) -> None:
         assert isinstance(update, Update)
         D = update.delta() + weight_matrix(layer, name).double()
         with torch.no_grad():
-            layer.weight.copy_(D.mT if is_conv1d(layer) else D)  # type: ignore[union-attr, operator]
+            layer.weight.copy_(D.mT if is_conv1d(layer) else D)
         delattr(layer, CHILD)
         for key, hook in list(layer._forward_hooks.items()):
             if hook in HOOKS:
@@ -334,7 +334,7 @@ def matrix_size(layer: nn.Module) -> tuple[int, int]:
     """
     if not isinstance(layer, nn.Linear) and not is_conv1d(layer):
         raise InputError(f"got a {type(layer).__name__}; this method adapts linear layers: choose other modules")
-    out, in_ = layer.weight.shape  # type: ignore[union-attr, misc]
+    out, in_ = layer.weight.shape
     return (int(in_), int(out)) if is_conv1d(layer) else (int(out), int(in_))
 
 

@@ -115,7 +115,7 @@ def named_sites(model: nn.Module, targets: Collection[str]) -> tuple[Site, ...]:
     matrices = {
         name: module
         for name, module in model.named_modules()
-        if getattr(module, "weight", None) is not None and module.weight.ndim >= 2  # type: ignore[operator, union-attr]
+        if getattr(module, "weight", None) is not None and module.weight.ndim >= 2
         and not isinstance(module, nn.Embedding)
     }  # fmt: skip
     found: dict[str, Site] = {}
@@ -139,7 +139,7 @@ def matrix_shape(layer: nn.Module, name: str) -> tuple[int, int]:
     if isinstance(inner, nn.Linear):
         return inner.out_features, inner.in_features
     if is_conv1d(inner):
-        in_, out = inner.weight.shape  # type: ignore[union-attr, misc]
+        in_, out = inner.weight.shape
         return int(out), int(in_)
     raise InputError(f"{name}: got a {type(inner).__name__}; want a linear layer or a convolution")
 
