@@ -7,7 +7,9 @@ attached.save("out")
 
 from __future__ import annotations
 
-from specbasis.finetune.methods.attach import Attached, Request, attach, load, method_named
+from specbasis.finetune.methods.attach import Attached, attach, load, method_named
+from specbasis.finetune.methods.budget import Size, match_budget, parameters
+from specbasis.finetune.methods.build import Request
 from specbasis.finetune.methods.placement import ALL_LINEAR, FEED_FORWARD, Site, head_modules, sites
 from specbasis.finetune.methods.table import METHODS, TABLE_5, Method
 
@@ -20,9 +22,12 @@ __all__ = [
     "Method",
     "Request",
     "Site",
+    "Size",
     "attach",
     "head_modules",
     "load",
+    "match_budget",
     "method_named",
+    "parameters",
     "sites",
 ]

@@ -2,65 +2,30 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
-from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, PsoftConfig
+from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from specbasis.adapter.heads import ParameterCounts
-from specbasis.adapter.peft_bridge import SpectralConfig
 from specbasis.checkpoint import open_checkpoint
 from specbasis.errors import InputError
-from specbasis.finetune.methods.placement import ALL_LINEAR, Site, head_modules, is_conv1d, named_sites, sites
+from specbasis.finetune.methods.build import Request, build
+from specbasis.finetune.methods.layers import CHILD, Update, fastened, merge_updates
+from specbasis.finetune.methods.placement import ALL_LINEAR, Site, head_modules, named_sites, sites
 from specbasis.finetune.methods.table import METHODS, Method
 
 DESCRIPTION, TRAINED = "method.json", "trained.safetensors"
 FORMAT = 1
 _PEFT_PREFIX = "base_model.model."
-
-
-@dataclass(frozen=True)
-class Request:
-    """What `attach` was asked for, resolved: enough to attach the same method to the same base again.
-
-    Attributes:
-        method: name in `METHODS`.
-        rank: the method's size; None where it has none.
-        interval: ranks [k, m) of the spectral methods.
-        sites: the modules it adapts; empty where it does not go by module.
-        seed: of every random initialisation and pattern.
-        checkpoint: whose singular vectors to use instead of the base's.
-        options: settings of the method.
-    """
-
-    method: Method
-    rank: int | None
-    interval: tuple[int, int] | None
-    sites: tuple[Site, ...]
-    seed: int
-    checkpoint: str | None
-    options: Mapping[str, Any]
-
-    def arguments(self) -> dict[str, Any]:
-        """The arguments of `attach` that ask for the same."""
-        return {
-            "method": self.method.name,
-            "rank": None if self.interval else self.rank,
-            "interval": list(self.interval) if self.interval else None,
-            "target_modules": [site.name for site in self.sites] or None,
-            "seed": self.seed,
-            "checkpoint": self.checkpoint,
-            "options": dict(self.options),
-        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,12 +72,40 @@ class Attached:
         folder.mkdir(parents=True, exist_ok=True)
         if isinstance(self.model, PeftModel):
             self.model.save_pretrained(str(folder), save_embedding_layers=False)
-        elif self.request.options.get("which") == "all" and not self.request.sites:
+        elif _is_whole(self.request):
             self.model.save_pretrained(folder)  # type: ignore[operator]
         else:
             save_file(trained_state(self.model), folder / TRAINED)
         described = {"format": FORMAT, "peft": isinstance(self.model, PeftModel), **self.request.arguments()}
         (folder / DESCRIPTION).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+
+    def merged(self) -> nn.Module:
+        """The plain model with the method's update in its weights, summed once; this one is used up.
+
+        Raises:
+            InputError: the method is no linear update (bottleneck adapters).
+        """
+        if isinstance(self.model, PeftModel):
+            _unwrap_head(self.model)
+            merged: nn.Module = self.model.merge_and_unload()
+            return merged
+        merge_updates(self.model)
+        return self.model
+
+
+def _unwrap_head(model: PeftModel) -> None:
+    """Put trained head modules in place of PEFT's wrappers; some of its tuners cannot unload those with parts."""
+    wrappers = [
+        (name, module) for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)
+    ]
+    for name, wrapper in wrappers:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, wrapper.modules_to_save[wrapper.active_adapter])
+
+
+def _is_whole(request: Request) -> bool:
+    """Whether every parameter of the model was trained."""
+    return request.options.get("which") == "all" and not request.sites
 
 
 def attach(
@@ -151,7 +144,7 @@ def attach(
     method = method_named(method)
     if isinstance(model, PeftModel) or hasattr(model, "peft_config"):
         raise InputError(f"{type(model).__name__} has adapters already; want a model without: load the base again")
-    places = _sites(model, method, target_modules, roles, blocks)
+    places = method_sites(model, method, target_modules, roles, blocks)
     request = Request(
         method,
         *_size(method, places, rank, interval),
@@ -167,7 +160,7 @@ def attach(
     total = sum(p.numel() for p in model.parameters())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        built, callbacks = _BUILDERS[method.builder](model, request, head)
+        built, callbacks = build(model, request, head)
     return Attached(built, request, head, total, callbacks)
 
 
@@ -186,8 +179,11 @@ def load(folder: str | Path, base: nn.Module) -> Attached:
         model = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
         return Attached(model, request, head, total)
     attached = attach(base, **{key: described[key] for key in _ARGUMENTS})
-    file = TRAINED if (folder / TRAINED).is_file() else ""
-    _fill(attached.model, open_checkpoint(folder / file), folder)
+    if _is_whole(attached.request):
+        stored = type(base).from_pretrained(folder)  # type: ignore[attr-defined]
+        base.load_state_dict(stored.state_dict())
+    else:
+        _fill(attached.model, open_checkpoint(folder / TRAINED), folder)
     return attached
 
 
@@ -222,24 +218,39 @@ def _request_from(described: Mapping[str, Any], base: nn.Module) -> Request:
 
 
 def _fill(model: nn.Module, stored: Mapping[str, Tensor], folder: Path) -> None:
-    """Copy stored values into what is trained, name by name."""
-    wanted = {name for name, p in model.named_parameters() if p.requires_grad}
-    missing = sorted(wanted - set(stored))
-    if missing:
-        raise InputError(f"{folder}: lacks {missing[0]}; it was saved by another version, or for another model")
-    current = model.state_dict()
+    """Copy stored values into what is trained, name by name, and prove that they meet the basis they belong to.
+
+    Raises:
+        InputError: the file does not fit the model, or the base has another basis.
+    """
+    current = _saved(model)
+    wrong = sorted(set(current) ^ set(stored)) or [
+        name for name in stored if current[name].shape != stored[name].shape
+    ]
+    if wrong:
+        raise InputError(
+            f"{folder}: {wrong[0]} does not fit this base; load the base that the method was trained on"
+        )
     with torch.no_grad():
-        for name in stored:
-            if name not in current or current[name].shape != stored[name].shape:
-                raise InputError(
-                    f"{folder}: {name} {tuple(stored[name].shape)} does not fit the base; load its own base"
-                )
-            current[name].copy_(stored[name])
+        for name, tensor in current.items():
+            tensor.copy_(stored[name])
+    for layer in fastened(model).values():
+        child = layer.get_submodule(CHILD)
+        if isinstance(child, Update):
+            child.settle(layer)
+
+
+def _saved(model: nn.Module) -> dict[str, Tensor]:
+    """What is trained, and what the method's own modules need to find their basis again, by name."""
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    for name, layer in fastened(model).items():
+        trained |= layer.get_submodule(CHILD).state_dict(prefix=f"{name}.{CHILD}.")
+    return trained
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """What is trained, by name, ready to be written."""
-    return {name: p.detach().cpu().clone().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+    """A copy of what is saved of a model with a method on it, ready to be written."""
+    return {name: tensor.cpu().clone().contiguous() for name, tensor in _saved(model).items()}
 
 
 def method_named(method: str | Method) -> Method:
@@ -255,41 +266,51 @@ def method_named(method: str | Method) -> Method:
     return METHODS[method]
 
 
-def _sites(
+def method_sites(
     model: nn.Module,
     method: Method,
     targets: Sequence[str] | None,
     roles: Sequence[str] | None,
     blocks: Sequence[int] | None,
 ) -> tuple[Site, ...]:
-    """The modules that a method adapts, by name, or by role and block."""
+    """The modules that a method adapts, by name, or by role and block; the arguments are those of `attach`.
+
+    Bottleneck adapters stand behind the outputs of attention and feed-forward networks only: of the roles asked
+    for, they take those.
+    """
     given = [name for name, value in (("roles", roles), ("blocks", blocks)) if value is not None]
-    if method.options.get("which") == "none" and (given or targets is not None):
-        raise InputError(
-            f"{method.name} trains no module of the backbone; leave roles, blocks and target_modules out"
-        )
     if targets is not None:
         if given:
             raise InputError(f"got target_modules and {given[0]}; want one of the two")
-        return named_sites(model, targets)
-    if not given and not method.roles:
+        return () if _is_probe(method) else named_sites(model, targets)
+    if _is_probe(method) or (not given and not method.roles):
         return ()
-    where = method.blocks if blocks is None and roles is None else blocks
-    return sites(model, roles or method.roles or ALL_LINEAR, where)
+    wanted = roles or method.roles or ALL_LINEAR
+    if method.builder in ("houlsby", "pfeiffer"):
+        wanted = [role for role in wanted if role in METHODS[method.builder].roles]
+        if not wanted:
+            raise InputError(
+                f"{method.name} adapts {' and '.join(method.roles)} only; got {', '.join(roles or ())}"
+            )
+    return sites(model, wanted, blocks if given else method.blocks)
+
+
+def _is_probe(method: Method) -> bool:
+    return method.options.get("which") == "none"
 
 
 def _size(
     method: Method, places: Sequence[Site], rank: int | None, interval: tuple[int, int] | None
 ) -> tuple[int | None, tuple[int, int] | None]:
     """(rank, interval) of a method from what was asked for and its defaults."""
-    spectral = method.builder == "spectral"
+    spectral, follows = method.builder == "spectral", method.builder in ("spectral", "psoft")
     if interval is not None and (not spectral or rank is not None):
         wrong = f"rank = {rank} as well; want one of the two" if spectral else f"{method.name} takes rank only"
         raise InputError(f"got interval = {tuple(interval)}; {wrong}")
-    if rank is not None and (rank < 1 or not (spectral or method.size)):
-        want = "rank >= 1" if spectral or method.size else "no rank: this method has no size"
+    if rank is not None and (rank < 1 or not (follows or method.size)):
+        want = "rank >= 1" if follows or method.size else "no rank: this method has no size"
         raise InputError(f"{method.name}: got rank = {rank}; want {want}")
-    if not spectral:
+    if not follows:
         return (rank or method.size, None)
     if interval is not None:
         return interval[1] - interval[0], (int(interval[0]), int(interval[1]))
@@ -297,6 +318,8 @@ def _size(
     width = rank or default_width(n)
     if width > n:
         raise InputError(f"{method.name}: got rank = {width}; the smallest adapted matrix has {n} singular values")
+    if not spectral:
+        return width, None
     start = {"head": 0, "middle": (n - width) // 2, "tail": n - width}[method.options.get("where", "head")]
     return width, (start, start + width)
 
@@ -304,78 +327,3 @@ def _size(
 def default_width(n: int) -> int:
     """Width of the paper's interval in proportion: 300 of 768 singular values (Yu et al. 2026, §4.4)."""
     return max(1, round(300 / 768 * n))
-
-
-_Built = tuple[nn.Module, tuple[TrainerCallback, ...]]
-
-
-def _subset(model: nn.Module, request: Request, head: tuple[str, ...]) -> _Built:
-    """Full finetuning, BitFit, linear probe: some of the model's own parameters."""
-    model.requires_grad_(False)
-    which = request.options["which"]
-    roots = [model.get_submodule(site.name) for site in request.sites] or [model]
-    chosen = [
-        p
-        for root in roots
-        for name, p in root.named_parameters()
-        if p.is_floating_point() and (which == "all" or (which == "bias" and p.ndim == 1 and name.endswith("bias")))
-    ]
-    if not chosen and which != "none":
-        raise InputError(f"{request.method.name}: the adapted modules have no biases; use another method")
-    for p in chosen:
-        p.requires_grad_(True)
-    _open(model, head)
-    return model, ()
-
-
-def _open(model: nn.Module, head: tuple[str, ...]) -> None:
-    for name in head:
-        model.get_submodule(name).requires_grad_(True)
-
-
-def _spectral(model: nn.Module, request: Request, head: tuple[str, ...]) -> _Built:
-    """The spectral adapter, through its PEFT bridge."""
-    options = {key: value for key, value in request.options.items() if key != "where"}
-    if request.checkpoint is not None:
-        options["basis"] = f"from:{request.checkpoint}"
-    return _with_peft(model, request, head, SpectralConfig, interval=request.interval, **options)
-
-
-def _lora(model: nn.Module, request: Request, head: tuple[str, ...]) -> _Built:
-    """LoRA and its relatives in PEFT. The update is scaled by α/r; α = 2 r, and r where the start is W itself."""
-    rank = request.rank
-    assert rank is not None
-    at_weight = str(request.options.get("init_lora_weights", True)).startswith("pissa")
-    options = {"lora_alpha": rank if at_weight else 2 * rank, **request.options}
-    return _with_peft(model, request, head, LoraConfig, r=rank, **options)
-
-
-def _with_peft(
-    model: nn.Module, request: Request, head: tuple[str, ...], kind: Callable[..., PeftConfig], **options: Any
-) -> _Built:
-    """A PEFT method on the sites, with head and pooler as modules saved whole.
-
-    Raises:
-        InputError: PEFT does not know an option, or refuses the configuration.
-    """
-    known = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    unknown = sorted(set(options) - known)
-    if unknown:
-        raise InputError(f"{request.method.name} has no option {unknown[0]!r}; want fields of {kind.__name__}")  # type: ignore[attr-defined]
-    transposed = {is_conv1d(model.get_submodule(site.name)) for site in request.sites}
-    if "fan_in_fan_out" in known and transposed == {True}:
-        options["fan_in_fan_out"] = True
-    config = kind(
-        target_modules=[site.name for site in request.sites],
-        modules_to_save=list(head) or None,
-        task_type="SEQ_CLS" if "ForSequenceClassification" in type(model).__name__ else None,
-        **options,
-    )
-    return peft.get_peft_model(model, config), ()
-
-
-_BUILDERS: Mapping[str, Callable[[nn.Module, Request, tuple[str, ...]], _Built]] = {
-    "subset": _subset,
-    "spectral": _spectral,
-    "lora": _lora,
-}
