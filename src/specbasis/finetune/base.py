@@ -100,7 +100,7 @@ class Images(Dataset[dict[str, Any]]):
 Examples = Texts | Images
 
 
-def load_base(base: str | Path, task: Task, *, max_length: int = 256) -> Base:
+def load_base(base: str | Path, task: Task, *, max_length: int = 256, scratch: bool = False) -> Base:
     """Load a pretrained model with a head for a task, in float32; a head that it lacks is drawn from torch's generator.
 
     Args:
@@ -108,6 +108,7 @@ def load_base(base: str | Path, task: Task, *, max_length: int = 256) -> Base:
             model that transformers knows.
         task: what is to be predicted.
         max_length: tokens at which texts are cut; less where the model takes less.
+        scratch: the same architecture with every weight drawn anew: what pretraining is compared with.
 
     Raises:
         InputError: nothing there, no ``config.json``, or a model that transformers cannot give such a head without
@@ -129,14 +130,13 @@ def load_base(base: str | Path, task: Task, *, max_length: int = 256) -> Base:
     )
     processors = transformers.AutoImageProcessor if task.images else transformers.AutoTokenizer
     processor = _loading(base, lambda: processors.from_pretrained(**address, trust_remote_code=False))
+    weights: dict[str, Any] = {"config": config, "dtype": torch.float32, "trust_remote_code": False}
     model = _loading(
         base,
-        lambda: kind.from_pretrained(
-            **address,
-            config=config,
-            dtype=torch.float32,
-            ignore_mismatched_sizes=True,
-            trust_remote_code=False,
+        lambda: (
+            kind.from_config(**weights)
+            if scratch
+            else kind.from_pretrained(**address, **weights, ignore_mismatched_sizes=True)
         ),
     )
     if not task.images and processor.pad_token is None:
@@ -176,3 +176,20 @@ def _loading(base: str | Path, load: Callable[[], Any]) -> Any:
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"{base}: transformers cannot load it: {first}") from error
+
+
+def shape_of(base: str | Path) -> tuple[int, int]:
+    """(singular values of a feed-forward matrix, number of blocks) of a base, from its configuration alone.
+
+    Raises:
+        InputError: the configuration does not say.
+    """
+    import transformers
+
+    address = _address(base)
+    config = _loading(base, lambda: transformers.AutoConfig.from_pretrained(**address, trust_remote_code=False))
+    width, blocks = getattr(config, "hidden_size", None), getattr(config, "num_hidden_layers", None)
+    if not isinstance(width, int) or not isinstance(blocks, int):
+        raise InputError(f"{base}: its configuration has no hidden_size and num_hidden_layers; want a Transformer")
+    inner = getattr(config, "intermediate_size", None)
+    return min(width, inner) if isinstance(inner, int) else width, blocks

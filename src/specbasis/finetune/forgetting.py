@@ -122,7 +122,10 @@ def _masked(model: Any, tokenizer: Any, texts: Sequence[str]) -> float:
     for start in range(0, len(texts), GROUP):
         batch = _tokens(tokenizer, texts[start : start + GROUP])
         special = torch.tensor(
-            [tokenizer.get_special_tokens_mask(row, already_has_special_tokens=True) for row in batch["input_ids"].tolist()]
+            [
+                tokenizer.get_special_tokens_mask(row, already_has_special_tokens=True)
+                for row in batch["input_ids"].tolist()
+            ]
         ).bool()
         chosen = (torch.rand(batch["input_ids"].shape, generator=generator) < MASKED) & ~special
         if not chosen.any():
@@ -198,9 +201,9 @@ def _is_sentence_encoder(base: Base) -> bool:
         else:
             from huggingface_hub import hf_hub_download
 
-            text = Path(
-                hf_hub_download(place, "modules.json", revision=base.address.get("revision"))
-            ).read_text(encoding="utf-8")
+            text = Path(hf_hub_download(place, "modules.json", revision=base.address.get("revision"))).read_text(
+                encoding="utf-8"
+            )
         return any("Pooling" in str(module.get("type")) for module in json.loads(text))
     except Exception:  # no such file, no network: then the folder does not say so
         return False

@@ -1,18 +1,12 @@
-"""Finetune a base on a task by a method: transformers' Trainer, and what a run leaves in its folder.
-
-A run is (base, task, method, seed, protocol). Its folder holds the adapter, `metrics.json`, `manifest.json` and a
-model card, and while it is under way `checkpoints/` with what is trained, so that a run that was killed goes on.
-"""
+"""Training: transformers' Trainer on a base with a method on it, and the figures that come out."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,223 +20,16 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from specbasis.checkpoint import open_checkpoint
 from specbasis.errors import InputError
-from specbasis.finetune.base import Base, Examples, load_base
-from specbasis.finetune.card import model_card
+from specbasis.finetune.base import Base, load_base
 from specbasis.finetune.costs import Stopwatch, peak_memory, weights_bytes
 from specbasis.finetune.forgetting import Pretraining, pretraining_loss
-from specbasis.finetune.methods import METHODS, Attached, attach, method_named
+from specbasis.finetune.methods import Attached, attach
 from specbasis.finetune.metrics import scores
 from specbasis.finetune.prefix import PrefixCache, Uncut, find_cut
-from specbasis.finetune.tasks import Split, Task, TaskData, load_task, selection_size, subset
-from specbasis.results import environment, write_whole, writing
+from specbasis.finetune.protocol import Placement, Protocol
+from specbasis.finetune.tasks import Split, Task, TaskData
 
-METRICS, MANIFEST, CARD, CHECKPOINTS, TRAINED = (
-    "metrics.json",
-    "manifest.json",
-    "README.md",
-    "checkpoints",
-    "trained.safetensors",
-)
-HELD_BACK = 128
-"""How many held-back texts are taken where the user gives none."""
-PRECISIONS = ("float32", "bf16", "fp16")
-SELECTIONS = ("last", "best")
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """How it is trained; the defaults are those of the paper.
-
-    AdamW; the learning rate rises linearly over the first 6 % of the steps and falls linearly to zero.
-
-    Attributes:
-        epochs: passes over train; None: the method's own for the task (Tab. 5 for the spectral adapter).
-        learning_rate: at its peak; None: the method's own for the task.
-        batch_size: examples a step, of one process.
-        max_length: tokens at which texts are cut.
-        warmup: share of the steps over which the learning rate rises.
-        weight_decay: of AdamW.
-        group_by_length: batches of examples of like length: less padding, another order than a plain shuffle.
-        precision: "float32", or autocast to "bf16" or "fp16" with float32 weights.
-        gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
-        select: "last" epoch, or the "best" one on a fixed part of train, which is then not trained on.
-
-    Source: Yu et al. 2026, App. M.
-    """
-
-    epochs: float | None = None
-    learning_rate: float | None = None
-    batch_size: int = 16
-    max_length: int = 256
-    warmup: float = 0.06
-    weight_decay: float = 0.0
-    group_by_length: bool = False
-    precision: str = "float32"
-    gradient_checkpointing: bool = False
-    select: str = "last"
-
-    def __post_init__(self) -> None:
-        positive = {"epochs": self.epochs, "learning_rate": self.learning_rate, "batch_size": self.batch_size}
-        for name, value in (*positive.items(), ("max_length", self.max_length)):
-            if value is not None and value <= 0:
-                raise InputError(f"got {name} = {value}; want a positive number")
-        for name, given, known in (
-            ("precision", self.precision, PRECISIONS),
-            ("select", self.select, SELECTIONS),
-        ):
-            if given not in known:
-                raise InputError(f"got {name} = {given!r}; want one of {', '.join(known)}")
-        if not 0 <= self.warmup < 1:
-            raise InputError(f"got warmup = {self.warmup}; want a share of the steps in [0, 1)")
-        if self.precision == "fp16" and not torch.cuda.is_available():
-            raise InputError("got precision = 'fp16' without a GPU; want bf16 or float32")
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where a method goes and how large it is; None is the method's own default. See `methods.attach`."""
-
-    rank: int | None = None
-    interval: tuple[int, int] | None = None
-    blocks: tuple[int, ...] | None = None
-    roles: tuple[str, ...] | None = None
-    target_modules: tuple[str, ...] | None = None
-    checkpoint: str | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Finetuned:
-    """A finished run.
-
-    Attributes:
-        folder: where it is; see the module.
-        metrics: content of `metrics.json`.
-    """
-
-    folder: Path
-    metrics: Mapping[str, Any]
-
-    @property
-    def score(self) -> float:
-        """The task's one number on the dev set (MNLI: matched)."""
-        return float(self.metrics["score"])
-
-
-def finetune(
-    base: str | Path,
-    task: str | Path | TaskData,
-    method: str = "spectral",
-    *,
-    out: str | Path,
-    seed: int = 42,
-    data_dir: str | Path | None = None,
-    dev: str | Path | None = None,
-    text: Sequence[str] = (),
-    label: str = "",
-    regression: bool = False,
-    examples: int | None = None,
-    rank: int | None = None,
-    interval: tuple[int, int] | None = None,
-    blocks: Sequence[int] | None = None,
-    roles: Sequence[str] | None = None,
-    target_modules: Sequence[str] | None = None,
-    checkpoint: str | None = None,
-    options: Mapping[str, Any] | None = None,
-    cache_prefix: str | Path | None = None,
-    held_back: str | Path | Sequence[str] | None = None,
-    report_to: str = "none",
-    callbacks: Sequence[TrainerCallback] = (),
-    **protocol: Any,
-) -> Finetuned:
-    """Finetune a base on a task by a method, and write adapter, metrics, manifest and model card.
-
-    The same call goes on where a killed run stopped, and returns a finished run as it is.
-
-    Args:
-        base: pretrained model: folder, ``hub:org/name``, ``timm:name``, ``pkg:…``; see `base.load_base`.
-        task: name of a GLUE task, the path of a table or of a folder of images, or examples that are read already.
-        method: name in `methods.METHODS`.
-        out: folder of the run.
-        seed: of the head, the method's random parts, the order of the examples, and dropout.
-        data_dir: GLUE in its official layout; from the Hub when None.
-        dev, text, label, regression: of a user's own task; see `tasks.load_task`.
-        examples: train on a fixed part of train, of this size.
-        rank, interval, blocks, roles, target_modules, checkpoint, options: see `methods.attach`.
-        cache_prefix: folder in which the activations below the first trained module are kept, computed once.
-        held_back: texts, or a file with one a line, for the loss before and after (`forgetting`); by default the
-            premises of RTE's dev set where GLUE is at hand, else the texts of the task's own dev set.
-        report_to: "tensorboard", "wandb", "trackio", … as transformers has it.
-        callbacks: of transformers' Trainer, beside the method's own.
-        protocol: fields of `Protocol`.
-
-    Raises:
-        InputError: an argument does not fit, the data are damaged, the folder holds another run, the disk is full.
-    """
-    known = {field.name for field in dataclasses.fields(Protocol)}
-    if set(protocol) - known:
-        raise InputError(f"got {sorted(set(protocol) - known)[0]!r}; want fields of Protocol: {', '.join(sorted(known))}")
-    chosen = method_named(method)
-    how = Protocol(**protocol)
-    where = Placement(
-        rank,
-        interval,
-        None if blocks is None else tuple(blocks),
-        None if roles is None else tuple(roles),
-        None if target_modules is None else tuple(target_modules),
-        checkpoint,
-        dict(options or {}),
-    )
-    if isinstance(task, TaskData):
-        data = task
-    else:
-        data = load_task(task, data_dir=data_dir, dev=dev, text=text, label=label, regression=regression)
-    how, data = resolved(how, chosen.name, data, examples)
-    config = {
-        "base": str(base),
-        "task": data.task.name,
-        "data": data.digest,
-        "method": chosen.name,
-        "seed": seed,
-        "protocol": dataclasses.asdict(how),
-        "placement": dataclasses.asdict(where),
-        "cache_prefix": cache_prefix is not None,
-    }
-    folder = Path(out)
-    finished = _begin(folder, config)
-    if finished is not None:
-        return finished
-    with _one_line_on_a_full_disk(folder):
-        metrics = run(
-            base,
-            data,
-            chosen.name,
-            seed,
-            how,
-            where,
-            folder,
-            cache_prefix=None if cache_prefix is None else Path(cache_prefix),
-            held_back=held_back_texts(held_back, data, data_dir),
-            report_to=report_to,
-            callbacks=callbacks,
-        )
-        if is_main_process():
-            _finish(folder, config, metrics, data)
-    return Finetuned(folder, metrics)
-
-
-def resolved(protocol: Protocol, method: str, data: TaskData, examples: int | None = None) -> tuple[Protocol, TaskData]:
-    """The protocol with the method's own epochs and learning rate, and the data with what is chosen on taken out."""
-    epochs, learning_rate = METHODS[method].recipe(data.task.name)
-    how = dataclasses.replace(
-        protocol,
-        epochs=protocol.epochs or epochs,
-        learning_rate=protocol.learning_rate or learning_rate,
-    )
-    if len(data.selection):
-        return how, data
-    held = selection_size(len(data.train)) if how.select == "best" else None
-    return how, subset(data, examples=examples, selection=held) if held or examples else data
+CHECKPOINTS, TRAINED = "checkpoints", "trained.safetensors"
 
 
 def run(
@@ -259,6 +46,7 @@ def run(
     report_to: str = "none",
     callbacks: Sequence[TrainerCallback] = (),
     resumable: bool = True,
+    scratch: bool = False,
 ) -> dict[str, Any]:
     """Train, score, save the adapter into ``folder``, and return the metrics: what `finetune` does, without its files.
 
@@ -271,6 +59,7 @@ def run(
         cache_prefix, report_to, callbacks: as of `finetune`.
         held_back: what the texts are, and the texts.
         resumable: write a checkpoint at the end of every epoch, and go on from the last.
+        scratch: begin from random weights instead of the base's.
     """
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
@@ -278,10 +67,12 @@ def run(
         pretraining, before = _pretraining(str(base), data.task, tuple(held_back[1]))
         with peak_memory() as peak:
             set_seed(seed)
-            loaded = load_base(base, data.task, max_length=protocol.max_length)
+            loaded = load_base(base, data.task, max_length=protocol.max_length, scratch=scratch)
             attached = _attach(loaded, method, seed, placement)
             watch = Stopwatch()
-            with _ready(loaded, attached, data, protocol, seed, folder, cache_prefix, report_to, resumable) as ready:
+            with _ready(
+                loaded, attached, data, protocol, seed, folder, cache_prefix, report_to, resumable
+            ) as ready:
                 for callback in (watch, *attached.callbacks, *callbacks):
                     ready.trainer.add_callback(callback)
                 set_seed(seed)
@@ -303,9 +94,7 @@ def run(
             "epochs": protocol.epochs,
             "steps": trainer.state.global_step,
             "train_examples": len(data.train),
-            "train_loss": [
-                round(entry["loss"], 6) for entry in trainer.state.log_history if "loss" in entry
-            ],
+            "train_loss": [round(entry["loss"], 6) for entry in trainer.state.log_history if "loss" in entry],
             "seconds_per_epoch": _mean(watch.wall),
             "cpu_seconds_per_epoch": _mean(watch.cpu),
             "peak_memory_bytes": memory,
@@ -339,31 +128,22 @@ def is_main_process() -> bool:
     return bool(PartialState().is_main_process)
 
 
-def held_back_texts(
-    given: str | Path | Sequence[str] | None, data: TaskData, data_dir: str | Path | None
-) -> tuple[str, Sequence[str]]:
-    """The texts that forgetting is measured on, and what they are.
+def _last_checkpoint(folder: Path) -> str | None:
+    """The last checkpoint that is whole: its state is what Trainer writes last."""
+    found = [
+        path
+        for path in (folder / CHECKPOINTS).glob("checkpoint-*")
+        if path.name.rpartition("-")[2].isdigit() and _is_json(path / "trainer_state.json")
+    ]
+    return str(max(found, key=lambda path: int(path.name.rpartition("-")[2]))) if found else None
 
-    Raises:
-        InputError: the file is not there, or holds no text.
-    """
-    if given is not None and not isinstance(given, str | Path):
-        return "given texts", list(given)
-    if given is not None:
-        try:
-            texts = [one for one in Path(given).read_text(encoding="utf-8").split("\n") if one.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{given}: not readable text: {error}") from error
-        if len(texts) < 2:
-            raise InputError(f"{given}: holds {len(texts)} texts; want one a line, at least two")
-        return str(Path(given).name), texts
-    if data.task.images:
-        return "", ()
-    if data_dir is not None and (Path(data_dir).expanduser() / "RTE" / "dev.tsv").is_file():
-        held = load_task("rte", data_dir=data_dir).dev["dev"]
-        return "premises of RTE's dev set", sorted({inputs[0] for inputs in held.inputs})[:HELD_BACK]
-    first, split = next(iter(data.dev.items()))
-    return f"texts of {data.task.title}'s {first} set", [" ".join(inputs) for inputs in split.inputs[:HELD_BACK]]
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 # --- the Trainer ------------------------------------------------------------------------------------------------
@@ -539,81 +319,3 @@ def _logits(predictions: Any) -> Any:
 
 def _mean(values: Sequence[float]) -> float | None:
     return round(sum(values) / len(values), 3) if values else None
-
-
-# --- the folder -------------------------------------------------------------------------------------------------
-
-
-def _begin(folder: Path, config: Mapping[str, Any]) -> Finetuned | None:
-    """The run of this folder if it is finished; else a manifest is in the folder when this returns.
-
-    Raises:
-        InputError: the folder holds another run, or anything else.
-    """
-    plain = json.loads(json.dumps(config))
-    path = folder / MANIFEST
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder}: is a file; want a folder for the run")
-    if path.is_file():
-        try:
-            held = json.loads(path.read_text(encoding="utf-8"))["config"]
-        except (ValueError, KeyError, OSError) as error:
-            raise InputError(f"{path}: damaged ({error}); choose another folder") from error
-        differing = [name for name in {**held, **plain} if held.get(name) != plain.get(name)]
-        if differing:
-            raise InputError(f"{folder}: holds another run (its {', '.join(differing)} differ); choose another folder")
-        if (folder / METRICS).is_file():
-            return Finetuned(folder, json.loads((folder / METRICS).read_text(encoding="utf-8")))
-    elif folder.exists() and any(folder.iterdir()):
-        raise InputError(f"{folder}: is not empty and holds no run; choose a new folder")
-    if is_main_process():
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        _write_json(path, {"config": plain, "environment": environment()})
-    return None
-
-
-def _finish(folder: Path, config: Mapping[str, Any], metrics: Mapping[str, Any], data: TaskData) -> None:
-    """Card, then metrics, whose presence says that the run is finished."""
-    write_whole(folder / CARD, lambda path: path.write_text(model_card(config, metrics, data.task), encoding="utf-8"))
-    _write_json(folder / METRICS, metrics)
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-    write_whole(path, lambda target: target.write_text(text, encoding="utf-8"))
-
-
-def _last_checkpoint(folder: Path) -> str | None:
-    """The last checkpoint that is whole: its state is what Trainer writes last."""
-    found = [
-        path
-        for path in (folder / CHECKPOINTS).glob("checkpoint-*")
-        if path.name.rpartition("-")[2].isdigit() and _is_json(path / "trainer_state.json")
-    ]
-    return str(max(found, key=lambda path: int(path.name.rpartition("-")[2]))) if found else None
-
-
-def _is_json(path: Path) -> bool:
-    try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-class _one_line_on_a_full_disk:  # noqa: N801
-    """Turn what a full disk makes of each library into one line that names the folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, Exception) and "No space left" in str(error):
-            raise InputError(
-                f"{self.folder}: no space left on the disk; free some, and the same command goes on"
-            ) from error
