@@ -74,5 +74,5 @@ class Stopwatch(TrainerCallback):
 
 
 def weights_bytes(folder: Path) -> int:
-    """Bytes of the weights files in a folder: what must be kept for each task."""
-    return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+    """Bytes of the weights files right in a folder: what must be kept for each task, checkpoints left out."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))

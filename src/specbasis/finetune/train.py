@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers import logging as transformers_logging
+from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from specbasis.checkpoint import open_checkpoint
@@ -61,9 +63,7 @@ def run(
         resumable: write a checkpoint at the end of every epoch, and go on from the last.
         scratch: begin from random weights instead of the base's.
     """
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
+    with _quiet():
         pretraining, before = _pretraining(str(base), data.task, tuple(held_back[1]))
         with peak_memory() as peak:
             set_seed(seed)
@@ -109,8 +109,20 @@ def run(
             "prefix_cache": ready.cache,
             "notes": [*data.notes, *ready.notes],
         }
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No loading reports and bars of transformers, as it was afterwards."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
     finally:
         transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 @functools.lru_cache(maxsize=4)
@@ -265,6 +277,7 @@ def _ready(
             data_collator=collate,
             compute_metrics=_computed(data.task) if best else None,
         )
+        trainer.remove_callback(PrinterCallback)  # the log is in the metrics, and goes where `report_to` says
         if protocol.group_by_length:
             trainer.lengths = train.lengths
         yield _Ready(trainer, base, collate, about, notes)
@@ -296,7 +309,7 @@ def _arguments(
         greater_is_better=True if best else None,
         logging_strategy="epoch",
         report_to=report_to,
-        disable_tqdm=True,
+        disable_tqdm=not sys.stderr.isatty(),
         remove_unused_columns=False,
         label_names=["labels"],
         dataloader_pin_memory=torch.cuda.is_available(),
