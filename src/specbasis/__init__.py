@@ -3,6 +3,7 @@
 from specbasis.checkpoint import open_checkpoint
 from specbasis.compare import Comparison, compare, load
 from specbasis.errors import InputError, NonFiniteError
+from specbasis.finetune.runs import finetune
 from specbasis.svd import SVD, decompose, low_rank_svd
 
 __version__ = "0.1.0"
@@ -14,6 +15,7 @@ __all__ = [
     "NonFiniteError",
     "compare",
     "decompose",
+    "finetune",
     "load",
     "low_rank_svd",
     "open_checkpoint",
