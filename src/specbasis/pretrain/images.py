@@ -167,7 +167,7 @@ def from_arrays(
     Raises:
         InputError: another dtype or shape, no images, or labels that do not fit.
     """
-    pixels = torch.as_tensor(np.asarray(images))
+    pixels = torch.from_numpy(np.array(images))  # a copy: what is given may be read-only
     if pixels.ndim == 3:
         pixels = pixels[..., None]
     if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[3] not in (1, 3) or not pixels.numel():
