@@ -35,7 +35,7 @@ TOP = 10
 RANKS = 32
 """Leading ranks that are followed."""
 
-NULL_DRAWS = 4
+NULL_DRAWS = 2
 """Gaussian updates that give the null."""
 
 
@@ -47,8 +47,7 @@ class Formation:
         data: source of the images (see `open_images`).
         second: source of the second distribution.
         mae: sizes of the model.
-        pretrainings: (images, optimizer steps) of each pretraining.
-        extra: the same, run after all of the others.
+        passes: (images, optimizer steps) of each pretraining, in passes: each is run for all seeds before the next.
         seeds: each seeds the sample of images, the weights, orders and masks.
         pretraining, same_task, new_task: how each is trained; ``seed`` and the pretraining's ``steps`` are the cell's.
         same_task_images, new_task_images: how many, from the start of the test set.
@@ -61,8 +60,7 @@ class Formation:
     data: str = "fashion-mnist"
     second: str = "mnist-5k"
     mae: MAE = field(default_factory=MAE)
-    pretrainings: tuple[tuple[int, int], ...] = ()
-    extra: tuple[tuple[int, int], ...] = ()
+    passes: tuple[tuple[tuple[int, int], ...], ...] = ()
     seeds: tuple[int, ...] = (0, 1, 2)
     pretraining: Training = PRETRAINING
     same_task: Training = SAME_TASK
@@ -72,26 +70,27 @@ class Formation:
     validation: int = 5000
 
     def cells(self) -> list[dict[str, Any]]:
-        """Every cell; seed by seed, so that a part of the grid says something, pairs of seeds as soon as both are there."""
-        cells = [cell for i, seed in enumerate(self.seeds) for cell in self._of_seed(i, seed, self.pretrainings)]
-        return cells + [cell for i, seed in enumerate(self.seeds) for cell in self._of_seed(i, seed, self.extra, True)]
+        """Every cell; seed by seed, so that a part of the grid says something; pairs of seeds once both are there."""
+        cells: list[dict[str, Any]] = []
+        for number, pretrainings in enumerate(self.passes):
+            for i, seed in enumerate(self.seeds):
+                cells += self._of_seed(seed, self.seeds[:i], pretrainings, scratch=number == 0)
+        return cells
 
     def _of_seed(
-        self, i: int, seed: int, pretrainings: Sequence[tuple[int, int]], extra: bool = False
+        self, seed: int, earlier: Sequence[int], pretrainings: Sequence[tuple[int, int]], *, scratch: bool
     ) -> list[dict[str, Any]]:
+        sizes = [{"images": images, "steps": steps} for images, steps in pretrainings]
         cells: list[dict[str, Any]] = []
-        for images, steps in pretrainings:
-            cell = {"seed": seed, "images": images, "steps": steps}
-            cells.append({"phase": "pretrain", **cell})
-            cells += [{"phase": "post", **cell, "task": task} for task in POSTS]
-        if not extra:
+        for size in sizes:
+            cells.append({"phase": "pretrain", "seed": seed, **size})
+            cells += [{"phase": "post", "seed": seed, **size, "task": task} for task in POSTS]
+        starts = sizes
+        if scratch:
             cells += [{"phase": "scratch", "seed": seed, "task": task} for task in POSTS]
-            for other in self.seeds[:i]:
-                cells += [
-                    {"phase": "between", "seed": seed, "other": other, "images": n, "steps": steps}
-                    for n, steps in pretrainings
-                ]
-                cells += [{"phase": "between", "seed": seed, "other": other, "task": task} for task in POSTS]
+            starts = [*sizes, *({"task": task} for task in POSTS)]
+        for other in earlier:
+            cells += [{"phase": "between", "seed": seed, "other": other, **start} for start in starts]
         return cells
 
 
@@ -285,5 +284,5 @@ def _rounded(values: Tensor | float) -> Any:
 
 def _config(plan: Formation) -> dict[str, Any]:
     """What cells of one folder share; the lists of cells may grow."""
-    shared = {k: v for k, v in asdict(plan).items() if k not in ("pretrainings", "extra", "seeds")}
+    shared = {k: v for k, v in asdict(plan).items() if k not in ("passes", "seeds")}
     return shared | {"top": TOP, "ranks": RANKS}
