@@ -117,7 +117,8 @@ def run_formation(
     """
     config = _config(plan)
     run = partial(run_cell, plan=plan, work=Path(out) / "work")
-    return run_cells(cells or plan.cells(), run, out, config=config, workers=workers, progress=progress)
+    wanted = plan.cells() if cells is None else cells
+    return run_cells(wanted, run, out, config=config, workers=workers, progress=progress)
 
 
 def run_cell(cell: dict[str, Any], *, plan: Formation, work: Path) -> dict[str, Any]:
