@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from loky import cpu_count
+from numpy.typing import NDArray
 from torch import Tensor
 
 from specbasis import engine as engines
@@ -243,17 +244,14 @@ class _Task:
 
 def _rows(t: Trajectory, ref: MatrixRef, labels: Sequence[str], top: int) -> pa.Table:
     """Every measure of one matrix over its checkpoints, checkpoint by checkpoint."""
-    columns: dict[str, list[Any]] = {"pair": [], "measure": [], "index": [], "value": [], "bound": []}
-    for place, c in enumerate(t.index):
-        for measure, values, index, bound in _measures(t, place, top):
-            n = len(values)
-            columns["pair"] += [labels[c]] * n
-            columns["measure"] += [measure] * n
-            columns["index"].append(np.full(n, np.nan) if index is None else np.asarray(index, dtype=np.float64))
-            columns["value"].append(values.numpy())
-            columns["bound"].append(np.full(n, np.nan) if bound is None else bound.numpy())
-    numbers = {name: np.concatenate(columns[name]) for name in ("index", "value", "bound")}
-    n = len(numbers["value"])
+    found = list(_measures(t, top))
+    counts = [len(column.value) for column in found]
+    n = sum(counts)
+    numbers = {
+        "index": np.concatenate([_or_nan(column.index, len(column.value)) for column in found]),
+        "value": np.concatenate([column.value.numpy() for column in found]),
+        "bound": np.concatenate([_or_nan(column.bound, len(column.value)) for column in found]),
+    }
     key = ref.key
     constant = {
         "matrix": key.name,
@@ -263,35 +261,58 @@ def _rows(t: Trajectory, ref: MatrixRef, labels: Sequence[str], top: int) -> pa.
         "out_features": t.shape[0],
         "in_features": t.shape[1],
     }
-    arrays: dict[str, Any] = {name: pa.array([value] * n) for name, value in constant.items()}
-    arrays |= {name: pa.array(columns[name]) for name in ("pair", "measure")}
+    arrays: dict[str, Any] = {
+        name: pa.repeat(pa.scalar(value, type=pa.int32() if value is None else None), n)
+        for name, value in constant.items()
+    }
+    arrays["pair"] = _words([labels[t.index[column.place]] for column in found], counts)
+    arrays["measure"] = _words([column.measure for column in found], counts)
     arrays |= {name: pa.array(values, mask=np.isnan(values)) for name, values in numbers.items()}
     arrays["resolved"] = pa.array(numbers["bound"] <= RESOLVED, mask=np.isnan(numbers["bound"]))
     return pa.table([arrays[name].cast(store.SCHEMA.field(name).type) for name in store.SCHEMA.names], store.SCHEMA)
 
 
-Column = tuple[str, Tensor, Sequence[int] | None, Tensor | None]
+def _words(words: Sequence[str], counts: Sequence[int]) -> pa.Array:
+    """Each word so many times, stored once."""
+    different = list(dict.fromkeys(words))
+    codes = np.repeat(np.array([different.index(word) for word in words], dtype=np.int32), counts)
+    return pa.DictionaryArray.from_arrays(codes, different)
 
 
-def _measures(t: Trajectory, place: int, top: int) -> Iterator[Column]:
-    """(measure, values, index, bounds) of one checkpoint."""
-    ranks = range(t.S.shape[1])
+def _or_nan(values: Any, n: int) -> NDArray[np.float64]:
+    return np.full(n, np.nan) if values is None else np.asarray(values, dtype=np.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class _Column:
+    """Figures of one measure at one checkpoint, with their index and bounds."""
+
+    place: int
+    measure: str
+    value: Tensor
+    index: Sequence[int] | None = None
+    bound: Tensor | None = None
+
+
+def _measures(t: Trajectory, top: int) -> Iterator[_Column]:
+    """Everything that is measured at each checkpoint."""
+    count, ranks = len(t.index), range(t.S.shape[1])
     bounds, mean, size = t.alignment_bound(), t.mean_alignment(top), t.relative_distance()
-    yield "singular_value", t.S[place], ranks, None
-    yield "relative_gap", t.relative_gap[place], ranks, None
-    yield "norm", t.norms[place : place + 1], None, None
-    for name in REFERENCES:
-        other = {"first": 0, "last": len(t.index) - 1, "previous": place - 1}[name]
-        if other < 0:
-            continue
-        for side in SIDES:
-            yield f"alignment_{side}_{name}", t.alignment(side)[other, place], ranks, bounds[other, place]
-        # From the earlier to the later, whichever of them this checkpoint is.
-        early, late = sorted((other, place))
-        if not torch.isnan(size[early, late]):
-            yield f"relative_update_{name}", size[early, late : late + 1], None, None
-    others = [other for other in range(len(t.index)) if other != place]
-    where = [t.index[other] for other in others]
-    yield "mean_alignment", mean[place, others], where, None
-    known = [other for other in others if not torch.isnan(size[other, place])]
-    yield "relative_update", size[known, place], [t.index[other] for other in known], None
+    for place in range(count):
+        yield _Column(place, "singular_value", t.S[place], ranks)
+        yield _Column(place, "relative_gap", t.relative_gap[place], ranks)
+        yield _Column(place, "norm", t.norms[place : place + 1])
+        for name in REFERENCES:
+            other = {"first": 0, "last": count - 1, "previous": place - 1}[name]
+            if other < 0:
+                continue
+            for side in SIDES:
+                aligned, bound = t.alignment(side)[other, place], bounds[other, place]
+                yield _Column(place, f"alignment_{side}_{name}", aligned, ranks, bound)
+            early, late = sorted((other, place))  # the size of the update from the earlier to the later
+            if not torch.isnan(size[early, late]):
+                yield _Column(place, f"relative_update_{name}", size[early, late : late + 1])
+        others = [other for other in range(count) if other != place]
+        yield _Column(place, "mean_alignment", mean[place, others], [t.index[other] for other in others])
+        known = [other for other in others if not torch.isnan(size[other, place])]
+        yield _Column(place, "relative_update", size[known, place], [t.index[other] for other in known])

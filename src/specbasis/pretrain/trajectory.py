@@ -18,6 +18,9 @@ from specbasis.svd import HalfSVD, approximate_svd, half_svd
 PAIRWISE_BYTES = 2**30
 """Distances between all pairs of checkpoints are taken where a matrix of all of them, in float64, is no larger."""
 
+CANCELLED = 1e4
+"""A squared distance smaller than the squares that it is the difference of by this factor is computed by subtraction."""
+
 SIDES = ("left", "right")
 
 
@@ -147,6 +150,22 @@ def follow(
     return Trajectory(tuple(kept), (out, into), S, left, right, bound, gap, norms, distance, failed)
 
 
+def pairwise_distance(X: Float[Tensor, "C d"]) -> Float[Tensor, "C C"]:
+    """‖x_a − x_b‖ for all pairs of rows, in float64, to a relative error of about `CANCELLED` · eps · d.
+
+    From the Gram matrix of the rows less the first one; pairs whose square is so small beside those it is taken from that
+    digits cancel are subtracted one by one. Costs 2·C²·d flops.
+    """
+    Y = (X - X[0]).to(torch.float64)
+    G = Y @ Y.mT
+    squares = G.diagonal()
+    sums = squares[:, None] + squares[None]
+    square = (sums - 2 * G).clamp(min=0.0)
+    for a, b in ((square < sums / CANCELLED).triu(1)).nonzero().tolist():
+        square[a, b] = square[b, a] = (X[a].to(torch.float64) - X[b]).square().sum()
+    return square.fill_diagonal_(0.0).sqrt()
+
+
 class _Distances:
     """Matrices kept for their distances as long as they fit; else those to the first, the last and the one before."""
 
@@ -175,11 +194,7 @@ class _Distances:
         distance.fill_diagonal_(0.0)
         norms = torch.stack([self.norms[c] for c in index])
         if len(self.stack) == n and not self.found:
-            stack = torch.stack([self.stack[c] for c in index])
-            for a in range(n - 1):  # by subtraction: a Gram matrix would lose the digits of small distances
-                apart = torch.linalg.vector_norm(stack[a + 1 :] - stack[a], dim=1)
-                distance[a, a + 1 :] = distance[a + 1 :, a] = apart
-            return norms, distance
+            return norms, pairwise_distance(torch.stack([self.stack[c] for c in index]))
         last = index[-1]
         for c in index[1:-1]:
             W = read(c)
