@@ -26,6 +26,7 @@ FLOORS = {
     "plan": 3,
     "engine": 3,
     "results": 3,
+    "cells": 3,
     "summary": 3,
     "compare": 4,
     "intervene": 4,

@@ -25,6 +25,7 @@ from specbasis import engine as engines
 from specbasis import results as store
 from specbasis.architecture import ROLES, STRUCTURAL, MatrixKey, MatrixPair, MatrixRef, Pairing, pair
 from specbasis.cache import Cache
+from specbasis.cells import Progress
 from specbasis.checkpoint import Checkpoint, content_sha256, open_checkpoint, open_tuned, sha256
 from specbasis.errors import InputError, NonFiniteError
 from specbasis.measures import (
@@ -169,15 +170,6 @@ class Comparison:
         from specbasis.report.tables import summary_html
 
         return summary_html(self)
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a caller is told after each matrix: how much of the work (in flops) is done, and what was done last."""
-
-    done: float
-    total: float
-    matrix: str
 
 
 def compare(
