@@ -44,21 +44,18 @@ def rank_set(ranks: Ranks, count: int) -> Int[Tensor, " r"]:
     Raises:
         InputError: no rank is left, a rank is negative, or the text is none of the forms above.
     """
-    if isinstance(ranks, str):
-        ranks = _parsed(ranks, count)
-    if isinstance(ranks, int):
-        chosen: Sequence[int] = range(min(ranks, count)) if ranks > 0 else range(max(count + ranks, 0), count)
-    else:
-        chosen = sorted(set(ranks))
+    given: int | Sequence[int] = _parsed(ranks, count) if isinstance(ranks, str) else ranks
+    if isinstance(given, int):
+        return torch.arange(min(given, count)) if given > 0 else torch.arange(max(count + given, 0), count)
+    chosen = sorted(set(given))
     if chosen and chosen[0] < 0:
         raise InputError(f"got rank {chosen[0]}; want ranks from 0")
-    inside = [rank for rank in chosen if rank < count]
-    if not inside and ranks != 0 and chosen:
+    if chosen and chosen[0] >= count:
         raise InputError(f"got ranks {ranks!r}; the matrix has the ranks 0 … {count - 1}")
-    return torch.tensor(inside, dtype=torch.long)
+    return torch.tensor([rank for rank in chosen if rank < count], dtype=torch.long)
 
 
-def _parsed(text: str, count: int) -> Ranks:
+def _parsed(text: str, count: int) -> int | range:
     if text == "all":
         return range(count)
     if found := re.fullmatch(r"(\d{1,7}):(\d{1,7})", text, re.ASCII):
@@ -188,7 +185,10 @@ def truncate(W: Float[Tensor, "out in"], svd: SVD, k: int) -> Float[Tensor, "out
 
 
 def rescale(W: Float[Tensor, "out in"], svd: SVD, ranks: Ranks, factor: float) -> Float[Tensor, "out in"]:
-    """W with some singular values multiplied: W' = W + (factor − 1) Σ_{i ∈ I} σ_i u_i v_iᵀ; 1 returns W bit for bit."""
+    """W with some singular values multiplied; a factor of 1 returns W bit for bit.
+
+    W' = W + (factor − 1) Σ_{i ∈ I} σ_i u_i v_iᵀ.
+    """
     chosen = rank_set(ranks, len(svd.S))
     return _corrected(W, svd, chosen, S=svd.S[chosen] * factor)
 
@@ -242,7 +242,8 @@ class Edit:
         if self.kind not in KINDS:
             raise InputError(f"got kind {self.kind!r}; want one of {', '.join(KINDS)}")
         _sides(self.sides)
-        rank_set(self.ranks, 10**7)
+        if isinstance(self.ranks, str):
+            _parsed(self.ranks, 1)
 
     @property
     def needs_other(self) -> bool:
