@@ -1,4 +1,4 @@
-"""Writing a checkpoint tensor by tensor: never a whole model in memory, and a folder is there whole or not at all."""
+"""Writing a checkpoint tensor by tensor: never a whole model in memory, and a folder is whole or not there."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import time
 import uuid
@@ -377,16 +378,24 @@ class _Size:
         return math.sqrt(self._change / self._whole) if self._whole else 0.0
 
 
-def read_grid(out: str | Path) -> list[Row]:
-    """The rows of a grid of interventions.
+def read_grid(out: str | Path) -> tuple[list[Row], dict[str, str]]:
+    """The rows of a grid of interventions, and the metric of each model that figures show.
 
     Raises:
-        InputError: no such grid there.
+        InputError: no such grid there, or no model could be judged unedited.
     """
     rows = read_cells(out)
     if not any(row.cell.get("kind") == BASELINE for row in rows):
         raise InputError(f"{out}: holds no grid of interventions; want a folder that `specbasis intervene` wrote")
-    return rows
+    about = json.loads((Path(out) / "manifest.json").read_text(encoding="utf-8"))["config"].get("subjects", {})
+    metrics = {}
+    for row in rows:
+        label = row.cell["tuned"]
+        if row.cell["kind"] == BASELINE and row.error is None:
+            metrics[label] = about.get(label, {}).get("metric") or next(iter(row.values))
+    if not metrics:
+        raise InputError(f"{out}: no model could be judged unedited; the first error: {rows[0].error}")
+    return rows, metrics
 
 
 def kinds_text() -> str:
