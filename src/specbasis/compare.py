@@ -8,9 +8,10 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -247,7 +248,8 @@ def compare(
     folder = Path(kept.name) if kept else Path(str(out))
 
     known = _known_hashes(folder)
-    provenance = [_provenance(checkpoint, known) for checkpoint in (matched.base, *matched.tuned.values())]
+    with ThreadPoolExecutor(cpu_count()) as pool:  # hashing leaves the interpreter to the others
+        provenance = list(pool.map(partial(_provenance, known=known), (matched.base, *matched.tuned.values())))
     results = store.create(folder, _config(options, list(matched.tuned), provenance))
     results.manifest.update(
         store.environment(),

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from jaxtyping import Float
@@ -583,6 +584,7 @@ def _add_gram(G: Tensor, Y: Tensor) -> None:
         G[: c + columns, c : c + columns].addmm_(Y[: c + columns], Y[c : c + columns].mT)
 
 
+@lru_cache(maxsize=8)
 def _probes(n: int, device: torch.device) -> Tensor:
     """The same random vectors every time, (PROBES, n), or the identity where that is smaller."""
     if n <= PROBES:
@@ -616,7 +618,8 @@ def _left_vectors(A: _Blocks, k: int) -> tuple[Tensor, Tensor, Tensor]:
         if tail.shape[1]:
             # One step of subspace refinement: rotate the tail out of the head by the first-order angle.
             angle = (head.mT @ A.coupling(tail)) / (S[:kept, None] ** 2)
-            head, tail = head + tail @ angle.mT, tail - head @ angle
+            tail = torch.addmm(tail, head, angle, alpha=-1)
+            head.addmm_(U[:, kept:], angle.mT)
         vectors.append(head)
         values.append(S[:kept])
         errors.append(n * _EPS * (top**2 / S[:kept].clamp(min=_EPS * (top or 1.0)) + floor / (m * _EPS)))
@@ -627,7 +630,11 @@ def _left_vectors(A: _Blocks, k: int) -> tuple[Tensor, Tensor, Tensor]:
         return vectors[0][:, :k].clone(), values[0], errors[0]  # what is not wanted is freed
     # A level ends where the next begins up to rounding, so the order can break there by less than the error.
     spectrum, order = torch.sort(torch.cat(values), descending=True, stable=True)
-    return torch.cat(vectors, dim=1)[:, order[:k]], spectrum, torch.cat(errors)[order]
+    X = torch.cat(vectors, dim=1)
+    moved = order[:k] != torch.arange(k, device=order.device)
+    if bool(moved.any()):  # few are: the others stay where they are
+        X[:, :k][:, moved] = X[:, order[:k][moved]]
+    return X[:, :k], spectrum, torch.cat(errors)[order]
 
 
 def _implied(S: Tensor, n: int, m: int) -> int:
