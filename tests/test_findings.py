@@ -12,7 +12,6 @@ from specbasis.findings import CHECKS, find, kinds
 from tests.pico import State, bert_state, finetuned
 
 
-
 def _weights(seed: int) -> State:
     """Weights with spectra that fall, as trained ones do."""
     state = bert_state(blocks=5, width=64, seed=seed)
@@ -47,7 +46,9 @@ def _low_rank(W: torch.Tensor) -> torch.Tensor:
 CASES: dict[str, Callable[[], State]] = {
     "wrong-base": lambda: _weights(9),
     "foreign-parts": lambda: _only("pooler.dense.weight", lambda W: torch.randn_like(W)),
-    "reordered": lambda: _only(FFN, lambda W: W[torch.randperm(len(W), generator=torch.Generator().manual_seed(0))]),
+    "reordered": lambda: _only(
+        FFN, lambda W: W[torch.randperm(len(W), generator=torch.Generator().manual_seed(0))]
+    ),
     "rank-collapse": lambda: _only(FFN, lambda W: W + 4 * W.norm() / 64 * torch.ones_like(W)),
     "storage-rounding": lambda: {n: v.bfloat16() for n, v in finetuned(BASE, 1e-3).items()},
     "outlier-layer": lambda: _only(FFN, lambda W: W + 5 * (W - BASE[FFN])),
@@ -62,7 +63,16 @@ CASES: dict[str, Callable[[], State]] = {
     "barely-moved": lambda: _trained(1e-4),
     "low-rank": lambda: {n: _low_rank(v) for n, v in BASE.items()},
 }
-PLAIN = ["outlier-layer", "wrong-base", "noise", "low-rank", "frozen", "copied", "storage-rounding", "rank-collapse"]
+PLAIN = [
+    "outlier-layer",
+    "wrong-base",
+    "noise",
+    "low-rank",
+    "frozen",
+    "copied",
+    "storage-rounding",
+    "rank-collapse",
+]
 
 
 @pytest.mark.parametrize("kind", CASES)

@@ -136,7 +136,9 @@ def _made(check: Check, found: Found) -> Finding | None:
     if found is None:
         return None
     sentence, matrices, evidence = found
-    return Finding(check.kind, check.severity, f"{check.kind}: {sentence}", tuple(matrices), evidence, check.threshold)
+    return Finding(
+        check.kind, check.severity, f"{check.kind}: {sentence}", tuple(matrices), evidence, check.threshold
+    )
 
 
 # --- the checks -------------------------------------------------------------------------------------------------
@@ -172,7 +174,9 @@ def _foreign(facts: Facts, _: Mapping[str, float]) -> Found:
 
 
 def _intruders(facts: Facts, threshold: Mapping[str, float]) -> Found:
-    counts = {m["matrix"]: m["intruders"] for m in facts.having("intruders") if m["intruders"] >= threshold["count"]}
+    counts = {
+        m["matrix"]: m["intruders"] for m in facts.having("intruders") if m["intruders"] >= threshold["count"]
+    }
     if not counts:
         return None
     total, most = sum(counts.values()), max(counts, key=lambda name: counts[name])
@@ -373,7 +377,9 @@ def _outliers(facts: Facts, threshold: Mapping[str, float]) -> Found:
 
 def _count(names: Iterable[Any]) -> str:
     names = [m if isinstance(m, str) else m["matrix"] for m in names]
-    return f"{len(names)} matri{'x' if len(names) == 1 else 'ces'}" + (f" ({named_parts(names, 2)})" if names else "")
+    return f"{len(names)} matri{'x' if len(names) == 1 else 'ces'}" + (
+        f" ({named_parts(names, 2)})" if names else ""
+    )
 
 
 def _median(matrices: Iterable[Fact], measure: str) -> float:
@@ -406,7 +412,13 @@ CHECKS: tuple[Check, ...] = (
         {"weight_cosine": RELATED_COSINE, "weight_cosine_z": RELATED_SIGMAS},
         _foreign,
     ),
-    Check("reordered", "rows or columns in another order", "problem", {"kept": 0.9, "lost": 0.3, "side": 8}, _reordered),
+    Check(
+        "reordered",
+        "rows or columns in another order",
+        "problem",
+        {"kept": 0.9, "lost": 0.3, "side": 8},
+        _reordered,
+    ),
     Check("intruders", "leading vectors of tuned that are like none of base", "problem", {"count": 1}, _intruders),
     Check("rank-collapse", "a fall of the effective rank", "problem", {"ratio": 0.8}, _collapse),
     Check("storage-rounding", "updates no larger than rounding", "problem", {"factor": 1.0}, _rounding),
@@ -445,4 +457,3 @@ def as_json(content: Any) -> Any:
     if isinstance(content, float):
         return content if math.isfinite(content) else None
     return content
-

@@ -45,7 +45,7 @@ class Trajectory:
     shape: tuple[int, int]
     S: Float[Tensor, "C k"]
     left: Float[Tensor, "C out k"]
-    right: Float[Tensor, "C in k"]
+    right: Float[Tensor, C in k]
     bound: Float[Tensor, "C k"]
     relative_gap: Float[Tensor, "C k"]
     norms: Float[Tensor, " C"]
