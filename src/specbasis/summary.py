@@ -246,9 +246,7 @@ def matrix_facts(rows: pa.Table, pair: str) -> list[dict[str, Any]]:
         m["chance"] = sum(m[side] for side in _BOTH["chance_alignment"]) / len(SIDES)
     leading = _columns(mine, pair, _BOTH["alignment"])
     leading = _where(leading, (leading["index"] < 10) & (leading["resolved"] == True))  # noqa: E712
-    sides = {
-        key: _where(leading, leading["measure"] == f"alignment_{key[6:]}") for key in ("top10_left", "top10_right")
-    }
+    sides = {key: _where(leading, leading["measure"] == f"alignment_{key[6:]}") for key in ("top10_left", "top10_right")}
     for key, part in {"top10": leading, **sides}.items():
         labels, at = np.unique(part["matrix"].astype(str), return_inverse=True)
         sums, counts = np.bincount(at, part["value"].astype(float)), np.bincount(at)
@@ -280,9 +278,7 @@ def _sentence(kind: Kind, matrices: list[dict[str, Any]], groups: dict[str, list
     frozen = _part("frozen, bit for bit", groups["frozen"])
     copied = "".join(_part(form, members) for form, members in _forms(groups["copied"]).items())
     if kind == "copy":
-        return f"copy: the same weights in another form{copied}{frozen}" + _part(
-            "not from this base", groups["unrelated"]
-        )
+        return f"copy: the same weights in another form{copied}{frozen}" + _part("not from this base", groups["unrelated"])
     changed = groups["related"] + groups["unrelated"]
     top10, z = _median(changed, "top10"), _median(changed, "weight_cosine_z")
     evidence = (

@@ -372,9 +372,7 @@ def test_a_folder_is_a_cache_of_bases(tmp_path, monkeypatch):
     monkeypatch.setattr("specbasis.cache.decompose", lambda *_, **__: pytest.fail("decomposed again"))
     two = get_peft_model(mlp(), SpectralConfig(**options))
     for name, layer in one.base_model.spectral_layers().items():
-        assert torch.equal(
-            layer.spectral_U["default"], two.base_model.spectral_layers()[name].spectral_U["default"]
-        )
+        assert torch.equal(layer.spectral_U["default"], two.base_model.spectral_layers()[name].spectral_U["default"])
 
 
 def test_matrices_are_decomposed_side_by_side_with_equal_bits():
@@ -770,14 +768,8 @@ def test_feed_forward_layers_are_the_default_where_the_family_is_known(tmp_path)
 
 SHAPE = {"vocab_size": 50, "num_attention_heads": 2, "hidden_size": 16, "num_hidden_layers": 2}
 FAMILIES = {
-    "DebertaV2ForSequenceClassification": (
-        {**SHAPE, "intermediate_size": 32},
-        "deberta.encoder.layer.1.output.dense",
-    ),
-    "DebertaForSequenceClassification": (
-        {**SHAPE, "intermediate_size": 32},
-        "deberta.encoder.layer.1.output.dense",
-    ),
+    "DebertaV2ForSequenceClassification": ({**SHAPE, "intermediate_size": 32}, "deberta.encoder.layer.1.output.dense"),
+    "DebertaForSequenceClassification": ({**SHAPE, "intermediate_size": 32}, "deberta.encoder.layer.1.output.dense"),
     "GPT2LMHeadModel": ({"vocab_size": 50, "n_embd": 16, "n_layer": 2, "n_head": 2}, "transformer.h.1.mlp.c_proj"),
     "LlamaForCausalLM": ({**SHAPE, "intermediate_size": 32}, "model.layers.1.mlp.gate_proj"),
     "Phi3ForCausalLM": ({**SHAPE, "intermediate_size": 32, "pad_token_id": 0}, "model.layers.1.mlp.gate_up_proj"),
@@ -798,9 +790,7 @@ def test_defaults_of_families(name):
     model_class = getattr(transformers, name)
     config = model_class.config_class(**shape)
     names = set(
-        get_peft_model(
-            model_class(config), SpectralConfig(rank=4, blocks_to_transform=-1)
-        ).base_model.spectral_layers()
+        get_peft_model(model_class(config), SpectralConfig(rank=4, blocks_to_transform=-1)).base_model.spectral_layers()
     )
     assert wanted in names
     assert len(names) in (2, 3, 4)  # of one block: 2, 3 with a gate, 4 with a decoder

@@ -113,7 +113,7 @@ class SpectralCallback(TrainerCallback):  # type: ignore[misc]
         """
         if on_intruders not in ON_INTRUDERS:
             raise InputError(f"got on_intruders = {on_intruders!r}; want one of {', '.join(ON_INTRUDERS)}")
-        if (every is not None and every < 1) or not 0 < budget <= 1 or not 0 < threshold <= 1:
+        if every is not None and every < 1 or not 0 < budget <= 1 or not 0 < threshold <= 1:
             raise InputError(
                 f"got every = {every}, budget = {budget}, threshold = {threshold}; want every of at least 1, the others "
                 "in (0, 1]"
@@ -165,10 +165,7 @@ class SpectralCallback(TrainerCallback):  # type: ignore[misc]
         if not self.history:
             return
         named = {f"spectral/{name}": value for name, value in _means(self.history[-1]).items()}
-        for log in (
-            kwargs.get("logs"),
-            *state.log_history[-1:],
-        ):  # reporters read the first, the Trainer keeps the second
+        for log in (kwargs.get("logs"), *state.log_history[-1:]):  # reporters read the first, the Trainer keeps the second
             if log is not None:
                 log.update(named)
 
@@ -189,9 +186,7 @@ class SpectralCallback(TrainerCallback):  # type: ignore[misc]
         started = time.perf_counter()
         weights = _weights(model)
         ranks = self.options.ranks
-        found = {
-            name: one.measure(one.ref.read(weights), ranks, self.threshold) for name, one in self._starts.items()
-        }
+        found = {name: one.measure(one.ref.read(weights), ranks, self.threshold) for name, one in self._starts.items()}
         self.history.append({"step": step, "matrices": found})
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -215,9 +210,7 @@ class SpectralCallback(TrainerCallback):  # type: ignore[misc]
 def _weights(model: nn.Module) -> dict[str, Tensor]:
     weights = {name: p.detach() for name, p in model.named_parameters()}
     if any(W.numel() == 0 for W in weights.values()):
-        raise InputError(
-            "SpectralCallback: parameters are spread over processes; follow the checkpoints with `track`"
-        )
+        raise InputError("SpectralCallback: parameters are spread over processes; follow the checkpoints with `track`")
     return weights
 
 

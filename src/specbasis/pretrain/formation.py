@@ -138,7 +138,9 @@ def run_cell(cell: dict[str, Any], *, plan: Formation, work: Path) -> dict[str, 
     return values
 
 
-def follow_checkpoints(checkpoints: Sequence[Path], ranks: int = RANKS) -> dict[str, Followed]:
+def follow_checkpoints(
+    checkpoints: Sequence[Path], ranks: int = RANKS
+) -> dict[str, Followed]:
     """Every encoder matrix over some checkpoints of one model, by name."""
     opened = [open_checkpoint(path) for path in checkpoints]
     refs = [r for r in model_map(opened[0]).matrices if r.key.stack != "decoder" and r.key.role != "head"]

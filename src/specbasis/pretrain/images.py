@@ -160,11 +160,7 @@ def open_images(source: str | Path, *, size: int = 32) -> ImageData:
 
 
 def from_arrays(
-    images: NDArray[Any] | Tensor,
-    labels: NDArray[Any] | Tensor | None = None,
-    *,
-    name: str = "arrays",
-    size: int = 32,
+    images: NDArray[Any] | Tensor, labels: NDArray[Any] | Tensor | None = None, *, name: str = "arrays", size: int = 32
 ) -> Images:
     """Images from arrays: (n, height, width) or (n, height, width, 3 or 1), uint8, with whole numbers as labels.
 
@@ -494,13 +490,7 @@ def _folder(path: Path, classes: Sequence[str], size: int) -> Images:
             try:
                 with Image.open(file) as image:
                     small = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
-            except (
-                UnidentifiedImageError,
-                OSError,
-                ValueError,
-                SyntaxError,
-                Image.DecompressionBombError,
-            ) as error:
+            except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
                 bad.append(f"{file}: not read ({type(error).__name__})")
                 continue
             pixels.append(np.asarray(small))

@@ -135,9 +135,7 @@ def load_encoder(model: Model, folder: Path) -> None:
     Raises:
         InputError: the checkpoint has no encoder of this shape.
     """
-    stored = {
-        name: W for name, W in open_checkpoint(folder / "model.safetensors").items() if name.startswith("vit.")
-    }
+    stored = {name: W for name, W in open_checkpoint(folder / "model.safetensors").items() if name.startswith("vit.")}
     _load(model, stored, folder, {name for name in model.state_dict() if name.startswith("vit.")})
 
 

@@ -73,7 +73,9 @@ class Series:
         return steps if len(steps) == len(self.saved) and ascending else list(range(len(self.saved)))
 
 
-def open_series(run: Source | Sequence[Source], *, admits: Admits | None = None, stream: bool = False) -> Series:
+def open_series(
+    run: Source | Sequence[Source], *, admits: Admits | None = None, stream: bool = False
+) -> Series:
     """Open the checkpoints of a training.
 
     Args:
@@ -228,9 +230,7 @@ def _aligned(
     first, *others = opened
     matrices = {ref.key.name: ref for ref in model_map(first[1], admits=admits).matrices}
     if not matrices:
-        raise InputError(
-            f"{first[0].source}: none of its matrices is asked for; ask for other roles, blocks or names"
-        )
+        raise InputError(f"{first[0].source}: none of its matrices is asked for; ask for other roles, blocks or names")
     found = [_Aligned(*first, matrices)]
     for saved, checkpoint in others:
         try:
@@ -254,9 +254,7 @@ def _without_copies(aligned: Sequence[_Aligned], passed: list[PassedOver]) -> li
         names = list(one.matrices)
         try:
             alike = seen.setdefault((names[-1], one.digest(names[-1:])), [])
-            twin = next(
-                (a for a in alike if list(a.matrices) == names and a.digest(names) == one.digest(names)), None
-            )
+            twin = next((a for a in alike if list(a.matrices) == names and a.digest(names) == one.digest(names)), None)
         except InputError as error:
             passed.append(PassedOver(one.saved.source, str(error)))
             continue

@@ -170,7 +170,9 @@ def _identity(checkpoint: Checkpoint) -> str:
     return ",".join(f"{path.stat().st_size}-{path.stat().st_mtime_ns}" for path in checkpoint.files)
 
 
-def _run(tasks: Sequence[_Task], results: Results, workers: int, progress: Callable[[Progress], None]) -> None:
+def _run(
+    tasks: Sequence[_Task], results: Results, workers: int, progress: Callable[[Progress], None]
+) -> None:
     started, done, total = time.perf_counter(), 0.0, sum(task.flops for task in tasks)
     progress(Progress(0.0, total, tasks[0].name if tasks else ""))
     running = engines.run(tasks, workers=workers, engine="threads", local=True)
@@ -178,8 +180,7 @@ def _run(tasks: Sequence[_Task], results: Results, workers: int, progress: Calla
         for task, (rows, failed) in running:
             done += task.flops
             results.manifest["failed"] += [
-                {"checkpoint": task.series.labels[c], "matrix": task.name, "error": error}
-                for c, error in failed.items()
+                {"checkpoint": task.series.labels[c], "matrix": task.name, "error": error} for c, error in failed.items()
             ]
             if rows is not None:
                 results.write(_PART, task.name, rows)

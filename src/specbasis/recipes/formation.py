@@ -21,9 +21,7 @@ SMALL = Formation(
 steps have as many epochs as (4 000, 300)."""
 
 
-def paper(
-    data: str, second: str = "mnist-5k", scales: tuple[int, ...] = (1_000, 5_000, 10_000, 20_000, 50_000)
-) -> Formation:
+def paper(data: str, second: str = "mnist-5k", scales: tuple[int, ...] = (1_000, 5_000, 10_000, 20_000, 50_000)) -> Formation:
     """The paper's sizes: 200 epochs, batch 64, so that larger sets also take more steps; at 16 000 steps beside it.
 
     Fig. 21 names its largest and smallest scale only; the ones between are this project's.

@@ -275,17 +275,12 @@ def _slope(x: Sequence[float], y: Sequence[float]) -> float:
 def _labels(grid: Grid) -> list[Claim]:
     """Random labels against true ones, from the same weights and images."""
     found: list[Claim] = []
-    for phase, setting in (
-        ("post", "from pretrained weights, mean over sizes"),
-        ("scratch", "from random weights"),
-    ):
+    for phase, setting in (("post", "from pretrained weights, mean over sizes"), ("scratch", "from random weights")):
         for group in GROUPS:
             pairs = _matched(grid, phase, group)
             for measure, value in _MEASURES.items():
                 each = [float(np.mean([b - a for a, b in map(value, of)])) for of in pairs.values()]
-                found += _claim(
-                    "(c) random labels lose it faster", setting, group, f"{measure}, random − true", each
-                )
+                found += _claim("(c) random labels lose it faster", setting, group, f"{measure}, random − true", each)
     return found
 
 
@@ -318,9 +313,7 @@ def _scratch(grid: Grid) -> list[Claim]:
             posts = grid.by_seed("post", task=task)
             for measure, value_of in _MEASURES.items():
                 each = [
-                    float(
-                        np.mean([a - b for a, b in (value_of([curves(row, group), scratch[seed]]) for row in rows)])
-                    )
+                    float(np.mean([a - b for a, b in (value_of([curves(row, group), scratch[seed]]) for row in rows)]))
                     for seed, rows in posts.items()
                     if seed in scratch
                 ]
