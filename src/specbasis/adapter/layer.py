@@ -314,7 +314,7 @@ class SpectralLinear(nn.Module):
             nn.init.normal_(M, std=0.005 * unit / math.sqrt(len(M)))
 
     def _arrived(self, part: str, name: str) -> None:
-        """A tensor of an adapter was put in place from outside: with the last one that its file holds, prove them."""
+        """A tensor of an adapter was put in place from outside: with the last that its file holds, prove them."""
         awaited = self._awaited.get(name)
         if awaited is None:
             return
@@ -376,6 +376,21 @@ class SpectralLinear(nn.Module):
         top += 0.0 if bias is None else float(bias.detach().float().norm())
         if float(S[-1]) * functional.CONDITION >= top:
             self._rated[name] = (base.weight, base.weight._version)
+
+    def _is_rated(self, name: str) -> bool:
+        """Whether the weight is still the very one that was rated."""
+        weight, version = self._rated.get(name, (None, -1))
+        return weight is self.base_layer.weight and version == weight._version  # type: ignore[union-attr,unused-ignore]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and files, in which the weight is another object: the names of the adapters rated by it."""
+        return {**self.__dict__, "_rated": dict.fromkeys(filter(self._is_rated, self._rated))}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        weight = self.base_layer.weight
+        assert isinstance(weight, Tensor)
+        self._rated = dict.fromkeys(self._rated, (weight, weight._version))
 
     def prove_loaded(self, adapter_name: str) -> None:
         """Make sure that loaded coefficients meet the basis they were trained in; see ``specbasis.adapter.proof``.
@@ -570,7 +585,7 @@ class SpectralLinear(nn.Module):
         or 64.
         """
         base, dropout = self.base_layer, self.spectral_dropout[name]
-        bias, rated = getattr(base, "bias", None), self._rated.get(name)
+        bias = getattr(base, "bias", None)
         exact = (
             self.kind.folds
             and type(base.weight) is nn.Parameter
@@ -593,12 +608,7 @@ class SpectralLinear(nn.Module):
             candidates.append("folded")
         # Only for the very weight that was decomposed: another one has other singular vectors. Compiled code
         # cannot tell.
-        if (
-            rated is not None
-            and not torch.compiler.is_compiling()
-            and rated[0] is base.weight
-            and rated[1] == base.weight._version
-        ):
+        if not torch.compiler.is_compiling() and self._is_rated(name):
             candidates.append("inner" if in_ <= out else "outer")
         C = self.spectral_M[name]
         return functional.choose(
@@ -757,14 +767,18 @@ def _prove_loaded(module: nn.Module, incompatible_keys: Any) -> None:
 
 @dataclass(frozen=True)
 class _Kind:
-    """How one class of layers stores its matrix and applies a factor of it."""
+    """How one class of layers stores its matrix and applies a factor of it; pickled by its name in this module."""
 
+    name: str
     folds: bool
     matrix: Callable[[Tensor], Tensor]
     stored: Callable[[Tensor, Any], Tensor]
     project: Callable[[Tensor, Tensor, Any], Tensor]
     mix: Callable[[Tensor, Tensor], Tensor]
     expand: Callable[[Tensor, Tensor, Any], Tensor]
+
+    def __reduce__(self) -> str:
+        return self.name
 
     def shape(self, layer: nn.Module) -> tuple[int, int]:
         """(out, in) of the matrix."""
@@ -779,6 +793,7 @@ class _Kind:
 
 
 _LINEAR = _Kind(
+    "_LINEAR",
     True,
     lambda W: W,
     lambda D, _: D,
@@ -787,6 +802,7 @@ _LINEAR = _Kind(
     lambda t, U, _: F.linear(t, U),
 )
 _CONV1D = _Kind(
+    "_CONV1D",
     True,
     lambda W: W.mT,
     lambda D, _: D.mT.contiguous(),
@@ -795,6 +811,7 @@ _CONV1D = _Kind(
     _LINEAR.expand,
 )
 _CONV2D = _Kind(
+    "_CONV2D",
     False,
     lambda W: W.flatten(1),
     lambda D, layer: D.reshape(layer.weight.shape),
