@@ -19,7 +19,7 @@ from torch.nn import functional as F  # noqa: N812
 from specbasis.adapter import functional
 from specbasis.adapter.proof import Proof, align, check_format, check_stored, empty_proof, prove
 from specbasis.errors import InputError
-from specbasis.svd import SVD, decompose
+from specbasis.svd import SVD, half_svd
 
 Scale = Literal["none", "sigma"]
 Init = Literal["zero", "normal"]
@@ -736,7 +736,7 @@ def compute_basis(W: Float[Tensor, "out in"], interval: tuple[int, int], kind: s
         InputError: the kind is neither.
     """
     k, m = interval
-    svd = decompose(W, ranks=m, name=name).interval(k, m)
+    svd = half_svd(W, m, name=name, implied=True).interval(k, m)  # to 1e-12, beyond what float32 factors hold
     if kind == "pretrained":
         return svd
     if kind != "random":

@@ -540,7 +540,8 @@ def _add_fresh_modules(config: SpectralConfig, model: nn.Module) -> None:
     if untold:
         warnings.warn(
             f"{', '.join(untold)}: the adapter does not bring them, and this model does not tell whether they came "
-            "from a checkpoint; if not, predictions are random. Load the base with from_pretrained to have it checked",
+            "from a checkpoint; if not, predictions are random. Load the base with from_pretrained to have it "
+            "checked",
             stacklevel=2,
         )
 
@@ -558,8 +559,8 @@ def _refuse_incomplete(config: SpectralConfig) -> None:
         lacking = [f"spectral_{part}" for part in parts if is_core and f"{stem}.spectral_{part}" not in names]
         if lacking:
             raise InputError(
-                f"{config._place[0]}: {stem} lacks {', '.join(lacking)}: the adapter file does not say which "
-                "basis its coefficients belong to; save it again with save_pretrained"
+                f"{config._place[0]}: {stem} lacks {', '.join(lacking)}: the adapter file does not "
+                "say which basis its coefficients belong to; save it again with save_pretrained"
             )
 
 
