@@ -201,11 +201,28 @@ class HalfSVD(_Ranked):
 
     def svd(self) -> SVD:
         """Both sides, under the sign rule of `decompose`."""
-        X, Y = self.X, self.vectors("right" if self.wide else "left")
+        return self._signed(0, len(self.S), self.vectors("right" if self.wide else "left"))
+
+    def interval(self, k: int, m: int) -> SVD:
+        """Both sides of the ranks [k, m) alone, under the sign rule of `decompose`; the spectrum stays whole.
+
+        Only their vectors of the long side are formed; implied ones are orthonormal to about 1e-12.
+        """
+        return self._signed(k, m, self.long_side(k, m))
+
+    def _signed(self, k: int, m: int, Y: Tensor) -> SVD:
+        X = self.X[:, k:m]
         U, V = (X, Y) if self.wide else (Y, X)
         sign = _signs(U)
-        shared = {name: getattr(self, name) for name in ("spectrum", "spectrum_error", "residual", "gap")}
-        return SVD(U * sign, self.S, (V * sign).mT.contiguous(), **shared)
+        return SVD(
+            U * sign,
+            self.S[k:m],
+            (V * sign).mT.contiguous(),
+            self.spectrum,
+            self.spectrum_error,
+            self.residual[k:m],
+            self.gap[k:m],
+        )
 
 
 def decompose(
