@@ -8,9 +8,10 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,9 @@ from specbasis.cache import Cache, Samples
 from specbasis.cells import Progress
 from specbasis.certify import OwnMeasure, digest, table
 from specbasis.checkpoint import Checkpoint, content_sha256, open_checkpoint, open_tuned, sha256
+from specbasis.entries import read_entries
 from specbasis.errors import InputError, NonFiniteError
+from specbasis.findings import Finding, as_json, find
 from specbasis.heads import compare_heads, head_count
 from specbasis.measures import (
     MEASURES,
@@ -105,8 +108,13 @@ class Options:
         return tuple(m.name for m in self.table if m.name in chosen or m.name in mine)
 
     def __post_init__(self) -> None:
-        if self.ranks < 1 or self.subspace < 1:
-            raise InputError(f"got ranks = {self.ranks} and subspace = {self.subspace}; want at least 1 of each")
+        for what, given in (("ranks", self.ranks), ("subspace", self.subspace)):
+            if not isinstance(given, int) or isinstance(given, bool) or given < 1:
+                raise InputError(f"got {what} = {given!r}; want a whole number, at least 1")
+        if self.subspace > self.ranks:
+            raise InputError(
+                f"got subspace = {self.subspace} and ranks = {self.ranks}; want no more than the ranks compared"
+            )
         known = {*ROLES, *(role.partition(".")[0] for role in ROLES)}
         unknown = [role for role in self.roles if role not in known]
         if unknown:
@@ -183,6 +191,11 @@ class Comparison:
         """For each pair: identical, finetuned, independent or mixed, with the evidence."""
         return {label: judge(self.rows, label) for label in self.pairs}
 
+    @cached_property
+    def findings(self) -> dict[str, list[Finding]]:
+        """For each pair: what a user of it should know, problems first; see `specbasis.findings`."""
+        return {label: find(self.rows, label, self.failed) for label in self.pairs}
+
     @property
     def failed(self) -> list[dict[str, str]]:
         """Matrices that could not be decomposed: pair, matrix, error."""
@@ -196,6 +209,25 @@ class Comparison:
             raise InputError("to_pandas needs pandas: pip install 'specbasis[report]'") from error
         frame: pd.DataFrame = self.rows.to_pandas()
         return frame
+
+    def summary(self) -> dict[str, Any]:
+        """Verdicts, findings and summaries as plain data for JSON; null for what is not a finite number.
+
+        Keys: base, folder, failed, and pairs, which has for each label verdict, findings and summaries with the
+        fields of `Verdict`, `Finding` and `RoleSummary`.
+        """
+        found = {
+            label: {
+                "tuned": self.manifest["pairs"][label]["tuned"]["source"],
+                "verdict": asdict(self.verdicts[label]),
+                "findings": [asdict(finding) for finding in self.findings[label]],
+                "summaries": [asdict(line) for line in self.summaries[label]],
+            }
+            for label in self.pairs
+        }
+        whole = {"base": self.manifest["base"]["source"], "folder": str(self.folder), "failed": self.failed}
+        plain: dict[str, Any] = as_json(whole | {"pairs": found})
+        return plain
 
     def report(self, path: str | Path | None = None) -> Path:
         """Write the page, and the same figures as PNG and SVG beside it; returns the page's path.
@@ -219,7 +251,7 @@ def compare(
     out: str | Path | None = None,
     *,
     ranks: int = 200,
-    subspace: int = 10,
+    subspace: int | None = None,
     roles: Sequence[str] = (),
     blocks: Sequence[int] = (),
     name: str = "",
@@ -248,7 +280,8 @@ def compare(
             are decomposed without being formed.
         out: folder for rows and manifest; a temporary one, kept as long as the result, when None.
         ranks: leading ranks whose singular vectors are compared; singular values are compared at all ranks.
-        subspace: number of leading ranks at which principal angles are taken.
+        subspace: number of leading ranks at which principal angles are taken; 10, or as many as are compared, when
+            None.
         roles: only these roles, such as ``["ffn", "attention.query"]``.
         blocks: only these blocks.
         name: only matrices whose name matches this pattern (``*`` and ``?``).
@@ -291,13 +324,16 @@ def compare(
         raise InputError(f"got engine {engine!r}; want one of {', '.join(engines.ENGINES)}")
     place = Place(_device(device), None if cache is None else str(cache))
     workers = _workers(workers) if workers is not None or device == "cpu" else 1
-    budget = parse_bytes(memory) if isinstance(memory, str) else memory
+    budget = _budget(memory)
     matched = _matched(base, tuned, options, stream)
+    if matched.in_memory and engine in ("processes", "ray"):
+        raise InputError(f"tensors in memory cannot reach engine {engine!r}; write them to a file, or use threads")
     kept = tempfile.TemporaryDirectory(prefix="specbasis-") if out is None else None
     folder = Path(kept.name) if kept else Path(str(out))
 
     known = _known_hashes(folder)
-    provenance = [_provenance(checkpoint, known) for checkpoint in (matched.base, *matched.tuned.values())]
+    with ThreadPoolExecutor(cpu_count()) as pool:  # hashing leaves the interpreter to the others
+        provenance = list(pool.map(partial(_provenance, known=known), (matched.base, *matched.tuned.values())))
     results = store.create(folder, _config(options, list(matched.tuned), provenance))
     results.manifest.update(
         store.environment(),
@@ -377,7 +413,7 @@ def plan(
     out: str | Path | None = None,
     *,
     ranks: int = 200,
-    subspace: int = 10,
+    subspace: int | None = None,
     roles: Sequence[str] = (),
     blocks: Sequence[int] = (),
     name: str = "",
@@ -392,7 +428,7 @@ def plan(
 ) -> Plan:
     """What `compare` with the same arguments would do, from headers alone; nothing is decomposed or written."""
     options = _options(ranks, subspace, roles, blocks, name, common_rows, measures, nulls, null_samples, heads)
-    budget = parse_bytes(memory) if isinstance(memory, str) else memory
+    budget = _budget(memory)
     workers = _workers(workers)
     matched = _matched(base, tuned, options, stream)
     tasks = matched.tasks(Results(Path(str(out))) if out is not None else None, Place())
@@ -494,7 +530,7 @@ class Matched:
 
 def _options(
     ranks: int,
-    subspace: int,
+    subspace: int | None,
     roles: Sequence[str],
     blocks: Sequence[int],
     name: str,
@@ -512,9 +548,10 @@ def _options(
     odd = [function for function in functions if not callable(function)]
     if odd:
         raise InputError(f"got {odd[0]!r} among the measures; want patterns of names, and functions")
+    k = (min(10, ranks) if isinstance(ranks, int) else 10) if subspace is None else subspace
     return Options(
         ranks,
-        subspace,
+        k,
         tuple(roles),
         tuple(blocks),
         name,
@@ -542,6 +579,14 @@ def _portable_measures(functions: Sequence[OwnMeasure], engine: str) -> bool:
                 ) from error
             return False
     return True
+
+
+def _budget(memory: str | int | None) -> int | None:
+    if isinstance(memory, str) or memory is None:
+        return None if memory is None else parse_bytes(memory)
+    if memory < 1:
+        raise InputError(f"got memory = {memory}; want more than nothing, such as '8GB'")
+    return memory
 
 
 def _workers(given: int | None) -> int:
@@ -748,8 +793,8 @@ def decompose_pair(
         found["base"] = every.truncate(k) if isinstance(every, SVD) else every
     elif need["base"] is not None:
         found["base"] = base or place.decompose(W, need["base"], names[0])
-    inner, norms, equal = _sums(W, T, names)
-    if equal:
+    sums = read_entries(W, T, names)
+    if sums.equal:
         found["tuned"] = found["base"]
     elif need["tuned"] is not None:
         found["tuned"] = place.decompose(T, need["tuned"], names[1], start=found["base"])
@@ -757,16 +802,17 @@ def decompose_pair(
         found["delta"] = low_rank_svd(*update, name=names[1])
     elif need["delta"] is not None:
         found["delta"] = place.decompose(T, need["delta"], names[1], minus=W)
-    sampled = _sampled(W, T, k, draws, place, names[0]) if draws and not equal else {}
+    sampled = _sampled(W, T, k, draws, place, names[0]) if draws and not sums.equal else {}
     return Triple(
         found["base"],
         found["tuned"],
         found["delta"],
-        inner,
+        sums.inner,
         subspace,
-        norms,
+        sums.norms,
+        sums.figures,
         every,
-        _roundings(W, T) if any(name.startswith(_ROUNDED) for name in wanted) else {},
+        _roundings(W, T, sums.figures) if any(name.startswith(_ROUNDED) for name in wanted) else {},
         compare_heads(W, T, *heads) if heads else None,
         sampled,
     )
@@ -782,14 +828,18 @@ _ROUNDED = (
 """Beginnings of the names of measures that read what rounding does."""
 
 
-def _roundings(W: Tensor, T: Tensor) -> dict[str, Rounding]:
-    """What rounding does to base and tuned: measured on tuned, whose entries have about the sizes of those of
-    base.
+def _roundings(W: Tensor, T: Tensor, figures: Mapping[str, float]) -> dict[str, Rounding]:
+    """What rounding does to base and tuned, in the coarsest format that holds their entries.
+
+    Measured on tuned: the entries of base have about the same sizes.
     """
-    stored = str(W.dtype).removeprefix("torch.")
-    also = (stored,) if stored in FORMATS else ("bfloat16",)
-    tuned = rounding_of(T, also)
-    return {"tuned": tuned, "base": Rounding(also[0], tuned.variance)}
+    forms = {bits: form for form, (bits, _) in FORMATS.items()}
+    base, tuned = (
+        forms.get(int(figures.get(f"precision_{which}", 0)) - 1, str(X.dtype).removeprefix("torch."))
+        for which, X in (("base", W), ("tuned", T))
+    )
+    found = rounding_of(T, tuned, base)
+    return {"tuned": found, "base": Rounding(base, found.variance)}
 
 
 def _sampled(
@@ -815,24 +865,6 @@ def _sampled(
                 kept.write(*key, known)
         found[kind] = known
     return found
-
-
-def _sums(W: Tensor, T: Tensor, names: tuple[str, str]) -> tuple[float, dict[str, float], bool]:
-    """⟨W, T⟩_F and the norms of W, T, T − W, in float64 by blocks of rows; whether the two are equal throughout."""
-    squares, inner, equal = [0.0, 0.0, 0.0], 0.0, True
-    rows = max(1, 2**16 // W.shape[1])  # blocks that stay in a core's cache
-    for start in range(0, len(W), rows):
-        a, b = (X[start : start + rows].to(torch.float64).flatten() for X in (W, T))
-        inner += float(a @ b)
-        equal = equal and torch.equal(a, b)
-        squares = [total + float(x @ x) for total, x in zip(squares, (a, b, b - a), strict=True)]
-    for X, total, name in zip((W, T), squares, names, strict=False):
-        if not math.isfinite(total) and not bool(torch.isfinite(X).all()):
-            bad = int((~torch.isfinite(X)).sum())
-            raise NonFiniteError(
-                f"{name}: {bad} of {X.numel()} entries are NaN or Inf: no SVD; repair or leave it out"
-            )
-    return inner, dict(zip(("base", "tuned", "delta"), map(math.sqrt, squares), strict=True)), equal
 
 
 def _table(label: str, matched: MatrixPair, measured: Iterator[tuple[Measure, Values]]) -> pa.Table:

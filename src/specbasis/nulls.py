@@ -398,7 +398,11 @@ class Rounding:
     variance: dict[str, float]
 
 
-def rounding(W: Float[Tensor, "out in"], also: tuple[str, ...] = ()) -> Rounding:
+def _format(W: Tensor) -> str:
+    return str(W.dtype).removeprefix("torch.")
+
+
+def rounding(W: Float[Tensor, "out in"], *stored: str) -> Rounding:
     """Mean squared error of rounding the entries of a matrix to its own format, to bfloat16, float16 and int8.
 
     Σ step²/12 over entries / count: the error of rounding to nearest is uniform within half a step. A step is
@@ -407,10 +411,9 @@ def rounding(W: Float[Tensor, "out in"], also: tuple[str, ...] = ()) -> Rounding
 
     Args:
         W: (out, in), any floating dtype; 8-bit floats count as the bfloat16 that they were scaled to.
-        also: further formats, of `FORMATS`.
+        stored: the format that holds its entries, and further ones, of `FORMATS`; that of its dtype when none.
     """
-    stored = str(W.dtype).removeprefix("torch.")
-    stored = stored if stored in FORMATS else "bfloat16"
+    stored = tuple(form if form in FORMATS else "bfloat16" for form in stored or (_format(W),))
     square = halved = int8 = 0.0
     smallest = 2.0 ** FORMATS["float16"][1]
     rows = max(1, 2**16 // W.shape[1])  # blocks that stay in a core's cache
@@ -424,9 +427,9 @@ def rounding(W: Float[Tensor, "out in"], also: tuple[str, ...] = ()) -> Rounding
         int8 += float((X.abs().amax(dim=1).double() / 127).square().sum()) * W.shape[1]
     sums = {form: halved if form == "float16" else square for form in FORMATS}
     count = 12.0 * W.numel()
-    wanted = dict.fromkeys((stored, "bfloat16", "float16", *also))
+    wanted = dict.fromkeys((*stored, "bfloat16", "float16"))
     variance = {form: sums[form] * 4.0 ** -FORMATS[form][0] / count for form in wanted}
-    return Rounding(stored, variance | {"int8": int8 / count})
+    return Rounding(stored[0], variance | {"int8": int8 / count})
 
 
 def interval(
