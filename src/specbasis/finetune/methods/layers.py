@@ -317,9 +317,8 @@ def merge_updates(model: nn.Module) -> None:
     for name, layer in layers.items():
         update = layer.get_submodule(CHILD)
         assert isinstance(update, Update)
-        D = update.delta() + weight_matrix(layer, name).double()
-        with torch.no_grad():
-            layer.weight.copy_(D.mT if is_conv1d(layer) else D)
+        W = weight_matrix(layer, name)
+        W.copy_(update.delta() + W.double())
         delattr(layer, CHILD)
         for key, hook in list(layer._forward_hooks.items()):
             if hook in HOOKS:
