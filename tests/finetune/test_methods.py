@@ -37,8 +37,8 @@ def folder(tmp_path_factory):
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
     config = transformers.DebertaV2Config(
-        vocab_size=20, hidden_size=WIDTH, num_hidden_layers=BLOCKS, num_attention_heads=2, intermediate_size=2 * WIDTH,
-        max_position_embeddings=16, relative_attention=True, position_buckets=4, pos_att_type=["p2c", "c2p"],
+        vocab_size=20, hidden_size=WIDTH, num_hidden_layers=BLOCKS, num_attention_heads=2,
+        intermediate_size=2 * WIDTH, max_position_embeddings=16, relative_attention=True, position_buckets=4, pos_att_type=["p2c", "c2p"],
         share_att_key=True, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.2,
     )  # fmt: skip
     transformers.DebertaV2Model(config).save_pretrained(path)
@@ -79,7 +79,10 @@ def move(model, seed=0, std=0.1):
                 p.add_(torch.randn(p.shape, generator=generator) * std)
 
 
-@pytest.mark.parametrize("name", METHODS)
+LIVES = [name for name in METHODS if name not in ("spectral-middle", "spectral-tail", "spectral-scratch")]
+
+
+@pytest.mark.parametrize("name", LIVES)  # those left out differ from "spectral" by their frozen vectors alone
 def test_a_method_from_attaching_to_loading(folder, tmp_path, name):
     plain = base(folder)
     start, size = logits(plain), sum(p.numel() for p in plain.parameters())
@@ -275,18 +278,11 @@ def test_controls_differ_in_interval_or_basis(folder):
 
 @pytest.mark.parametrize("name", ["lora", "lora-gaussian", "adalora", "houlsby", "svft-random", "spectral-random"])
 def test_the_seed_decides_and_nothing_else_is_touched(folder, name):
-    state = torch.random.get_rng_state()
-    drawn = [
-        {key: t.clone() for key, t in method_on(folder, name, model=model, seed=seed).model.state_dict().items()}
-        for seed, model in ((7, base(folder)), (7, base(folder)), (8, base(folder)))
-    ]
-    torch.random.set_rng_state(state)
+    before = torch.random.get_rng_state()
+    drawn = [method_on(folder, name, base(folder), seed=seed).model.state_dict() for seed in (7, 7, 8)]
+    assert torch.equal(torch.random.get_rng_state(), before)
     assert all(torch.equal(drawn[0][key], drawn[1][key]) for key in drawn[0])
     assert any(not torch.equal(drawn[0][key], drawn[2][key]) for key in drawn[0])
-    model = base(folder)
-    before = torch.random.get_rng_state()
-    method_on(folder, name, model=model)
-    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def pico(kind, **sizes):
@@ -319,7 +315,7 @@ def test_other_architectures(kind):
     model, inputs = pico(kind, **sizes)
     with torch.no_grad():
         start = model(**inputs).logits
-    for name in ("spectral", "lora", "houlsby", "pfeiffer", "svft-banded", "speclora"):
+    for name in ("spectral", "houlsby", "pfeiffer", "svft-banded"):
         attached = attach(pico(kind, **sizes)[0], name, rank=2)
         found = attached.model.eval()(**inputs).logits
         assert torch.equal(found, start), name
@@ -344,7 +340,7 @@ def test_placement_by_role_and_block(folder):
         ("ffn.down",)
     }
     fused, _ = pico("gpt2", **ARCHITECTURES["gpt2"])
-    with pytest.raises(InputError, match="holds attention.query, attention.key, attention.value"):
+    with pytest.raises(InputError, match=r"holds attention\.query, attention\.key, attention\.value"):
         sites(fused, ["attention.query"])
 
 
