@@ -13,7 +13,7 @@ transformers = pytest.importorskip("transformers")
 
 from specbasis.errors import InputError  # noqa: E402
 from specbasis.finetune.methods import METHODS, attach, load, match_budget, parameters  # noqa: E402
-from specbasis.finetune.methods.layers import CHILD, PATTERNS, SVFT, entries, fastened, sparse_mix  # noqa: E402
+from specbasis.finetune.methods.layers import CHILD, PATTERNS, SVFT, compressed, fastened, sparse_mix  # noqa: E402
 from specbasis.finetune.methods.placement import sites  # noqa: E402
 
 EPS = torch.finfo(torch.float32).eps
@@ -38,8 +38,8 @@ def folder(tmp_path_factory):
     torch.manual_seed(0)
     config = transformers.DebertaV2Config(
         vocab_size=20, hidden_size=WIDTH, num_hidden_layers=BLOCKS, num_attention_heads=2,
-        intermediate_size=2 * WIDTH, max_position_embeddings=16, relative_attention=True, position_buckets=4, pos_att_type=["p2c", "c2p"],
-        share_att_key=True, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.2,
+        intermediate_size=2 * WIDTH, max_position_embeddings=16, relative_attention=True, position_buckets=4,
+        pos_att_type=["p2c", "c2p"], share_att_key=True, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.2,
     )  # fmt: skip
     transformers.DebertaV2Model(config).save_pretrained(path)
     return path
@@ -218,12 +218,17 @@ def test_lora_xs_is_the_spectral_method_in_units_of_singular_values_and_psoft_wi
 
 def test_sparse_mixing_and_its_gradients_are_those_of_the_dense_matrix():
     g = torch.Generator().manual_seed(0)
-    rows, columns = torch.tensor([0, 0, 3, 3, 1, 3]), torch.tensor([2, 3, 3, 0, 1, 3])  # one entry occurs twice
-    z = torch.randn(2, 3, 4, generator=g, dtype=torch.float64, requires_grad=True)
+    rows, columns = (
+        torch.tensor([0, 0, 1, 3, 3, 3]),
+        torch.tensor([2, 3, 1, 0, 2, 3]),
+    )  # one row and one column empty
+    crow, order, ccol, by_column = compressed(rows, columns, 5)
+    index = (crow, columns, order, ccol, by_column)
+    z = torch.randn(2, 3, 5, generator=g, dtype=torch.float64, requires_grad=True)
     m = torch.randn(6, generator=g, dtype=torch.float64, requires_grad=True)
-    M = torch.zeros(4, 4, dtype=torch.float64).index_put((rows, columns), m.detach(), accumulate=True)
-    torch.testing.assert_close(sparse_mix(z, m, rows, columns).detach(), z.detach() @ M.mT)
-    assert torch.autograd.gradcheck(lambda z, m: sparse_mix(z, m, rows, columns), (z, m))
+    M = torch.zeros(5, 5, dtype=torch.float64).index_put((rows, columns), m.detach())
+    torch.testing.assert_close(sparse_mix(z, m, *index).detach(), z.detach() @ M.mT)
+    assert torch.autograd.gradcheck(lambda z, m: sparse_mix(z, m, *index), (z, m))
 
 
 @pytest.mark.parametrize("shape", [(6, 6), (5, 9), (9, 5)])
@@ -233,7 +238,7 @@ def test_patterns_of_svft(shape):
     found = {pattern: SVFT(layer, pattern, 2, "layer") for pattern in PATTERNS}
     for pattern, update in found.items():
         at = set(zip(update.rows.tolist(), update.columns.tolist(), strict=True))
-        assert len(at) == len(update.M) == (n if pattern == "plain" else entries(n, 2))
+        assert len(at) == len(update.M) == (n if pattern == "plain" else n * 5 - 6)
         if pattern in ("plain", "banded"):
             band = 0 if pattern == "plain" else 2
             assert at == {(i, j) for i in range(n) for j in range(n) if abs(i - j) <= band}
