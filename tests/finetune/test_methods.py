@@ -39,7 +39,8 @@ def folder(tmp_path_factory):
     config = transformers.DebertaV2Config(
         vocab_size=20, hidden_size=WIDTH, num_hidden_layers=BLOCKS, num_attention_heads=2,
         intermediate_size=2 * WIDTH, max_position_embeddings=16, relative_attention=True, position_buckets=4,
-        pos_att_type=["p2c", "c2p"], share_att_key=True, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.2,
+        pos_att_type=["p2c", "c2p"], share_att_key=True,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.2,
     )  # fmt: skip
     transformers.DebertaV2Model(config).save_pretrained(path)
     return path
