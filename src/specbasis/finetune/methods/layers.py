@@ -72,7 +72,7 @@ class Update(Added):
         super().__init__()
         self.name = name
         W = weight_matrix(layer, name)
-        self.frozen, self.proof = Frozen(), Frozen()
+        self.frozen, self.proof = Frozen(_replaced), Frozen(_replaced)
         if W.is_meta:
             basis, proof = _empty(W, ranks), empty_proof(ranks)
         else:
@@ -105,6 +105,10 @@ class Update(Added):
     def delta(self) -> Float[Tensor, "out in"]:
         """The update D as a matrix, in float64."""
         raise NotImplementedError
+
+
+def _replaced(name: str) -> None:
+    """Nothing follows from a frozen tensor being replaced: `load` proves what it read."""
 
 
 def _empty(W: Tensor, ranks: int) -> SVD:
