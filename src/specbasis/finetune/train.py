@@ -237,8 +237,7 @@ class _Ready:
     def score(self, split: Split) -> dict[str, float]:
         """The metrics on examples, taken longest first: less padding, and the same metrics."""
         order = sorted(range(len(split)), key=lambda i: -sum(map(len, split.inputs[i])))
-        judge = Trainer(model=self.trainer.model, args=self.trainer.args, data_collator=self.collate)
-        found = judge.predict(self.base.encode(split.take(order)))
+        found = self.trainer.predict(self.base.encode(split.take(order)))  # type: ignore[arg-type]
         return scores(self.base.task, _logits(found.predictions), np.asarray(found.label_ids, dtype=np.float64))
 
 
