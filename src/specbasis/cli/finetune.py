@@ -160,7 +160,7 @@ def controls_verb(
     cache_prefix: CACHE = None,
     no_run: ONLY_TABLE = False,
 ) -> None:
-    """The spectral adapter in other bases: random, from scratch, shuffled, middle and last ranks; and a random start."""
+    """The spectral adapter in other bases (random, from scratch, shuffled, other ranks), and a random start."""
     _comparison("controls", **locals())
 
 
@@ -267,7 +267,7 @@ _Number = TypeVar("_Number", int, float)
 
 
 def _by_task(text: str, flag: str, kind: type[_Number]) -> dict[str, _Number]:
-    """ "3" for every task, or "sst2=2,rte=3"."""
+    """A number for each task, from 3 (for every one) or sst2=2,rte=3."""
     found: dict[str, _Number] = {}
     for word in words(text):
         name, equals, value = word.rpartition("=")

@@ -1,4 +1,4 @@
-"""Cells of finetuning: a grid's unit is one run, (task, method, seed, learning rate, placement), without its files."""
+"""Cells of finetuning: the unit of a grid is one run, (task, method, seed, learning rate, placement)."""
 
 from __future__ import annotations
 
@@ -60,7 +60,10 @@ class Cell:
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> Cell:
         """The cell of a row."""
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in row.items()})
+        given: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in row.items()
+        }
+        return cls(**given)
 
 
 @dataclass(frozen=True)
@@ -138,8 +141,8 @@ def run_grid(
 class Search:
     """How each method's learning rate is chosen: on a part of train, with a seed of its own.
 
-    Every factor times the method's own rate is tried on one task, on few examples; the factor with the best score on
-    the selection part holds for the method on every task.
+    Every factor times the method's own rate is tried on one task, on few examples; the factor with the best
+    score on the selection part holds for the method on every task.
 
     Attributes:
         factors: what the method's own learning rate is multiplied by.
