@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from specbasis.cells import Progress, Row, run_cells
+from specbasis.cells import Progress, Row, read_cells, run_cells
 from specbasis.errors import InputError
 from specbasis.finetune.protocol import Placement, Protocol
 from specbasis.finetune.tasks import TaskData, load_task, subset
@@ -135,6 +135,16 @@ def run_grid(
     """Run the cells that have no row yet; see `cells.run_cells`."""
     run = functools.partial(run_cell, setting=setting)
     return run_cells([cell.row() for cell in cells], run, out, config=setting.config(), progress=progress)
+
+
+def stored(cells: Iterable[Cell], out: str | Path) -> list[Row]:
+    """The rows of these cells that are in a grid's folder.
+
+    Raises:
+        InputError: no grid there.
+    """
+    wanted = set(cells)
+    return [row for row in read_cells(out) if Cell.of(row.cell) in wanted]
 
 
 @dataclass(frozen=True)
