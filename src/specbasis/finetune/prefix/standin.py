@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from specbasis.errors import InputError
+
 KEY = "prefix_value_"
 """Begin of the names under which a batch brings the values of its examples."""
 
@@ -81,18 +83,25 @@ class Suffix:
     Args:
         model: the model whose call takes the batch.
         actions: by module name, what its first, second, … call becomes.
-        values: for each value that a batch brings, its sites and dtype.
+        dtypes: of the values that a batch brings, as the model computes them.
         before: name of the module at the cut: what it is inside of is not checkpointed, as it holds stand-ins.
+
+    Raises:
+        InputError: the model has no module of such a name.
     """
 
     def __init__(
         self,
         model: nn.Module,
         actions: Mapping[str, tuple[Action, ...]],
-        values: Sequence[tuple[tuple[Site, ...], torch.dtype]],
+        dtypes: Sequence[torch.dtype],
         before: str = "",
     ) -> None:
-        self.model, self.actions, self.dtypes, self.before = model, actions, [dtype for _, dtype in values], before
+        self.model, self.actions, self.dtypes, self.before = model, actions, dtypes, before
+        self.modules = dict(model.named_modules())
+        absent = [name for name in (*actions, before) if name not in self.modules]
+        if absent:
+            raise InputError(f"the model has no module {absent[0]!r}: want the model in which the cut was found")
         self.values: Sequence[Tensor] | None = None
         self.counts: Counter[str] = Counter()
         self.sizes: tuple[int, int | None] = (0, None)
@@ -176,11 +185,10 @@ class Suffix:
 
     @contextmanager
     def _replaced(self) -> Iterator[None]:
-        modules = dict(self.model.named_modules())
         before: list[tuple[nn.Module, bool, Any]] = []
         try:
             for name, actions in self.actions.items():
-                module = modules[name]
+                module = self.modules[name]
                 replacement = self._forward(name, module, actions)
                 before.append((module, "forward" in module.__dict__, module.__dict__.get("forward")))
                 module.__dict__["forward"] = replacement
@@ -197,9 +205,8 @@ class Suffix:
 
         A checkpointed block would call its stand-ins again in the backward pass, when the batch is gone.
         """
-        modules = dict(self.model.named_modules())
         parts = self.before.split(".")
-        around = [modules[".".join(parts[:n])] for n in range(1, len(parts) + 1) if self.before]
+        around = [self.modules[".".join(parts[:n])] for n in range(1, len(parts) + 1) if self.before]
         changed: list[nn.Module] = []
 
         def uncheck() -> None:

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from specbasis.errors import InputError
-from specbasis.finetune.prefix.cut import Cut, Kept, capture, chosen, evaluating
+from specbasis.finetune.prefix.cut import Cut, Kept, capture, chosen
+from specbasis.finetune.prefix.probe import agree, evaluating, outputs
 from specbasis.finetune.prefix.standin import KEY
 
 Collator = Callable[[list[Any]], Mapping[str, Any]]
@@ -30,9 +31,10 @@ Dtype = Literal["float32", "bfloat16"]
 
 _FORMAT = 1
 _CHUNK = 1024  # examples that are sorted by length together and written to one file
+_KEYED = 64  # examples that are collated together to be looked up
 _SPARE = 64 * 2**20  # bytes of the disk that are left alone
 _TORCH = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_STORED = {"float32": np.dtype("<f4"), "bfloat16": np.dtype("<u2")}
+_STORED: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "bfloat16": np.dtype("<u2")}
 _LABELS = ("start_positions", "end_positions", "next_sentence_label")
 _HEAD = np.dtype([("key", "V16"), ("offset", "<i8"), ("tokens", "<i4"), ("check", "<u4")])
 
@@ -126,8 +128,8 @@ class PrefixCache:
         return {**self.__dict__, "_maps": {}}
 
     @property
-    def bytes(self) -> int:
-        """Size on disk."""
+    def size(self) -> int:
+        """Bytes on disk."""
         return sum(path.stat().st_size for path in self.folder.glob("*.rows"))
 
     def manifest(self) -> dict[str, Any]:
@@ -138,7 +140,7 @@ class PrefixCache:
             "digest": self.cut.digest,
             "dtype": self.dtype,
             "examples": len(self),
-            "bytes": self.bytes,
+            "bytes": self.size,
             "prefix_dropout": "off: everything below the cut ran once, in evaluation mode",
         }
 
@@ -162,29 +164,21 @@ class PrefixCache:
                 "examples it was built for; if they are augmented or masked at random, train without it"
             )
         rows = [row for row in found if row is not None]
-        return {f"{KEY}{n}": self._value(n, rows, mask) for n in range(len(self.cut.kept))}
+        return {
+            f"{KEY}{n}": _padded(kept, [self._read(n, row) for row in rows], mask)
+            for n, kept in enumerate(self.cut.kept)
+        }
 
-    def _value(self, n: int, rows: Sequence[_Row], mask: Tensor | None) -> Tensor:
-        kept = self.cut.kept[n]
-        dims = [size for size in kept.shape[1:] if not isinstance(size, str)]
-        parts = [torch.from_numpy(self._read(n, row)).view(_TORCH[self.dtype]) for row in rows]
-        if not kept.packed:
-            return torch.stack([part.view(dims) for part in parts])
-        assert mask is not None
-        value = torch.zeros(*mask.shape, *dims, dtype=_TORCH[self.dtype])
-        for i, part in enumerate(parts):
-            value[i][chosen(mask[i : i + 1], kept.positions)[0]] = part.view(-1, *dims)
-        return value
-
-    def _read(self, n: int, row: _Row) -> np.ndarray[Any, Any]:
+    def _read(self, n: int, row: _Row) -> Tensor:
         start = row.offset + sum(self._numbers(kept, row.tokens) for kept in self.cut.kept[:n])
         if row.file not in self._maps:
             # Copy on write, so that torch gets memory it may write to; nothing does.
             self._maps[row.file] = np.memmap(row.file, _STORED[self.dtype], mode="c")
-        return self._maps[row.file][start : start + self._numbers(self.cut.kept[n], row.tokens)]
+        part = self._maps[row.file][start : start + self._numbers(self.cut.kept[n], row.tokens)]
+        return torch.from_numpy(part).view(_TORCH[self.dtype])
 
     def _numbers(self, kept: Kept, tokens: int) -> int:
-        return kept.width * (tokens if kept.packed and kept.positions == "all" else 1)
+        return kept.width * (tokens if kept.packed else 1)
 
     def _size(self, tokens: int) -> int:
         """Bytes of a row."""
@@ -210,9 +204,8 @@ class PrefixCache:
         try:
             raw = index.read_bytes()
             line, _, rest = raw.partition(b"\n")
-            head = json.loads(line)
             entries = np.frombuffer(rest, _HEAD)
-            if head != self._head(entries.tobytes()):
+            if json.loads(line) != self._head(rest):
                 return None
             data = np.memmap(path, np.uint8, mode="r")
         except (OSError, ValueError):
@@ -276,10 +269,13 @@ class PrefixCache:
     def _missing(self, items: Sequence[Any], collator: Collator) -> list[tuple[bytes, int, Any]]:
         """Key, length and item of each example that has no row yet, the longest first."""
         found: dict[bytes, tuple[bytes, int, Any]] = {}
-        for item in items:
-            (key,), mask = row_keys(collator([item]))
-            if key not in self._rows:
-                found[key] = (key, 0 if mask is None else int(mask.sum()), item)
+        for begin in range(0, len(items), _KEYED):
+            some = items[begin : begin + _KEYED]
+            keys, mask = row_keys(collator(list(some)))
+            lengths = [0] * len(some) if mask is None else mask.sum(1).tolist()
+            for key, tokens, item in zip(keys, lengths, some, strict=True):
+                if key not in self._rows:
+                    found[key] = (key, tokens, item)
         return sorted(found.values(), key=lambda entry: -entry[1])
 
     def _check_disk(self, missing: Sequence[tuple[bytes, int, Any]], remaining: int, read: int) -> None:
@@ -335,24 +331,14 @@ class PrefixCache:
                 "the collator does not make the same of an example each time (random masking?): want one that does, or "
                 "training without the prefix cache"
             )
-        device = next(model.parameters()).device
-        inputs = {
-            name: v.to(device) if isinstance(v, Tensor) else v
-            for name, v in collated.items()
-            if not _is_label(name)
-        }
-        values = [value.to("cpu", _TORCH[self.dtype]) for value in capture(model, inputs, self.cut.kept)]
-        for i in range(len(batch)):
-            parts = []
-            for kept, value in zip(self.cut.kept, values, strict=True):
-                part = value[i]
-                if kept.packed:
-                    assert mask is not None
-                    part = part[chosen(mask[i : i + 1], kept.positions)[0]]
-                if not bool(part.isfinite().all()):
-                    raise InputError(f"{kept} has numbers that are not finite in {self.dtype}: check the weights")
-                parts.append(part.contiguous().view(torch.uint8).numpy().tobytes())
-            yield b"".join(parts)
+        for parts in _parts(model, self.cut, collated):
+            stored = [part.to(_TORCH[self.dtype]).contiguous() for part in parts]
+            if not all(bool(part.isfinite().all()) for part in stored):
+                raise InputError(
+                    f"the activations at the {self.cut} are not finite in {self.dtype}: check the weights, or train "
+                    "without the prefix cache"
+                )
+            yield b"".join(part.view(torch.uint8).numpy().tobytes() for part in stored)
 
 
 class _Collator:
@@ -423,27 +409,50 @@ def _check_stable(dataset: Any, begin: int, items: Sequence[Any], collator: Coll
 
 
 def _check_apart(model: nn.Module, cut: Cut, items: Sequence[Any], collator: Collator) -> None:
-    """Refuse activations that depend on the rest of the batch: padding that moves positions, sums over examples."""
-    if len(items) < 2:
-        return
+    """Refuse activations that depend on the rest of the batch: padding that moves positions, sums over examples.
+
+    The shortest and the longest example run alone up to the cut and together from there on; the outputs must be those
+    of the two in the whole model.
+    """
+    pair = [items[-1], items[0]]
+    together = _inputs(model, collator(pair))
+    mask = row_keys(together)[1]
+    alone = [_parts(model, cut, collator([item]))[0] for item in pair]
+    values = {f"{KEY}{n}": _padded(kept, [parts[n] for parts in alone], mask) for n, kept in enumerate(cut.kept)}
+    on = None if mask is None else mask.to(next(model.parameters()).device)
+    want = outputs(model(**together), on)
+    with cut.suffix(model):
+        got = outputs(model(**together, **_inputs(model, values)), on)
+    if not agree(got, want, relative=1e-3):
+        raise InputError(
+            "the model's output for an example depends on the rest of its batch (padding on the left with learned "
+            "positions?), so nothing can be kept: want padding on the right, or training without the prefix cache"
+        )
+
+
+def _inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch without its labels, on the model's device."""
     device = next(model.parameters()).device
-    together, alone = (
-        {k: v.to(device) if isinstance(v, Tensor) else v for k, v in collator(some).items() if not _is_label(k)}
-        for some in ([items[-1], items[0]], [items[-1]])
-    )
-    masks = [row_keys(batch)[1] for batch in (together, alone)]
-    for kept, a, b in zip(
-        cut.kept, capture(model, together, cut.kept), capture(model, alone, cut.kept), strict=True
-    ):
-        a, b = a[0].cpu(), b[0].cpu()
-        if kept.packed and masks[0] is not None and masks[1] is not None:
-            a, b = a[masks[0][0]], b[masks[1][0]]
-        scale = float(b.abs().max())
-        if not float((a - b).abs().max()) <= 1024 * torch.finfo(kept.dtype).eps * scale:
-            raise InputError(
-                f"{kept} of an example depends on the rest of its batch (padding on the left with learned positions?): want "
-                "padding on the right, or training without the prefix cache"
-            )
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items() if not _is_label(k)}
+
+
+def _parts(model: nn.Module, cut: Cut, batch: Mapping[str, Any]) -> list[list[Tensor]]:
+    """For each example of a batch the values to keep, without padding: (tokens, …) or (…)."""
+    mask = row_keys(batch)[1]
+    values = [value.cpu() for value in capture(model, _inputs(model, batch), cut.kept)]
+    keep = [chosen(mask, kept.positions) if kept.by_token and mask is not None else None for kept in cut.kept]
+    rows = range(len(values[0]))
+    return [[v[i] if k is None else v[i][k[i]] for v, k in zip(values, keep, strict=True)] for i in rows]
+
+
+def _padded(kept: Kept, parts: Sequence[Tensor], mask: Tensor | None) -> Tensor:
+    """One value of a batch, from those of its examples."""
+    if not kept.by_token or mask is None:
+        return torch.stack([part.view(kept.dims) for part in parts])
+    value = torch.zeros(*mask.shape, *kept.dims, dtype=parts[0].dtype)
+    for row, keep, part in zip(value, chosen(mask.cpu(), kept.positions), parts, strict=True):
+        row[keep] = part.view(-1, *kept.dims)
+    return value
 
 
 def _gigabytes(size: int) -> str:
