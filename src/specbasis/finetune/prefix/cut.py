@@ -9,6 +9,7 @@ returned only if the model with stand-ins gives the outputs of the model itself.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import math
 import re
@@ -16,6 +17,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -27,11 +29,11 @@ from specbasis.finetune.prefix.probe import (
     Call,
     Probe,
     agree,
-    evaluating,
     leaves_of,
     make_probe,
     one_line,
     outputs,
+    probing,
     record,
     weighted,
 )
@@ -41,6 +43,7 @@ Positions = Literal["all", "first"]
 
 _WRAPPERS = re.compile(r"base_model\.model\.|\.base_layer|\.original_module|\.modules_to_save\.[^.]+")
 _VOLATILE = re.compile(r"^_|^id2label$|^label2id$|^problem_type$|^architectures$|^(torch_)?dtype$|drop|use_cache")
+_LABELS = ("start_positions", "end_positions")
 _LEAST_SHARE = 0.1  # of the matrix work of a forward pass: less than this below the cut is not worth a cache
 
 
@@ -101,6 +104,7 @@ class Cut:
         before: the module whose call comes right after the cut.
         kept: what the suffix reads from below the cut.
         actions: what the calls below the cut become, by module name.
+        inputs: names under which the model takes what the kept values depend on: all of its inputs but labels.
         narrow: module after which the suffix needs the first position only, or None.
         share: part of a forward pass's matrix work that lies below the cut.
         digest: SHA-256 of all that the kept values depend on besides the example: weights, structure, place.
@@ -109,6 +113,7 @@ class Cut:
     before: str
     kept: tuple[Kept, ...]
     actions: Mapping[str, tuple[Action, ...]]
+    inputs: frozenset[str]
     narrow: str | None
     share: float
     digest: str
@@ -118,18 +123,23 @@ class Cut:
         return f"cut before {plain_name(self.before)}, {self.share:.0%} of the matrix work below it; kept: {kept}"
 
     @contextmanager
-    def suffix(self, model: nn.Module) -> Iterator[nn.Module]:
+    def suffix(self, model: nn.Module, *, park: Path | None = None) -> Iterator[nn.Module]:
         """The model, with its prefix standing still for batches that bring their activations.
 
         Inside, a batch with the keys that `PrefixCache.collator` adds runs only what is above the cut; any other
         batch runs through the whole model. Parameters, names and the state dict are those of the model, so
         saving needs no care. At the end the model is as it was.
 
+        Args:
+            model: the one in which the cut was found.
+            park: a folder where a file of the prefix's size may be: its weights are then held there, mapped into
+                memory, and their memory is free while training; on a GPU they move to the host's memory.
+
         Raises:
             InputError: the model is not one in which the cut was found.
         """
         suffix = Suffix(model, self.actions, [value.dtype for value in self.kept], self.before)
-        with suffix.running(), slicing(model, self.narrow):
+        with suffix.running(park), slicing(model, self.narrow):
             yield model
 
 
@@ -141,13 +151,13 @@ def plain_name(name: str) -> str:
 def find_cut(model: nn.Module) -> Cut | Uncut:
     """The place before the model's first trained module to cut at, or the reason why there is none.
 
-    The cut may lie inside of a block: where only the feed-forward layer is trained, after the attention. Among the
-    points between the start of the first trained module's block and that module it is the one at which fewest numbers
-    have to be kept, and of those the one with the most matrix work below it.
+    The cut may lie inside of a block: where only the feed-forward layer is trained, after the attention. Among
+    the points between the start of the first trained module's block and that module it is the one at which fewest
+    numbers have to be kept, and of those the one with the most matrix work below it.
 
     Costs some tens of forward passes of three short examples. The model is left as it was.
     """
-    with evaluating(model):
+    with probing(model):
         try:
             probes = tuple(make_probe(model, rows, tokens) for rows, tokens in ((3, 11), (2, 7)))
             runs = tuple(_run(model, probe) for probe in probes)
@@ -216,8 +226,8 @@ def _search(model: nn.Module, runs: Sequence[_Run]) -> Cut | Uncut:
     work = _Work(model, calls)
     if work.share(first) < _LEAST_SHARE:
         return Uncut(
-            f"{plain_name(first.module)} is trained, and {work.share(first):.0%} of the work is done before it: too "
-            "little to keep"
+            f"{plain_name(first.module)} is trained, and {work.share(first):.0%} of the work is done before it: "
+            "too little to keep"
         )
     plans: list[tuple[_Plan, float]] = []
     reason = ""
@@ -235,7 +245,16 @@ def _search(model: nn.Module, runs: Sequence[_Run]) -> Cut | Uncut:
     if share < _LEAST_SHARE:
         return Uncut(f"no cut that spares work before {plain_name(first.module)}: {reason}")
     narrow = _narrow(model, runs[0], best)
-    return Cut(best.before.module, best.kept, best.actions, narrow, share, _digest(model, runs[0], best))
+    digest = _digest(model, runs[0], best)
+    return Cut(best.before.module, best.kept, best.actions, _inputs(model), narrow, share, digest)
+
+
+def _inputs(model: nn.Module) -> frozenset[str]:
+    """What the model's forward takes besides labels; below PEFT's wrappers, which take anything."""
+    inner: Any = model
+    inner = inner.get_base_model() if hasattr(model, "get_base_model") else model
+    names = inspect.signature(inner.forward).parameters
+    return frozenset(name for name in names if "label" not in name and name not in _LABELS)
 
 
 def _narrow(model: nn.Module, run: _Run, plan: _Plan) -> str | None:
@@ -407,7 +426,7 @@ def _fed(
 def _gradients(
     model: nn.Module, run: _Run, below: Sequence[Call], shapes: _Shapes, rerun: set[_Key]
 ) -> dict[Site, Tensor]:
-    """Which outputs below the cut the rest of the model reads, with the gradient of random weights of its outputs."""
+    """Which outputs below the cut the rest of the model reads, with the gradient of random weights of its own."""
     values = {
         Site(*call.key, index): leaf.detach().clone().requires_grad_()
         for call in below

@@ -16,15 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from specbasis.finetune.prefix.probe import Call, Probe, agree, evaluating, make_probe, outputs, record, weighted
+from specbasis.finetune.prefix.probe import Call, Probe, agree, make_probe, outputs, probing, record, weighted
 
 
 @contextmanager
 def narrowed(model: nn.Module) -> Iterator[nn.Module]:
-    """The model, whose last block works only on the first position after its attention, if nothing reads the others.
+    """The model, whose last block works only on the first position after its attention if nothing reads others.
 
-    Outputs and gradients are those of the model to rounding; dropout draws other random numbers. Where the model reads
-    every position (a mean over tokens, a head for each token, a language model), or cannot be run on made-up
+    Outputs and gradients are those of the model to rounding; dropout draws other random numbers. Where the model
+    reads every position (a mean over tokens, a head for each token, a language model), or cannot be run on made-up
     inputs, nothing changes. Hidden states that the model is asked to return are those of the first position.
     """
     with slicing(model, find_narrow(model)):
@@ -33,7 +33,7 @@ def narrowed(model: nn.Module) -> Iterator[nn.Module]:
 
 def find_narrow(model: nn.Module) -> str | None:
     """Name of the module after which one position is enough; None where there is no such module."""
-    with evaluating(model):
+    with probing(model):
         try:
             return search_narrow(model, make_probe(model, 3, 11), nullcontext)
         except Exception:  # any model may fail in any way on made-up inputs, and goes on as it is

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from specbasis.errors import InputError
+from specbasis.finetune.prefix.park import parking
 
 KEY = "prefix_value_"
 """Begin of the names under which a batch brings the values of its examples."""
@@ -107,22 +109,39 @@ class Suffix:
         self.sizes: tuple[int, int | None] = (0, None)
 
     @contextmanager
-    def running(self) -> Iterator[None]:
-        """Take values from batches that bring them; let all others through the whole model."""
+    def running(self, park: Path | None = None) -> Iterator[None]:
+        """Take values from batches that bring them; let all others through the whole model.
+
+        Args:
+            park: folder for the weights that stand still, to give their memory back.
+        """
+        standing = [name for name, actions in self.actions.items() if None not in actions] if park else []
 
         def start(
-            _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> tuple[tuple[Any, ...], dict[str, Any]]:
             given = [kwargs[f"{KEY}{n}"] for n in range(len(self.dtypes)) if f"{KEY}{n}" in kwargs]
             rest = {name: value for name, value in kwargs.items() if not name.startswith(KEY)}
+            if given and getattr(module, "_is_replica", False):
+                raise InputError(
+                    "the prefix cache does not run in threads (DataParallel): start one process for each GPU with "
+                    "accelerate launch or torchrun, or train without it"
+                )
             if given:
+                parked.out()
                 self._begin(given, args, rest)
+            else:
+                parked.back(for_good=False)
             return args, rest
 
         def stop(*_: Any) -> None:
             self.values = None
 
-        with self._replaced(), self._unchecked() as uncheck:
+        with (
+            self._replaced(),
+            self._unchecked() as uncheck,
+            parking(self.model, standing, park or Path()) as parked,
+        ):
             handles = [
                 self.model.register_forward_pre_hook(lambda *_: uncheck()),
                 self.model.register_forward_pre_hook(start, with_kwargs=True),
@@ -138,7 +157,7 @@ class Suffix:
     def fed(self, values: Sequence[Tensor]) -> Iterator[None]:
         """Take these values for every call of the model."""
 
-        def start(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def start(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._begin(values, args, kwargs)
 
         handle = self.model.register_forward_pre_hook(start, with_kwargs=True)
@@ -160,7 +179,7 @@ class Suffix:
         if isinstance(leaf, Value):
             return self.values[leaf.index]
         named = {"batch": self.sizes[0], "tokens": self.sizes[1]}
-        shape = [named[n] if isinstance(n, str) else n for n in leaf.shape]
+        shape = [n if isinstance(n, int) else named[n] or 0 for n in leaf.shape]
         return torch.zeros((), dtype=leaf.dtype, device=self.values[0].device).expand(shape)
 
     def _forward(self, name: str, module: nn.Module, actions: tuple[Action, ...]) -> Callable[..., Any]:
@@ -212,11 +231,11 @@ class Suffix:
         def uncheck() -> None:
             for module in around:
                 if getattr(module, "gradient_checkpointing", False) and hasattr(module, "gradient_checkpointing"):
-                    module.gradient_checkpointing = False  # type: ignore[assignment]
+                    vars(module)["gradient_checkpointing"] = False
                     changed.append(module)
 
         try:
             yield uncheck
         finally:
             for module in changed:
-                module.gradient_checkpointing = True  # type: ignore[assignment]
+                vars(module)["gradient_checkpointing"] = True

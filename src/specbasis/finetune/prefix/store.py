@@ -10,9 +10,9 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,7 +35,6 @@ _KEYED = 64  # examples that are collated together to be looked up
 _SPARE = 64 * 2**20  # bytes of the disk that are left alone
 _TORCH = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _STORED: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "bfloat16": np.dtype("<u2")}
-_LABELS = ("start_positions", "end_positions", "next_sentence_label")
 _HEAD = np.dtype([("key", "V16"), ("offset", "<i8"), ("tokens", "<i4"), ("check", "<u4")])
 
 
@@ -51,10 +50,11 @@ class _Row:
 class PrefixCache:
     """What the prefix of a model gives for each of a number of examples, in files that are mapped into memory.
 
-    A folder holds caches of any number of cuts, weights and datasets. A cache's own folder is named by the digest of
-    its cut (`Cut.digest`: weights below it, structure, place) and the number format; in it an example is found by
-    SHA-256 of what the collator makes of it: ids, token types, pixels, without padding and labels. A row that is found
-    is therefore the right one, whatever tokeniser, task or order it was written for, and equal examples have one row.
+    A folder holds caches of any number of cuts, weights and datasets. A cache's own folder is named by the digest
+    of its cut (`Cut.digest`: weights below it, structure, place) and the number format; in it an example is found
+    by SHA-256 of what the collator makes of it: ids, token types, pixels, without padding and labels. A row that is
+    found is therefore the right one, whatever tokeniser, task or order it was written for, and equal examples have
+    one row.
 
     Files are written whole or not at all and carry a check sum for each row, which opening tests; what does
     not fit is removed and computed anew.
@@ -88,8 +88,8 @@ class PrefixCache:
     ) -> PrefixCache:
         """Open the cache and run the prefix once, in evaluation mode, for each example that it lacks.
 
-        A run that was stopped goes on where it was; several processes take turns. Costs the prefix's forward pass for
-        the missing examples, and reads all rows that are there once.
+        A run that was stopped goes on where it was; several processes take turns. Costs the prefix's forward pass
+        for the missing examples, and reads all rows that are there once.
 
         Args:
             model: the model in which `cut` was found, on the device where it is to run.
@@ -125,7 +125,8 @@ class PrefixCache:
         return len(self._rows)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": {}}
+        # A worker process reads rows only: it opens the files itself and runs no model.
+        return {**self.__dict__, "_maps": {}, "cut": replace(self.cut, actions={})}
 
     @property
     def size(self) -> int:
@@ -146,6 +147,12 @@ class PrefixCache:
 
     # Reading.
 
+    @contextmanager
+    def suffix(self, model: nn.Module) -> Iterator[nn.Module]:
+        """`Cut.suffix`, with the weights below the cut parked in this folder while batches bring their values."""
+        with self.cut.suffix(model, park=self.folder):
+            yield model
+
     def collator(self, collator: Collator) -> Collator:
         """A collator that adds to each batch the values of its examples, for `Cut.suffix`."""
         return _Collator(self, collator)
@@ -156,12 +163,12 @@ class PrefixCache:
         Raises:
             InputError: an example is not in the cache.
         """
-        keys, mask = row_keys(batch)
+        keys, mask = row_keys(batch, self.cut.inputs)
         found = [self._rows.get(key) for key in keys]
         if None in found:
             raise InputError(
-                f"{found.count(None)} of {len(keys)} examples are not in the prefix cache ({self.folder}): want the "
-                "examples it was built for; if they are augmented or masked at random, train without it"
+                f"{found.count(None)} of {len(keys)} examples are not in the prefix cache ({self.folder}): want "
+                "the examples it was built for; if they are augmented or masked at random, train without it"
             )
         rows = [row for row in found if row is not None]
         return {
@@ -244,7 +251,7 @@ class PrefixCache:
                     missing = self._missing(items, collator)
                     if missing:
                         if not checked:
-                            _check_stable(each, begin, items, collator)
+                            _check_stable(each, begin, items, collator, self.cut.inputs)
                             _check_apart(model, self.cut, [item for _, _, item in missing], collator)
                             checked = True
                         self._check_disk(missing, total - done, len(items))
@@ -271,7 +278,7 @@ class PrefixCache:
         found: dict[bytes, tuple[bytes, int, Any]] = {}
         for begin in range(0, len(items), _KEYED):
             some = items[begin : begin + _KEYED]
-            keys, mask = row_keys(collator(list(some)))
+            keys, mask = row_keys(collator(list(some)), self.cut.inputs)
             lengths = [0] * len(some) if mask is None else mask.sum(1).tolist()
             for key, tokens, item in zip(keys, lengths, some, strict=True):
                 if key not in self._rows:
@@ -284,8 +291,8 @@ class PrefixCache:
         expected, free = int(size * remaining / read), shutil.disk_usage(self.folder).free
         if expected + _SPARE > free:
             raise InputError(
-                f"{self.folder}: the prefix cache needs about {_gigabytes(expected)} more for {remaining} examples, and "
-                f"{_gigabytes(free)} are free; want {self._want()}"
+                f"{self.folder}: the prefix cache needs about {_megabytes(expected)} more for {remaining} "
+                f"examples, and {_megabytes(free)} are free; want {self._want()}"
             )
 
     def _write(
@@ -325,18 +332,17 @@ class PrefixCache:
     ) -> Iterator[bytes]:
         """The bytes of the rows of some examples."""
         collated = collator([item for _, _, item in batch])
-        keys, mask = row_keys(collated)
-        if keys != [key for key, _, _ in batch]:
+        if row_keys(collated, self.cut.inputs)[0] != [key for key, _, _ in batch]:
             raise InputError(
-                "the collator does not make the same of an example each time (random masking?): want one that does, or "
-                "training without the prefix cache"
+                "the collator does not make the same of an example each time (random masking?): want one that "
+                "does, or training without the prefix cache"
             )
         for parts in _parts(model, self.cut, collated):
             stored = [part.to(_TORCH[self.dtype]).contiguous() for part in parts]
             if not all(bool(part.isfinite().all()) for part in stored):
                 raise InputError(
-                    f"the activations at the {self.cut} are not finite in {self.dtype}: check the weights, or train "
-                    "without the prefix cache"
+                    f"the activations at the {self.cut} are not finite in {self.dtype}: check the weights, or "
+                    "train without the prefix cache"
                 )
             yield b"".join(part.view(torch.uint8).numpy().tobytes() for part in stored)
 
@@ -352,15 +358,13 @@ class _Collator:
         return {**batch, **self.cache.values(batch)}
 
 
-def row_keys(batch: Mapping[str, Any]) -> tuple[list[bytes], Tensor | None]:
+def row_keys(batch: Mapping[str, Any], inputs: frozenset[str]) -> tuple[list[bytes], Tensor | None]:
     """The key of each example of a batch, and the mask of its tokens; None where it is not made of tokens.
 
-    A key is half of SHA-256 of the example's tensors by name, at the positions that are no padding, labels left out.
+    A key is half of SHA-256 of those of the example's tensors that are inputs, by name, without padding.
     """
     tensors = {
-        name: value.cpu()
-        for name, value in sorted(batch.items())
-        if isinstance(value, Tensor) and not _is_label(name)
+        name: value.cpu() for name, value in sorted(batch.items()) if isinstance(value, Tensor) and name in inputs
     }
     mask = tensors.pop("attention_mask", None)
     if mask is not None and mask.dim() != 2:
@@ -390,39 +394,37 @@ def row_keys(batch: Mapping[str, Any]) -> tuple[list[bytes], Tensor | None]:
     return [digest.digest()[:16] for digest in digests], mask
 
 
-def _is_label(name: str) -> bool:
-    return "label" in name or name in _LABELS
-
-
-def _check_stable(dataset: Any, begin: int, items: Sequence[Any], collator: Collator) -> None:
+def _check_stable(
+    dataset: Any, begin: int, items: Sequence[Any], collator: Collator, inputs: frozenset[str]
+) -> None:
     """Refuse a dataset that does not give the same example twice."""
     few = range(min(4, len(items)))
     once, again = (
-        [row_keys(collator([item]))[0][0] for item in chosen]
+        [row_keys(collator([item]), inputs)[0][0] for item in chosen]
         for chosen in ([items[i] for i in few], [dataset[begin + i] for i in few])
     )
     if once != again:
         raise InputError(
-            "the dataset does not give the same example twice (random augmentation?): want fixed examples, or training "
-            "without the prefix cache"
+            "the dataset does not give the same example twice (random augmentation?): want fixed examples, or "
+            "training without the prefix cache"
         )
 
 
 def _check_apart(model: nn.Module, cut: Cut, items: Sequence[Any], collator: Collator) -> None:
     """Refuse activations that depend on the rest of the batch: padding that moves positions, sums over examples.
 
-    The shortest and the longest example run alone up to the cut and together from there on; the outputs must be those
-    of the two in the whole model.
+    The shortest and the longest example run alone up to the cut and together from there on; the outputs must be
+    those of the two in the whole model.
     """
     pair = [items[-1], items[0]]
-    together = _inputs(model, collator(pair))
-    mask = row_keys(together)[1]
+    together = _inputs(model, collator(pair), cut.inputs)
+    mask = row_keys(together, cut.inputs)[1]
     alone = [_parts(model, cut, collator([item]))[0] for item in pair]
     values = {f"{KEY}{n}": _padded(kept, [parts[n] for parts in alone], mask) for n, kept in enumerate(cut.kept)}
     on = None if mask is None else mask.to(next(model.parameters()).device)
     want = outputs(model(**together), on)
     with cut.suffix(model):
-        got = outputs(model(**together, **_inputs(model, values)), on)
+        got = outputs(model(**together, **_inputs(model, values, values)), on)
     if not agree(got, want, relative=1e-3):
         raise InputError(
             "the model's output for an example depends on the rest of its batch (padding on the left with learned "
@@ -430,16 +432,16 @@ def _check_apart(model: nn.Module, cut: Cut, items: Sequence[Any], collator: Col
         )
 
 
-def _inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """A batch without its labels, on the model's device."""
+def _inputs(model: nn.Module, batch: Mapping[str, Any], names: Container[str]) -> dict[str, Any]:
+    """Some of a batch, on the model's device."""
     device = next(model.parameters()).device
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items() if not _is_label(k)}
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items() if k in names}
 
 
 def _parts(model: nn.Module, cut: Cut, batch: Mapping[str, Any]) -> list[list[Tensor]]:
     """For each example of a batch the values to keep, without padding: (tokens, …) or (…)."""
-    mask = row_keys(batch)[1]
-    values = [value.cpu() for value in capture(model, _inputs(model, batch), cut.kept)]
+    mask = row_keys(batch, cut.inputs)[1]
+    values = [value.cpu() for value in capture(model, _inputs(model, batch, cut.inputs), cut.kept)]
     keep = [chosen(mask, kept.positions) if kept.by_token and mask is not None else None for kept in cut.kept]
     rows = range(len(values[0]))
     return [[v[i] if k is None else v[i][k[i]] for v, k in zip(values, keep, strict=True)] for i in rows]
@@ -455,8 +457,8 @@ def _padded(kept: Kept, parts: Sequence[Tensor], mask: Tensor | None) -> Tensor:
     return value
 
 
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:.2f} GB"
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.0f} MB"
 
 
 def _sync(file: Any) -> None:
