@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -77,12 +78,12 @@ class Results:
 
     def write(self, pair: str, matrix: str, rows: pa.Table) -> None:
         """Put the rows of one matrix of one pair on disk, whole or not at all."""
-        _write(self.part(pair, matrix), lambda path: pq.write_table(rows, path, compression="zstd"))
+        write_whole(self.part(pair, matrix), lambda path: pq.write_table(rows, path, compression="zstd"))
 
     def write_manifest(self) -> None:
         """Put the manifest on disk, whole or not at all."""
         text = json.dumps(self.manifest, indent=1, ensure_ascii=False) + "\n"
-        _write(self.folder / "manifest.json", lambda path: path.write_text(text, encoding="utf-8"))
+        write_whole(self.folder / "manifest.json", lambda path: path.write_text(text, encoding="utf-8"))
 
     def rows(self) -> pa.Table:
         """All rows, in the order of the manifest's pairs and matrices: the same whatever was interrupted when.
@@ -98,7 +99,9 @@ class Results:
         ]
         if not parts:
             raise InputError(f"{self.folder}: holds no rows yet; run the comparison first")
-        return pa.concat_tables(map(_read, parts)).unify_dictionaries().combine_chunks()
+        with ThreadPoolExecutor() as pool:
+            tables = list(pool.map(_read, parts))
+        return pa.concat_tables(tables).unify_dictionaries().combine_chunks()
 
 
 def create(folder: Path, config: Mapping[str, Any]) -> Results:
@@ -122,7 +125,7 @@ def create(folder: Path, config: Mapping[str, Any]) -> Results:
     elif folder.exists() and any(not _is_temporary(path) for path in folder.iterdir()):
         raise InputError(f"{folder}: is not empty and holds no results; choose a new folder")
     results = Results(folder, manifest | {"format": FORMAT, "config": dict(config)})
-    with _writing(folder):
+    with writing(folder):
         (folder / "rows").mkdir(parents=True, exist_ok=True)
         for path in (*folder.iterdir(), *(folder / "rows").rglob("*")):
             if _is_temporary(path) and not _is_running(path):
@@ -224,10 +227,10 @@ def _is_temporary(path: Path) -> bool:
     return bool(_TEMPORARY.fullmatch(path.name))
 
 
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """Write beside the target, flush to the disk, then rename over it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with _writing(path):
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             write(temporary)
@@ -239,7 +242,7 @@ def _write(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
     """Turn what the system refuses (permissions, a full disk) into one line that names the path."""
     try:
         yield

@@ -1,0 +1,61 @@
+"""`adapter`: spectral adapters on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from specbasis.adapter import folder as folders
+from specbasis.cli.common import line
+
+ADAPTER = Annotated[Path, typer.Argument(metavar="DIR", help="the folder of a saved spectral adapter")]
+ADAPTER_BASE = Annotated[
+    Path | None, typer.Option("--base", help="the base checkpoint; default: the adapter's own")
+]
+ADAPTER_OUT = Annotated[Path, typer.Option("--out", help="folder to write")]
+
+adapter_app = typer.Typer(help="Spectral adapters on disk.", no_args_is_help=True)
+
+
+@adapter_app.command("info")
+def adapter_info(folder: ADAPTER) -> None:
+    """Print what an adapter holds and what it did to each matrix, from its own file."""
+    found = folders.info(folder)
+    for name in ("base", "basis", "scale"):
+        line(f"{name}: {found[name]}")
+    line(
+        f"parameters: {found['adapter_parameters']:,} adapter, {found['head_parameters']:,} head and other modules"
+    )
+    for layer in found["layers"]:
+        first, last = layer["interval"]
+        line(
+            f"{layer['module']}: {layer['weight']}, ranks {first + 1} … {last}, drift {layer['drift']:.3g}, "
+            f"alignment {layer['mean_left_alignment']:.3f} / {layer['mean_right_alignment']:.3f}, "
+            f"condition {layer['condition']:.3g}, basis {'saved' if layer['basis_saved'] else 'not saved'}"
+        )
+
+
+@adapter_app.command("verify")
+def adapter_verify(folder: ADAPTER, base: ADAPTER_BASE = None) -> None:
+    """Check every vector of the basis against the base; exit code 2 and the reason where they differ."""
+    checked = folders.verify(folder, base)
+    line(f"verified: {len(checked)} matrices meet the basis that they were trained in")
+
+
+@adapter_app.command("merge")
+def adapter_merge(folder: ADAPTER, out: ADAPTER_OUT, base: ADAPTER_BASE = None) -> None:
+    """Write the base with the adapter merged in, as a folder that transformers loads."""
+    line(f"merged: {folders.merge(folder, out, base)}")
+
+
+@adapter_app.command("export-lora")
+def adapter_export_lora(
+    folder: ADAPTER,
+    out: ADAPTER_OUT,
+    base: ADAPTER_BASE = None,
+    rank: Annotated[int | None, typer.Option(help="best approximation at this rank; default: exact")] = None,
+) -> None:
+    """Write the adapter as LoRA, for PEFT without this package."""
+    line(f"exported: {folders.export_lora(folder, out, base, rank)}")
