@@ -14,7 +14,7 @@ from torch import nn
 
 from specbasis.adapter import SpectralConfig
 from specbasis.errors import InputError
-from specbasis.finetune.prefix import Cut, PrefixCache, Uncut, find_cut, narrowed, store
+from specbasis.finetune.prefix import Cut, NoPrefixError, PrefixCache, Uncut, find_cut, narrowed, store
 from specbasis.finetune.prefix.probe import record
 
 SMALL = {
@@ -465,11 +465,11 @@ def test_examples_that_change_are_refused(tmp_path):
         return batch
 
     for data, collator in [(Augmented(examples()), collate), (examples(), masked)]:
-        with pytest.raises(InputError, match=r"the same example twice|the same of an example each time"):
+        with pytest.raises(NoPrefixError, match=r"the same example twice|the same of an example each time"):
             PrefixCache.build(model, cut, data, collator, tmp_path)
-    with pytest.raises(InputError, match="needs a dataset with a length"):
+    with pytest.raises(NoPrefixError, match="needs a dataset with a length"):
         PrefixCache.build(model, cut, iter(examples()), collate, tmp_path)
-    with pytest.raises(InputError, match="depends on the rest of its batch"):
+    with pytest.raises(NoPrefixError, match="depends on the rest of its batch"):
         PrefixCache.build(model, cut, examples(), collate_left, tmp_path)
     cache = PrefixCache.build(model, cut, examples(), collate, tmp_path)
     with pytest.raises(InputError, match="7 of 7 examples are not in the prefix cache"):

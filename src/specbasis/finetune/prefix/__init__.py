@@ -7,6 +7,6 @@ that: it spares a classifier on the first token the last block's work on all oth
 
 from specbasis.finetune.prefix.cut import Cut, Kept, Uncut, find_cut
 from specbasis.finetune.prefix.narrow import narrowed
-from specbasis.finetune.prefix.store import PrefixCache
+from specbasis.finetune.prefix.store import NoPrefixError, PrefixCache
 
-__all__ = ["Cut", "Kept", "PrefixCache", "Uncut", "find_cut", "narrowed"]
+__all__ = ["Cut", "Kept", "NoPrefixError", "PrefixCache", "Uncut", "find_cut", "narrowed"]

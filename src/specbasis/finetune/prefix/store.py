@@ -47,6 +47,10 @@ class _Row:
     tokens: int
 
 
+class NoPrefixError(InputError):
+    """Nothing can be kept of these examples, though the model has a frozen prefix: train without the cache."""
+
+
 class PrefixCache:
     """What the prefix of a model gives for each of a number of examples, in files that are mapped into memory.
 
@@ -102,8 +106,10 @@ class PrefixCache:
             progress: called with the examples done and all examples.
 
         Raises:
-            InputError: the disk is too small; an example changes from one reading to the next, or its
-                activations depend on the rest of its batch; the folder cannot be written.
+            NoPrefixError: an example changes from one reading to the next, or the model's output for it depends on
+                the rest of its batch; the dataset has no length; activations are not finite. Training can go on
+                without the cache.
+            InputError: the disk is too small, or the folder cannot be written.
         """
         cache = cls(cut, Path(folder), dtype)
         datasets = (
@@ -111,7 +117,7 @@ class PrefixCache:
         )
         for each in datasets:
             if not hasattr(each, "__len__"):
-                raise InputError("the prefix cache needs a dataset with a length; train a stream without it")
+                raise NoPrefixError("the prefix cache needs a dataset with a length; train a stream without it")
         try:
             cache.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -309,6 +315,10 @@ class PrefixCache:
                 for begin in range(0, len(missing), batch_size):
                     batch = missing[begin : begin + batch_size]
                     for n, row in enumerate(self._compute(model, batch, collator), start=begin):
+                        if len(row) != self._size(missing[n][1]):
+                            raise NoPrefixError(
+                                "an example has no token: leave it out, or train without the prefix cache"
+                            )
                         file.write(row)
                         entries[n] = (np.void(missing[n][0]), offset, missing[n][1], zlib.crc32(row))
                         offset += len(row) // _STORED[self.dtype].itemsize
@@ -333,14 +343,14 @@ class PrefixCache:
         """The bytes of the rows of some examples."""
         collated = collator([item for _, _, item in batch])
         if row_keys(collated, self.cut.inputs)[0] != [key for key, _, _ in batch]:
-            raise InputError(
+            raise NoPrefixError(
                 "the collator does not make the same of an example each time (random masking?): want one that "
                 "does, or training without the prefix cache"
             )
         for parts in _parts(model, self.cut, collated):
             stored = [part.to(_TORCH[self.dtype]).contiguous() for part in parts]
             if not all(bool(part.isfinite().all()) for part in stored):
-                raise InputError(
+                raise NoPrefixError(
                     f"the activations at the {self.cut} are not finite in {self.dtype}: check the weights, or "
                     "train without the prefix cache"
                 )
@@ -368,7 +378,7 @@ def row_keys(batch: Mapping[str, Any], inputs: frozenset[str]) -> tuple[list[byt
     }
     mask = tensors.pop("attention_mask", None)
     if mask is not None and mask.dim() != 2:
-        raise InputError(
+        raise NoPrefixError(
             f"got an attention mask of {mask.dim()} axes; the prefix cache wants one of (examples, tokens)"
         )
     tokens = tensors.get("input_ids")
@@ -404,7 +414,7 @@ def _check_stable(
         for chosen in ([items[i] for i in few], [dataset[begin + i] for i in few])
     )
     if once != again:
-        raise InputError(
+        raise NoPrefixError(
             "the dataset does not give the same example twice (random augmentation?): want fixed examples, or "
             "training without the prefix cache"
         )
@@ -426,7 +436,7 @@ def _check_apart(model: nn.Module, cut: Cut, items: Sequence[Any], collator: Col
     with cut.suffix(model):
         got = outputs(model(**together, **_inputs(model, values, values)), on)
     if not agree(got, want, relative=1e-3):
-        raise InputError(
+        raise NoPrefixError(
             "the model's output for an example depends on the rest of its batch (padding on the left with learned "
             "positions?), so nothing can be kept: want padding on the right, or training without the prefix cache"
         )
