@@ -9,6 +9,7 @@ import typer
 
 import specbasis
 from specbasis.cli import compare as comparing
+from specbasis.cli import pretrain as pretraining
 from specbasis.cli.adapter import adapter_app
 from specbasis.cli.common import STDERR, STDOUT, line
 from specbasis.cli.reproduce import reproduce_app
@@ -21,7 +22,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (comparing.compare, comparing.report, comparing.inspect):
+for verb in (comparing.compare, comparing.report, comparing.inspect, pretraining.pretrain, pretraining.track):
     app.command()(verb)
 app.add_typer(zoo_app, name="zoo")
 app.add_typer(adapter_app, name="adapter")
