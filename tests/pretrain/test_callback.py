@@ -34,8 +34,8 @@ def trainer(folder, callback, steps=6, model=None, rate=1e-2):
     g = torch.Generator().manual_seed(0)
     data = [{"x": torch.randn(12, generator=g), "labels": torch.randn(12, generator=g)} for _ in range(16)]
     arguments = TrainingArguments(
-        str(folder), max_steps=steps, learning_rate=rate, logging_steps=2, report_to=[], save_strategy="no", use_cpu=True,
-        disable_tqdm=True,
+        str(folder), max_steps=steps, learning_rate=rate, logging_steps=2, report_to=[], save_strategy="no",
+        use_cpu=True, disable_tqdm=True,
     )  # fmt: skip
     torch.manual_seed(0)
     return Trainer(model or Plain(), arguments, train_dataset=data, callbacks=[callback])

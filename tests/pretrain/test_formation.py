@@ -38,7 +38,7 @@ def plan_of(data, **changes):
         data=str(data / "a.npz"),
         second=str(data / "b.npz"),
         mae=TINY,
-        passes=(((10, 6), (40, 6)), ((20, 3),)),
+        passes=(((10, 6), (40, 6)),),
         seeds=(0, 1),
         pretraining=training(checkpoints=3, validations=2),
         same_task=training(**short),
@@ -54,24 +54,23 @@ def plan_of(data, **changes):
 def grid(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("grid")
     plan = plan_of(data)
-    rows = run_formation(plan, out)
-    return plan, out, rows
+    cells = [
+        cell for cell in plan.cells() if cell.get("task") != "second_data"
+    ]  # reconstruction has the other data
+    return plan, out, run_formation(plan, out, cells=cells)
 
 
 def test_the_grid_has_every_start_task_and_seed(grid):
     plan, _, rows = grid
-    assert [row.error for row in rows] == [None] * len(plan.cells())
+    assert [row.error for row in rows] == [None] * 27
+    assert len(plan.cells()) == 2 * (2 * 5 + 4) + 2 + 4
+    tasks_run = {"same_task", "true_labels", "random_labels"}
     for seed in plan.seeds:
-        for images in (10, 40, 20):
-            tasks = {
-                row.cell["task"]
-                for row in rows
-                if row.cell["phase"] == "post" and (row.cell["seed"], row.cell["images"]) == (seed, images)
-            }
-            assert tasks == set(POSTS)
-        assert {r.cell["task"] for r in rows if r.cell["phase"] == "scratch" and r.cell["seed"] == seed} == set(
-            POSTS
-        )
+        for images in (10, 40):
+            here = {"phase": "post", "seed": seed, "images": images, "steps": 6}
+            assert {row.cell["task"] for row in rows if here.items() <= row.cell.items()} == tasks_run
+        here = {"phase": "scratch", "seed": seed}
+        assert {row.cell["task"] for row in rows if here.items() <= row.cell.items()} == tasks_run
     assert rows[0].cell == {"phase": "pretrain", "seed": 0, "images": 10, "steps": 6}
     first = rows[0].values
     assert first["steps"] == [0, 2, 4, 6]
@@ -111,7 +110,7 @@ def test_a_killed_grid_goes_on_to_the_same_rows(grid, data, tmp_path, monkeypatc
 
 def test_a_claim_is_what_its_definition_says(grid):
     _, _, rows = grid
-    found = claims(rows)
+    found, at_the_end = claims(rows), "alignment at the end"
     by_letter = {
         letter: [c for c in found if c.claim.startswith(letter)] for letter in ("(a)", "(b)", "(c)", "(d)", "(e)")
     }
@@ -125,16 +124,16 @@ def test_a_claim_is_what_its_definition_says(grid):
     slopes = [(posts[s, 40, "true_labels"] - posts[s, 10, "true_labels"]) / math.log2(4) for s in (0, 1)]
     (claim,) = [
         c for c in by_letter["(b)"]
-        if c.setting == "true_labels, 6 steps each" and c.group == "final FFN" and c.measure.startswith("alignment at the end")
+        if c.setting == "true_labels, 6 steps each" and c.group == "final FFN" and c.measure.startswith(at_the_end)
     ]  # fmt: skip
     assert claim.each == pytest.approx(slopes, abs=1e-5)
     assert claim.effect == pytest.approx(np.mean(slopes), abs=1e-5)
     differences = [
-        np.mean([posts[s, n, "random_labels"] - posts[s, n, "true_labels"] for n in (10, 40, 20)]) for s in (0, 1)
+        np.mean([posts[s, n, "random_labels"] - posts[s, n, "true_labels"] for n in (10, 40)]) for s in (0, 1)
     ]
     (claim,) = [
         c for c in by_letter["(c)"]
-        if c.setting.startswith("from pretrained") and c.group == "final FFN" and c.measure.startswith("alignment at the end")
+        if c.setting.startswith("from pretrained") and c.group == "final FFN" and c.measure.startswith(at_the_end)
     ]  # fmt: skip
     assert claim.each == pytest.approx(differences, abs=1e-5)
     assert len(markdown(found).splitlines()) == len(found) + 2
@@ -153,7 +152,7 @@ def test_equal_size_is_the_point_on_the_curve():
     assert at_equal_size([fast, slow]) == pytest.approx([0.5, 0.7])
 
 
-@pytest.mark.parametrize("figure", FIGURES)
+@pytest.mark.parametrize("figure", ["fig4", "fig21"])
 def test_figures_and_claims_are_made_from_rows_alone(grid, data, tmp_path, figure):
     _, out, _ = grid
     paths, found = write_outcome(figure, read_cells(out), tmp_path)
@@ -199,8 +198,8 @@ def test_the_verbs_on_a_folder_of_images(tmp_path):
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8)).save(folder / f"{i}.png")
     run = tmp_path / "run"
-    trained = cli("pretrain", "--data", tmp_path / "images", "--out", run, "--steps", 2, "--batch", 8, "--validation", 4,
-                  "--checkpoints", 2, "--validations", 1, "--device", "cpu")  # fmt: skip
+    flags = "--steps 2 --batch 8 --validation 4 --checkpoints 2 --validations 1 --device cpu".split()
+    trained = cli("pretrain", "--data", tmp_path / "images", "--out", run, *flags)
     assert trained.exit_code == 0, trained.output
     assert "2 steps on 50 images" in trained.output
     followed = cli("track", run, "--out", tmp_path / "track", "--roles", "ffn", "--blocks", "5", "--workers", 1)
@@ -211,9 +210,10 @@ def test_the_verbs_on_a_folder_of_images(tmp_path):
 
 def test_reproduce_draws_from_rows_and_checks_its_flags(grid):
     _, out, _ = grid
-    drawn = cli("reproduce", "fig9", "--out", out, "--draw")
-    assert drawn.exit_code == 0, drawn.output
-    assert "fig9.png" in drawn.output
+    for figure in ("fig9", "scratch"):
+        drawn = cli("reproduce", figure, "--out", out, "--draw")
+        assert drawn.exit_code == 0, drawn.output
+        assert f"{figure}.png" in drawn.output
     for flags in (["--size", "huge"], ["--images", "10"], ["--seeds", "x"]):
         refused = cli("reproduce", "fig9", "--out", out, *flags)
         assert isinstance(refused.exception, InputError)
