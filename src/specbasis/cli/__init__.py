@@ -12,6 +12,7 @@ from specbasis.cli import compare as comparing
 from specbasis.cli import figures as _figures  # noqa: F401 - adds its verbs to reproduce
 from specbasis.cli import finetune as finetuning
 from specbasis.cli import intervene as intervening
+from specbasis.cli import pretrain as pretraining
 from specbasis.cli.adapter import adapter_app
 from specbasis.cli.common import STDERR, STDOUT, line
 from specbasis.cli.population import lineage, population
@@ -30,6 +31,7 @@ VERBS = (
     *(intervening.edit, intervening.intervene),
     finetuning.finetune,
     *(population, lineage),
+    *(pretraining.pretrain, pretraining.track),
 )
 for verb in VERBS:
     app.command()(verb)
