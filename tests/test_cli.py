@@ -109,7 +109,11 @@ def test_compare_prints_a_table_and_a_verdict(specbasis: Run, folder: Path, tmp_
         ("escape", "base.safetensors", "'../base.safetensors' leads out of its folder"),
         ("linked", "base.safetensors", "link out of its folder"),
         ("base.safetensors", "names.safetensors", "no parameter in common"),
-        ("base.safetensors", "shapes.safetensors", "no parameter in common by name and shape"),
+        (
+            "base.safetensors",
+            "shapes.safetensors",
+            "none of them with the same shape (e.g. embeddings.LayerNorm.weight: (12,) and (3, 12))",
+        ),
         ("pkg:no_such_package/x.pt", "base.safetensors", "no installed package 'no_such_package'"),
         ("good.pt#x.y", "base.safetensors", "no key 'x.y'"),
     ],

@@ -16,6 +16,7 @@ FLOORS = {
     "errors": 0,
     "svd": 0,
     "subspace": 0,
+    "entries": 1,
     "checkpoint": 1,
     "architecture": 1,
     "architectures": 1,
@@ -28,6 +29,7 @@ FLOORS = {
     "results": 3,
     "cells": 3,
     "summary": 3,
+    "findings": 3,
     "compare": 4,
     "intervene": 4,
     "finetune": 4,
@@ -66,6 +68,7 @@ OPENINGS = {
     "numpy.load",
     "np.load",
 }
+DECOMPOSITIONS |= {"linalg.eigh_tridiagonal", "linalg.eigvalsh_tridiagonal", "lapack.dsytrd", "linalg.eig_banded"}
 DOORS = {
     "a decomposition": (DECOMPOSITIONS, {"svd": DECOMPOSITIONS, "subspace": {"linalg.svdvals"}}),
     # subspace.py takes the singular values of a product of two orthonormal bases and of its remainder: cosines and

@@ -4,6 +4,7 @@ from specbasis.checkpoint import open_checkpoint
 from specbasis.compare import Comparison, compare, load
 from specbasis.edits import Edit
 from specbasis.errors import InputError, NonFiniteError
+from specbasis.finetune.runs import finetune
 from specbasis.intervene import Subject, edited, intervene, matrix_edits
 from specbasis.svd import SVD, decompose, low_rank_svd
 
@@ -19,6 +20,7 @@ __all__ = [
     "compare",
     "decompose",
     "edited",
+    "finetune",
     "intervene",
     "load",
     "low_rank_svd",

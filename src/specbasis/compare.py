@@ -28,7 +28,9 @@ from specbasis.architecture import ROLES, STRUCTURAL, MatrixKey, MatrixPair, Mat
 from specbasis.cache import Cache
 from specbasis.cells import Progress
 from specbasis.checkpoint import Checkpoint, content_sha256, open_checkpoint, open_tuned, sha256
+from specbasis.entries import read_entries
 from specbasis.errors import InputError, NonFiniteError
+from specbasis.findings import Finding, as_json, find
 from specbasis.measures import (
     Absent,
     Decomposition,
@@ -82,8 +84,13 @@ class Options:
         return choose(self.measures, whole=not self.approximate)
 
     def __post_init__(self) -> None:
-        if self.ranks < 1 or self.subspace < 1:
-            raise InputError(f"got ranks = {self.ranks} and subspace = {self.subspace}; want at least 1 of each")
+        for what, given in (("ranks", self.ranks), ("subspace", self.subspace)):
+            if not isinstance(given, int) or isinstance(given, bool) or given < 1:
+                raise InputError(f"got {what} = {given!r}; want a whole number, at least 1")
+        if self.subspace > self.ranks:
+            raise InputError(
+                f"got subspace = {self.subspace} and ranks = {self.ranks}; want no more than the ranks compared"
+            )
         known = {*ROLES, *(role.partition(".")[0] for role in ROLES)}
         unknown = [role for role in self.roles if role not in known]
         if unknown:
@@ -143,6 +150,11 @@ class Comparison:
         """For each pair: identical, finetuned, independent or mixed, with the evidence."""
         return {label: judge(self.rows, label) for label in self.pairs}
 
+    @cached_property
+    def findings(self) -> dict[str, list[Finding]]:
+        """For each pair: what a user of it should know, problems first; see `specbasis.findings`."""
+        return {label: find(self.rows, label, self.failed) for label in self.pairs}
+
     @property
     def failed(self) -> list[dict[str, str]]:
         """Matrices that could not be decomposed: pair, matrix, error."""
@@ -156,6 +168,25 @@ class Comparison:
             raise InputError("to_pandas needs pandas: pip install 'specbasis[report]'") from error
         frame: pd.DataFrame = self.rows.to_pandas()
         return frame
+
+    def summary(self) -> dict[str, Any]:
+        """Verdicts, findings and summaries as plain data for JSON; null for what is not a finite number.
+
+        Keys: base, folder, failed, and pairs, which has for each label verdict, findings and summaries with the
+        fields of `Verdict`, `Finding` and `RoleSummary`.
+        """
+        found = {
+            label: {
+                "tuned": self.manifest["pairs"][label]["tuned"]["source"],
+                "verdict": asdict(self.verdicts[label]),
+                "findings": [asdict(finding) for finding in self.findings[label]],
+                "summaries": [asdict(line) for line in self.summaries[label]],
+            }
+            for label in self.pairs
+        }
+        whole = {"base": self.manifest["base"]["source"], "folder": str(self.folder), "failed": self.failed}
+        plain: dict[str, Any] = as_json(whole | {"pairs": found})
+        return plain
 
     def report(self, path: str | Path | None = None) -> Path:
         """Write the page, and the same figures as PNG and SVG beside it; returns the page's path.
@@ -179,7 +210,7 @@ def compare(
     out: str | Path | None = None,
     *,
     ranks: int = 200,
-    subspace: int = 10,
+    subspace: int | None = None,
     roles: Sequence[str] = (),
     blocks: Sequence[int] = (),
     name: str = "",
@@ -205,7 +236,8 @@ def compare(
             are decomposed without being formed.
         out: folder for rows and manifest; a temporary one, kept as long as the result, when None.
         ranks: leading ranks whose singular vectors are compared; singular values are compared at all ranks.
-        subspace: number of leading ranks at which principal angles are taken.
+        subspace: number of leading ranks at which principal angles are taken; 10, or as many as are compared, when
+            None.
         roles: only these roles, such as ``["ffn", "attention.query"]``.
         blocks: only these blocks.
         name: only matrices whose name matches this pattern (``*`` and ``?``).
@@ -242,8 +274,10 @@ def compare(
         raise InputError(f"got engine {engine!r}; want one of {', '.join(engines.ENGINES)}")
     place = Place(_device(device), None if cache is None else str(cache))
     workers = _workers(workers) if workers is not None or device == "cpu" else 1
-    budget = parse_bytes(memory) if isinstance(memory, str) else memory
+    budget = _budget(memory)
     matched = _matched(base, tuned, options, stream)
+    if matched.in_memory and engine in ("processes", "ray"):
+        raise InputError(f"tensors in memory cannot reach engine {engine!r}; write them to a file, or use threads")
     kept = tempfile.TemporaryDirectory(prefix="specbasis-") if out is None else None
     folder = Path(kept.name) if kept else Path(str(out))
 
@@ -323,7 +357,7 @@ def plan(
     out: str | Path | None = None,
     *,
     ranks: int = 200,
-    subspace: int = 10,
+    subspace: int | None = None,
     roles: Sequence[str] = (),
     blocks: Sequence[int] = (),
     name: str = "",
@@ -335,7 +369,7 @@ def plan(
 ) -> Plan:
     """What `compare` with the same arguments would do, from headers alone; nothing is decomposed or written."""
     options = _options(ranks, subspace, roles, blocks, name, common_rows, measures)
-    budget = parse_bytes(memory) if isinstance(memory, str) else memory
+    budget = _budget(memory)
     workers = _workers(workers)
     matched = _matched(base, tuned, options, stream)
     tasks = matched.tasks(Results(Path(str(out))) if out is not None else None, Place())
@@ -431,7 +465,7 @@ class Matched:
 
 def _options(
     ranks: int,
-    subspace: int,
+    subspace: int | None,
     roles: Sequence[str],
     blocks: Sequence[int],
     name: str,
@@ -441,7 +475,16 @@ def _options(
     for what, given in (("roles", roles), ("blocks", blocks), ("measures", measures)):
         if isinstance(given, str | int):
             raise InputError(f"got {what} = {given!r}; want a list, such as [{given!r}]")
-    return Options(ranks, subspace, tuple(roles), tuple(blocks), name, common_rows, tuple(measures))
+    k = (min(10, ranks) if isinstance(ranks, int) else 10) if subspace is None else subspace
+    return Options(ranks, k, tuple(roles), tuple(blocks), name, common_rows, tuple(measures))
+
+
+def _budget(memory: str | int | None) -> int | None:
+    if isinstance(memory, str) or memory is None:
+        return None if memory is None else parse_bytes(memory)
+    if memory < 1:
+        raise InputError(f"got memory = {memory}; want more than nothing, such as '8GB'")
+    return memory
 
 
 def _workers(given: int | None) -> int:
@@ -623,8 +666,8 @@ def decompose_pair(
     place = place or Place()
     if need["base"] is not None:
         found["base"] = base or place.decompose(W, need["base"], names[0])
-    inner, norms, equal = _sums(W, T, names)
-    if equal:
+    sums = read_entries(W, T, names)
+    if sums.equal:
         found["tuned"] = found["base"]
     elif need["tuned"] is not None:
         found["tuned"] = place.decompose(T, need["tuned"], names[1], start=found["base"])
@@ -632,25 +675,7 @@ def decompose_pair(
         found["delta"] = low_rank_svd(*update, name=names[1])
     elif need["delta"] is not None:
         found["delta"] = place.decompose(T, need["delta"], names[1], minus=W)
-    return Triple(found["base"], found["tuned"], found["delta"], inner, subspace, norms)
-
-
-def _sums(W: Tensor, T: Tensor, names: tuple[str, str]) -> tuple[float, dict[str, float], bool]:
-    """⟨W, T⟩_F and the norms of W, T, T − W, in float64 by blocks of rows; whether the two are equal throughout."""
-    squares, inner, equal = [0.0, 0.0, 0.0], 0.0, True
-    rows = max(1, 2**16 // W.shape[1])  # blocks that stay in a core's cache
-    for start in range(0, len(W), rows):
-        a, b = (X[start : start + rows].to(torch.float64).flatten() for X in (W, T))
-        inner += float(a @ b)
-        equal = equal and torch.equal(a, b)
-        squares = [total + float(x @ x) for total, x in zip(squares, (a, b, b - a), strict=True)]
-    for X, total, name in zip((W, T), squares, names, strict=False):
-        if not math.isfinite(total) and not bool(torch.isfinite(X).all()):
-            bad = int((~torch.isfinite(X)).sum())
-            raise NonFiniteError(
-                f"{name}: {bad} of {X.numel()} entries are NaN or Inf: no SVD; repair or leave it out"
-            )
-    return inner, dict(zip(("base", "tuned", "delta"), map(math.sqrt, squares), strict=True)), equal
+    return Triple(found["base"], found["tuned"], found["delta"], sums.inner, subspace, sums.norms, sums.figures)
 
 
 def _table(label: str, matched: MatrixPair, measured: Iterator[tuple[Measure, Values]]) -> pa.Table:

@@ -50,6 +50,7 @@ class Triple:
         inner: ⟨base, tuned⟩_F, the sum of elementwise products.
         subspace: the number of ranks k at which principal angles are taken.
         norms: Frobenius norms of base, tuned and delta, from their entries; from the spectra when None.
+        figures: other figures of the entries, by measure; see `specbasis.entries.read_entries`.
     """
 
     base: Decomposition
@@ -58,6 +59,7 @@ class Triple:
     inner: float
     subspace: int = 10
     norms: Mapping[str, float] | None = None
+    figures: Mapping[str, float] = field(default_factory=dict)
     _cosines: dict[tuple[str, str, str], Cosines] = field(default_factory=dict, repr=False)
 
     @property
@@ -304,8 +306,20 @@ def weight_cosine(t: Triple) -> Values:
     """
     if t.identical:
         return _scalar(1.0)
+    if "weight_cosine" in t.figures:
+        return _scalar(t.figures["weight_cosine"])
     norms = torch.tensor(t.norm("base"), dtype=torch.float64) * t.norm("tuned")
     return _scalar((t.inner / norms).clamp(-1.0, 1.0))
+
+
+def _figure(name: str) -> Callable[[Triple], Values | None]:
+    """A figure of the entries; undefined where they were not read, or have none."""
+
+    def function(t: Triple) -> Values | None:
+        value = t.figures.get(name, math.nan)
+        return None if math.isnan(value) else _scalar(value)
+
+    return function
 
 
 def _change(t: Triple) -> tuple[Tensor, Tensor]:
@@ -509,6 +523,21 @@ MEASURES: tuple[Measure, ...] = (
     ),
     Measure("relative_update", "size of the update", "1", "", "‖delta‖_F / ‖base‖_F", relative_update),
     Measure("weight_cosine", "cosine of the two matrices", "1", "", "⟨base, tuned⟩_F / ‖·‖‖·‖", weight_cosine),
+    *(
+        Measure(name, title, unit, "", "specbasis.entries", _figure(name))
+        for name, title, unit in (
+            ("weight_cosine_z", "cosine against rows and columns in random order", "standard deviations"),
+            ("equal_entries", "share of entries that are equal", "1"),
+            ("equal_entries_rounded", "share that is equal in the coarser precision", "1"),
+            ("precision_base", "significant bits that hold every entry of base", "bits"),
+            ("precision_tuned", "significant bits that hold every entry of tuned", "bits"),
+            ("zero_entries_base", "share of zeros in base", "1"),
+            ("zero_entries_tuned", "share of zeros in tuned", "1"),
+            ("grid_levels_base", "levels of the grid on which base lies", "1"),
+            ("grid_levels_tuned", "levels of the grid on which tuned lies", "1"),
+            ("equal_entries_grid", "share of groups in which base rounds to tuned", "1"),
+        )
+    ),
 )
 
 

@@ -156,4 +156,7 @@ def parse_bytes(text: str) -> int:
     if not found:
         raise InputError(f"got memory {text!r}; want a size, such as 8GB or 500M")
     number, unit, binary = found.groups()
-    return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(unit.lower() or " "))
+    size = int(float(number) * (1024 if binary else 1000) ** " kmgt".index(unit.lower() or " "))
+    if size < 1:
+        raise InputError(f"got memory {text!r}; want more than nothing, such as 8GB")
+    return size

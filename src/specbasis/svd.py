@@ -49,6 +49,12 @@ CERTAINTY = 4.0
 CONVERGED = 1e-8
 """Bound residual/gap at which the iteration of `approximate_svd` stops."""
 
+SUBSET_SIDE = 1024
+"""Short sides from this on take a subset of eigenvectors where few ranks are wanted."""
+
+SUBSET_SHARE = 8
+"""A subset of eigenvectors is taken for at most one in so many ranks. Larger shares gain little."""
+
 _EPS = torch.finfo(torch.float64).eps
 _BLOCK_BYTES = 32 * 2**20  # one float64 block of columns
 
@@ -286,8 +292,8 @@ def half_svd(
         X = _orthonormal(X)
     S = spectrum[:k]
     head = _implied(S, n, A.shape[1]) if (2 * k > n if implied is None else implied) else 0
-    tail = _explicit(A, X, S, head)
-    residual = _residuals(A, X, S, head, tail)
+    tail, product = _explicit(A, X, S, head)
+    residual = _residuals(A, X, S, head, tail, product)
     error[:k] = _value_errors(S, residual)
     gap = _gaps(spectrum, error, null_space=W.shape[0] != W.shape[1])[:k]
     return HalfSVD(
@@ -338,8 +344,8 @@ def approximate_svd(
         return replace(exact, spectrum=exact.spectrum[: k + 1], spectrum_error=exact.spectrum_error[: k + 1])
     X, spectrum, error = found
     S = spectrum[:k]
-    tail = _explicit(A, X, S, 0)
-    residual = _residuals(A, X, S, 0, tail)
+    tail, product = _explicit(A, X, S, 0)
+    residual = _residuals(A, X, S, 0, tail, product)
     error[:k] = _value_errors(S, residual)
     gap = _gaps(spectrum, error, null_space=True)[:k]
     return HalfSVD(
@@ -603,6 +609,12 @@ def _left_vectors(A: _Blocks, k: int) -> tuple[Tensor, Tensor, Tensor]:
         A.top = float(S[0])
         if S[-1] > max(DEFLATE, m * _EPS) * A.top:
             return S.new_zeros(n, 0), S, n * _EPS * (A.top**2 / S + A.top)
+    if n >= SUBSET_SIDE and k and SUBSET_SHARE * k <= n < m and A.device.type == "cpu":
+        squares, X = _leading_eigenvectors(A.gram(None), k)
+        S = squares.clamp(min=0).sqrt()
+        A.top = float(S[0])
+        if S[-1] > max(DEFLATE, m * _EPS) * A.top:  # none of the values needs deflation
+            return X, S, n * _EPS * (A.top**2 / S + A.top)
     vectors, values, errors = [], [], []
     basis: Tensor | None = None
     floor = 0.0
@@ -637,29 +649,52 @@ def _left_vectors(A: _Blocks, k: int) -> tuple[Tensor, Tensor, Tensor]:
     return X[:, :k], spectrum, torch.cat(errors)[order]
 
 
+def _leading_eigenvectors(G: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """All eigenvalues of a symmetric matrix (its upper triangle; overwritten), descending, and k eigenvectors.
+
+    One reduction to tridiagonal form serves both; the vectors are taken by MRRR, whose orthogonality is then made
+    that of rounding.
+    """
+    import numpy as np
+    from scipy.linalg import eigh_tridiagonal, eigvalsh_tridiagonal, lapack
+
+    n = len(G)
+    lower = G.numpy().T  # column-major, as LAPACK has it: nothing is copied
+    size, _ = lapack.dsytrd_lwork(n, lower=1)
+    reflectors, diagonal, beside, tau, _ = lapack.dsytrd(lower, lower=1, lwork=int(size), overwrite_a=1)
+    squares = eigvalsh_tridiagonal(diagonal, beside, lapack_driver="sterf")
+    _, Z = eigh_tridiagonal(diagonal, beside, select="i", select_range=(n - k, n - 1), lapack_driver="stemr")
+    X = torch.from_numpy(np.ascontiguousarray(Z[:, ::-1]))
+    Q = torch.from_numpy(reflectors[1:, :-1])
+    X[1:] = torch.ormqr(Q, torch.from_numpy(tau), X[1:].clone())
+    return torch.from_numpy(squares).flip(0), _reorthonormal(X)
+
+
 def _implied(S: Tensor, n: int, m: int) -> int:
     """How many leading ranks may stay implied: those above `IMPLIED`, if the others are few and none is zero."""
     head = int((S >= IMPLIED * S[0]).sum())
     return head if 4 * (len(S) - head) <= len(S) and S[-1] > m * _EPS * S[0] else 0
 
 
-def _explicit(A: _Blocks, X: Tensor, S: Tensor, head: int) -> Tensor:
-    """Orthonormal vectors of the long side from rank ``head`` on, orthogonal to the implied ones before."""
+def _explicit(A: _Blocks, X: Tensor, S: Tensor, head: int) -> tuple[Tensor, Tensor]:
+    """Orthonormal vectors of the long side from rank ``head`` on, orthogonal to the implied ones before; and the
+    product Aᵀ X that they are made from, which `_residuals` reads too.
+    """
     if head == X.shape[1]:
-        return X.new_zeros(A.shape[1], 0)
-    Z = A.transposed_times(X[:, head:])
+        return X.new_zeros(A.shape[1], 0), X.new_zeros(A.shape[1], 0)
+    product = Z = A.transposed_times(X[:, head:])
     if not head:
         deep = len(S) > 0 and bool(S[-1] <= DEFLATE * S[0])
-        return _orthonormal(Z) if deep else _reorthonormal(Z / S)
+        return _orthonormal(Z) if deep else _reorthonormal(Z / S), product
     if Z.shape[1]:
         for _ in range(
             2
         ):  # Y Yᵀ Z = Aᵀ X S⁻² Xᵀ A Z for the implied Y; twice is enough to be orthogonal to rounding
             Z = Z - A.transposed_times(X[:, :head] @ ((X[:, :head].mT @ A.times(Z)) / S[:head, None] ** 2))
-    return _orthonormal(Z)
+    return _orthonormal(Z), product
 
 
-def _residuals(A: _Blocks, X: Tensor, S: Tensor, head: int, tail: Tensor) -> Tensor:
+def _residuals(A: _Blocks, X: Tensor, S: Tensor, head: int, tail: Tensor, product: Tensor) -> Tensor:
     """Residual of each rank, measured with probes in place of whole products, plus the rounding of measuring it."""
     n = A.shape[0]
     Z = _probes(n, A.device)
@@ -672,7 +707,7 @@ def _residuals(A: _Blocks, X: Tensor, S: Tensor, head: int, tail: Tensor) -> Ten
     explicit = S[head:]
     if len(explicit):
         left = _certain(A.times(tail, Z) - ZX[:, head:] * explicit, len(Z), n)
-        right = (A.transposed_times(X[:, head:]) - tail * explicit).norm(dim=0)
+        right = (product - tail * explicit).norm(dim=0)
         explicit = torch.maximum(left, right)
     return torch.cat([square, explicit]) + _EPS * A.top
 

@@ -65,10 +65,13 @@ class _OneSide(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)  # none for z: zeros would be made, tokens × r of them
         ctx.save_for_backward(output[1], inputs[2], inputs[3])
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grads[0] is None:
+            return None, None, None, None
         z, B, A = ctx.saved_tensors
         d = grads[0].flatten(0, -2)
         q = d @ B.mT
@@ -147,11 +150,14 @@ class _Folded(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         _, W, _, U, C, Vh = inputs
         ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)  # none for z: zeros would be made, tokens × r of them
         ctx.save_for_backward(output[1], W, U, C, Vh)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         dy = grads[0]
+        if dy is None:
+            return None, None, None, None, None, None
         z, W, U, C, Vh = ctx.saved_tensors
         dt = F.linear(dy, U.mT)
         dC = dt.flatten(0, -2).mT @ z.flatten(0, -2)

@@ -9,6 +9,7 @@ import typer
 
 import specbasis
 from specbasis.cli import compare as comparing
+from specbasis.cli import finetune as finetuning
 from specbasis.cli import intervene as intervening
 from specbasis.cli.adapter import adapter_app
 from specbasis.cli.common import STDERR, STDOUT, line
@@ -22,7 +23,12 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (comparing.compare, comparing.report, comparing.inspect, intervening.edit, intervening.intervene):
+VERBS = (
+    *(comparing.compare, comparing.report, comparing.inspect),
+    *(intervening.edit, intervening.intervene),
+    finetuning.finetune,
+)
+for verb in VERBS:
     app.command()(verb)
 app.add_typer(zoo_app, name="zoo")
 app.add_typer(adapter_app, name="adapter")

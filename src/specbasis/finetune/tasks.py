@@ -59,7 +59,7 @@ class Task:
     title: str
     metrics: tuple[str, ...]
     labels: tuple[str, ...] = ()
-    layout: Layout | None = None
+    layout: Layout | None = field(default=None, hash=False)
     hub: tuple[tuple[str, ...], str] = ((), "label")
     images: bool = False
 
@@ -236,7 +236,9 @@ def load_task(
         return _own_task(path, None if dev is None else Path(dev).expanduser(), tuple(text), label, regression)
     task = task_named(str(source))
     if text or label or regression:
-        raise InputError(f"{task.title} names its own columns; --text, --label and --regression are for your own table")
+        raise InputError(
+            f"{task.title} names its own columns; --text, --label and --regression are for your own table"
+        )
     return _glue_folder(task, Path(data_dir).expanduser()) if data_dir is not None else _glue_hub(task)
 
 
@@ -285,7 +287,9 @@ _FOLDERS = {"cola": "CoLA", "sst2": "SST-2", "mrpc": "MRPC", "stsb": "STS-B", "q
 def _glue_folder(task: Task, root: Path) -> TaskData:
     assert task.layout is not None
     if not root.is_dir():
-        raise InputError(f"{root}: no such folder; want a folder with GLUE, such as {root}/{_FOLDERS[task.name]}/train.tsv")
+        raise InputError(
+            f"{root}: no such folder; want a folder with GLUE, such as {root}/{_FOLDERS[task.name]}/train.tsv"
+        )
     folder = root / _FOLDERS[task.name]
     if not folder.is_dir():
         raise InputError(f"{root}: holds no folder {_FOLDERS[task.name]}; want {folder}/train.tsv")
@@ -382,7 +386,9 @@ def _own_task(path: Path, dev: Path | None, text: tuple[str, ...], label: str, r
         hub=(text, label),
     )
     train = _examples(rows, str(path), text, label, _classes(names), regression)
-    held = _examples(_table(dev, (*text, label)), str(dev), text, label, _classes(names), regression) if dev else None
+    held = (
+        _examples(_table(dev, (*text, label)), str(dev), text, label, _classes(names), regression) if dev else None
+    )
     return _with_dev(task, train, held)
 
 
@@ -522,7 +528,9 @@ def _image_task(path: Path, dev: Path | None) -> TaskData:
         dev = next((path / name for name in _DEV_NAMES if (path / name).is_dir()), None)
     names = tuple(sorted(place.name for place in train_dir.iterdir() if place.is_dir()))
     if len(names) < 2:
-        raise InputError(f"{train_dir}: holds {len(names)} folders; want one folder of images for each of two classes or more")
+        raise InputError(
+            f"{train_dir}: holds {len(names)} folders; want one folder of images for each of two classes or more"
+        )
     task = Task(path.name, path.name, ("accuracy",), names, images=True)
     return _with_dev(task, _images(train_dir, names), None if dev is None else _images(dev, names))
 
@@ -559,7 +567,9 @@ def _examples(
         split.inputs.append(tuple(_text_of(row, column, where, number) for column in texts))
         value = row.get(label)
         split.labels.append(
-            _number_of(value, where, number, label) if regression else _class_of(value, classes, where, number, label)
+            _number_of(value, where, number, label)
+            if regression
+            else _class_of(value, classes, where, number, label)
         )
     if not split.labels:
         raise InputError(f"{where}: holds no examples")
@@ -614,7 +624,9 @@ def _want_columns(there: Iterable[str], wanted: Sequence[str], where: str) -> No
     if held in ([], [""]):
         raise InputError(f"{where}: is empty")
     if missing:
-        raise InputError(f"{where}: no column {missing[0]!r}; it has {', '.join(_shown(c)[1:-1] for c in held[:12])}")
+        raise InputError(
+            f"{where}: no column {missing[0]!r}; it has {', '.join(_shown(c)[1:-1] for c in held[:12])}"
+        )
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
