@@ -14,7 +14,7 @@ from specbasis.cells import Row, read_cells
 from specbasis.cli import app
 from specbasis.errors import InputError
 from specbasis.pretrain import formation
-from specbasis.pretrain.formation import POSTS, Formation, run_formation
+from specbasis.pretrain.formation import Formation, run_formation
 from specbasis.recipes.formation import FIGURES, SMALL, cells_of, paper, write_outcome
 from specbasis.recipes.formation_claims import Curves, at_equal_size, claims, interval, markdown
 from tests.pretrain.pico import TINY, training
@@ -198,7 +198,20 @@ def test_the_verbs_on_a_folder_of_images(tmp_path):
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8)).save(folder / f"{i}.png")
     run = tmp_path / "run"
-    flags = "--steps 2 --batch 8 --validation 4 --checkpoints 2 --validations 1 --device cpu".split()
+    flags = [
+        "--steps",
+        "2",
+        "--batch",
+        "8",
+        "--validation",
+        "4",
+        "--checkpoints",
+        "2",
+        "--validations",
+        "1",
+        "--device",
+        "cpu",
+    ]
     trained = cli("pretrain", "--data", tmp_path / "images", "--out", run, *flags)
     assert trained.exit_code == 0, trained.output
     assert "2 steps on 50 images" in trained.output
