@@ -36,6 +36,8 @@ FLOORS = {
     "summary": 3,
     "findings": 3,
     "compare": 4,
+    "population": 4,
+    "lineage": 4,
     "intervene": 4,
     "finetune": 4,
     "pretrain": 4,

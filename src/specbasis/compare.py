@@ -543,12 +543,12 @@ def _options(
     for what, given in (("roles", roles), ("blocks", blocks), ("measures", measures)):
         if isinstance(given, str | int):
             raise InputError(f"got {what} = {given!r}; want a list, such as [{given!r}]")
+    k = (min(10, ranks) if isinstance(ranks, int) else 10) if subspace is None else subspace
     patterns = tuple(measure for measure in measures if isinstance(measure, str))
     functions = tuple(measure for measure in measures if not isinstance(measure, str))
     odd = [function for function in functions if not callable(function)]
     if odd:
         raise InputError(f"got {odd[0]!r} among the measures; want patterns of names, and functions")
-    k = (min(10, ranks) if isinstance(ranks, int) else 10) if subspace is None else subspace
     return Options(
         ranks,
         k,
@@ -810,11 +810,11 @@ def decompose_pair(
         sums.inner,
         subspace,
         sums.norms,
-        sums.figures,
         every,
         _roundings(W, T, sums.figures) if any(name.startswith(_ROUNDED) for name in wanted) else {},
         compare_heads(W, T, *heads) if heads else None,
         sampled,
+        sums.figures,
     )
 
 

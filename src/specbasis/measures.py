@@ -54,11 +54,11 @@ class Triple:
         inner: ⟨base, tuned⟩_F, the sum of elementwise products.
         subspace: the number of ranks k at which principal angles are taken.
         norms: Frobenius norms of base, tuned and delta, from their entries; from the spectra when None.
-        figures: other figures of the entries, by measure; see `specbasis.entries.read_entries`.
         every: base with every vector of its short side, where a measure reads them.
         rounding: what rounding to the storage formats of base and of tuned does to an entry.
         heads: what changed in each attention head, where base is cut into heads.
         sampled: null → alignments, left and right, (draws, k), with random updates in place of delta.
+        figures: other figures of the entries, by measure; see `specbasis.entries.read_entries`.
     """
 
     base: Decomposition
@@ -67,11 +67,11 @@ class Triple:
     inner: float
     subspace: int = 10
     norms: Mapping[str, float] | None = None
-    figures: Mapping[str, float] = field(default_factory=dict)
     every: SVD | HalfSVD | None = None
     rounding: Mapping[str, Rounding] = field(default_factory=dict)
     heads: HeadFigures | None = None
     sampled: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    figures: Mapping[str, float] = field(default_factory=dict)
     _cosines: dict[tuple[str, str, str], Cosines] = field(default_factory=dict, repr=False)
     _matrices: dict[str, Tensor] = field(default_factory=dict, repr=False)
     _kept: dict[str, Any] = field(default_factory=dict, repr=False)

@@ -127,7 +127,7 @@ def _as_sample(name: str, value: float | Sample | Tensor | Array) -> Sample | fl
         if numbers.ndim == 0:
             _finite(name, numbers)
             return float(numbers)
-        sample = Sample(numbers.reshape(len(numbers), -1))
+        sample = Sample(numbers.reshape(len(numbers), -1) if numbers.size else numbers)
     if sample.values.ndim != 2 or not len(sample.values):
         raise InputError(f"metric {name!r}: got scores of shape {sample.values.shape}; want one row an example")
     _finite(name, sample.values)
