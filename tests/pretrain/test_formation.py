@@ -198,21 +198,9 @@ def test_the_verbs_on_a_folder_of_images(tmp_path):
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8)).save(folder / f"{i}.png")
     run = tmp_path / "run"
-    flags = [
-        "--steps",
-        "2",
-        "--batch",
-        "8",
-        "--validation",
-        "4",
-        "--checkpoints",
-        "2",
-        "--validations",
-        "1",
-        "--device",
-        "cpu",
-    ]
-    trained = cli("pretrain", "--data", tmp_path / "images", "--out", run, *flags)
+    flags = {"steps": 2, "batch": 8, "validation": 4, "checkpoints": 2, "validations": 1, "device": "cpu"}
+    given = [word for name, value in flags.items() for word in (f"--{name}", value)]
+    trained = cli("pretrain", "--data", tmp_path / "images", "--out", run, *given)
     assert trained.exit_code == 0, trained.output
     assert "2 steps on 50 images" in trained.output
     followed = cli("track", run, "--out", tmp_path / "track", "--roles", "ffn", "--blocks", "5", "--workers", 1)
