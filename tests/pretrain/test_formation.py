@@ -147,8 +147,8 @@ def test_intervals_are_students():
 
 
 def test_equal_size_is_the_point_on_the_curve():
-    fast = Curves(np.array([[1.0, 0.8, 0.2]]), np.array([[0.0, 0.1, 0.5]]), np.zeros(1))
-    slow = Curves(np.array([[1.0, 0.9, 0.7]]), np.array([[0.0, 0.1, 0.3]]), np.zeros(1))
+    fast = Curves(np.array([[1.0, 0.8, 0.2]]), np.array([[0.0, 0.1, 0.5]]), np.zeros(1), 0.0)
+    slow = Curves(np.array([[1.0, 0.9, 0.7]]), np.array([[0.0, 0.1, 0.3]]), np.zeros(1), 0.0)
     assert at_equal_size([fast, slow]) == pytest.approx([0.5, 0.7])
 
 

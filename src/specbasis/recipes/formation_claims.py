@@ -101,11 +101,17 @@ class Curves:
     aligned: Array
     size: Array
     null: Array
+    chance: float
 
     @property
     def end(self) -> float:
         """Alignment of the last checkpoint with the first, mean over the matrices."""
         return float(self.aligned[:, -1].mean())
+
+    @property
+    def beyond_chance(self) -> float:
+        """The same, less what independent directions have."""
+        return self.end - self.chance
 
     @property
     def end_size(self) -> float:
@@ -184,7 +190,7 @@ def curves(row: Row, group: str) -> Curves:
     """Curves of a group's matrices."""
     of = members(row, group)
     arrays = [np.array([one[name] for one in of], dtype=np.float64) for name in ("first", "update_first", "null")]
-    return Curves(*arrays)
+    return Curves(*arrays, float(np.mean([one["chance"] for one in of])))
 
 
 def _claim(claim: str, setting: str, group: str, measure: str, each: Sequence[float]) -> list[Claim]:
@@ -313,12 +319,12 @@ def _scratch(grid: Grid) -> list[Claim]:
     text = "(d) from scratch"
     for group in GROUPS:
         by_seed = grid.by_seed("pretrain").values()
-        for measure, value in (("init with trained", "end"), ("‖delta‖/‖W‖", "end_size")):
+        for measure, value in (("init with trained − chance", "beyond_chance"), ("‖delta‖/‖W‖", "end_size")):
             each = [float(np.mean([getattr(curves(row, group), value) for row in rows])) for rows in by_seed]
             found += _claim(text, "pretraining itself, mean over its sizes", group, measure, each)
         for task in ("same_task", "second_data", "true_labels", "random_labels"):
             scratch = {row.cell["seed"]: curves(row, group) for row in grid.of("scratch", task=task)}
-            found += _claim(text, task, group, "init with trained", [c.end for c in scratch.values()])
+            found += _claim(text, task, group, "init with trained − chance", [c.beyond_chance for c in scratch.values()])
             found += _claim(text, task, group, "‖delta‖/‖W‖", [c.end_size for c in scratch.values()])
             posts = grid.by_seed("post", task=task)
             for measure, value_of in _MEASURES.items():
