@@ -17,7 +17,8 @@ from specbasis.errors import InputError
 Array = NDArray[np.float64]
 
 GROUPS = ("final FFN", "all matrices")
-"""The two feed-forward matrices of the last encoder block, which the paper shows, and every matrix of the blocks."""
+"""The two feed-forward matrices of the last encoder block, which the paper shows, and every matrix of the
+blocks."""
 
 SAME_EPOCHS = 0.1
 """Pretrainings whose epochs differ by less than this share count as equally long."""
@@ -93,7 +94,9 @@ def markdown(found: Sequence[Claim]) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Curves:
-    """Curves of some matrices of one cell: alignment to the first checkpoint and size of the update, (matrices, steps)."""
+    """Curves of some matrices of one cell: alignment to the first checkpoint and size of the update, (matrices,
+    steps).
+    """
 
     aligned: Array
     size: Array
@@ -151,7 +154,9 @@ class Grid:
         return dict(found)
 
     def families(self) -> list[tuple[str, list[tuple[int, int]]]]:
-        """Sets of pretrainings, (images, steps), that differ in their images: with equal steps, and with equal epochs."""
+        """Sets of pretrainings, (images, steps), that differ in their images: with equal steps, and with equal
+        epochs.
+        """
         sizes = sorted({(row.cell["images"], row.cell["steps"]) for row in self.of("pretrain")})
         found: list[tuple[str, list[tuple[int, int]]]] = []
         for steps in sorted({steps for _, steps in sizes}):
@@ -162,7 +167,7 @@ class Grid:
             same = [s for s in sizes if abs(s[1] * images / (s[0] * steps) - 1) < SAME_EPOCHS and s not in taken]
             if len(same) > 1:
                 taken |= set(same)
-                found.append((f"{64 * steps / images:.3g} epochs each", same))
+                found.append((f"equal epochs ({', '.join(str(s) for _, s in same)} steps)", same))
         return found
 
 
@@ -275,12 +280,17 @@ def _slope(x: Sequence[float], y: Sequence[float]) -> float:
 def _labels(grid: Grid) -> list[Claim]:
     """Random labels against true ones, from the same weights and images."""
     found: list[Claim] = []
-    for phase, setting in (("post", "from pretrained weights, mean over sizes"), ("scratch", "from random weights")):
+    for phase, setting in (
+        ("post", "from pretrained weights, mean over sizes"),
+        ("scratch", "from random weights"),
+    ):
         for group in GROUPS:
             pairs = _matched(grid, phase, group)
             for measure, value in _MEASURES.items():
                 each = [float(np.mean([b - a for a, b in map(value, of)])) for of in pairs.values()]
-                found += _claim("(c) random labels lose it faster", setting, group, f"{measure}, random − true", each)
+                found += _claim(
+                    "(c) random labels lose it faster", setting, group, f"{measure}, random − true", each
+                )
     return found
 
 
@@ -313,7 +323,9 @@ def _scratch(grid: Grid) -> list[Claim]:
             posts = grid.by_seed("post", task=task)
             for measure, value_of in _MEASURES.items():
                 each = [
-                    float(np.mean([a - b for a, b in (value_of([curves(row, group), scratch[seed]]) for row in rows)]))
+                    float(
+                        np.mean([a - b for a, b in (value_of([curves(row, group), scratch[seed]]) for row in rows)])
+                    )
                     for seed, rows in posts.items()
                     if seed in scratch
                 ]
@@ -328,7 +340,11 @@ def _between_seeds(grid: Grid) -> list[Claim]:
         for row in grid.of("between"):
             of = members(row, group)
             task = row.cell.get("task")
-            name = f"{task} from scratch" if task else f"pretraining of {row.cell['images']} images"
+            name = (
+                f"{task} from scratch"
+                if task
+                else f"pretraining, {row.cell['images']} images, {row.cell['steps']} steps"
+            )
             settings[name].append(float(np.mean([one["first"][-1] - one["chance"] for one in of])))
         for name, each in settings.items():
             found += _claim("(d) between two seeds", name, group, "alignment − chance (pairs share seeds)", each)
