@@ -12,6 +12,7 @@ export OMP_NUM_THREADS ?= 1
 bench: $(VENV)/dev.stamp  ## time, accuracy and memory against other tools (DIFFRACT_PYTHON: one that has Diffract)
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/one_matrix.py
+	$(BIN)/python benchmarks/bench_adapter.py
 
 .PHONY: demo test check format lint types slow bench clean
 
