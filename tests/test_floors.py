@@ -75,6 +75,7 @@ OPENINGS = {
     "numpy.load",
     "np.load",
 }
+DECOMPOSITIONS |= {"linalg.eigh_tridiagonal", "linalg.eigvalsh_tridiagonal", "lapack.dsytrd", "linalg.eig_banded"}
 DOORS = {
     "a decomposition": (DECOMPOSITIONS, {"svd": DECOMPOSITIONS, "subspace": {"linalg.svdvals"}}),
     # subspace.py takes the singular values of a product of two orthonormal bases and of its remainder: cosines and

@@ -300,6 +300,11 @@ def _predicted(side: str) -> Callable[[Triple], Values | None]:
     return function
 
 
+def _turned(t: Triple) -> tuple[Tensor, Tensor]:
+    """Squared first-order rotations by the update, (short, long)."""
+    return t.once("response", lambda: nulls.response(t.core))  # type: ignore[no-any-return]
+
+
 def _rotation_factor(side: str) -> Callable[[Triple], Values | None]:
     """First-order rotation of the update over the one that is expected of its size."""
 
@@ -307,16 +312,17 @@ def _rotation_factor(side: str) -> Callable[[Triple], Values | None]:
         if _zero(t):
             return None
         expected = t.once("sensitivity", lambda: nulls.sensitivity(_spectrum(t), _sizes(t), t.ranks))
-        turned = t.once("response", lambda: nulls.response(t.core))
         size = (t.norm("delta") / t.norm("base")) ** 2
-        return Values(_side(t, turned, side) / (_side(t, expected, side) * size))
+        return Values(_side(t, _turned(t), side) / (_side(t, expected, side) * size))
 
     return function
 
 
 def _p_gaussian(side: str) -> Callable[[Triple], Values | None]:
     def function(t: Triple) -> Values | None:
-        return None if _zero(t) else Values(_side(t, t.once("p", lambda: nulls.p_gaussian(t.core)), side))
+        return (
+            None if _zero(t) else Values(_side(t, t.once("p", lambda: nulls.p_gaussian(t.core, _turned(t))), side))
+        )
 
     return function
 

@@ -8,9 +8,10 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -331,7 +332,8 @@ def compare(
     folder = Path(kept.name) if kept else Path(str(out))
 
     known = _known_hashes(folder)
-    provenance = [_provenance(checkpoint, known) for checkpoint in (matched.base, *matched.tuned.values())]
+    with ThreadPoolExecutor(cpu_count()) as pool:  # hashing leaves the interpreter to the others
+        provenance = list(pool.map(partial(_provenance, known=known), (matched.base, *matched.tuned.values())))
     results = store.create(folder, _config(options, list(matched.tuned), provenance))
     results.manifest.update(
         store.environment(),
@@ -440,6 +442,8 @@ def load(folder: str | Path) -> Comparison:
         InputError: the folder holds no results, or damaged ones.
     """
     results = store.load(Path(folder))
+    if results.manifest["config"].get("kind") == "track":
+        raise InputError(f"{folder}: holds a training that was tracked, no comparison; `specbasis track` draws it")
     return Comparison(results, results.rows())
 
 
@@ -809,7 +813,7 @@ def decompose_pair(
         subspace,
         sums.norms,
         every,
-        _roundings(W, T) if any(name.startswith(_ROUNDED) for name in wanted) else {},
+        _roundings(W, T, sums.figures) if any(name.startswith(_ROUNDED) for name in wanted) else {},
         compare_heads(W, T, *heads) if heads else None,
         sampled,
         sums.figures,
@@ -826,14 +830,18 @@ _ROUNDED = (
 """Beginnings of the names of measures that read what rounding does."""
 
 
-def _roundings(W: Tensor, T: Tensor) -> dict[str, Rounding]:
-    """What rounding does to base and tuned: measured on tuned, whose entries have about the sizes of those of
-    base.
+def _roundings(W: Tensor, T: Tensor, figures: Mapping[str, float]) -> dict[str, Rounding]:
+    """What rounding does to base and tuned, in the coarsest format that holds their entries.
+
+    Measured on tuned: the entries of base have about the same sizes.
     """
-    stored = str(W.dtype).removeprefix("torch.")
-    also = (stored,) if stored in FORMATS else ("bfloat16",)
-    tuned = rounding_of(T, also)
-    return {"tuned": tuned, "base": Rounding(also[0], tuned.variance)}
+    forms = {bits: form for form, (bits, _) in FORMATS.items()}
+    base, tuned = (
+        forms.get(int(figures.get(f"precision_{which}", 0)) - 1, str(X.dtype).removeprefix("torch."))
+        for which, X in (("base", W), ("tuned", T))
+    )
+    found = rounding_of(T, tuned, base)
+    return {"tuned": found, "base": Rounding(base, found.variance)}
 
 
 def _sampled(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ _FLOOR = 1e-6
 _STEPS = 60
 """Steps of the root finder, at most; six are usual."""
 
-_SINGLES = 16
+_SINGLES = 8
 """Weights of a sum of χ² that are kept one by one; the others are lumped by their mean and variance."""
 
 Floats = NDArray[np.float64]
@@ -97,6 +97,11 @@ class Core:
     outside: Float[Tensor, " k"]
     shape: tuple[int, int]
     norm: float
+
+    @cached_property
+    def weights(self) -> Float[Tensor, "k n"]:
+        """(s_i² + s_j²)/(s_i² − s_j²)²: how readily each pair of ranks mixes."""
+        return _weights(self.S, len(self.rows))
 
 
 def core(base: SVD | HalfSVD, delta: SVD | HalfSVD, k: int, norm: float) -> Core:
@@ -209,9 +214,8 @@ def sensitivity(S: Float[Tensor, " n"], shape: tuple[int, int], k: int) -> tuple
     random on both sides. It is a property of base alone.
     """
     n, m = shape
-    w = _weights(S, k)
     each = S.square().sum() / (n * m)
-    short = w.sum(dim=1) * each
+    short = _weights(S, k).sum(dim=1) * each
     return short, short + each * (m - n) / S[:k].square()
 
 
@@ -277,7 +281,9 @@ def _mixed(w: Tensor) -> Tensor:
     return total.index_add(0, i, ((1 + cosine.clamp(max=1.0)) / 2).log())
 
 
-def p_gaussian(c: Core) -> tuple[Float[Tensor, " k"], Float[Tensor, " k"]]:
+def p_gaussian(
+    c: Core, turned: tuple[Tensor, Tensor] | None = None
+) -> tuple[Float[Tensor, " k"], Float[Tensor, " k"]]:
     """Probability that a Gaussian update of the same Frobenius norm turns a rank at most so far, (short, long).
 
     P(‖du_i*‖² ≤ ‖du_i‖²), both first-order rotations. Small: the finetune left this rank more alone than its
@@ -289,10 +295,9 @@ def p_gaussian(c: Core) -> tuple[Float[Tensor, " k"], Float[Tensor, " k"]]:
     """
     n, m = c.shape
     k = len(c.rows)
-    short, long = (x.numpy() / c.norm**2 for x in response(c))
-    w = _weights(c.S, k).numpy()
-    finite = np.isfinite(w)
-    w = np.where(finite, w, 0.0)
+    short, long = (x.numpy() / c.norm**2 for x in turned or response(c))
+    w = c.weights.numpy()
+    w = np.where(np.isfinite(w), w, 0.0)
     weights, lump, count = (np.concatenate([x, x]) for x in _lumped(w))
     beyond = np.tile((1 / c.S[:k].square()).numpy(), 2)
     degrees = np.repeat([0.0, float(m - n)], k)
@@ -393,7 +398,11 @@ class Rounding:
     variance: dict[str, float]
 
 
-def rounding(W: Float[Tensor, "out in"], also: tuple[str, ...] = ()) -> Rounding:
+def _format(W: Tensor) -> str:
+    return str(W.dtype).removeprefix("torch.")
+
+
+def rounding(W: Float[Tensor, "out in"], *stored: str) -> Rounding:
     """Mean squared error of rounding the entries of a matrix to its own format, to bfloat16, float16 and int8.
 
     Σ step²/12 over entries / count: the error of rounding to nearest is uniform within half a step. A step is
@@ -402,10 +411,9 @@ def rounding(W: Float[Tensor, "out in"], also: tuple[str, ...] = ()) -> Rounding
 
     Args:
         W: (out, in), any floating dtype; 8-bit floats count as the bfloat16 that they were scaled to.
-        also: further formats, of `FORMATS`.
+        stored: the format that holds its entries, and further ones, of `FORMATS`; that of its dtype when none.
     """
-    stored = str(W.dtype).removeprefix("torch.")
-    stored = stored if stored in FORMATS else "bfloat16"
+    stored = tuple(form if form in FORMATS else "bfloat16" for form in stored or (_format(W),))
     square = halved = int8 = 0.0
     smallest = 2.0 ** FORMATS["float16"][1]
     rows = max(1, 2**16 // W.shape[1])  # blocks that stay in a core's cache
@@ -419,9 +427,9 @@ def rounding(W: Float[Tensor, "out in"], also: tuple[str, ...] = ()) -> Rounding
         int8 += float((X.abs().amax(dim=1).double() / 127).square().sum()) * W.shape[1]
     sums = {form: halved if form == "float16" else square for form in FORMATS}
     count = 12.0 * W.numel()
-    wanted = dict.fromkeys((stored, "bfloat16", "float16", *also))
+    wanted = dict.fromkeys((*stored, "bfloat16", "float16"))
     variance = {form: sums[form] * 4.0 ** -FORMATS[form][0] / count for form in wanted}
-    return Rounding(stored, variance | {"int8": int8 / count})
+    return Rounding(stored[0], variance | {"int8": int8 / count})
 
 
 def interval(
@@ -481,7 +489,7 @@ def draw(kind: str, W: Float[Tensor, "out in"], T: Float[Tensor, "out in"], gene
     delta = T.double() - W.double()
     if kind == "gaussian":
         Z = torch.randn(shape, generator=generator, dtype=torch.float64)
-        return Z * (torch.linalg.vector_norm(delta) / torch.linalg.vector_norm(Z))
+        return Z.mul_(torch.linalg.vector_norm(delta) / torch.linalg.vector_norm(Z))
     if kind == "permuted":
         return delta.flatten()[torch.randperm(delta.numel(), generator=generator)].reshape(shape)
     if kind == "rotated":
@@ -509,5 +517,5 @@ def p_sampled(observed: Float[Tensor, " k"], drawn: Float[Tensor, "draws k"]) ->
 
 def standard_error(drawn: Float[Tensor, "draws k"]) -> Float[Tensor, " k"]:
     """Monte-Carlo standard error of the mean over draws; ∞ for a single one."""
-    spread: Any = drawn.std(dim=0, correction=1) if len(drawn) > 1 else torch.full_like(drawn[0], math.inf)
-    return spread / math.sqrt(len(drawn))
+    spread = drawn.std(dim=0, correction=1) if len(drawn) > 1 else torch.full_like(drawn[0], math.inf)
+    return spread.div_(math.sqrt(len(drawn)))

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from jaxtyping import Float
@@ -47,6 +48,12 @@ CERTAINTY = 4.0
 
 CONVERGED = 1e-8
 """Bound residual/gap at which the iteration of `approximate_svd` stops."""
+
+SUBSET_SIDE = 1024
+"""Short sides from this on take a subset of eigenvectors where few ranks are wanted."""
+
+SUBSET_SHARE = 8
+"""A subset of eigenvectors is taken for at most one in so many ranks. Larger shares gain little."""
 
 _EPS = torch.finfo(torch.float64).eps
 _BLOCK_BYTES = 32 * 2**20  # one float64 block of columns
@@ -231,11 +238,28 @@ class HalfSVD(_Ranked):
 
     def svd(self) -> SVD:
         """Both sides, under the sign rule of `decompose`."""
-        X, Y = self.X, self.vectors("right" if self.wide else "left")
+        return self._signed(0, len(self.S), self.vectors("right" if self.wide else "left"))
+
+    def interval(self, k: int, m: int) -> SVD:
+        """Both sides of the ranks [k, m) alone, under the sign rule of `decompose`; the spectrum stays whole.
+
+        Only their vectors of the long side are formed; implied ones are orthonormal to about 1e-12.
+        """
+        return self._signed(k, m, self.long_side(k, m))
+
+    def _signed(self, k: int, m: int, Y: Tensor) -> SVD:
+        X = self.X[:, k:m]
         U, V = (X, Y) if self.wide else (Y, X)
         sign = _signs(U)
-        shared = {name: getattr(self, name) for name in ("spectrum", "spectrum_error", "residual", "gap")}
-        return SVD(U * sign, self.S, (V * sign).mT.contiguous(), **shared)
+        return SVD(
+            U * sign,
+            self.S[k:m],
+            (V * sign).mT.contiguous(),
+            self.spectrum,
+            self.spectrum_error,
+            self.residual[k:m],
+            self.gap[k:m],
+        )
 
 
 def decompose(
@@ -325,8 +349,8 @@ def half_svd(
         X = _orthonormal(X)
     S = spectrum[:k]
     head = _implied(S, n, A.shape[1]) if (2 * k > n if implied is None else implied) else 0
-    tail = _explicit(A, X, S, head)
-    residual = _residuals(A, X, S, head, tail)
+    tail, product = _explicit(A, X, S, head)
+    residual = _residuals(A, X, S, head, tail, product)
     error[:k] = _value_errors(S, residual)
     gap = _gaps(spectrum, error, null_space=W.shape[0] != W.shape[1])[:k]
     spectrum, error, residual, gap = (x * A.scale for x in (spectrum, error, residual, gap))
@@ -376,8 +400,8 @@ def approximate_svd(
         return replace(exact, spectrum=exact.spectrum[: k + 1], spectrum_error=exact.spectrum_error[: k + 1])
     X, spectrum, error = found
     S = spectrum[:k]
-    tail = _explicit(A, X, S, 0)
-    residual = _residuals(A, X, S, 0, tail)
+    tail, product = _explicit(A, X, S, 0)
+    residual = _residuals(A, X, S, 0, tail, product)
     error[:k] = _value_errors(S, residual)
     gap = _gaps(spectrum, error, null_space=True)[:k]
     spectrum, error, residual, gap = (x * A.scale for x in (spectrum, error, residual, gap))
@@ -645,6 +669,7 @@ def _add_gram(G: Tensor, Y: Tensor) -> None:
         G[: c + columns, c : c + columns].addmm_(Y[: c + columns], Y[c : c + columns].mT)
 
 
+@lru_cache(maxsize=8)
 def _probes(n: int, device: torch.device) -> Tensor:
     """The same random vectors every time, (PROBES, n), or the identity where that is smaller."""
     if n <= PROBES:
@@ -663,6 +688,12 @@ def _left_vectors(A: _Blocks, k: int) -> tuple[Tensor, Tensor, Tensor]:
         A.top = float(S[0])
         if S[-1] > max(DEFLATE, m * _EPS) * A.top:
             return S.new_zeros(n, 0), S, n * _EPS * (A.top**2 / S + A.top)
+    if n >= SUBSET_SIDE and k and SUBSET_SHARE * k <= n < m and A.device.type == "cpu":
+        squares, X = _leading_eigenvectors(A.gram(None), k)
+        S = squares.clamp(min=0).sqrt()
+        A.top = float(S[0])
+        if S[-1] > max(DEFLATE, m * _EPS) * A.top:  # none of the values needs deflation
+            return X, S, n * _EPS * (A.top**2 / S + A.top)
     vectors, values, errors = [], [], []
     basis: Tensor | None = None
     floor = 0.0
@@ -678,7 +709,8 @@ def _left_vectors(A: _Blocks, k: int) -> tuple[Tensor, Tensor, Tensor]:
         if tail.shape[1]:
             # One step of subspace refinement: rotate the tail out of the head by the first-order angle.
             angle = (head.mT @ A.coupling(tail)) / (S[:kept, None] ** 2)
-            head, tail = head + tail @ angle.mT, tail - head @ angle
+            tail = torch.addmm(tail, head, angle, alpha=-1)
+            head.addmm_(U[:, kept:], angle.mT)
         vectors.append(head)
         values.append(S[:kept])
         errors.append(n * _EPS * (top**2 / S[:kept].clamp(min=_EPS * (top or 1.0)) + floor / (m * _EPS)))
@@ -689,7 +721,32 @@ def _left_vectors(A: _Blocks, k: int) -> tuple[Tensor, Tensor, Tensor]:
         return vectors[0][:, :k].clone(), values[0], errors[0]  # what is not wanted is freed
     # A level ends where the next begins up to rounding, so the order can break there by less than the error.
     spectrum, order = torch.sort(torch.cat(values), descending=True, stable=True)
-    return torch.cat(vectors, dim=1)[:, order[:k]], spectrum, torch.cat(errors)[order]
+    X = torch.cat(vectors, dim=1)
+    moved = order[:k] != torch.arange(k, device=order.device)
+    if bool(moved.any()):  # few are: the others stay where they are
+        X[:, :k][:, moved] = X[:, order[:k][moved]]
+    return X[:, :k], spectrum, torch.cat(errors)[order]
+
+
+def _leading_eigenvectors(G: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """All eigenvalues of a symmetric matrix (its upper triangle; overwritten), descending, and k eigenvectors.
+
+    One reduction to tridiagonal form serves both; the vectors are taken by MRRR, whose orthogonality is then made
+    that of rounding.
+    """
+    import numpy as np
+    from scipy.linalg import eigh_tridiagonal, eigvalsh_tridiagonal, lapack
+
+    n = len(G)
+    lower = G.numpy().T  # column-major, as LAPACK has it: nothing is copied
+    size, _ = lapack.dsytrd_lwork(n, lower=1)
+    reflectors, diagonal, beside, tau, _ = lapack.dsytrd(lower, lower=1, lwork=int(size), overwrite_a=1)
+    squares = eigvalsh_tridiagonal(diagonal, beside, lapack_driver="sterf")
+    _, Z = eigh_tridiagonal(diagonal, beside, select="i", select_range=(n - k, n - 1), lapack_driver="stemr")
+    X = torch.from_numpy(np.ascontiguousarray(Z[:, ::-1]))
+    Q = torch.from_numpy(reflectors[1:, :-1])
+    X[1:] = torch.ormqr(Q, torch.from_numpy(tau), X[1:].clone())
+    return torch.from_numpy(squares).flip(0), _reorthonormal(X)
 
 
 def _implied(S: Tensor, n: int, m: int) -> int:
@@ -698,23 +755,25 @@ def _implied(S: Tensor, n: int, m: int) -> int:
     return head if 4 * (len(S) - head) <= len(S) and S[-1] > m * _EPS * S[0] else 0
 
 
-def _explicit(A: _Blocks, X: Tensor, S: Tensor, head: int) -> Tensor:
-    """Orthonormal vectors of the long side from rank ``head`` on, orthogonal to the implied ones before."""
+def _explicit(A: _Blocks, X: Tensor, S: Tensor, head: int) -> tuple[Tensor, Tensor]:
+    """Orthonormal vectors of the long side from rank ``head`` on, orthogonal to the implied ones before; and the
+    product Aᵀ X that they are made from, which `_residuals` reads too.
+    """
     if head == X.shape[1]:
-        return X.new_zeros(A.shape[1], 0)
-    Z = A.transposed_times(X[:, head:])
+        return X.new_zeros(A.shape[1], 0), X.new_zeros(A.shape[1], 0)
+    product = Z = A.transposed_times(X[:, head:])
     if not head:
         deep = len(S) > 0 and bool(S[-1] <= DEFLATE * S[0])
-        return _orthonormal(Z) if deep else _reorthonormal(Z / S)
+        return _orthonormal(Z) if deep else _reorthonormal(Z / S), product
     if Z.shape[1]:
         for _ in range(
             2
         ):  # Y Yᵀ Z = Aᵀ X S⁻² Xᵀ A Z for the implied Y; twice is enough to be orthogonal to rounding
             Z = Z - A.transposed_times(X[:, :head] @ ((X[:, :head].mT @ A.times(Z)) / S[:head, None] ** 2))
-    return _orthonormal(Z)
+    return _orthonormal(Z), product
 
 
-def _residuals(A: _Blocks, X: Tensor, S: Tensor, head: int, tail: Tensor) -> Tensor:
+def _residuals(A: _Blocks, X: Tensor, S: Tensor, head: int, tail: Tensor, product: Tensor) -> Tensor:
     """Residual of each rank, measured with probes in place of whole products, plus the rounding of measuring it."""
     n = A.shape[0]
     Z = _probes(n, A.device)
@@ -727,7 +786,7 @@ def _residuals(A: _Blocks, X: Tensor, S: Tensor, head: int, tail: Tensor) -> Ten
     explicit = S[head:]
     if len(explicit):
         left = _certain(A.times(tail, Z) - ZX[:, head:] * explicit, len(Z), n)
-        right = (A.transposed_times(X[:, head:]) - tail * explicit).norm(dim=0)
+        right = (product - tail * explicit).norm(dim=0)
         explicit = torch.maximum(left, right)
     return torch.cat([square, explicit]) + _EPS * A.top
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import subprocess
 import sys
@@ -284,14 +285,48 @@ def test_a_wrong_base_is_refused_at_load(tmp_path):
             PeftModel.from_pretrained(other, folder)
 
 
-def test_files_that_lack_their_proof_are_refused(tmp_path):
-    adapted(save_basis=False).save_pretrained(tmp_path)
+@pytest.mark.parametrize("part", ["origin", "sketch_V", "Vh"])
+def test_files_that_lack_their_proof_or_basis_are_refused(part, tmp_path):
+    adapted().save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     tensors = load_file(file)
-    save_file({k: v for k, v in tensors.items() if k.endswith("_M")}, file)
+    save_file({k: v for k, v in tensors.items() if not k.endswith(f"_{part}")}, file)
+    with pytest.raises(InputError, match=f"lin0 lacks spectral_{part}: .*save it again"):
+        PeftModel.from_pretrained(mlp(), tmp_path)
+
+
+def test_a_file_that_cannot_be_read_beforehand_is_refused_at_first_use(tmp_path):
+    """As pickled files are, whose names nobody reads before PEFT loads them."""
+    adapted(save_basis=False).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_model.safetensors").unlink()
+    torch.save({k: v for k, v in tensors.items() if k.endswith("_M")}, tmp_path / "adapter_model.bin")
     model = PeftModel.from_pretrained(mlp(), tmp_path)
     with pytest.raises(InputError, match="does not say which basis"):
         model(X)
+
+
+def test_a_file_on_the_hub_is_checked_like_a_folder(tmp_path, monkeypatch):
+    """The Hub is a folder here: what is fetched for the check is what PEFT fetches."""
+    import huggingface_hub
+
+    adapted().save_pretrained(tmp_path)
+    asked = []
+
+    @functools.wraps(huggingface_hub.hf_hub_download)
+    def fetch(repo_id, filename, **options):
+        asked.append((repo_id, filename, options.get("revision")))
+        return str(tmp_path / filename)
+
+    for place in (huggingface_hub, sys.modules["peft.config"]):
+        monkeypatch.setattr(place, "hf_hub_download", fetch)
+    config = SpectralConfig.from_pretrained("someone/adapter", revision="r1")
+    get_peft_model(mlp(), config)
+    assert ("someone/adapter", "adapter_model.safetensors", "r1") in asked
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    save_file({k: v for k, v in tensors.items() if "sketch_U" not in k}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=r"someone/adapter: .*lacks spectral_sketch_U"):
+        get_peft_model(mlp(), config)
 
 
 def test_a_configuration_of_other_ranks_is_refused(tmp_path):
@@ -328,6 +363,47 @@ def test_basis_file_is_written_read_and_checked(tmp_path):
     assert torch.allclose((W @ Vh.mT).norm(dim=0), S, atol=1e-5)
     one.save_pretrained(tmp_path / "adapter")
     assert "basis_file" not in json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+
+
+def test_a_folder_is_a_cache_of_bases(tmp_path, monkeypatch):
+    options = {"rank": 4, "target_modules": ["lin0", "lin1"], "save_basis": False, "basis_file": str(tmp_path)}
+    one = get_peft_model(mlp(), SpectralConfig(**options))
+    assert len(list(tmp_path.iterdir())) == 2
+    monkeypatch.setattr("specbasis.cache.decompose", lambda *_, **__: pytest.fail("decomposed again"))
+    two = get_peft_model(mlp(), SpectralConfig(**options))
+    for name, layer in one.base_model.spectral_layers().items():
+        assert torch.equal(
+            layer.spectral_U["default"], two.base_model.spectral_layers()[name].spectral_U["default"]
+        )
+
+
+def test_matrices_are_decomposed_side_by_side_with_equal_bits():
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (3, 1):
+            torch.set_num_threads(count)
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Linear(96, 130), nn.Linear(130, 96), nn.Linear(96, 96))
+            adapter = get_peft_model(model, SpectralConfig(rank=20, target_modules=["0", "1", "2"], init="normal"))
+            results.append(peft.get_peft_model_state_dict(adapter))
+            assert torch.get_num_threads() == count
+            assert all(parameter.requires_grad for name, parameter in adapter.named_parameters() if "_M" in name)
+    finally:
+        torch.set_num_threads(threads)
+    for name, tensor in results[0].items():
+        if "_M" in name:
+            assert tensor.abs().max() > 0
+        else:
+            assert torch.equal(tensor, results[1][name]), name
+
+
+def test_a_matrix_without_a_decomposition_leaves_no_trace():
+    model = mlp()
+    model.lin1.weight[0, 0] = float("nan")
+    with pytest.raises(InputError, match="lin1: 1 of 80 entries are NaN"):
+        get_peft_model(model, SpectralConfig(rank=3, target_modules=["lin0", "lin1"]))
+    assert type(model.lin0) is nn.Linear
 
 
 def test_basis_of_another_checkpoint(tmp_path):
@@ -490,6 +566,31 @@ def test_a_poolers_place_below_the_backbone(tmp_path):
     assert fresh_modules(transformers.BertForSequenceClassification(config)) == []
 
 
+def test_resized_embeddings_are_not_a_head(tmp_path):
+    from specbasis.adapter.heads import fresh_modules
+
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=20
+    )
+    transformers.LlamaModel(config).save_pretrained(tmp_path)
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+    assert fresh_modules(model) == ["lm_head"]
+    model.resize_token_embeddings(60)
+    assert fresh_modules(model) == ["lm_head"]
+
+
+def test_a_head_of_unknown_origin_is_warned_of(base, tmp_path):
+    """A model that was not loaded with from_pretrained does not tell what in it is random."""
+    full = load_classifier(base)
+    for task, lacking in ((None, "pooler, classifier"), ("SEQ_CLS", "pooler")):  # PEFT saves a classifier of a task
+        model = get_peft_model(copy.deepcopy(full), SpectralConfig(rank=4, target_modules=TARGETS, task_type=task))
+        model.save_pretrained(tmp_path / lacking)
+        with pytest.warns(UserWarning, match=f"^{lacking}: the adapter does not bring them"):
+            PeftModel.from_pretrained(copy.deepcopy(full), tmp_path / lacking)
+        with pytest.raises(InputError, match=f"^{lacking}: random in this base"):
+            PeftModel.from_pretrained(load_classifier(base), tmp_path / lacking)
+
+
 def test_a_random_head_is_refused_at_load(base, tmp_path):
     model = classifier(base)
     model.save_pretrained(tmp_path / "a")
@@ -558,9 +659,28 @@ def test_native_loading_refuses_a_wrong_base(base, tmp_path):
     save_file(tensors, file)
     native = load_classifier(base)
     native.deberta.encoder.layer[2].output.dense.weight.mul_(1.01)
-    native.load_adapter(tmp_path)
+    for trainable in (False, True):
+        with pytest.raises(InputError, match="load the base"):
+            native.load_adapter(tmp_path, f"mine{trainable}", is_trainable=trainable)
     with pytest.raises(InputError, match="load the base"):
-        native(IDS)
+        native(IDS)  # and what was refused cannot be used
+
+
+@pytest.mark.parametrize("save_basis", [True, False])
+def test_native_loading_proves_and_keeps_float32_on_a_bfloat16_base(base, tmp_path, save_basis):
+    half = load_classifier(base, dtype=torch.bfloat16)
+    model = get_peft_model(
+        half, SpectralConfig(rank=6, target_modules=TARGETS, task_type="SEQ_CLS", save_basis=save_basis)
+    ).eval()
+    randomise(model)
+    wanted = model(IDS).logits
+    model.save_pretrained(tmp_path)
+    native = load_classifier(base, dtype=torch.bfloat16)
+    native.load_adapter(tmp_path, is_trainable=True)
+    layers = [module for module in native.modules() if isinstance(module, peft_bridge.SpectralLayer)]
+    assert not any(layer._unproven for layer in layers)
+    assert {layer.spectral_M["default"].dtype for layer in layers} == {torch.float32}
+    assert torch.equal(native.eval()(IDS).logits, wanted)
 
 
 def test_native_add_save_and_switch(base):
@@ -633,6 +753,77 @@ def test_feed_forward_layers_are_the_default_where_the_family_is_known(tmp_path)
     ]
     with pytest.raises(InputError, match="set target_modules"):
         get_peft_model(mlp(), SpectralConfig(rank=2))
+    mixture = transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(
+            vocab_size=50,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            intermediate_size=20,
+            num_local_experts=2,
+        )
+    )
+    with pytest.raises(InputError, match="2 feed-forward parameters of MixtralForCausalLM are stacks of experts"):
+        get_peft_model(mixture, SpectralConfig(rank=2))
+
+
+SHAPE = {"vocab_size": 50, "num_attention_heads": 2, "hidden_size": 16, "num_hidden_layers": 2}
+FAMILIES = {
+    "DebertaV2ForSequenceClassification": (
+        {**SHAPE, "intermediate_size": 32},
+        "deberta.encoder.layer.1.output.dense",
+    ),
+    "DebertaForSequenceClassification": (
+        {**SHAPE, "intermediate_size": 32},
+        "deberta.encoder.layer.1.output.dense",
+    ),
+    "GPT2LMHeadModel": ({"vocab_size": 50, "n_embd": 16, "n_layer": 2, "n_head": 2}, "transformer.h.1.mlp.c_proj"),
+    "LlamaForCausalLM": ({**SHAPE, "intermediate_size": 32}, "model.layers.1.mlp.gate_proj"),
+    "Phi3ForCausalLM": ({**SHAPE, "intermediate_size": 32, "pad_token_id": 0}, "model.layers.1.mlp.gate_up_proj"),
+    "ViTForImageClassification": (
+        {**SHAPE, "intermediate_size": 32, "image_size": 32, "patch_size": 16},
+        "vit.layers.1.mlp.fc1",
+    ),
+    "T5ForConditionalGeneration": (
+        {"vocab_size": 50, "d_model": 16, "d_ff": 32, "d_kv": 8, "num_heads": 2, "num_layers": 2},
+        "decoder.block.1.layer.2.DenseReluDense.wi",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_defaults_of_families(name):
+    shape, wanted = FAMILIES[name]
+    model_class = getattr(transformers, name)
+    config = model_class.config_class(**shape)
+    names = set(
+        get_peft_model(
+            model_class(config), SpectralConfig(rank=4, blocks_to_transform=-1)
+        ).base_model.spectral_layers()
+    )
+    assert wanted in names
+    assert len(names) in (2, 3, 4)  # of one block: 2, 3 with a gate, 4 with a decoder
+
+
+def test_defaults_where_weights_are_packed(base):
+    """Quantised layers hold integers of another shape."""
+    model = load_classifier(base)
+    wanted = peft_bridge._feed_forward(model)
+    for name in wanted:
+        layer = model.get_submodule(name)
+        layer.weight = nn.Parameter(
+            torch.zeros(layer.weight.numel() // 2, 1, dtype=torch.uint8), requires_grad=False
+        )
+    assert peft_bridge._feed_forward(model) == wanted
+
+
+def test_a_second_adapter_has_the_same_defaults(base):
+    model = get_peft_model(load_classifier(base), SpectralConfig(rank=4, task_type="SEQ_CLS"))
+    model.add_adapter("other", SpectralConfig(rank=5, task_type="SEQ_CLS"))
+    layers = model.base_model.spectral_layers()
+    assert len(layers) == 6
+    assert all(list(layer.settings) == ["default", "other"] for layer in layers.values())
 
 
 def test_counts_of_the_paper():

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from specbasis.adapter.layer import SpectralLinear, check_interval
 from specbasis.adapter.proof import weight_digest
+from specbasis.cache import Cache
 from specbasis.checkpoint import Checkpoint, open_checkpoint
 from specbasis.errors import InputError
 from specbasis.svd import SVD, decompose
@@ -41,8 +42,11 @@ def save_bases(path: str | Path, layers: Mapping[str, SpectralLinear], adapter_n
 def load_basis(path: str | Path, W: Float[Tensor, "out in"], interval: tuple[int, int], name: str) -> SVD:
     """The basis of a weight from a base-level basis file; the weight is decomposed if the file has not got it.
 
-    An entry is used only where its recorded digest is that of W and its interval covers the wanted one.
+    An entry is used only where its recorded digest is that of W and its interval covers the wanted one. A folder is
+    a cache of decompositions, of any weights, that fills itself.
     """
+    if Path(path).is_dir():
+        return Cache(Path(path)).decompose(W, interval[1], name=name).interval(*interval)
     held = open_checkpoint(path)
     if f"{name}.origin" in held:
         origin = held[f"{name}.origin"]

@@ -19,19 +19,51 @@ def fresh_modules(model: nn.Module) -> list[str]:
     backbone, or directly below it (a pooler), are considered. Empty for a model that was not loaded from a
     checkpoint, where all or nothing is random.
     """
-    parameters = dict(model.named_parameters())
-    if not any(getattr(parameter, _LOADED, False) for parameter in parameters.values()):
+    if not says_what_was_loaded(model):
         return []
-    backbone = getattr(model, "base_model", model)
-    candidates = [(name, module) for name, module in model.named_children() if module is not backbone]
-    if isinstance(backbone, nn.Module) and backbone is not model:
-        prefix = next((name for name, module in model.named_modules() if module is backbone), "")
-        candidates += [(f"{prefix}.{name}", module) for name, module in backbone.named_children()]
+    embeddings = _input_embeddings(model)
     return [
         name
-        for name, module in candidates
-        if list(module.parameters()) and not any(getattr(p, _LOADED, False) for p in module.parameters())
+        for name, module in _around_backbone(model)
+        if not any(getattr(p, _LOADED, False) or id(p) in embeddings for p in module.parameters())
     ]
+
+
+def says_what_was_loaded(model: nn.Module) -> bool:
+    """Whether any parameter carries the mark of ``from_pretrained``; the others are then known to be random."""
+    return any(getattr(parameter, _LOADED, False) for parameter in model.parameters())
+
+
+def head_modules(model: nn.Module) -> list[str]:
+    """Modules with parameters of their own that transformers puts around a backbone; empty for a bare backbone."""
+    backbone = getattr(model, "base_model", model)
+    if backbone is model or not isinstance(backbone, nn.Module):
+        return []
+    inside = {id(parameter) for parameter in backbone.parameters()}
+    return [
+        name
+        for name, module in model.named_children()
+        if module is not backbone and any(id(p) not in inside for p in module.parameters())
+    ]
+
+
+def _around_backbone(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Modules with parameters beside the backbone, and those directly below it."""
+    backbone = getattr(model, "base_model", model)
+    found = [(name, module) for name, module in model.named_children() if module is not backbone]
+    if isinstance(backbone, nn.Module) and backbone is not model:
+        prefix = next((name for name, module in model.named_modules() if module is backbone), "")
+        found += [(f"{prefix}.{name}", module) for name, module in backbone.named_children()]
+    return [(name, module) for name, module in found if next(module.parameters(), None) is not None]
+
+
+def _input_embeddings(model: nn.Module) -> set[int]:
+    """Identities of the input embeddings' parameters: resizing a vocabulary makes new ones, with the old rows."""
+    try:
+        embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return set()
+    return {id(parameter) for parameter in embeddings.parameters()} if isinstance(embeddings, nn.Module) else set()
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,10 @@ adapters.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,9 +19,19 @@ from torch.nn import functional as F  # noqa: N812
 from specbasis.adapter import functional
 from specbasis.adapter.proof import Proof, align, check_format, check_stored, empty_proof, prove
 from specbasis.errors import InputError
-from specbasis.svd import SVD, decompose
+from specbasis.svd import SVD, half_svd
 
 Scale = Literal["none", "sigma"]
+Init = Literal["zero", "normal"]
+
+SIDE_BY_SIDE = 2048
+"""Longest short side of matrices that are decomposed side by side, each on one thread.
+
+An eigensolver of this size gains little from several threads. Larger: more memory at once.
+"""
+
+MOST_AT_ONCE = 8
+"""Decompositions that may run side by side. Larger: more memory at once."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +41,16 @@ class Settings:
     Attributes:
         interval: ranks [k, m), 0-based.
         scale: "none", or "sigma" for coefficients in units of the singular values.
-        basis: "pretrained", "random", or "from:PATH".
+        basis: "pretrained", "random", "shuffled" (each also with ":SEED"), or "from:PATH".
         keep_basis: whether U and Vh are part of the state dict.
+        init: how the core of a new adapter starts: "zero", or "normal".
     """
 
     interval: tuple[int, int]
     scale: Scale = "none"
     basis: str = "pretrained"
     keep_basis: bool = True
+    init: Init = "zero"
 
 
 class _Cores(nn.ParameterDict):
@@ -51,7 +65,21 @@ class Frozen(nn.Module):
     """Frozen tensors by adapter name, in the state dict or not. Moves between devices and keeps its dtype.
 
     ``model.half()`` would otherwise round a basis, and the rounded basis is no longer the one that was trained in.
+
+    Args:
+        replaced: called with an adapter's name when its tensor here is replaced by assignment, which is how
+            transformers loads one.
     """
+
+    def __init__(self, replaced: Callable[[str], None]) -> None:
+        super().__init__()
+        self._replaced = replaced
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        known = name in self.__dict__.get("_buffers", ()) or name in self.__dict__.get("_parameters", ())
+        super().__setattr__(name, value)
+        if known:
+            self._replaced(name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Frozen:
         super()._apply(_device_only(fn), recurse)  # type: ignore[no-untyped-call]
@@ -97,6 +125,16 @@ def _device_only(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return move
 
 
+_FROZEN = (
+    "spectral_U",
+    "spectral_Vh",
+    "spectral_S",
+    "spectral_sketch_U",
+    "spectral_sketch_V",
+    "spectral_origin",
+)
+
+
 class SpectralLinear(nn.Module):
     """A frozen layer W and adapters W' = W + U[:, k:m] C Vh[k:m, :], of which only the core is trained.
 
@@ -123,17 +161,14 @@ class SpectralLinear(nn.Module):
     """
 
     base_layer: nn.Module
+    spectral_U: Frozen
+    spectral_Vh: Frozen
+    spectral_S: Frozen
+    spectral_sketch_U: Frozen
+    spectral_sketch_V: Frozen
+    spectral_origin: Frozen
     adapter_layer_names: tuple[str, ...] = ("spectral_M",)
-    other_param_names: tuple[str, ...] = (
-        "spectral_U",
-        "spectral_Vh",
-        "spectral_S",
-        "spectral_sketch_U",
-        "spectral_sketch_V",
-        "spectral_origin",
-        "spectral_dropout",
-        "settings",
-    )
+    other_param_names: tuple[str, ...] = (*_FROZEN, "spectral_dropout", "settings")
 
     def __init__(
         self,
@@ -149,8 +184,8 @@ class SpectralLinear(nn.Module):
         self.module_name = module_name
         self.kind = _kind_of(base_layer, module_name)
         self.spectral_M = _Cores()
-        self.spectral_U, self.spectral_Vh, self.spectral_S = Frozen(), Frozen(), Frozen()
-        self.spectral_sketch_U, self.spectral_sketch_V, self.spectral_origin = Frozen(), Frozen(), Frozen()
+        for part in _FROZEN:
+            setattr(self, part, Frozen(functools.partial(self._arrived, part)))
         self.spectral_dropout = nn.ModuleDict()
         self.settings: dict[str, Settings] = {}
         self.merged_adapters: list[str] = []
@@ -158,6 +193,7 @@ class SpectralLinear(nn.Module):
         self._disable_adapters = False
         self._original: nn.Parameter | None = None
         self._unproven: set[str] = set()
+        self._awaited: dict[str, set[str]] = {}  # what an adapter from a file still lacks
         self._exact: set[str] = (
             set()
         )  # adapters whose basis is that of this very weight, not of one it was rounded from
@@ -192,6 +228,10 @@ class SpectralLinear(nn.Module):
             return self.kind.matrix(self._original.detach())
         return self.kind.matrix(self.stored_weight())
 
+    def may_share_cores(self) -> bool:
+        """Whether the weight is on the CPU and so small that it is best decomposed on one thread."""
+        return self.stored_weight().device.type == "cpu" and min(self.kind.shape(innermost(self))) <= SIDE_BY_SIDE
+
     def stored_weight(self) -> Tensor:
         """The frozen weight in the base layer's own layout."""
         weight = innermost(self).weight
@@ -206,10 +246,11 @@ class SpectralLinear(nn.Module):
         scale: Scale = "none",
         basis: str = "pretrained",
         dropout: float = 0.0,
-        init: Literal["zero", "normal"] = "zero",
+        init: Init = "zero",
         keep_basis: bool = True,
         source: Callable[[], SVD] | None = None,
         from_file: bool = False,
+        later: bool = False,
         shard: bool = False,
     ) -> None:
         """Add an adapter with its core at zero.
@@ -220,14 +261,15 @@ class SpectralLinear(nn.Module):
             adapter_name: a new name.
             interval: ranks [k, m), 0-based, m excluded.
             scale: "sigma" puts the coefficients in units of the singular values.
-            basis: "pretrained"; "random", orthonormal vectors from a fixed seed, as a control; or any other name
-                with a ``source``.
+            basis: "pretrained"; "random" or "shuffled", as controls (see `compute_basis`); or any other name with
+                a ``source``.
             dropout: share of input features dropped on the adapter's path in training.
             init: "zero", or "normal": small random coefficients, 1 % of the mean singular value in spectral norm.
             keep_basis: make U and Vh part of the state dict.
             source: a function that returns the basis of this interval, if the caller has a better one than
                 decomposing the weight.
             from_file: leave the basis empty; loading a state dict fills and proves it before the first use.
+            later: leave the basis empty; `find_bases`, or else the first use, computes it.
             shard: hold U and Vh as parameters without gradient, which FSDP shards, instead of buffers.
 
         Raises:
@@ -243,31 +285,42 @@ class SpectralLinear(nn.Module):
         meta = torch.device("meta")
         if source is not None:
             self._sources[adapter_name] = source
-        self.settings[adapter_name] = Settings((k, m), scale, basis, keep_basis)
+        self.settings[adapter_name] = Settings((k, m), scale, basis, keep_basis, init)
         self.spectral_dropout[adapter_name] = nn.Dropout(dropout) if dropout else nn.Identity()
         self.spectral_M[adapter_name] = nn.Parameter(torch.zeros(m - k, m - k, dtype=torch.float32, device=device))
-        if from_file or device == meta:
-            U = torch.zeros(shape[0], m - k, device=device)
-            self._store(adapter_name, U, torch.zeros(m - k, shape[1], device=device), empty_proof(m - k), shard)
-            self._unproven.add(adapter_name)
+        if not (from_file or later or device == meta):
+            self._found(adapter_name, shard)
             return
-        self._found(adapter_name, shard)
-        if init == "normal":
-            std = 0.005 * float(self.spectral_S[adapter_name].mean()) / math.sqrt(m - k)
-            nn.init.normal_(self.spectral_M[adapter_name], std=1.0 if scale == "sigma" else std)
-            if scale == "sigma":
-                self.spectral_M[adapter_name].data.mul_(0.005 / math.sqrt(m - k))
+        U = torch.zeros(shape[0], m - k, device=device)
+        self._store(adapter_name, U, torch.zeros(m - k, shape[1], device=device), empty_proof(m - k), shard)
+        self._unproven.add(adapter_name)
+        if from_file:
+            self._awaited[adapter_name] = {part for part in _FROZEN if keep_basis or part not in _FROZEN[:2]}
 
     def _found(self, name: str, shard: bool) -> None:
-        """Give a new adapter its basis: that of another adapter of this layer, or a computed one."""
-        twin = self._twin(name)
+        """Give a new adapter its basis, that of another adapter of this layer or a computed one, and its start."""
+        settings, twin = self.settings[name], self._twin(name)
         if twin is not None and twin in self._exact:
             self._store(name, self.spectral_U[twin], self.spectral_Vh[twin], self.proof(twin), shard)
         else:
             W, basis = self.weight_matrix(), self._basis(name)
-            self._store(name, basis.U, basis.Vh, prove(basis, self.settings[name].interval, W), shard)
+            self._store(name, basis.U, basis.Vh, prove(basis, settings.interval, W), shard)
         self._exact.add(name)
+        self._unproven.discard(name)
         self._rate(name)
+        if settings.init == "normal":
+            M = self.spectral_M[name]
+            unit = 1.0 if settings.scale == "sigma" else float(self.spectral_S[name].mean())
+            nn.init.normal_(M, std=0.005 * unit / math.sqrt(len(M)))
+
+    def _arrived(self, part: str, name: str) -> None:
+        """A tensor of an adapter was put in place from outside: with the last that its file holds, prove them."""
+        awaited = self._awaited.get(name)
+        if awaited is None:
+            return
+        awaited.discard(part)
+        if not awaited and not self.stored_weight().is_meta:
+            self.prove_loaded(name)
 
     def _basis(self, name: str) -> SVD:
         if name in self._sources:
@@ -324,6 +377,21 @@ class SpectralLinear(nn.Module):
         if float(S[-1]) * functional.CONDITION >= top:
             self._rated[name] = (base.weight, base.weight._version)
 
+    def _is_rated(self, name: str) -> bool:
+        """Whether the weight is still the very one that was rated."""
+        weight, version = self._rated.get(name, (None, -1))
+        return weight is self.base_layer.weight and version == weight._version  # type: ignore[union-attr,unused-ignore]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and files, in which the weight is another object: the names of the adapters rated by it."""
+        return {**self.__dict__, "_rated": dict.fromkeys(filter(self._is_rated, self._rated))}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        weight = self.base_layer.weight
+        assert isinstance(weight, Tensor)
+        self._rated = dict.fromkeys(self._rated, (weight, weight._version))
+
     def prove_loaded(self, adapter_name: str) -> None:
         """Make sure that loaded coefficients meet the basis they were trained in; see ``specbasis.adapter.proof``.
 
@@ -340,7 +408,6 @@ class SpectralLinear(nn.Module):
         shard = adapter_name in self.spectral_U._parameters
         if not bool(proof.origin.any()) and not bool(self.spectral_M[adapter_name].any()):
             self._found(adapter_name, shard)
-            self._unproven.discard(adapter_name)
             return
         if bool(proof.origin.any()) and proof.interval != settings.interval:
             raise InputError(
@@ -369,6 +436,7 @@ class SpectralLinear(nn.Module):
                 U, Vh, exact = found.U, found.Vh, True
             self._store(adapter_name, U, Vh, proof, shard)
         self._unproven.discard(adapter_name)
+        self._awaited.pop(adapter_name, None)
         (self._exact.add if exact else self._exact.discard)(adapter_name)
         self._rate(adapter_name)
 
@@ -517,7 +585,7 @@ class SpectralLinear(nn.Module):
         or 64.
         """
         base, dropout = self.base_layer, self.spectral_dropout[name]
-        bias, rated = getattr(base, "bias", None), self._rated.get(name)
+        bias = getattr(base, "bias", None)
         exact = (
             self.kind.folds
             and type(base.weight) is nn.Parameter
@@ -540,12 +608,7 @@ class SpectralLinear(nn.Module):
             candidates.append("folded")
         # Only for the very weight that was decomposed: another one has other singular vectors. Compiled code
         # cannot tell.
-        if (
-            rated is not None
-            and not torch.compiler.is_compiling()
-            and rated[0] is base.weight
-            and rated[1] == base.weight._version
-        ):
+        if not torch.compiler.is_compiling() and self._is_rated(name):
             candidates.append("inner" if in_ <= out else "outer")
         C = self.spectral_M[name]
         return functional.choose(
@@ -616,6 +679,26 @@ class SpectralLinear(nn.Module):
         return ", ".join(f"{name}: ranks [{s.interval[0]}, {s.interval[1]})" for name, s in self.settings.items())
 
 
+def find_bases(layers: Iterable[SpectralLinear], adapter_name: str) -> None:
+    """Compute the bases of an adapter that was added with ``later``: matrices up to `SIDE_BY_SIDE` at once, one
+    thread each; larger ones, and those on other devices, in turn with all threads.
+
+    Raises: as `compute_basis`.
+    """
+    waiting = [layer for layer in layers if adapter_name in layer._unproven and not layer.stored_weight().is_meta]
+    threads = torch.get_num_threads()
+    small = [layer for layer in waiting if layer.may_share_cores()] if threads > 1 else []
+    if len(small) > 1:
+        workers = min(threads, len(small), MOST_AT_ONCE)
+        try:
+            with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as executor:
+                list(executor.map(lambda layer: layer.prove_loaded(adapter_name), small))
+        finally:
+            torch.set_num_threads(threads)  # BLAS libraries hold this number for the whole process
+    for layer in waiting:
+        layer._settle(adapter_name)
+
+
 def innermost(layer: nn.Module) -> nn.Module:
     """The layer that holds the weight, below any number of adapters."""
     while hasattr(layer, "base_layer"):
@@ -643,27 +726,40 @@ def check_interval(interval: tuple[int, int], shape: tuple[int, int], name: str)
 
 
 def compute_basis(W: Float[Tensor, "out in"], interval: tuple[int, int], kind: str, name: str = "matrix") -> SVD:
-    """Frozen vectors for ranks [k, m): the singular vectors of W ("pretrained"), or random ones ("random").
+    """Frozen vectors for ranks [k, m): the singular vectors of W ("pretrained"), or those of a control.
 
-    Random vectors are orthonormal, uniform, and the same for every weight of one shape (a fixed seed). They come
-    with
-    the singular values of W on the interval as their scale.
+    "random" or "random:SEED": orthonormal vectors, uniform, the same for every weight of one shape (SEED is 0 when
+    it is left out). "shuffled" or "shuffled:SEED": the right vectors v_k … v_{m−1} of W, paired with the left
+    vectors u_π(k) … u_π(m−1) of a random permutation π of all ranks; the left vectors so come from the whole
+    spectrum. (A permutation inside the interval would change nothing: M takes it up.) Both come with the singular
+    values of W on the interval as their scale.
 
     Raises:
-        InputError: the kind is neither.
+        InputError: the kind is none of these.
     """
     k, m = interval
-    svd = decompose(W, ranks=m, name=name).interval(k, m)
+    kind, _, number = kind.partition(":")
+    if kind not in ("pretrained", "random", "shuffled") or not (number or "0").isdecimal():
+        raise InputError(
+            f"{name}: got basis = {kind!r}{number and f' with seed {number!r}'}; want 'pretrained', 'random' or "
+            "'shuffled', or pass the factors"
+        )
+    # Vectors of the long side are right to 1e-12 this way, beyond what float32 factors hold.
+    half = half_svd(W, min(W.shape) if kind == "shuffled" else m, name=name, implied=True)
+    svd = half.interval(k, m)
     if kind == "pretrained":
         return svd
-    if kind != "random":
-        raise InputError(f"{name}: got basis = {kind!r}; want 'pretrained' or 'random', or pass the factors")
-    generator = torch.Generator().manual_seed(0)
-    U, V = (
-        torch.linalg.qr(torch.randn(d, m, generator=generator, dtype=torch.float64))[0][:, k:m].to(W.device)
-        for d in W.shape
-    )
-    return SVD(U, svd.S, V.mT.contiguous(), svd.spectrum, svd.spectrum_error, svd.residual, svd.gap)
+    generator = torch.Generator().manual_seed(int(number or 0))
+    if kind == "shuffled":
+        order = torch.randperm(len(half.S), generator=generator).to(W.device)
+        U, Vh = half.vectors("left")[:, order[k:m]].contiguous(), svd.Vh
+    else:
+        U, V = (
+            torch.linalg.qr(torch.randn(d, m, generator=generator, dtype=torch.float64))[0][:, k:m].to(W.device)
+            for d in W.shape
+        )
+        Vh = V.mT.contiguous()
+    return SVD(U, svd.S, Vh, svd.spectrum, svd.spectrum_error, svd.residual, svd.gap)
 
 
 def _note_loaded(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -684,14 +780,18 @@ def _prove_loaded(module: nn.Module, incompatible_keys: Any) -> None:
 
 @dataclass(frozen=True)
 class _Kind:
-    """How one class of layers stores its matrix and applies a factor of it."""
+    """How one class of layers stores its matrix and applies a factor of it; pickled by its name in this module."""
 
+    name: str
     folds: bool
     matrix: Callable[[Tensor], Tensor]
     stored: Callable[[Tensor, Any], Tensor]
     project: Callable[[Tensor, Tensor, Any], Tensor]
     mix: Callable[[Tensor, Tensor], Tensor]
     expand: Callable[[Tensor, Tensor, Any], Tensor]
+
+    def __reduce__(self) -> str:
+        return self.name
 
     def shape(self, layer: nn.Module) -> tuple[int, int]:
         """(out, in) of the matrix."""
@@ -706,6 +806,7 @@ class _Kind:
 
 
 _LINEAR = _Kind(
+    "_LINEAR",
     True,
     lambda W: W,
     lambda D, _: D,
@@ -714,6 +815,7 @@ _LINEAR = _Kind(
     lambda t, U, _: F.linear(t, U),
 )
 _CONV1D = _Kind(
+    "_CONV1D",
     True,
     lambda W: W.mT,
     lambda D, _: D.mT.contiguous(),
@@ -722,6 +824,7 @@ _CONV1D = _Kind(
     _LINEAR.expand,
 )
 _CONV2D = _Kind(
+    "_CONV2D",
     False,
     lambda W: W.flatten(1),
     lambda D, layer: D.reshape(layer.weight.shape),

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import huggingface_hub
 import peft
 import torch
 from packaging.version import Version
@@ -33,14 +34,14 @@ from peft.tuners.tuners_utils import (
     check_adapters_to_merge,
     check_target_module_exists,
 )
-from peft.utils import register_peft_method
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, register_peft_method
 from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import Tensor, nn
 
 from specbasis.adapter import bases
-from specbasis.adapter.heads import fresh_modules
-from specbasis.adapter.layer import SpectralLinear, innermost
+from specbasis.adapter.heads import fresh_modules, head_modules, says_what_was_loaded
+from specbasis.adapter.layer import SpectralLinear, find_bases, innermost
 from specbasis.architecture import model_map
 from specbasis.checkpoint import open_checkpoint
 from specbasis.errors import InputError
@@ -68,14 +69,16 @@ class SpectralConfig(PeftConfig):
         blocks_to_transform: indices of the blocks to adapt; negative ones count from the last block.
         layers_pattern: name of the list of blocks, where a module's name holds several numbers.
         scale: "none", or "sigma" for coefficients in units of the singular values (LoRA-XS, PSOFT with free R).
-        basis: "pretrained" singular vectors; "random" orthonormal vectors; or "from:PATH", the singular vectors
-            of the same matrix in another checkpoint.
+        basis: "pretrained" singular vectors; "from:PATH", the singular vectors of the same matrix in another
+            checkpoint; or a control, with ":SEED" behind it if wanted: "random" orthonormal vectors, or "shuffled",
+            right singular vectors paired with left ones of other ranks.
         init: "zero" (the model starts bit-equal to its base) or "normal" (small random coefficients).
         dropout: share of input features dropped on the adapter's path in training.
         save_basis: put U and Vh into the adapter file. Without, loading decomposes the base again and refuses if
         any
             vector is not the trained one; the file is then little more than M.
-        basis_file: a base-level basis file that many adapters share: read if it exists, written if not. Not saved.
+        basis_file: a base-level basis file that many adapters share: read if it exists, written if not; or an
+            existing folder, used as a cache of decompositions (`specbasis.cache.Cache`). Not saved.
         modules_to_save: modules trained and saved whole. A task head and pooler that the base checkpoint lacks are
             added by themselves.
         shard_basis: hold U and Vh as parameters without gradient, which FSDP shards.
@@ -98,6 +101,7 @@ class SpectralConfig(PeftConfig):
     modules_to_save: list[str] | None = None
     shard_basis: bool = False
     file_format: int | None = None
+    _place: ClassVar[Any] = None  # where it was loaded from: folder or name, subfolder, options of the download
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -110,8 +114,8 @@ class SpectralConfig(PeftConfig):
         self.interval_pattern = {name: _pair(pair) for name, pair in (self.interval_pattern or {}).items()}
         if isinstance(self.target_modules, (list, set, tuple)):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # PEFT's own form
-        if self.basis not in ("pretrained", "random") and not self.basis.startswith("from:"):
-            raise InputError(f"got basis = {self.basis!r}; want 'pretrained', 'random' or 'from:PATH'")
+        if not re.fullmatch(r"pretrained|(random|shuffled)(:\d+)?|from:.+", self.basis):
+            raise InputError(f"got basis = {self.basis!r}; want 'pretrained', 'random', 'shuffled' or 'from:PATH'")
         if self.basis.startswith("from:") and not self.save_basis:
             raise InputError(
                 f"got basis = {self.basis!r} with save_basis = False; want save_basis = True: a path is no proof"
@@ -151,10 +155,9 @@ class SpectralConfig(PeftConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> Any:
-        """Load a configuration; remembers a local folder, so that an incomplete one is refused before injection."""
+        """Load a configuration; remembers where from, so that an incomplete file is refused before injection."""
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        folder = Path(pretrained_model_name_or_path, subfolder or "")
-        config._folder = folder if folder.is_dir() else None
+        config._place = pretrained_model_name_or_path, subfolder, kwargs
         return config
 
 
@@ -179,6 +182,7 @@ class SpectralLayer(SpectralLinear, BaseTunerLayer):
         """Forget an adapter."""
         super().delete_adapter(adapter_name)
         self._unproven.discard(adapter_name)
+        self._awaited.pop(adapter_name, None)
         self._exact.discard(adapter_name)
         self._rated.pop(adapter_name, None)
         self._sources.pop(adapter_name, None)
@@ -262,8 +266,12 @@ class SpectralModel(BaseTuner):
         config = self.peft_config[adapter_name]
         _resolve_blocks(config, model)
         _add_fresh_modules(config, model)
+        if config.file_format is not None:
+            _refuse_incomplete(config)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            if config.file_format is None:
+                find_bases(self.spectral_layers().values(), adapter_name)
         except Exception:
             self._remove(adapter_name)
             raise
@@ -335,6 +343,7 @@ class SpectralModel(BaseTuner):
             keep_basis=peft_config.save_basis,
             source=_source(peft_config, layer, current_key, interval),
             from_file=peft_config.file_format is not None,
+            later=True,
             shard=peft_config.shard_basis,
         )
         if adapter_name not in self.active_adapters:
@@ -463,7 +472,7 @@ def _relative_signs(layer: SpectralLayer, new: str, old: str, start: int, stop: 
 
 
 def _union(intervals: list[tuple[int, int]], basis: str) -> tuple[int, int]:
-    if basis == "random" and len(set(intervals)) > 1:
+    if basis.startswith("random") and len(set(intervals)) > 1:
         raise InputError(
             "random bases on different intervals are different vectors: their coefficients cannot be added"
         )
@@ -506,9 +515,11 @@ def _add_fresh_modules(config: SpectralConfig, model: nn.Module) -> None:
     """
     fresh = fresh_modules(model)
     given = config.modules_to_save or []
-    missing = [
-        name for name in fresh if not any(re.match(rf"(^|.*\.){given_name}($|\..*)", name) for given_name in given)
-    ]
+
+    def unsaved(names: list[str]) -> list[str]:
+        return [name for name in names if not any(re.match(rf"(^|.*\.){saved}($|\..*)", name) for saved in given)]
+
+    missing = unsaved(fresh)
     if config.file_format is None:
         if missing:
             config.modules_to_save = [*given, *missing]
@@ -519,33 +530,100 @@ def _add_fresh_modules(config: SpectralConfig, model: nn.Module) -> None:
             f"does not bring "
             "them; load the base checkpoint that the adapter was trained on, with its head"
         )
-    folder = getattr(config, "_folder", None)
-    file = folder / "adapter_model.safetensors" if folder else None
-    if file is not None and file.exists():
-        names = list(open_checkpoint(file))
-        lacking = [name for name in fresh if not any(f".{name}." in key for key in names)]
+    names = _names_in_file(config)
+    lacking = [name for name in fresh if names and not any(f".{name}." in key for key in names)]
+    if lacking:
+        raise InputError(
+            f"{config._place[0]}: the adapter file lacks {', '.join(lacking)}, which is random in this base; "
+            "predictions would be random. Save the adapter again with its head"
+        )
+    untold = [] if says_what_was_loaded(model) else unsaved(head_modules(model))
+    if untold:
+        warnings.warn(
+            f"{', '.join(untold)}: the adapter does not bring them, and this model does not tell whether they came "
+            "from a checkpoint; if not, predictions are random. Load the base with from_pretrained to have it "
+            "checked",
+            stacklevel=2,
+        )
+
+
+def _refuse_incomplete(config: SpectralConfig) -> None:
+    """Refuse a file that does not say which basis its coefficients belong to.
+
+    Raises:
+        InputError: a part of an adapted matrix is missing.
+    """
+    names = _names_in_file(config) or set()
+    parts = ("origin", "S", "sketch_U", "sketch_V", *(("U", "Vh") if config.save_basis else ()))
+    for name in sorted(names):
+        stem, is_core, _ = name.partition(".spectral_M")
+        lacking = [f"spectral_{part}" for part in parts if is_core and f"{stem}.spectral_{part}" not in names]
         if lacking:
             raise InputError(
-                f"{folder}: the adapter file lacks {', '.join(lacking)}, which is random in this base; "
-                f"predictions would be "
-                "random. Save the adapter again with its head"
+                f"{config._place[0]}: {stem} lacks {', '.join(lacking)}: the adapter file does not "
+                "say which basis its coefficients belong to; save it again with save_pretrained"
             )
+
+
+def _names_in_file(config: SpectralConfig) -> set[str] | None:
+    """Names of the tensors in the file that belongs to a loaded configuration; None where it is not at hand.
+
+    A file on the Hub is fetched as PEFT fetches it next: it is downloaded once.
+    """
+    if config._place is None:
+        return None
+    place, subfolder, options = config._place
+    file = Path(place, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
+    if not Path(place).exists():
+        known = ("revision", "cache_dir", "token", "local_files_only", "force_download")
+        try:
+            found = huggingface_hub.hf_hub_download(
+                str(place),
+                SAFETENSORS_WEIGHTS_NAME,
+                subfolder=subfolder,
+                **{key: value for key, value in options.items() if key in known},
+            )
+        except (OSError, ValueError):  # as all errors of the Hub are; PEFT says next what is wrong
+            return None
+        file = Path(found)
+    return set(open_checkpoint(file)) if file.exists() else None
 
 
 def _feed_forward(model: nn.Module) -> set[str]:
     """Names of the matrices of the feed-forward networks, by the architecture's own file.
 
     Raises:
-        InputError: the architecture is not known.
+        InputError: the architecture is not known, or keeps its experts stacked in parameters that are not layers.
     """
-    matrices = model_map(open_checkpoint(dict(model.state_dict()))).matrices
+    matrices = model_map(open_checkpoint(_base_parameters(model))).matrices
     names = {ref.parameter.removesuffix(".weight") for ref in matrices if ref.key.role.startswith("ffn.")}
+    want = "set target_modules, for example target_modules='all-linear'"
     if not names:
+        raise InputError(f"the feed-forward layers of {type(model).__name__} are not known; {want}")
+    stacked = sorted(names - {name for name, _ in model.named_modules()})
+    if stacked:
         raise InputError(
-            f"the feed-forward layers of {type(model).__name__} are not known; set target_modules, for example "
-            "target_modules='all-linear'"
+            f"{len(stacked)} feed-forward parameters of {type(model).__name__} are stacks of experts, not layers "
+            f"({stacked[0]}), and a spectral adapter wraps layers; {want}"
         )
     return names
+
+
+def _base_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict that the model has without its adapters, with packed weights of quantised layers by shape."""
+    packed = {
+        f"{name}.": module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not module.weight.is_floating_point()
+    }
+    held = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(tuple(packed))}
+    for name, layer in packed.items():
+        held[f"{name}weight"] = torch.zeros(1).expand(layer.out_features, layer.in_features)
+    return {
+        re.sub(r"\.(base_layer|original_module)(?=\.)", "", name): tensor
+        for name, tensor in held.items()
+        if ".spectral_" not in name and ".modules_to_save." not in name
+    }
 
 
 def _source(config: SpectralConfig, layer: SpectralLayer, name: str, interval: tuple[int, int]) -> Any:
