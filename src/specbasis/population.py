@@ -186,7 +186,7 @@ def population(
         roles: only matrices with these roles (a prefix such as "ffn" counts).
 
     Raises:
-        InputError: a folder holds no results, no pair has a score, or scipy is missing.
+        InputError: a folder holds no results, or no pair has a score.
 
     Source: Yu et al. 2026, App. J, Fig. 18; Benjamini & Hochberg 1995; Benjamini & Yekutieli 2001.
     """
@@ -377,7 +377,8 @@ def correlate(
     cells_: Sequence[Mapping[str, Any]], scores: Mapping[str, float], clusters: Mapping[str, str]
 ) -> list[Correlation]:
     """Every cell's alignment against the scores, both methods, each adjusted over its own family."""
-    stats = _scipy()
+    from scipy import stats
+
     groups: dict[tuple[str, str, str], list[tuple[str, float]]] = {}
     for line in cells_:
         if line["pair"] in scores and math.isfinite(line["alignment"]):
@@ -455,16 +456,6 @@ def detectable(n: int, level: float = LEVEL, power: float = POWER) -> float:
         return math.nan
     z = NormalDist().inv_cdf(1 - level / 2) + NormalDist().inv_cdf(power)
     return math.tanh(z / math.sqrt(n - 3))
-
-
-def _scipy() -> Any:
-    try:
-        from scipy import stats
-    except ImportError as error:
-        raise InputError(
-            "correlations need scipy, which is not installed: pip install 'specbasis[population]'"
-        ) from error
-    return stats
 
 
 def _values(names: Sequence[str]) -> Any:

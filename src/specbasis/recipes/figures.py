@@ -301,7 +301,7 @@ def _mean(values: Floats) -> Floats:
     finite = np.isfinite(values)
     count = finite.sum(0)
     total = np.where(finite, values, 0.0).sum(0)
-    return np.divide(total, count, out=np.full(values.shape[1], np.nan), where=count > 0)
+    return np.asarray(np.divide(total, count, out=np.full(values.shape[1], np.nan), where=count > 0))
 
 
 def _quantiles(values: Floats, at: Sequence[float]) -> list[Floats]:
