@@ -187,7 +187,8 @@ def test_intervals_cover_the_alignment_before_rounding(turn, noise):
     covered = {"left": [], "right": []}
     for seed in range(draws):
         U, V = orthonormal(n, n, 2 * seed), orthonormal(m, n, 2 * seed + 1)
-        R = torch.matrix_exp(turn * (lambda G: G - G.mT)(gaussian(n, n, seed)) / math.sqrt(n))
+        G = gaussian(n, n, seed)
+        R = torch.matrix_exp(turn * (G - G.mT) / math.sqrt(n))
         Ut, Vt = U @ R, V @ R
         clean = (Ut * S) @ Vt.mT
         if noise == "gaussian":
