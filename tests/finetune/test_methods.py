@@ -3,6 +3,7 @@
 import copy
 import json
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -382,6 +383,12 @@ def test_budgets_of_the_paper_on_the_shapes_of_deberta_v3_base():
     attached = attach(model, "spectral")  # on shapes alone
     assert attached.counts.adapter == 360_000
     assert attached.counts.head == 768 * 768 + 768 + 2 * 768 + 2
+
+
+def test_the_page_on_methods_names_them_all():
+    page = (Path(__file__).parents[2] / "docs/methods.md").read_text()
+    names = [f"`-{name.removeprefix('spectral-')}`" if "spectral-" in name else f"`{name}`" for name in METHODS]
+    assert [name for name in names if name not in page and name != "`-random`"] == []
 
 
 # Training with transformers' Trainer.
