@@ -27,7 +27,7 @@ from specbasis.finetune.costs import Stopwatch, peak_memory, weights_bytes
 from specbasis.finetune.forgetting import Pretraining, pretraining_loss
 from specbasis.finetune.methods import Attached, attach
 from specbasis.finetune.metrics import scores
-from specbasis.finetune.prefix import PrefixCache, Uncut, find_cut
+from specbasis.finetune.prefix import NoPrefixError, PrefixCache, Uncut, find_cut
 from specbasis.finetune.protocol import Placement, Protocol
 from specbasis.finetune.tasks import Split, Task, TaskData
 
@@ -270,9 +270,13 @@ def _ready(
                 notes.append(f"no prefix cache: {cut.reason}")
             else:
                 sets = [train, *(base.encode(split) for split in _scored(data).values())]
-                cache = PrefixCache.build(attached.model, cut, sets, collate, cache_prefix)
-                collate, about = cache.collator(collate), cache.manifest()
-                stack.enter_context(cut.suffix(attached.model))
+                try:
+                    cache = PrefixCache.build(attached.model, cut, sets, collate, cache_prefix)
+                except NoPrefixError as error:
+                    notes.append(f"no prefix cache: {error}")
+                else:
+                    collate, about = cache.collator(collate), cache.manifest()
+                    stack.enter_context(cache.suffix(attached.model))
         trainer = _Trainer(
             model=attached.model,
             args=args,

@@ -6,11 +6,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+
+from specbasis.errors import InputError
+from specbasis.finetune.prefix.park import parking
 
 KEY = "prefix_value_"
 """Begin of the names under which a batch brings the values of its examples."""
@@ -81,39 +85,63 @@ class Suffix:
     Args:
         model: the model whose call takes the batch.
         actions: by module name, what its first, second, … call becomes.
-        values: for each value that a batch brings, its sites and dtype.
+        dtypes: of the values that a batch brings, as the model computes them.
         before: name of the module at the cut: what it is inside of is not checkpointed, as it holds stand-ins.
+
+    Raises:
+        InputError: the model has no module of such a name.
     """
 
     def __init__(
         self,
         model: nn.Module,
         actions: Mapping[str, tuple[Action, ...]],
-        values: Sequence[tuple[tuple[Site, ...], torch.dtype]],
+        dtypes: Sequence[torch.dtype],
         before: str = "",
     ) -> None:
-        self.model, self.actions, self.dtypes, self.before = model, actions, [dtype for _, dtype in values], before
+        self.model, self.actions, self.dtypes, self.before = model, actions, dtypes, before
+        self.modules = dict(model.named_modules())
+        absent = [name for name in (*actions, before) if name not in self.modules]
+        if absent:
+            raise InputError(f"the model has no module {absent[0]!r}: want the model in which the cut was found")
         self.values: Sequence[Tensor] | None = None
         self.counts: Counter[str] = Counter()
         self.sizes: tuple[int, int | None] = (0, None)
 
     @contextmanager
-    def running(self) -> Iterator[None]:
-        """Take values from batches that bring them; let all others through the whole model."""
+    def running(self, park: Path | None = None) -> Iterator[None]:
+        """Take values from batches that bring them; let all others through the whole model.
+
+        Args:
+            park: folder for the weights that stand still, to give their memory back.
+        """
+        standing = [name for name, actions in self.actions.items() if None not in actions] if park else []
 
         def start(
-            _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> tuple[tuple[Any, ...], dict[str, Any]]:
             given = [kwargs[f"{KEY}{n}"] for n in range(len(self.dtypes)) if f"{KEY}{n}" in kwargs]
             rest = {name: value for name, value in kwargs.items() if not name.startswith(KEY)}
+            if given and getattr(module, "_is_replica", False):
+                raise InputError(
+                    "the prefix cache does not run in threads (DataParallel): start one process for each GPU with "
+                    "accelerate launch or torchrun, or train without it"
+                )
             if given:
+                parked.out()
                 self._begin(given, args, rest)
+            else:
+                parked.back(for_good=False)
             return args, rest
 
         def stop(*_: Any) -> None:
             self.values = None
 
-        with self._replaced(), self._unchecked() as uncheck:
+        with (
+            self._replaced(),
+            self._unchecked() as uncheck,
+            parking(self.model, standing, park or Path()) as parked,
+        ):
             handles = [
                 self.model.register_forward_pre_hook(lambda *_: uncheck()),
                 self.model.register_forward_pre_hook(start, with_kwargs=True),
@@ -129,7 +157,7 @@ class Suffix:
     def fed(self, values: Sequence[Tensor]) -> Iterator[None]:
         """Take these values for every call of the model."""
 
-        def start(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def start(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._begin(values, args, kwargs)
 
         handle = self.model.register_forward_pre_hook(start, with_kwargs=True)
@@ -151,7 +179,7 @@ class Suffix:
         if isinstance(leaf, Value):
             return self.values[leaf.index]
         named = {"batch": self.sizes[0], "tokens": self.sizes[1]}
-        shape = [named[n] if isinstance(n, str) else n for n in leaf.shape]
+        shape = [n if isinstance(n, int) else named[n] or 0 for n in leaf.shape]
         return torch.zeros((), dtype=leaf.dtype, device=self.values[0].device).expand(shape)
 
     def _forward(self, name: str, module: nn.Module, actions: tuple[Action, ...]) -> Callable[..., Any]:
@@ -176,11 +204,10 @@ class Suffix:
 
     @contextmanager
     def _replaced(self) -> Iterator[None]:
-        modules = dict(self.model.named_modules())
         before: list[tuple[nn.Module, bool, Any]] = []
         try:
             for name, actions in self.actions.items():
-                module = modules[name]
+                module = self.modules[name]
                 replacement = self._forward(name, module, actions)
                 before.append((module, "forward" in module.__dict__, module.__dict__.get("forward")))
                 module.__dict__["forward"] = replacement
@@ -197,19 +224,18 @@ class Suffix:
 
         A checkpointed block would call its stand-ins again in the backward pass, when the batch is gone.
         """
-        modules = dict(self.model.named_modules())
         parts = self.before.split(".")
-        around = [modules[".".join(parts[:n])] for n in range(1, len(parts) + 1) if self.before]
+        around = [self.modules[".".join(parts[:n])] for n in range(1, len(parts) + 1) if self.before]
         changed: list[nn.Module] = []
 
         def uncheck() -> None:
             for module in around:
                 if getattr(module, "gradient_checkpointing", False) and hasattr(module, "gradient_checkpointing"):
-                    module.gradient_checkpointing = False  # type: ignore[assignment]
+                    vars(module)["gradient_checkpointing"] = False
                     changed.append(module)
 
         try:
             yield uncheck
         finally:
             for module in changed:
-                module.gradient_checkpointing = True  # type: ignore[assignment]
+                vars(module)["gradient_checkpointing"] = True

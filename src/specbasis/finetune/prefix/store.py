@@ -10,9 +10,9 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from specbasis.errors import InputError
-from specbasis.finetune.prefix.cut import Cut, Kept, capture, chosen, evaluating
+from specbasis.finetune.prefix.cut import Cut, Kept, capture, chosen
+from specbasis.finetune.prefix.probe import agree, evaluating, outputs
 from specbasis.finetune.prefix.standin import KEY
 
 Collator = Callable[[list[Any]], Mapping[str, Any]]
@@ -30,10 +31,10 @@ Dtype = Literal["float32", "bfloat16"]
 
 _FORMAT = 1
 _CHUNK = 1024  # examples that are sorted by length together and written to one file
+_KEYED = 64  # examples that are collated together to be looked up
 _SPARE = 64 * 2**20  # bytes of the disk that are left alone
 _TORCH = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_STORED = {"float32": np.dtype("<f4"), "bfloat16": np.dtype("<u2")}
-_LABELS = ("start_positions", "end_positions", "next_sentence_label")
+_STORED: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "bfloat16": np.dtype("<u2")}
 _HEAD = np.dtype([("key", "V16"), ("offset", "<i8"), ("tokens", "<i4"), ("check", "<u4")])
 
 
@@ -46,13 +47,18 @@ class _Row:
     tokens: int
 
 
+class NoPrefixError(InputError):
+    """Nothing can be kept of these examples, though the model has a frozen prefix: train without the cache."""
+
+
 class PrefixCache:
     """What the prefix of a model gives for each of a number of examples, in files that are mapped into memory.
 
-    A folder holds caches of any number of cuts, weights and datasets. A cache's own folder is named by the digest of
-    its cut (`Cut.digest`: weights below it, structure, place) and the number format; in it an example is found by
-    SHA-256 of what the collator makes of it: ids, token types, pixels, without padding and labels. A row that is found
-    is therefore the right one, whatever tokeniser, task or order it was written for, and equal examples have one row.
+    A folder holds caches of any number of cuts, weights and datasets. A cache's own folder is named by the digest
+    of its cut (`Cut.digest`: weights below it, structure, place) and the number format; in it an example is found
+    by SHA-256 of what the collator makes of it: ids, token types, pixels, without padding and labels. A row that is
+    found is therefore the right one, whatever tokeniser, task or order it was written for, and equal examples have
+    one row.
 
     Files are written whole or not at all and carry a check sum for each row, which opening tests; what does
     not fit is removed and computed anew.
@@ -86,8 +92,8 @@ class PrefixCache:
     ) -> PrefixCache:
         """Open the cache and run the prefix once, in evaluation mode, for each example that it lacks.
 
-        A run that was stopped goes on where it was; several processes take turns. Costs the prefix's forward pass for
-        the missing examples, and reads all rows that are there once.
+        A run that was stopped goes on where it was; several processes take turns. Costs the prefix's forward pass
+        for the missing examples, and reads all rows that are there once.
 
         Args:
             model: the model in which `cut` was found, on the device where it is to run.
@@ -100,8 +106,10 @@ class PrefixCache:
             progress: called with the examples done and all examples.
 
         Raises:
-            InputError: the disk is too small; an example changes from one reading to the next, or its
-                activations depend on the rest of its batch; the folder cannot be written.
+            NoPrefixError: an example changes from one reading to the next, or the model's output for it depends on
+                the rest of its batch; the dataset has no length; activations are not finite. Training can go on
+                without the cache.
+            InputError: the disk is too small, or the folder cannot be written.
         """
         cache = cls(cut, Path(folder), dtype)
         datasets = (
@@ -109,7 +117,7 @@ class PrefixCache:
         )
         for each in datasets:
             if not hasattr(each, "__len__"):
-                raise InputError("the prefix cache needs a dataset with a length; train a stream without it")
+                raise NoPrefixError("the prefix cache needs a dataset with a length; train a stream without it")
         try:
             cache.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -123,11 +131,12 @@ class PrefixCache:
         return len(self._rows)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": {}}
+        # A worker process reads rows only: it opens the files itself and runs no model.
+        return {**self.__dict__, "_maps": {}, "cut": replace(self.cut, actions={})}
 
     @property
-    def bytes(self) -> int:
-        """Size on disk."""
+    def size(self) -> int:
+        """Bytes on disk."""
         return sum(path.stat().st_size for path in self.folder.glob("*.rows"))
 
     def manifest(self) -> dict[str, Any]:
@@ -138,11 +147,17 @@ class PrefixCache:
             "digest": self.cut.digest,
             "dtype": self.dtype,
             "examples": len(self),
-            "bytes": self.bytes,
+            "bytes": self.size,
             "prefix_dropout": "off: everything below the cut ran once, in evaluation mode",
         }
 
     # Reading.
+
+    @contextmanager
+    def suffix(self, model: nn.Module) -> Iterator[nn.Module]:
+        """`Cut.suffix`, with the weights below the cut parked in this folder while batches bring their values."""
+        with self.cut.suffix(model, park=self.folder):
+            yield model
 
     def collator(self, collator: Collator) -> Collator:
         """A collator that adds to each batch the values of its examples, for `Cut.suffix`."""
@@ -154,37 +169,29 @@ class PrefixCache:
         Raises:
             InputError: an example is not in the cache.
         """
-        keys, mask = row_keys(batch)
+        keys, mask = row_keys(batch, self.cut.inputs)
         found = [self._rows.get(key) for key in keys]
         if None in found:
             raise InputError(
-                f"{found.count(None)} of {len(keys)} examples are not in the prefix cache ({self.folder}): want the "
-                "examples it was built for; if they are augmented or masked at random, train without it"
+                f"{found.count(None)} of {len(keys)} examples are not in the prefix cache ({self.folder}): want "
+                "the examples it was built for; if they are augmented or masked at random, train without it"
             )
         rows = [row for row in found if row is not None]
-        return {f"{KEY}{n}": self._value(n, rows, mask) for n in range(len(self.cut.kept))}
+        return {
+            f"{KEY}{n}": _padded(kept, [self._read(n, row) for row in rows], mask)
+            for n, kept in enumerate(self.cut.kept)
+        }
 
-    def _value(self, n: int, rows: Sequence[_Row], mask: Tensor | None) -> Tensor:
-        kept = self.cut.kept[n]
-        dims = [size for size in kept.shape[1:] if not isinstance(size, str)]
-        parts = [torch.from_numpy(self._read(n, row)).view(_TORCH[self.dtype]) for row in rows]
-        if not kept.packed:
-            return torch.stack([part.view(dims) for part in parts])
-        assert mask is not None
-        value = torch.zeros(*mask.shape, *dims, dtype=_TORCH[self.dtype])
-        for i, part in enumerate(parts):
-            value[i][chosen(mask[i : i + 1], kept.positions)[0]] = part.view(-1, *dims)
-        return value
-
-    def _read(self, n: int, row: _Row) -> np.ndarray[Any, Any]:
+    def _read(self, n: int, row: _Row) -> Tensor:
         start = row.offset + sum(self._numbers(kept, row.tokens) for kept in self.cut.kept[:n])
         if row.file not in self._maps:
             # Copy on write, so that torch gets memory it may write to; nothing does.
             self._maps[row.file] = np.memmap(row.file, _STORED[self.dtype], mode="c")
-        return self._maps[row.file][start : start + self._numbers(self.cut.kept[n], row.tokens)]
+        part = self._maps[row.file][start : start + self._numbers(self.cut.kept[n], row.tokens)]
+        return torch.from_numpy(part).view(_TORCH[self.dtype])
 
     def _numbers(self, kept: Kept, tokens: int) -> int:
-        return kept.width * (tokens if kept.packed and kept.positions == "all" else 1)
+        return kept.width * (tokens if kept.packed else 1)
 
     def _size(self, tokens: int) -> int:
         """Bytes of a row."""
@@ -210,9 +217,8 @@ class PrefixCache:
         try:
             raw = index.read_bytes()
             line, _, rest = raw.partition(b"\n")
-            head = json.loads(line)
             entries = np.frombuffer(rest, _HEAD)
-            if head != self._head(entries.tobytes()):
+            if json.loads(line) != self._head(rest):
                 return None
             data = np.memmap(path, np.uint8, mode="r")
         except (OSError, ValueError):
@@ -251,7 +257,7 @@ class PrefixCache:
                     missing = self._missing(items, collator)
                     if missing:
                         if not checked:
-                            _check_stable(each, begin, items, collator)
+                            _check_stable(each, begin, items, collator, self.cut.inputs)
                             _check_apart(model, self.cut, [item for _, _, item in missing], collator)
                             checked = True
                         self._check_disk(missing, total - done, len(items))
@@ -276,10 +282,13 @@ class PrefixCache:
     def _missing(self, items: Sequence[Any], collator: Collator) -> list[tuple[bytes, int, Any]]:
         """Key, length and item of each example that has no row yet, the longest first."""
         found: dict[bytes, tuple[bytes, int, Any]] = {}
-        for item in items:
-            (key,), mask = row_keys(collator([item]))
-            if key not in self._rows:
-                found[key] = (key, 0 if mask is None else int(mask.sum()), item)
+        for begin in range(0, len(items), _KEYED):
+            some = items[begin : begin + _KEYED]
+            keys, mask = row_keys(collator(list(some)), self.cut.inputs)
+            lengths = [0] * len(some) if mask is None else mask.sum(1).tolist()
+            for key, tokens, item in zip(keys, lengths, some, strict=True):
+                if key not in self._rows:
+                    found[key] = (key, tokens, item)
         return sorted(found.values(), key=lambda entry: -entry[1])
 
     def _check_disk(self, missing: Sequence[tuple[bytes, int, Any]], remaining: int, read: int) -> None:
@@ -288,8 +297,8 @@ class PrefixCache:
         expected, free = int(size * remaining / read), shutil.disk_usage(self.folder).free
         if expected + _SPARE > free:
             raise InputError(
-                f"{self.folder}: the prefix cache needs about {_gigabytes(expected)} more for {remaining} examples, and "
-                f"{_gigabytes(free)} are free; want {self._want()}"
+                f"{self.folder}: the prefix cache needs about {_megabytes(expected)} more for {remaining} "
+                f"examples, and {_megabytes(free)} are free; want {self._want()}"
             )
 
     def _write(
@@ -306,6 +315,10 @@ class PrefixCache:
                 for begin in range(0, len(missing), batch_size):
                     batch = missing[begin : begin + batch_size]
                     for n, row in enumerate(self._compute(model, batch, collator), start=begin):
+                        if len(row) != self._size(missing[n][1]):
+                            raise NoPrefixError(
+                                "an example has no token: leave it out, or train without the prefix cache"
+                            )
                         file.write(row)
                         entries[n] = (np.void(missing[n][0]), offset, missing[n][1], zlib.crc32(row))
                         offset += len(row) // _STORED[self.dtype].itemsize
@@ -329,30 +342,19 @@ class PrefixCache:
     ) -> Iterator[bytes]:
         """The bytes of the rows of some examples."""
         collated = collator([item for _, _, item in batch])
-        keys, mask = row_keys(collated)
-        if keys != [key for key, _, _ in batch]:
-            raise InputError(
-                "the collator does not make the same of an example each time (random masking?): want one that does, or "
-                "training without the prefix cache"
+        if row_keys(collated, self.cut.inputs)[0] != [key for key, _, _ in batch]:
+            raise NoPrefixError(
+                "the collator does not make the same of an example each time (random masking?): want one that "
+                "does, or training without the prefix cache"
             )
-        device = next(model.parameters()).device
-        inputs = {
-            name: v.to(device) if isinstance(v, Tensor) else v
-            for name, v in collated.items()
-            if not _is_label(name)
-        }
-        values = [value.to("cpu", _TORCH[self.dtype]) for value in capture(model, inputs, self.cut.kept)]
-        for i in range(len(batch)):
-            parts = []
-            for kept, value in zip(self.cut.kept, values, strict=True):
-                part = value[i]
-                if kept.packed:
-                    assert mask is not None
-                    part = part[chosen(mask[i : i + 1], kept.positions)[0]]
-                if not bool(part.isfinite().all()):
-                    raise InputError(f"{kept} has numbers that are not finite in {self.dtype}: check the weights")
-                parts.append(part.contiguous().view(torch.uint8).numpy().tobytes())
-            yield b"".join(parts)
+        for parts in _parts(model, self.cut, collated):
+            stored = [part.to(_TORCH[self.dtype]).contiguous() for part in parts]
+            if not all(bool(part.isfinite().all()) for part in stored):
+                raise NoPrefixError(
+                    f"the activations at the {self.cut} are not finite in {self.dtype}: check the weights, or "
+                    "train without the prefix cache"
+                )
+            yield b"".join(part.view(torch.uint8).numpy().tobytes() for part in stored)
 
 
 class _Collator:
@@ -366,19 +368,17 @@ class _Collator:
         return {**batch, **self.cache.values(batch)}
 
 
-def row_keys(batch: Mapping[str, Any]) -> tuple[list[bytes], Tensor | None]:
+def row_keys(batch: Mapping[str, Any], inputs: frozenset[str]) -> tuple[list[bytes], Tensor | None]:
     """The key of each example of a batch, and the mask of its tokens; None where it is not made of tokens.
 
-    A key is half of SHA-256 of the example's tensors by name, at the positions that are no padding, labels left out.
+    A key is half of SHA-256 of those of the example's tensors that are inputs, by name, without padding.
     """
     tensors = {
-        name: value.cpu()
-        for name, value in sorted(batch.items())
-        if isinstance(value, Tensor) and not _is_label(name)
+        name: value.cpu() for name, value in sorted(batch.items()) if isinstance(value, Tensor) and name in inputs
     }
     mask = tensors.pop("attention_mask", None)
     if mask is not None and mask.dim() != 2:
-        raise InputError(
+        raise NoPrefixError(
             f"got an attention mask of {mask.dim()} axes; the prefix cache wants one of (examples, tokens)"
         )
     tokens = tensors.get("input_ids")
@@ -404,50 +404,71 @@ def row_keys(batch: Mapping[str, Any]) -> tuple[list[bytes], Tensor | None]:
     return [digest.digest()[:16] for digest in digests], mask
 
 
-def _is_label(name: str) -> bool:
-    return "label" in name or name in _LABELS
-
-
-def _check_stable(dataset: Any, begin: int, items: Sequence[Any], collator: Collator) -> None:
+def _check_stable(
+    dataset: Any, begin: int, items: Sequence[Any], collator: Collator, inputs: frozenset[str]
+) -> None:
     """Refuse a dataset that does not give the same example twice."""
     few = range(min(4, len(items)))
     once, again = (
-        [row_keys(collator([item]))[0][0] for item in chosen]
+        [row_keys(collator([item]), inputs)[0][0] for item in chosen]
         for chosen in ([items[i] for i in few], [dataset[begin + i] for i in few])
     )
     if once != again:
-        raise InputError(
-            "the dataset does not give the same example twice (random augmentation?): want fixed examples, or training "
-            "without the prefix cache"
+        raise NoPrefixError(
+            "the dataset does not give the same example twice (random augmentation?): want fixed examples, or "
+            "training without the prefix cache"
         )
 
 
 def _check_apart(model: nn.Module, cut: Cut, items: Sequence[Any], collator: Collator) -> None:
-    """Refuse activations that depend on the rest of the batch: padding that moves positions, sums over examples."""
-    if len(items) < 2:
-        return
+    """Refuse activations that depend on the rest of the batch: padding that moves positions, sums over examples.
+
+    The shortest and the longest example run alone up to the cut and together from there on; the outputs must be
+    those of the two in the whole model.
+    """
+    pair = [items[-1], items[0]]
+    together = _inputs(model, collator(pair), cut.inputs)
+    mask = row_keys(together, cut.inputs)[1]
+    alone = [_parts(model, cut, collator([item]))[0] for item in pair]
+    values = {f"{KEY}{n}": _padded(kept, [parts[n] for parts in alone], mask) for n, kept in enumerate(cut.kept)}
+    on = None if mask is None else mask.to(next(model.parameters()).device)
+    want = outputs(model(**together), on)
+    with cut.suffix(model):
+        got = outputs(model(**together, **_inputs(model, values, values)), on)
+    if not agree(got, want, relative=1e-3):
+        raise NoPrefixError(
+            "the model's output for an example depends on the rest of its batch (padding on the left with learned "
+            "positions?), so nothing can be kept: want padding on the right, or training without the prefix cache"
+        )
+
+
+def _inputs(model: nn.Module, batch: Mapping[str, Any], names: Container[str]) -> dict[str, Any]:
+    """Some of a batch, on the model's device."""
     device = next(model.parameters()).device
-    together, alone = (
-        {k: v.to(device) if isinstance(v, Tensor) else v for k, v in collator(some).items() if not _is_label(k)}
-        for some in ([items[-1], items[0]], [items[-1]])
-    )
-    masks = [row_keys(batch)[1] for batch in (together, alone)]
-    for kept, a, b in zip(
-        cut.kept, capture(model, together, cut.kept), capture(model, alone, cut.kept), strict=True
-    ):
-        a, b = a[0].cpu(), b[0].cpu()
-        if kept.packed and masks[0] is not None and masks[1] is not None:
-            a, b = a[masks[0][0]], b[masks[1][0]]
-        scale = float(b.abs().max())
-        if not float((a - b).abs().max()) <= 1024 * torch.finfo(kept.dtype).eps * scale:
-            raise InputError(
-                f"{kept} of an example depends on the rest of its batch (padding on the left with learned positions?): want "
-                "padding on the right, or training without the prefix cache"
-            )
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items() if k in names}
 
 
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:.2f} GB"
+def _parts(model: nn.Module, cut: Cut, batch: Mapping[str, Any]) -> list[list[Tensor]]:
+    """For each example of a batch the values to keep, without padding: (tokens, …) or (…)."""
+    mask = row_keys(batch, cut.inputs)[1]
+    values = [value.cpu() for value in capture(model, _inputs(model, batch, cut.inputs), cut.kept)]
+    keep = [chosen(mask, kept.positions) if kept.by_token and mask is not None else None for kept in cut.kept]
+    rows = range(len(values[0]))
+    return [[v[i] if k is None else v[i][k[i]] for v, k in zip(values, keep, strict=True)] for i in rows]
+
+
+def _padded(kept: Kept, parts: Sequence[Tensor], mask: Tensor | None) -> Tensor:
+    """One value of a batch, from those of its examples."""
+    if not kept.by_token or mask is None:
+        return torch.stack([part.view(kept.dims) for part in parts])
+    value = torch.zeros(*mask.shape, *kept.dims, dtype=parts[0].dtype)
+    for row, keep, part in zip(value, chosen(mask.cpu(), kept.positions), parts, strict=True):
+        row[keep] = part.view(-1, *kept.dims)
+    return value
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.0f} MB"
 
 
 def _sync(file: Any) -> None:
