@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -586,3 +587,14 @@ def _marked(mark: str) -> list[str]:
         except OSError:
             continue
     return found
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"ranks": 2.5}, {"ranks": True}, {"ranks": 5, "subspace": 6}, {"memory": 0}, {"engine": "processes"}],
+)
+def test_options_that_cannot_run_leave_no_folder(tmp_path: Path, options: dict[str, Any]) -> None:
+    W = {"w.weight": torch.randn(8, 8)}
+    with pytest.raises(InputError):
+        specbasis.compare(W, W, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()

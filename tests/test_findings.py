@@ -1,4 +1,4 @@
-"""Findings: each check sees what it is for, on pico models compared by the real path, and nothing on a plain finetune."""
+"""Findings: each check sees what it is for, on pico models by the real path, and nothing on a plain finetune."""
 
 import json
 from collections.abc import Callable
@@ -39,16 +39,16 @@ def _only(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> State:
 
 
 def _low_rank(W: torch.Tensor) -> torch.Tensor:
+    if W.ndim == 1:
+        return W
     B, A = torch.randn(W.shape[0], 2), torch.randn(2, W.shape[1])
-    return W + 0.1 * W.norm() / (B @ A).norm() * (B @ A) if W.ndim == 2 else W
+    return W + 0.1 * W.norm() / (B @ A).norm() * (B @ A)
 
 
 CASES: dict[str, Callable[[], State]] = {
     "wrong-base": lambda: _weights(9),
     "foreign-parts": lambda: _only("pooler.dense.weight", lambda W: torch.randn_like(W)),
-    "reordered": lambda: _only(
-        FFN, lambda W: W[torch.randperm(len(W), generator=torch.Generator().manual_seed(0))]
-    ),
+    "reordered": lambda: _only(FFN, lambda W: W.flip(0)),
     "rank-collapse": lambda: _only(FFN, lambda W: W + 4 * W.norm() / 64 * torch.ones_like(W)),
     "storage-rounding": lambda: {n: v.bfloat16() for n, v in finetuned(BASE, 1e-3).items()},
     "outlier-layer": lambda: _only(FFN, lambda W: W + 5 * (W - BASE[FFN])),
@@ -63,16 +63,6 @@ CASES: dict[str, Callable[[], State]] = {
     "barely-moved": lambda: _trained(1e-4),
     "low-rank": lambda: {n: _low_rank(v) for n, v in BASE.items()},
 }
-PLAIN = [
-    "outlier-layer",
-    "wrong-base",
-    "noise",
-    "low-rank",
-    "frozen",
-    "copied",
-    "storage-rounding",
-    "rank-collapse",
-]
 
 
 @pytest.mark.parametrize("kind", CASES)

@@ -6,6 +6,8 @@ from specbasis.edits import Edit
 from specbasis.errors import InputError, NonFiniteError
 from specbasis.finetune.runs import finetune
 from specbasis.intervene import Subject, edited, intervene, matrix_edits
+from specbasis.lineage import lineage
+from specbasis.population import population
 from specbasis.svd import SVD, decompose, low_rank_svd
 
 __version__ = "0.1.0"
@@ -22,8 +24,10 @@ __all__ = [
     "edited",
     "finetune",
     "intervene",
+    "lineage",
     "load",
     "low_rank_svd",
     "matrix_edits",
     "open_checkpoint",
+    "population",
 ]

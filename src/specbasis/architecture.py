@@ -1378,8 +1378,8 @@ def _nothing_agrees(base: Checkpoint, tuned: Checkpoint) -> InputError:
     mine, other = ({_bare(name): entry.shape for name, entry in c.entries.items()} for c in (base, tuned))
     if common := [name for name in mine if name in other]:
         return InputError(
-            f"{base.source} and {tuned.source}: {len(common)} names in common, none of them with the same shape (e.g. "
-            f"{common[0]}: {mine[common[0]]} and {other[common[0]]}); want two checkpoints of one size"
+            f"{base.source} and {tuned.source}: {len(common)} names in common, none of them with the same shape "
+            f"(e.g. {common[0]}: {mine[common[0]]} and {other[common[0]]}); want two checkpoints of one size"
         )
     ours, theirs = (_bare(next(iter(checkpoint.entries))) for checkpoint in (base, tuned))
     return InputError(

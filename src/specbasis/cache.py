@@ -46,7 +46,7 @@ class Cache:
 
         Raises: as `decompose`. A folder that cannot be written is a warning, once: nothing is kept then.
         """
-        path = self.folder / f"{_digest([W])}-{ALGORITHM}-{min(W.shape) if ranks is None else ranks}.safetensors"
+        path = self.path(W, ranks)
         found = _read(path)
         if found is None:
             computed = decompose(W, ranks, name=name)
@@ -54,6 +54,10 @@ class Cache:
             found = SVD(**{part: getattr(computed, part).contiguous() for part in _PARTS})
             self._write(path, found)
         return found
+
+    def path(self, W: Float[Tensor, "out in"], ranks: int | None = None) -> Path:
+        """The file that holds, or would hold, a matrix's decomposition. Costs one pass over W for its digest."""
+        return self.folder / f"{_digest([W])}-{ALGORITHM}-{min(W.shape) if ranks is None else ranks}.safetensors"
 
     def _write(self, path: Path, svd: SVD) -> None:
         parts = {part: getattr(svd, part).cpu() for part in _PARTS}
@@ -83,6 +87,54 @@ class Cache:
                 break
             path.unlink(missing_ok=True)
             total -= size
+
+
+def mapped(path: Path) -> SVD | None:
+    """An entry that `Cache.decompose` gave before in this process, mapped: numbers are read when they are used.
+
+    Its digest is not checked again; None where it is gone.
+    """
+    try:
+        stored = open_checkpoint(path)
+        return SVD(**{part: stored[part] for part in _PARTS})
+    except (InputError, KeyError, OSError):
+        return None
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Alignments with sampled updates, kept in the same folder by content, kind, draws and ranks."""
+
+    folder: Path
+
+    def read(self, W: Tensor, T: Tensor, kind: str, draws: int, k: int) -> tuple[Tensor, Tensor] | None:
+        """(left, right), (draws, k), where they are there and whole."""
+        path = self._path(W, T, kind, draws, k)
+        if not path.exists():
+            return None
+        try:
+            stored = dict(open_checkpoint(path))
+            left, right = (stored[side].clone() for side in ("left", "right"))
+            os.utime(path)
+        except (InputError, KeyError, OSError):
+            return None
+        return (left, right) if left.shape == right.shape == (draws, k) else None
+
+    def write(self, W: Tensor, T: Tensor, kind: str, draws: int, k: int, found: tuple[Tensor, Tensor]) -> None:
+        """Keep them; a folder that cannot be written is a warning."""
+        path = self._path(W, T, kind, draws, k)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file(
+                {side: x.cpu().contiguous() for side, x in zip(("left", "right"), found, strict=True)}, temporary
+            )
+            temporary.replace(path)
+        except (OSError, SafetensorError) as error:
+            warnings.warn(f"{self.folder}: samples cannot be kept here ({error})", stacklevel=2)
+
+    def _path(self, W: Tensor, T: Tensor, kind: str, draws: int, k: int) -> Path:
+        return self.folder / f"{_digest([W, T])}-{ALGORITHM}-{kind}-{draws}-{k}.safetensors"
 
 
 def _read(path: Path) -> SVD | None:

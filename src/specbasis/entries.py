@@ -1,4 +1,4 @@
-"""What the entries of two matrices say without any decomposition: sums, equality, correspondence of rows and columns."""
+"""What the entries of two matrices say without any decomposition: sums, equality, correspondence of rows."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ FORMATS = {"bfloat16": 8, "float16": 11, "float32": 24, "float64": 53}
 """Storage formats and their significant bits."""
 
 PROBES = 8
-"""Random vectors that measure ‖WᵀT‖_F. More: a surer `correspondence`, which is off by a fifth at most as a rule."""
+"""Random vectors that measure ‖WᵀT‖_F. More: a surer `_correspondence`, which is off by a fifth as a rule."""
 
 LEAST_SIDE = 64
-"""Where a side is shorter than this, even equal matrices may exceed random orders by too little to be told apart."""
+"""Where a side is shorter than this, even equal matrices may exceed random orders by too little to tell."""
 
 _BLOCK = 2**16  # entries of one block of rows: they stay in a core's cache
 
@@ -150,8 +150,8 @@ def _correspondence(inner: float, square: float, n: int) -> float:
     """By how many standard deviations ⟨W, T⟩ exceeds that of T with its n columns (or rows) in random order.
 
     (⟨W, T⟩ − mean) / (‖C WᵀT C‖_F / √(n − 1)), C = I − 11ᵀ/n: the exact mean and variance over all orders, but for
-    ‖·‖_F, which is measured with random vectors. Standard normal for hidden units of independent trainings, whatever
-    the spectra and the means; a finetune gives up to about √n·√(n_eff).
+    ‖·‖_F, which is measured with random vectors. Standard normal for hidden units of independent trainings,
+    whatever the spectra and the means; a finetune gives up to about √n·√(n_eff).
 
     Source: Hoeffding 1951, A combinatorial central limit theorem.
     """
@@ -187,12 +187,11 @@ def _grids(W: Tensor, T: Tensor) -> dict[str, float]:
     groups = [_groups(X) for X in (W, T)]
     (levels, _), (tuned_levels, step) = (_grid(x) for x in groups)
     fit = (groups[1] - groups[0]).abs().amax(1) <= 0.5001 * step
-    found = {
+    return {
         "grid_levels_base": levels,
         "grid_levels_tuned": tuned_levels,
         "equal_entries_grid": math.nan if math.isnan(tuned_levels) else float(fit.double().mean()),
     }
-    return found
 
 
 def _groups(X: Tensor) -> Float[Tensor, "groups size"]:
@@ -207,8 +206,8 @@ def _groups(X: Tensor) -> Float[Tensor, "groups size"]:
 def _grid(x: Float[Tensor, "groups size"]) -> tuple[float, Tensor]:
     """Levels of the uniform grid on which the entries of most groups lie, and each group's step.
 
-    A group lies on a grid where all differences from its least entry are whole multiples of its least difference, to
-    1 %, and no more than `LEVELS` of them. NaN where fewer than half of the groups do, or where groups are too short.
+    A group lies on a grid where all differences from its least entry are whole multiples of its least difference,
+    to 1 %, and no more than `LEVELS` of them. NaN where fewer than half of the groups do, or groups are too short.
     """
     if x.shape[1] < GROUP:
         return math.nan, x.new_zeros(len(x))

@@ -32,13 +32,13 @@ SMALL_SHARE = 0.1
 """A share of the parameters below this does not change the verdict: it is named beside it."""
 
 SAME_SPECTRUM = 0.01
-"""Two matrices of n singular values have the same spectrum where their relative spectral distance is below this / n.
+"""Two matrices of n singular values have one spectrum where their relative spectral distance is below this / n.
 
 Independent random matrices of one distribution differ by about 1/n.
 """
 
 QUANTISED = 0.5
-"""Share of sampled groups that must round to tuned; one whose least two levels are not neighbours hides its grid."""
+"""Share of sampled groups that must round to tuned; one whose entries skip every second level hides its grid."""
 
 LEAST_SPECTRUM = 8
 """Fewer singular values could be the same by chance."""
@@ -114,10 +114,10 @@ def judge(rows: pa.Table, pair: str) -> Verdict:
     A matrix is, by the first that holds,
 
     - *frozen* where delta is exactly zero;
-    - *copied* where base and tuned are equal once rounded to the coarser precision of the two, or base rounds to tuned on
-      tuned's own grid (quantised); where all entries but those set to zero are equal; or where the singular values are the same (`SAME_SPECTRUM`) of weights that do not
-      correspond: rows and columns in another order, as hidden units can have without any effect,
-      or with other signs;
+    - *copied* where base and tuned are equal once rounded to the coarser precision of the two; where base rounds to
+      tuned on tuned's own grid (quantised); where all entries but those set to zero are equal; or where the values
+      in the spectrum are the same (`SAME_SPECTRUM`) of weights that do not correspond: rows and columns in another
+      order, as hidden units can have without any effect, or with other signs;
     - *related* where the cosine ⟨base, tuned⟩/(‖base‖‖tuned‖) is at least `RELATED_COSINE` and `RELATED_SIGMAS`
       standard deviations above that of rows and of columns in random order (`weight_cosine_z`); a matrix too small
       for that test needs `UNTESTED_COSINE` and as many deviations of random entries, 1/√(out·in);
@@ -246,7 +246,9 @@ def matrix_facts(rows: pa.Table, pair: str) -> list[dict[str, Any]]:
         m["chance"] = sum(m[side] for side in _BOTH["chance_alignment"]) / len(SIDES)
     leading = _columns(mine, pair, _BOTH["alignment"])
     leading = _where(leading, (leading["index"] < 10) & (leading["resolved"] == True))  # noqa: E712
-    sides = {key: _where(leading, leading["measure"] == f"alignment_{key[6:]}") for key in ("top10_left", "top10_right")}
+    sides = {
+        key: _where(leading, leading["measure"] == f"alignment_{key[6:]}") for key in ("top10_left", "top10_right")
+    }
     for key, part in {"top10": leading, **sides}.items():
         labels, at = np.unique(part["matrix"].astype(str), return_inverse=True)
         sums, counts = np.bincount(at, part["value"].astype(float)), np.bincount(at)
@@ -278,7 +280,9 @@ def _sentence(kind: Kind, matrices: list[dict[str, Any]], groups: dict[str, list
     frozen = _part("frozen, bit for bit", groups["frozen"])
     copied = "".join(_part(form, members) for form, members in _forms(groups["copied"]).items())
     if kind == "copy":
-        return f"copy: the same weights in another form{copied}{frozen}" + _part("not from this base", groups["unrelated"])
+        return f"copy: the same weights in another form{copied}{frozen}" + _part(
+            "not from this base", groups["unrelated"]
+        )
     changed = groups["related"] + groups["unrelated"]
     top10, z = _median(changed, "top10"), _median(changed, "weight_cosine_z")
     evidence = (

@@ -119,6 +119,27 @@ class SVD(_Ranked):
         """The leading k vectors of the left or right side as columns."""
         return self.U[:, :k] if side == "left" else self.Vh[:k].mT
 
+    @property
+    def wide(self) -> bool:
+        """Whether the short side is the left one."""
+        return self.shape[0] <= self.shape[1]
+
+    def short_side(self) -> Float[Tensor, "short k"]:
+        """The vectors of the short side as columns."""
+        return self.U if self.wide else self.Vh.mT
+
+    def long_side(self, start: int, stop: int | None = None) -> Float[Tensor, "long k"]:
+        """Vectors of the long side of the ranks [start, stop) as columns."""
+        return (self.Vh.mT if self.wide else self.U)[:, start:stop]
+
+    def times(self, R: Float[Tensor, "long c"]) -> Float[Tensor, "short c"]:
+        """The matrix of these triplets, short side first, times R."""
+        return self.short_side() @ (self.S[:, None] * (self.long_side(0).mT @ R))
+
+    def transposed_times(self, R: Float[Tensor, "short c"]) -> Float[Tensor, "long c"]:
+        """The transpose of the matrix of these triplets, short side first, times R."""
+        return self.long_side(0) @ (self.S[:, None] * (self.short_side().mT @ R))
+
     def matrix(self) -> Float[Tensor, "out in"]:
         """The matrix of these triplets: U diag(S) Vh. Costs 2·out·in·k flops."""
         return (self.U * self.S) @ self.Vh
@@ -160,6 +181,7 @@ class HalfSVD(_Ranked):
         spectrum, spectrum_error, residual, gap: as in `SVD`; the residual of an implied rank is
             ‖A Aᵀ x_i − σ_i² x_i‖ / σ_i.
         wide: whether the short side is the left one.
+        rest: vectors of the short side of the ranks from k on, (short, n − k); no columns unless asked for.
     """
 
     A: _Blocks
@@ -172,6 +194,7 @@ class HalfSVD(_Ranked):
     residual: Float[Tensor, " k"]
     gap: Float[Tensor, " k"]
     wide: bool
+    rest: Float[Tensor, "short beyond"]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -199,13 +222,44 @@ class HalfSVD(_Ranked):
         formed = self.A.transposed_times(self.X[:, held]) / (self.S[held] / self.A.scale)
         return torch.cat([formed, explicit], dim=1)
 
+    def short_side(self) -> Float[Tensor, "short every"]:
+        """Vectors of the short side of all ranks held, those beyond k included."""
+        return torch.cat([self.X, self.rest], dim=1) if self.rest.shape[1] else self.X
+
+    def times(self, R: Float[Tensor, "long c"]) -> Float[Tensor, "short c"]:
+        """The matrix, short side first, times R."""
+        return self.A.times(R) * self.A.scale if self.A.scale else R.new_zeros(self.A.shape[0], R.shape[1])
+
+    def transposed_times(self, R: Float[Tensor, "short c"]) -> Float[Tensor, "long c"]:
+        """The transpose of the matrix, short side first, times R."""
+        return (
+            self.A.transposed_times(R) * self.A.scale if self.A.scale else R.new_zeros(self.A.shape[1], R.shape[1])
+        )
+
     def svd(self) -> SVD:
         """Both sides, under the sign rule of `decompose`."""
-        X, Y = self.X, self.vectors("right" if self.wide else "left")
+        return self._signed(0, len(self.S), self.vectors("right" if self.wide else "left"))
+
+    def interval(self, k: int, m: int) -> SVD:
+        """Both sides of the ranks [k, m) alone, under the sign rule of `decompose`; the spectrum stays whole.
+
+        Only their vectors of the long side are formed; implied ones are orthonormal to about 1e-12.
+        """
+        return self._signed(k, m, self.long_side(k, m))
+
+    def _signed(self, k: int, m: int, Y: Tensor) -> SVD:
+        X = self.X[:, k:m]
         U, V = (X, Y) if self.wide else (Y, X)
         sign = _signs(U)
-        shared = {name: getattr(self, name) for name in ("spectrum", "spectrum_error", "residual", "gap")}
-        return SVD(U * sign, self.S, (V * sign).mT.contiguous(), **shared)
+        return SVD(
+            U * sign,
+            self.S[k:m],
+            (V * sign).mT.contiguous(),
+            self.spectrum,
+            self.spectrum_error,
+            self.residual[k:m],
+            self.gap[k:m],
+        )
 
 
 def decompose(
@@ -257,6 +311,7 @@ def half_svd(
     minus: Float[Tensor, "out in"] | None = None,
     name: str = "matrix",
     implied: bool | None = None,
+    every: bool = False,
     device: torch.device | None = None,
 ) -> HalfSVD:
     """What `decompose` computes, with the vectors of the long side left implied where that saves work.
@@ -270,6 +325,7 @@ def half_svd(
         name: what to call the matrix in an error.
         implied: leave the long side of the ranks above ``IMPLIED`` implied; by default where more than half of all
             ranks are wanted, as a product n × n × m is then cheaper than forming the vectors of two matrices.
+        every: keep the vectors of the short side of the ranks beyond ``ranks`` too: n² more numbers, no more work.
         device: where to compute; where W is, when None. W is moved block by block.
 
     Raises:
@@ -286,7 +342,8 @@ def half_svd(
     A = _Blocks([X if wide else X.mT for X in (W, minus) if X is not None], name, device or W.device)
     if A.scale == 0:
         return _zeros(A, k, wide)
-    X, spectrum, error = _left_vectors(A, k)
+    X, spectrum, error = _left_vectors(A, n if every and k else k)
+    X, rest = X[:, :k], X[:, k:]
     if k and spectrum[k - 1] < DEFLATE**2 * spectrum[0]:
         # Refinement keeps columns orthogonal to first order in eps·σ_0/σ_i: not enough for ranks this deep.
         X = _orthonormal(X)
@@ -296,9 +353,8 @@ def half_svd(
     residual = _residuals(A, X, S, head, tail, product)
     error[:k] = _value_errors(S, residual)
     gap = _gaps(spectrum, error, null_space=W.shape[0] != W.shape[1])[:k]
-    return HalfSVD(
-        A, X, S * A.scale, head, tail, spectrum * A.scale, error * A.scale, residual * A.scale, gap * A.scale, wide
-    )
+    spectrum, error, residual, gap = (x * A.scale for x in (spectrum, error, residual, gap))
+    return HalfSVD(A, X, S * A.scale, head, tail, spectrum, error, residual, gap, wide, rest)
 
 
 @torch.no_grad()
@@ -348,9 +404,8 @@ def approximate_svd(
     residual = _residuals(A, X, S, 0, tail, product)
     error[:k] = _value_errors(S, residual)
     gap = _gaps(spectrum, error, null_space=True)[:k]
-    return HalfSVD(
-        A, X, S * A.scale, 0, tail, spectrum * A.scale, error * A.scale, residual * A.scale, gap * A.scale, wide
-    )
+    spectrum, error, residual, gap = (x * A.scale for x in (spectrum, error, residual, gap))
+    return HalfSVD(A, X, S * A.scale, 0, tail, spectrum, error, residual, gap, wide, X[:, :0])
 
 
 def _krylov(A: _Blocks, k: int, start: Tensor | None) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -392,7 +447,7 @@ def _zeros(A: _Blocks, k: int, wide: bool) -> HalfSVD:
     n, m = A.shape
     X, Y = (torch.eye(d, k, dtype=torch.float64, device=A.device) for d in (n, m))
     every, held = X.new_zeros(n), X.new_zeros(k)
-    return HalfSVD(A, X, held, 0, Y, every, every, held, held, wide)
+    return HalfSVD(A, X, held, 0, Y, every, every, held, held, wide, X[:, :0])
 
 
 @dataclass(frozen=True, eq=False)
@@ -490,6 +545,30 @@ def low_rank_svd(B: Float[Tensor, "out r"], A: Float[Tensor, "r in"], *, name: s
         residual=core.residual + rounding,
         gap=_gaps(spectrum, error, null_space=len(U) != len(V))[: len(core.S)],
     )
+
+
+@torch.no_grad()
+def stacked_svd(
+    A: Float[Tensor, "b n m"],
+) -> tuple[Float[Tensor, "b n n"], Float[Tensor, "b n"], Float[Tensor, "b m n"]]:
+    """Singular triplets of a stack of small matrices, such as the heads of a layer: X, S, Y with A ≈ X diag(S) Yᵀ.
+
+    By float64 Gram matrices, without deflation: vectors of values below about 1e-4 of the largest lose digits,
+    and those of values below 1e-7 are completed to orthonormal columns. Costs 2n²m + 2n²m flops each, and an
+    eigensolver of n³.
+    """
+    n, m = A.shape[1:]
+    if n > m:
+        Y, S, X = stacked_svd(A.mT)
+        return X, S, Y
+    A = A.double()
+    squares, X = torch.linalg.eigh(A @ A.mT)
+    S, X = squares.flip(-1).clamp(min=0).sqrt(), X.flip(-1)
+    Y = (A.mT @ X) / torch.where(S > 0, S, 1.0)[:, None, :]
+    if bool((S <= 1e-7 * S[:, :1]).any()):
+        Q, R = torch.linalg.qr(Y)
+        Y = Q * torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)[:, None, :]
+    return X, S, Y
 
 
 def _short_side(W: Tensor, name: str) -> int:

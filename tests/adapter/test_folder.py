@@ -135,6 +135,35 @@ def test_exported_convolutions_and_conv1d(tmp_path):
         assert torch.allclose(lora(x), model(x), atol=1e-5)
 
 
+def test_a_base_whose_names_change_in_loading(tmp_path):
+    """transformers renames the parameters of a ViT on their way from the file: values tell which is which."""
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        hidden_size=16, intermediate_size=24, num_attention_heads=2, num_hidden_layers=2, image_size=8, patch_size=4
+    )
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "base")
+    assert not any("mlp.fc1" in name for name in load_file(tmp_path / "base" / "model.safetensors"))
+
+    def load(folder):
+        return transformers.ViTForImageClassification.from_pretrained(folder).eval()
+
+    targets = ["fc1", "fc2", "projection"]
+    model = get_peft_model(
+        load(tmp_path / "base"), SpectralConfig(rank=5, target_modules=targets, save_basis=False)
+    )
+    randomise(model.eval(), std=0.4)
+    model.save_pretrained(tmp_path / "adapter")
+    x = torch.randn(2, 3, 8, 8)
+    assert len(folder.verify(tmp_path / "adapter", tmp_path / "base")) == 5
+    folder.export_lora(tmp_path / "adapter", tmp_path / "lora", base=tmp_path / "base")
+    folder.merge(tmp_path / "adapter", tmp_path / "dense", base=tmp_path / "base")
+    wanted = model(x).logits
+    assert torch.allclose(
+        peft.PeftModel.from_pretrained(load(tmp_path / "base"), tmp_path / "lora")(x).logits, wanted, atol=1e-5
+    )
+    assert torch.allclose(load(tmp_path / "dense")(x).logits, wanted, atol=1e-5)
+
+
 def test_verify(models, tmp_path):
     place, _ = models
     assert {row["basis"] for row in folder.verify(place / "with", place / "base")} == {"stored with the adapter"}

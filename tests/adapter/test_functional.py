@@ -60,6 +60,32 @@ def test_gradcheck(route, shape, input_gradient):
 
 
 @pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("input_gradient", [True, False])
+def test_second_derivatives(route, input_gradient):
+    """They go through the projection that is kept for the backward pass."""
+    W, svd, x, C, b = problem(5, 6, 1, 3, tokens=2)
+    x.requires_grad_(input_gradient)
+    C.requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda x, C: outputs(route, W, svd, x, C, b).square(), (x, C))
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_batched_by_vmap_and_any_leading_dimensions(route):
+    W, svd, x, C, b = problem(5, 6, 1, 3)
+    wanted = outputs(route, W, svd, x, C, b)
+    C.requires_grad_()
+    each = torch.func.vmap(lambda row: outputs(route, W, svd, row, C, b))(x)
+    assert torch.allclose(each, wanted)
+    assert torch.allclose(outputs(route, W, svd, x[0, 0], C, b), wanted[0, 0])
+    assert outputs(route, W, svd, x[:0], C, b).shape == wanted[:0].shape
+    per_row = torch.func.vmap(
+        torch.func.grad(lambda C, row: outputs(route, W, svd, row, C, b).square().sum()), (None, 0)
+    )
+    (whole,) = torch.autograd.grad(outputs(route, W, svd, x, C, b).square().sum(), C)
+    assert torch.allclose(per_row(C.detach(), x).sum(0), whole)
+
+
+@pytest.mark.parametrize("route", ROUTES)
 def test_activations_kept_are_tokens_times_rank(route):
     W, svd, x, C, b = problem(40, 50, 0, 3, tokens=64)
     C.requires_grad_()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 
 import pytest
 import torch
@@ -179,6 +180,18 @@ def test_shared_factors_stay_shared():
     copied = copy.deepcopy(layer)
     for each in (layer, copied):
         assert each.spectral_Vh["second"].data_ptr() == each.spectral_Vh["default"].data_ptr()
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "conv2d"])
+def test_a_whole_layer_is_saved_and_read(kind):
+    layer = SpectralLinear(LAYERS[kind][0](), interval=(1, 6))
+    randomise(nn.ModuleDict({"x": layer}))
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    x = LAYERS[kind][1]()
+    assert torch.equal(torch.load(file, weights_only=False)(x), layer(x))
+    assert torch.equal(copy.deepcopy(layer)(x), layer(x))
 
 
 def test_several_active_adapters_add():

@@ -325,7 +325,7 @@ def test_a_file_on_the_hub_is_checked_like_a_folder(tmp_path, monkeypatch):
     assert ("someone/adapter", "adapter_model.safetensors", "r1") in asked
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     save_file({k: v for k, v in tensors.items() if "sketch_U" not in k}, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(InputError, match="someone/adapter: .*lacks spectral_sketch_U"):
+    with pytest.raises(InputError, match=r"someone/adapter: .*lacks spectral_sketch_U"):
         get_peft_model(mlp(), config)
 
 
@@ -372,7 +372,9 @@ def test_a_folder_is_a_cache_of_bases(tmp_path, monkeypatch):
     monkeypatch.setattr("specbasis.cache.decompose", lambda *_, **__: pytest.fail("decomposed again"))
     two = get_peft_model(mlp(), SpectralConfig(**options))
     for name, layer in one.base_model.spectral_layers().items():
-        assert torch.equal(layer.spectral_U["default"], two.base_model.spectral_layers()[name].spectral_U["default"])
+        assert torch.equal(
+            layer.spectral_U["default"], two.base_model.spectral_layers()[name].spectral_U["default"]
+        )
 
 
 def test_matrices_are_decomposed_side_by_side_with_equal_bits():
@@ -768,8 +770,14 @@ def test_feed_forward_layers_are_the_default_where_the_family_is_known(tmp_path)
 
 SHAPE = {"vocab_size": 50, "num_attention_heads": 2, "hidden_size": 16, "num_hidden_layers": 2}
 FAMILIES = {
-    "DebertaV2ForSequenceClassification": ({**SHAPE, "intermediate_size": 32}, "deberta.encoder.layer.1.output.dense"),
-    "DebertaForSequenceClassification": ({**SHAPE, "intermediate_size": 32}, "deberta.encoder.layer.1.output.dense"),
+    "DebertaV2ForSequenceClassification": (
+        {**SHAPE, "intermediate_size": 32},
+        "deberta.encoder.layer.1.output.dense",
+    ),
+    "DebertaForSequenceClassification": (
+        {**SHAPE, "intermediate_size": 32},
+        "deberta.encoder.layer.1.output.dense",
+    ),
     "GPT2LMHeadModel": ({"vocab_size": 50, "n_embd": 16, "n_layer": 2, "n_head": 2}, "transformer.h.1.mlp.c_proj"),
     "LlamaForCausalLM": ({**SHAPE, "intermediate_size": 32}, "model.layers.1.mlp.gate_proj"),
     "Phi3ForCausalLM": ({**SHAPE, "intermediate_size": 32, "pad_token_id": 0}, "model.layers.1.mlp.gate_up_proj"),
@@ -790,10 +798,32 @@ def test_defaults_of_families(name):
     model_class = getattr(transformers, name)
     config = model_class.config_class(**shape)
     names = set(
-        get_peft_model(model_class(config), SpectralConfig(rank=4, blocks_to_transform=-1)).base_model.spectral_layers()
+        get_peft_model(
+            model_class(config), SpectralConfig(rank=4, blocks_to_transform=-1)
+        ).base_model.spectral_layers()
     )
     assert wanted in names
     assert len(names) in (2, 3, 4)  # of one block: 2, 3 with a gate, 4 with a decoder
+
+
+def test_defaults_where_weights_are_packed(base):
+    """Quantised layers hold integers of another shape."""
+    model = load_classifier(base)
+    wanted = peft_bridge._feed_forward(model)
+    for name in wanted:
+        layer = model.get_submodule(name)
+        layer.weight = nn.Parameter(
+            torch.zeros(layer.weight.numel() // 2, 1, dtype=torch.uint8), requires_grad=False
+        )
+    assert peft_bridge._feed_forward(model) == wanted
+
+
+def test_a_second_adapter_has_the_same_defaults(base):
+    model = get_peft_model(load_classifier(base), SpectralConfig(rank=4, task_type="SEQ_CLS"))
+    model.add_adapter("other", SpectralConfig(rank=5, task_type="SEQ_CLS"))
+    layers = model.base_model.spectral_layers()
+    assert len(layers) == 6
+    assert all(list(layer.settings) == ["default", "other"] for layer in layers.values())
 
 
 def test_counts_of_the_paper():

@@ -1,12 +1,13 @@
 """Reference outputs of bottleneck adapters by the library `adapters`, for test_methods_bottleneck.py.
 
 Run as a script by a Python that has `adapters` (1.3 wants transformers 4.57), it prints JSON: for each architecture
-and kind of adapter the hidden states of a pico model, the number of adapter parameters, and the names and shapes of
-the model's tensors. All weights follow from names by `values`, so that another version of transformers can build the
-same model.
+and kind of adapter the hidden states of a pico model, the number of adapter parameters, and the names and shapes
+of the model's tensors. All weights follow from names by `values`, so that another version of transformers can build
+the same model.
 """
 
 import json
+import sys
 import zlib
 
 import torch
@@ -103,4 +104,4 @@ if __name__ == "__main__":
         for adapter in KINDS:
             of_kind[adapter]["hidden"] = [[round(x, 7) for x in row] for row in of_kind[adapter]["hidden"]]
     versions = {"adapters": adapters.__version__, "transformers": transformers.__version__}
-    print(json.dumps({"versions": versions, "models": found}))
+    sys.stdout.write(json.dumps({"versions": versions, "models": found}) + "\n")

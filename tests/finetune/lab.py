@@ -3,8 +3,8 @@
 import torch
 
 WORDS = [
-    "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "the", "good", "fine", "great", "bad", "poor", "dull", "film",
-    "song", "book", "is", "was", "very", "not", "man", "woman", "plays", "sings", '"', ".",
+    "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "the", "good", "fine", "great", "bad", "poor", "dull",
+    "film", "song", "book", "is", "was", "very", "not", "man", "woman", "plays", "sings", '"', ".",
 ]  # fmt: skip
 
 
@@ -60,7 +60,7 @@ def glue(root, train=24, dev=12):
         header = ("Quality", "#1 ID", "#2 ID", "#1 String", "#2 String")
         mrpc = [(label, 7, 8, a, b) for a, b, label in pairs]
         lines(root / f"MRPC/{file}.tsv", [("\ufeffQuality", *header[1:]), *mrpc])
-        header = "index genre filename year old_index source1 source2 sentence1 sentence2 score".split()
+        header = ["index", "genre", "filename", "year", "old_index", "source1", "source2", *MNLI_TEXT[-2:], "score"]
         stsb = [
             (i, "x", "y", "2012test", "0001", "none", "none", a, b, f"{1.5 + 2 * label:.3f}")
             for i, (a, b, label) in enumerate(pairs)

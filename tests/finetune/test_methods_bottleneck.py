@@ -57,7 +57,7 @@ def test_bottlenecks_compute_what_the_library_adapters_computes(kind, method, tm
         found = model(**inputs).last_hidden_state[0]
     wanted = torch.tensor(expected["hidden"])
     assert (plain - wanted).abs().max() > 0.05  # the adapter is not without effect
-    # The reference is rounded to 1e-7; float32 through two blocks of width 8 adds a few eps of values up to about 2.
+    # The reference is rounded to 1e-7; float32 through two blocks of width 8 adds a few eps of values up to 2.
     torch.testing.assert_close(found, wanted, rtol=0, atol=64 * torch.finfo(torch.float32).eps)
 
 

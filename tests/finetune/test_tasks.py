@@ -68,10 +68,20 @@ def edit(path, change):
 @pytest.mark.parametrize(
     ("task", "file", "change", "message"),
     [
-        ("rte", "RTE/train.tsv", lambda s: s[: s.rindex("\t")], r"line 25: 3 columns, want 4; is the file truncated"),
+        (
+            "rte",
+            "RTE/train.tsv",
+            lambda s: s[: s.rindex("\t")],
+            r"line 25: 3 columns, want 4; is the file truncated",
+        ),
         ("qqp", "QQP/train.tsv", lambda s: s[: s.rindex("\t")], r"line 25: the last line lacks columns"),
         ("sst2", "SST-2/train.tsv", lambda s: s[: s.rindex("\t") + 1], r"line 25: label is ''; want one of 0, 1"),
-        ("cola", "CoLA/dev.tsv", lambda s: s.replace("gj04\t0", "gj04\t2", 1), r"line 1: label is '2'; want one of 0, 1"),
+        (
+            "cola",
+            "CoLA/dev.tsv",
+            lambda s: s.replace("gj04\t0", "gj04\t2", 1),
+            r"line 1: label is '2'; want one of 0, 1",
+        ),
         ("stsb", "STS-B/dev.tsv", lambda s: s.replace("1.500", "high", 1), r"score is 'high'; want a number"),
         ("stsb", "STS-B/dev.tsv", lambda s: s.replace("1.500", "nan", 1), r"score is 'nan'; want a number"),
         ("mnli", "MNLI/dev_matched.tsv", lambda s: "", r"dev_matched.tsv: is empty"),

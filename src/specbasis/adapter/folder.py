@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -242,11 +243,7 @@ def _basis(
         assert layer.U is not None
         assert layer.Vh is not None
         return layer.U, layer.Vh, (), False
-    stored = base[
-        parameter_named(
-            base, f"{layer.module}.weight", where=base.source, want="the base that the adapter was trained on"
-        )
-    ]
+    stored = _base_weight(layer, base)
     W, is_transposed = stored.flatten(1), False
     if stored.ndim == 2 and tuple(stored.shape) == layer.proof.shape[::-1]:
         # Square matrices: the digest tells which way round it was trained.
@@ -259,6 +256,26 @@ def _basis(
     check_format(layer.proof, W, name)
     found = align(layer.proof, compute_basis(W, layer.proof.interval, kind, name), W, name)
     return found.U, found.Vh, kernel, is_transposed
+
+
+def _base_weight(layer: StoredLayer, base: Checkpoint) -> Tensor:
+    """The weight of an adapted layer, by its name or else by its values.
+
+    transformers renames parameters of some models while it loads them: then only the digest tells which it was.
+    """
+    try:
+        name = parameter_named(
+            base, f"{layer.module}.weight", where=base.source, want="the base that the adapter was trained on"
+        )
+    except InputError:
+        shape = layer.proof.shape
+        for name, entry in base.entries.items():
+            if len(entry.shape) >= 2 and (entry.shape[0], math.prod(entry.shape[1:])) in (shape, shape[::-1]):
+                stored = base[name]
+                if layer.proof.digest in (weight_digest(stored.flatten(1)), weight_digest(stored.flatten(1).mT)):
+                    return stored
+        raise
+    return base[name]
 
 
 def _oriented(stored: Tensor, proof: Proof) -> tuple[Tensor, bool]:

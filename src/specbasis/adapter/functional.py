@@ -52,11 +52,14 @@ class _OneSide(torch.autograd.Function):
     """x + (((x − o) Bᵀ) Aᵀ) B for frozen orthonormal rows B (r, d); keeps (x − o) Bᵀ, tokens × r numbers.
 
     Its gradients: dA = (d Bᵀ)ᵀ z, dx = d + ((d Bᵀ) A) B. Sums go into the products (addmm): no extra pass over x.
+    The projection z is an output too, so that second derivatives, which go through it, are right.
     """
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, o: Tensor | None, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-        flat = x.flatten(0, -2)
+        flat = _rows(x)
         z = flat @ B.mT
         if o is not None:
             z -= B @ o
@@ -64,23 +67,26 @@ class _OneSide(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)  # none for z: zeros would be made, tokens × r of them
+        ctx.set_materialize_grads(False)  # else zeros are made for z, tokens × r of them
         ctx.save_for_backward(output[1], inputs[2], inputs[3])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        if grads[0] is None:
-            return None, None, None, None
         z, B, A = ctx.saved_tensors
-        d = grads[0].flatten(0, -2)
-        q = d @ B.mT
-        dx = torch.addmm(d, q @ A, B).view(grads[0].shape) if ctx.needs_input_grad[0] else None
-        return dx, None, None, q.mT @ z
+        d, dz = grads
+        dx = dA = None
+        if d is not None:
+            flat = _rows(d)
+            q = flat @ B.mT
+            dA = q.mT @ z
+            dx = torch.addmm(flat, q @ A, B).view(d.shape) if ctx.needs_input_grad[0] else None
+        return _plus(dx, dz, B), None, None, dA
 
 
 class _CoreGradient(torch.autograd.Function):
     """The output y of a frozen layer, as a function of the core alone: dC = (dY U)ᵀ z."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(y: Tensor, z: Tensor, U: Tensor, C: Tensor) -> Tensor:
@@ -93,7 +99,7 @@ class _CoreGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         z, U = ctx.saved_tensors
-        return None, None, None, (grads[0].flatten(0, -2) @ U).mT @ z
+        return None, None, None, (_rows(grads[0]) @ U).mT @ z
 
 
 def inner(
@@ -114,7 +120,7 @@ def inner(
     if x.requires_grad or not (torch.is_grad_enabled() and C.requires_grad):
         return frozen(_OneSide.apply(x, None, Vh, A)[0])  # type: ignore[no-untyped-call]
     with torch.no_grad():
-        flat = x.flatten(0, -2)
+        flat = _rows(x)
         z = flat @ Vh.mT
         y = frozen(torch.addmm(flat, z @ A.mT, Vh).view(x.shape))
     gradient: Tensor = _CoreGradient.apply(y, z, U, C)  # type: ignore[no-untyped-call]
@@ -138,7 +144,12 @@ def outer(
 
 
 class _Folded(torch.autograd.Function):
-    """y = x (W + U C Vh)ᵀ + b with the factored gradient dC = (dY U)ᵀ (x Vhᵀ): no dense gradient, x is not kept."""
+    """y = x (W + U C Vh)ᵀ + b with the factored gradient dC = (dY U)ᵀ (x Vhᵀ): no dense gradient, x is not kept.
+
+    The projection z = x Vhᵀ is an output too, so that second derivatives, which go through it, are right.
+    """
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(
@@ -149,20 +160,31 @@ class _Folded(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         _, W, _, U, C, Vh = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)  # none for z: zeros would be made, tokens × r of them
+        ctx.set_materialize_grads(False)  # else zeros are made for z, tokens × r of them
         ctx.save_for_backward(output[1], W, U, C, Vh)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        dy = grads[0]
-        if dy is None:
-            return None, None, None, None, None, None
         z, W, U, C, Vh = ctx.saved_tensors
-        dt = F.linear(dy, U.mT)
-        dC = dt.flatten(0, -2).mT @ z.flatten(0, -2)
-        dx = dy @ (W + delta(U, C, Vh)) if ctx.needs_input_grad[0] else None
-        return dx, None, None, None, dC, None
+        dy, dz = grads
+        dx = dC = None
+        if dy is not None:
+            dC = _rows(F.linear(dy, U.mT)).mT @ _rows(z)
+            dx = dy @ (W + delta(U, C, Vh)) if ctx.needs_input_grad[0] else None
+        return _plus(dx, dz, Vh), None, None, None, dC, None
+
+
+def _rows(x: Tensor) -> Tensor:
+    """All leading dimensions as one: (…, d) to (tokens, d)."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _plus(dx: Tensor | None, dz: Tensor | None, B: Tensor) -> Tensor | None:
+    """The input's gradient with that of its projection z = x Bᵀ: dx + dz B. Only second derivatives have a dz."""
+    if dz is None:
+        return dx
+    more = dz @ B
+    return more if dx is None else dx + more.view(dx.shape)
 
 
 def folded(

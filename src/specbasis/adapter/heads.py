@@ -58,7 +58,7 @@ def _around_backbone(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _input_embeddings(model: nn.Module) -> set[int]:
-    """Identities of the input embeddings' parameters: resizing a vocabulary makes new ones, which keep their rows."""
+    """Identities of the input embeddings' parameters: resizing a vocabulary makes new ones, with the old rows."""
     try:
         embeddings = model.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):

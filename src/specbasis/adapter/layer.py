@@ -19,7 +19,7 @@ from torch.nn import functional as F  # noqa: N812
 from specbasis.adapter import functional
 from specbasis.adapter.proof import Proof, align, check_format, check_stored, empty_proof, prove
 from specbasis.errors import InputError
-from specbasis.svd import SVD, decompose
+from specbasis.svd import SVD, half_svd
 
 Scale = Literal["none", "sigma"]
 Init = Literal["zero", "normal"]
@@ -314,7 +314,7 @@ class SpectralLinear(nn.Module):
             nn.init.normal_(M, std=0.005 * unit / math.sqrt(len(M)))
 
     def _arrived(self, part: str, name: str) -> None:
-        """A tensor of an adapter was put in place from outside: with the last one that its file holds, prove them."""
+        """A tensor of an adapter was put in place from outside: with the last that its file holds, prove them."""
         awaited = self._awaited.get(name)
         if awaited is None:
             return
@@ -376,6 +376,21 @@ class SpectralLinear(nn.Module):
         top += 0.0 if bias is None else float(bias.detach().float().norm())
         if float(S[-1]) * functional.CONDITION >= top:
             self._rated[name] = (base.weight, base.weight._version)
+
+    def _is_rated(self, name: str) -> bool:
+        """Whether the weight is still the very one that was rated."""
+        weight, version = self._rated.get(name, (None, -1))
+        return weight is self.base_layer.weight and version == weight._version  # type: ignore[union-attr,unused-ignore]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and files, in which the weight is another object: the names of the adapters rated by it."""
+        return {**self.__dict__, "_rated": dict.fromkeys(filter(self._is_rated, self._rated))}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        weight = self.base_layer.weight
+        assert isinstance(weight, Tensor)
+        self._rated = dict.fromkeys(self._rated, (weight, weight._version))
 
     def prove_loaded(self, adapter_name: str) -> None:
         """Make sure that loaded coefficients meet the basis they were trained in; see ``specbasis.adapter.proof``.
@@ -570,7 +585,7 @@ class SpectralLinear(nn.Module):
         or 64.
         """
         base, dropout = self.base_layer, self.spectral_dropout[name]
-        bias, rated = getattr(base, "bias", None), self._rated.get(name)
+        bias = getattr(base, "bias", None)
         exact = (
             self.kind.folds
             and type(base.weight) is nn.Parameter
@@ -593,12 +608,7 @@ class SpectralLinear(nn.Module):
             candidates.append("folded")
         # Only for the very weight that was decomposed: another one has other singular vectors. Compiled code
         # cannot tell.
-        if (
-            rated is not None
-            and not torch.compiler.is_compiling()
-            and rated[0] is base.weight
-            and rated[1] == base.weight._version
-        ):
+        if not torch.compiler.is_compiling() and self._is_rated(name):
             candidates.append("inner" if in_ <= out else "outer")
         C = self.spectral_M[name]
         return functional.choose(
@@ -734,14 +744,15 @@ def compute_basis(W: Float[Tensor, "out in"], interval: tuple[int, int], kind: s
             f"{name}: got basis = {kind!r}{number and f' with seed {number!r}'}; want 'pretrained', 'random' or "
             "'shuffled', or pass the factors"
         )
-    whole = decompose(W, ranks=min(W.shape) if kind == "shuffled" else m, name=name)
-    svd = whole.interval(k, m)
+    # Vectors of the long side are right to 1e-12 this way, beyond what float32 factors hold.
+    half = half_svd(W, min(W.shape) if kind == "shuffled" else m, name=name, implied=True)
+    svd = half.interval(k, m)
     if kind == "pretrained":
         return svd
     generator = torch.Generator().manual_seed(int(number or 0))
     if kind == "shuffled":
-        order = torch.randperm(len(whole.S), generator=generator).to(W.device)
-        U, Vh = whole.U[:, order[k:m]].contiguous(), svd.Vh
+        order = torch.randperm(len(half.S), generator=generator).to(W.device)
+        U, Vh = half.vectors("left")[:, order[k:m]].contiguous(), svd.Vh
     else:
         U, V = (
             torch.linalg.qr(torch.randn(d, m, generator=generator, dtype=torch.float64))[0][:, k:m].to(W.device)
@@ -769,14 +780,18 @@ def _prove_loaded(module: nn.Module, incompatible_keys: Any) -> None:
 
 @dataclass(frozen=True)
 class _Kind:
-    """How one class of layers stores its matrix and applies a factor of it."""
+    """How one class of layers stores its matrix and applies a factor of it; pickled by its name in this module."""
 
+    name: str
     folds: bool
     matrix: Callable[[Tensor], Tensor]
     stored: Callable[[Tensor, Any], Tensor]
     project: Callable[[Tensor, Tensor, Any], Tensor]
     mix: Callable[[Tensor, Tensor], Tensor]
     expand: Callable[[Tensor, Tensor, Any], Tensor]
+
+    def __reduce__(self) -> str:
+        return self.name
 
     def shape(self, layer: nn.Module) -> tuple[int, int]:
         """(out, in) of the matrix."""
@@ -791,6 +806,7 @@ class _Kind:
 
 
 _LINEAR = _Kind(
+    "_LINEAR",
     True,
     lambda W: W,
     lambda D, _: D,
@@ -799,6 +815,7 @@ _LINEAR = _Kind(
     lambda t, U, _: F.linear(t, U),
 )
 _CONV1D = _Kind(
+    "_CONV1D",
     True,
     lambda W: W.mT,
     lambda D, _: D.mT.contiguous(),
@@ -807,6 +824,7 @@ _CONV1D = _Kind(
     _LINEAR.expand,
 )
 _CONV2D = _Kind(
+    "_CONV2D",
     False,
     lambda W: W.flatten(1),
     lambda D, layer: D.reshape(layer.weight.shape),

@@ -101,7 +101,7 @@ class SpectralConfig(PeftConfig):
     modules_to_save: list[str] | None = None
     shard_basis: bool = False
     file_format: int | None = None
-    _place: ClassVar[tuple[Any, str | None, dict[str, Any]] | None] = None
+    _place: ClassVar[Any] = None  # where it was loaded from: folder or name, subfolder, options of the download
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -540,8 +540,9 @@ def _add_fresh_modules(config: SpectralConfig, model: nn.Module) -> None:
     untold = [] if says_what_was_loaded(model) else unsaved(head_modules(model))
     if untold:
         warnings.warn(
-            f"{', '.join(untold)}: the adapter does not bring them, and this model does not tell whether they came from "
-            "a checkpoint; if not, predictions are random. Load the base with from_pretrained to have it checked",
+            f"{', '.join(untold)}: the adapter does not bring them, and this model does not tell whether they came "
+            "from a checkpoint; if not, predictions are random. Load the base with from_pretrained to have it "
+            "checked",
             stacklevel=2,
         )
 
@@ -559,8 +560,8 @@ def _refuse_incomplete(config: SpectralConfig) -> None:
         lacking = [f"spectral_{part}" for part in parts if is_core and f"{stem}.spectral_{part}" not in names]
         if lacking:
             raise InputError(
-                f"{config._place[0]}: {stem} lacks {', '.join(lacking)}: the adapter file does not say which basis its "
-                "coefficients belong to; save it again with save_pretrained"
+                f"{config._place[0]}: {stem} lacks {', '.join(lacking)}: the adapter file does not "
+                "say which basis its coefficients belong to; save it again with save_pretrained"
             )
 
 
@@ -594,7 +595,7 @@ def _feed_forward(model: nn.Module) -> set[str]:
     Raises:
         InputError: the architecture is not known, or keeps its experts stacked in parameters that are not layers.
     """
-    matrices = model_map(open_checkpoint(dict(model.state_dict()))).matrices
+    matrices = model_map(open_checkpoint(_base_parameters(model))).matrices
     names = {ref.parameter.removesuffix(".weight") for ref in matrices if ref.key.role.startswith("ffn.")}
     want = "set target_modules, for example target_modules='all-linear'"
     if not names:
@@ -606,6 +607,23 @@ def _feed_forward(model: nn.Module) -> set[str]:
             f"({stacked[0]}), and a spectral adapter wraps layers; {want}"
         )
     return names
+
+
+def _base_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict that the model has without its adapters, with packed weights of quantised layers by shape."""
+    packed = {
+        f"{name}.": module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not module.weight.is_floating_point()
+    }
+    held = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(tuple(packed))}
+    for name, layer in packed.items():
+        held[f"{name}weight"] = torch.zeros(1).expand(layer.out_features, layer.in_features)
+    return {
+        re.sub(r"\.(base_layer|original_module)(?=\.)", "", name): tensor
+        for name, tensor in held.items()
+        if ".spectral_" not in name and ".modules_to_save." not in name
+    }
 
 
 def _source(config: SpectralConfig, layer: SpectralLayer, name: str, interval: tuple[int, int]) -> Any:

@@ -8,13 +8,13 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from specbasis.cells import Progress, Row, read_cells
+from specbasis.cells import Progress, Row
 from specbasis.cli.common import STDERR, line, numbers, progress, words
 from specbasis.cli.reproduce import reproduce_app
 from specbasis.errors import InputError
 from specbasis.finetune import Finetuned
 from specbasis.finetune import finetune as run_finetune
-from specbasis.finetune.grid import Search, Setting
+from specbasis.finetune.grid import Search, Setting, stored
 from specbasis.finetune.tasks import task_named
 from specbasis.recipes import fig5, table1
 
@@ -160,7 +160,7 @@ def controls_verb(
     cache_prefix: CACHE = None,
     no_run: ONLY_TABLE = False,
 ) -> None:
-    """The spectral adapter in other bases: random, from scratch, shuffled, middle and last ranks; and a random start."""
+    """The spectral adapter in other bases (random, from scratch, shuffled, other ranks), and a random start."""
     _comparison("controls", **locals())
 
 
@@ -179,8 +179,9 @@ def _comparison(
     )
     setting = _setting(base, out, given, what.seeds)
     if no_run:
-        rows: Sequence[Row] = read_cells(out)
-        factors = what.factors(rows)
+        searched = stored(what.search_cells(), out)
+        factors = what.factors(searched)
+        rows = [*searched, *stored(what.cells(factors), out)]
     else:
         with progress() as told:
             rows, factors = table1.run(what, setting, out, _told(told))
@@ -221,7 +222,7 @@ def _figure_verb(name: str) -> Callable[..., None]:
         given = {"data_dir": data_dir, "group_by_length": group_by_length, "cache_prefix": cache_prefix}
         setting = _setting(base, out, given, what.seeds)
         if no_run:
-            rows: Sequence[Row] = read_cells(out)
+            rows = stored(what.cells(), out)
         else:
             with progress() as told:
                 rows = fig5.run(what, setting, out, _told(told))
@@ -267,7 +268,7 @@ _Number = TypeVar("_Number", int, float)
 
 
 def _by_task(text: str, flag: str, kind: type[_Number]) -> dict[str, _Number]:
-    """ "3" for every task, or "sst2=2,rte=3"."""
+    """A number for each task, from 3 (for every one) or sst2=2,rte=3."""
     found: dict[str, _Number] = {}
     for word in words(text):
         name, equals, value = word.rpartition("=")

@@ -52,7 +52,10 @@ class Base:
         """Batches: padded to the longest of each batch."""
         from transformers import DataCollatorWithPadding, default_data_collator
 
-        return default_data_collator if self.task.images else DataCollatorWithPadding(self.processor)
+        collate: Callable[[list[dict[str, Any]]], dict[str, Tensor]] = (
+            default_data_collator if self.task.images else DataCollatorWithPadding(self.processor)
+        )
+        return collate
 
 
 class Texts(Dataset[dict[str, Any]]):
@@ -101,7 +104,8 @@ Examples = Texts | Images
 
 
 def load_base(base: str | Path, task: Task, *, max_length: int = 256, scratch: bool = False) -> Base:
-    """Load a pretrained model with a head for a task, in float32; a head that it lacks is drawn from torch's generator.
+    """Load a pretrained model with a head for a task, in float32; a head that it lacks is drawn from torch's
+    generator.
 
     Args:
         base: folder, file, ``hub:org/name@revision/subfolder``, bare ``org/name``, ``timm:name`` or ``pkg:…``, of a

@@ -33,7 +33,7 @@ def peak_memory() -> Iterator[Callable[[], int | None]]:
 
 
 def _trim_and_reset() -> bool:
-    """Give freed memory back and restart the kernel's peak, so that an earlier run in this process does not count."""
+    """Give freed memory back and restart the kernel's peak: an earlier run in this process does not count."""
     try:
         import ctypes
 
@@ -55,7 +55,8 @@ class Stopwatch(TrainerCallback):
 
     Attributes:
         wall: seconds of each epoch.
-        cpu: processor seconds of each epoch, of all threads of this process: what a busy machine does not change much.
+        cpu: processor seconds of each epoch, of all threads of this process: what a busy machine does not change
+            much.
     """
 
     def __init__(self) -> None:

@@ -4,7 +4,8 @@ Three definitions, by what the base is; the first that applies is used and named
 
 - ``masked-lm``: cross entropy at 15 % of the tokens, masked, for a base whose checkpoint holds a masked-LM head.
 - ``next-token``: cross entropy of the next token, for a base whose checkpoint holds a language-model head.
-- ``contrastive-halves``: for a sentence encoder (its folder says so, ``modules.json``), which has no head left. Each
+- ``contrastive-halves``: for a sentence encoder (its folder says so, ``modules.json``), which has no head left.
+Each
   held-back text is cut into its two halves; embeddings are mean-pooled and normalised; the symmetric cross entropy
   of telling which second half belongs to which first one, among 32, at temperature 0.05: the kind of objective that
   sentence encoders are trained with. Chance level is log 32 = 3.47.

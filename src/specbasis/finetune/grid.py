@@ -1,4 +1,4 @@
-"""Cells of finetuning: a grid's unit is one run, (task, method, seed, learning rate, placement), without its files."""
+"""Cells of finetuning: the unit of a grid is one run, (task, method, seed, learning rate, placement)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from specbasis.cells import Progress, Row, run_cells
+from specbasis.cells import Progress, Row, read_cells, run_cells
 from specbasis.errors import InputError
 from specbasis.finetune.protocol import Placement, Protocol
 from specbasis.finetune.tasks import TaskData, load_task, subset
@@ -60,7 +60,10 @@ class Cell:
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> Cell:
         """The cell of a row."""
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in row.items()})
+        given: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in row.items()
+        }
+        return cls(**given)
 
 
 @dataclass(frozen=True)
@@ -134,12 +137,22 @@ def run_grid(
     return run_cells([cell.row() for cell in cells], run, out, config=setting.config(), progress=progress)
 
 
+def stored(cells: Iterable[Cell], out: str | Path) -> list[Row]:
+    """The rows of these cells that are in a grid's folder.
+
+    Raises:
+        InputError: no grid there.
+    """
+    wanted = set(cells)
+    return [row for row in read_cells(out) if Cell.of(row.cell) in wanted]
+
+
 @dataclass(frozen=True)
 class Search:
     """How each method's learning rate is chosen: on a part of train, with a seed of its own.
 
-    Every factor times the method's own rate is tried on one task, on few examples; the factor with the best score on
-    the selection part holds for the method on every task.
+    Every factor times the method's own rate is tried on one task, on few examples; the factor with the best
+    score on the selection part holds for the method on every task.
 
     Attributes:
         factors: what the method's own learning rate is multiplied by.

@@ -47,13 +47,17 @@ def _matthews(predictions: Array, labels: Array) -> float:
 def _pearson(predictions: Array, labels: Array) -> float:
     from scipy.stats import pearsonr
 
-    return 0.0 if np.ptp(predictions) == 0 or np.ptp(labels) == 0 else float(pearsonr(predictions, labels).statistic)
+    return (
+        0.0 if np.ptp(predictions) == 0 or np.ptp(labels) == 0 else float(pearsonr(predictions, labels).statistic)
+    )
 
 
 def _spearman(predictions: Array, labels: Array) -> float:
     from scipy.stats import spearmanr
 
-    return 0.0 if np.ptp(predictions) == 0 or np.ptp(labels) == 0 else float(spearmanr(predictions, labels).statistic)
+    return (
+        0.0 if np.ptp(predictions) == 0 or np.ptp(labels) == 0 else float(spearmanr(predictions, labels).statistic)
+    )
 
 
 METRICS: Mapping[str, Callable[[Array, Array], float]] = {

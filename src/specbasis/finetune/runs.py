@@ -83,9 +83,18 @@ def finetune(
         out: folder of the run.
         seed: of the head, the method's random parts, the order of the examples, and dropout.
         data_dir: GLUE in its official layout; from the Hub when None.
-        dev, text, label, regression: of a user's own task; see `tasks.load_task`.
+        dev: dev set of a user's own task; see `tasks.load_task`, as for the next three.
+        text: columns of the one or two texts.
+        label: column of the label.
+        regression: the label is a number.
         examples: train on a fixed part of train, of this size.
-        rank, interval, blocks, roles, target_modules, checkpoint, options: see `methods.attach`.
+        rank: the method's size; see `methods.attach`, as for the next six.
+        interval: ranks [k, m) of the spectral methods.
+        blocks: that are adapted.
+        roles: of the matrices that are adapted.
+        target_modules: names of the modules that are adapted.
+        checkpoint: model whose singular vectors are the basis.
+        options: settings of the method.
         cache_prefix: folder in which the activations below the first trained module are kept, computed once.
         held_back: texts, or a file with one a line, for the loss before and after (`forgetting`); by default the
             premises of RTE's dev set where GLUE is at hand, else the texts of the task's own dev set.
@@ -132,7 +141,10 @@ def finetune(
         "cache_prefix": cache_prefix is not None,
     }
     folder = Path(out)
-    finished = _begin(folder, config)
+    from accelerate import PartialState
+
+    with PartialState().main_process_first():  # of several processes the first one makes the folder
+        finished = _begin(folder, config)
     if finished is not None:
         return finished
     with _one_line_on_a_full_disk(folder):
@@ -157,7 +169,7 @@ def finetune(
 def resolved(
     protocol: Protocol, method: str, data: TaskData, examples: int | None = None
 ) -> tuple[Protocol, TaskData]:
-    """The protocol with the method's own epochs and learning rate, and the data with what is chosen on taken out."""
+    """The protocol with the method's own epochs and learning rate, and the data without what is chosen on."""
     from specbasis.finetune.methods import METHODS
 
     epochs, learning_rate = METHODS[method].recipe(data.task.name)
@@ -235,8 +247,6 @@ def _begin(folder: Path, config: Mapping[str, Any]) -> Finetuned | None:
     Raises:
         InputError: the folder holds another run, or anything else.
     """
-    from specbasis.finetune.train import is_main_process
-
     plain = json.loads(json.dumps(config))
     path = folder / MANIFEST
     if folder.exists() and not folder.is_dir():
@@ -255,9 +265,9 @@ def _begin(folder: Path, config: Mapping[str, Any]) -> Finetuned | None:
             return Finetuned(folder, json.loads((folder / METRICS).read_text(encoding="utf-8")))
     elif folder.exists() and any(folder.iterdir()):
         raise InputError(f"{folder}: is not empty and holds no run; choose a new folder")
-    if is_main_process():
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    if not path.is_file():
         _write_json(path, {"config": plain, "environment": environment()})
     return None
 

@@ -1,6 +1,7 @@
 """Tasks: what is predicted from what, the official metrics, and the examples, from whatever file holds them.
 
-GLUE comes from a folder in its official layout or from the Hub; a user's own task from a table of texts or a folder of
+GLUE comes from a folder in its official layout or from the Hub; a user's own task from a table of texts or a
+folder of
 images. The dev set only ever yields the final score: whatever is chosen is chosen on `TaskData.selection`, a fixed
 part of train.
 """
@@ -47,8 +48,8 @@ class Task:
     Attributes:
         name: short, lower case: "cola".
         title: as the literature writes it: "CoLA".
-        metrics: names in `metrics.METRICS`, official order; the score of a table is the first one, or the mean of the
-            two correlations.
+        metrics: names in `metrics.METRICS`, official order; the score of a table is the first one, or the mean
+            of the two correlations.
         labels: names of the classes, in the order of the logits; empty for regression.
         layout: the official files; None for a user's own task.
         hub: (texts, label) columns at the Hub.
@@ -221,7 +222,8 @@ def load_task(
 
     Args:
         source: name of a GLUE task; or the path of a table of texts, or of a folder of images, one folder a class.
-        data_dir: folder with GLUE in its official layout (``CoLA/train.tsv`` …); without it GLUE comes from the Hub.
+        data_dir: folder with GLUE in its official layout (``CoLA/train.tsv`` …); without it GLUE comes from the
+            Hub.
         dev: the user's dev set, a table or folder like ``source``; without it every tenth example of ``source``, by
             content, is the dev set.
         text: the columns of a table that hold the one or two texts.
@@ -229,7 +231,8 @@ def load_task(
         regression: the label is a number, not a class.
 
     Raises:
-        InputError: no such task, file or column, an empty or truncated file, or a label that is none; names the line.
+        InputError: no such task, file or column, an empty or truncated file, or a label that is none; names the
+        line.
     """
     path = Path(source).expanduser()
     if path.suffix.lower() in _READERS or path.is_dir() or (dev is not None):
@@ -258,7 +261,8 @@ def subset(data: TaskData, *, examples: int | None = None, selection: int | None
     held, wanted, there = selection or 0, examples or 0, len(data.train)
     if held + max(wanted, 1) > there:
         raise InputError(
-            f"{data.task.title}: train holds {there} examples; got {held} to choose on and {examples or 'the rest'} to "
+            f"{data.task.title}: train holds {there} examples; got {held} to choose on and "
+            f"{examples or 'the rest'} to "
             "train on"
         )
     order = sorted(range(there), key=lambda i: _content_key(data.train, i))
@@ -319,7 +323,8 @@ def _tsv_rows(path: Path, layout: Layout, notes: list[str]) -> Iterator[tuple[in
             continue
         if len(fields) != len(header):
             raise InputError(
-                f"{path}, line {number}: {len(fields)} columns, want {len(header)}; is the file truncated? get it again"
+                f"{path}, line {number}: {len(fields)} columns, want {len(header)}; is the file truncated? "
+                f"get it again"
             )
         yield number, dict(zip(header, fields, strict=True))
         last = 0
@@ -336,7 +341,8 @@ def _glue_hub(task: Task) -> TaskData:
         import datasets
     except ImportError:
         raise InputError(
-            f"{task.title} from the Hub needs `datasets`: pip install 'specbasis[finetune]', or name the folder of its "
+            f"{task.title} from the Hub needs `datasets`: pip install 'specbasis[finetune]', or name the "
+            f"folder of its "
             "official files with --data-dir"
         ) from None
     try:
@@ -345,7 +351,8 @@ def _glue_hub(task: Task) -> TaskData:
     except Exception as error:  # the client's errors are of many classes
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"{task.title}: cannot be had from the Hub ({first}); name the folder of its official files with --data-dir"
+            f"{task.title}: cannot be had from the Hub ({first}); name the folder of its official files "
+            f"with --data-dir"
         ) from error
     classes = {i: i for i in range(len(task.labels))}
     found = {
@@ -452,7 +459,8 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Row]]:
                     continue
                 if len(fields) != len(header):
                     raise InputError(
-                        f"{path}, line {reader.line_num}: {len(fields)} columns, the header has {len(header)}; is the "
+                        f"{path}, line {reader.line_num}: {len(fields)} columns, the header has "
+                        f"{len(header)}; is the "
                         "file truncated, or a text with commas not quoted?"
                     )
                 yield reader.line_num, dict(zip(header, fields, strict=True))

@@ -50,15 +50,20 @@ def run(
     resumable: bool = True,
     scratch: bool = False,
 ) -> dict[str, Any]:
-    """Train, score, save the adapter into ``folder``, and return the metrics: what `finetune` does, without its files.
+    """Train, score, save the adapter into ``folder``, and return the metrics: what `finetune` does, without its
+    files.
 
     Args:
-        base, method, seed: as of `finetune`.
+        base: as of `finetune`.
+        method: likewise.
+        seed: likewise.
         data: the examples; selection, where there are any, is scored too.
         protocol: with epochs and learning rate given; see `resolved`.
         placement: where the method goes.
         folder: the adapter's, and of the checkpoints.
-        cache_prefix, report_to, callbacks: as of `finetune`.
+        cache_prefix: as of `finetune`.
+        report_to: likewise.
+        callbacks: likewise.
         held_back: what the texts are, and the texts.
         resumable: write a checkpoint at the end of every epoch, and go on from the last.
         scratch: begin from random weights instead of the base's.
@@ -173,7 +178,7 @@ class _Trainer(Trainer):
         return LengthGroupedSampler(self.args.train_batch_size, lengths=list(self.lengths), generator=generator)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)  # type: ignore[arg-type]
+        folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         model = self.accelerator.unwrap_model(self.model)
         save_file({name: value.cpu().contiguous() for name, value in _trained(model).items()}, folder / TRAINED)
@@ -237,8 +242,7 @@ class _Ready:
     def score(self, split: Split) -> dict[str, float]:
         """The metrics on examples, taken longest first: less padding, and the same metrics."""
         order = sorted(range(len(split)), key=lambda i: -sum(map(len, split.inputs[i])))
-        judge = Trainer(model=self.trainer.model, args=self.trainer.args, data_collator=self.collate)
-        found = judge.predict(self.base.encode(split.take(order)))
+        found = self.trainer.predict(self.base.encode(split.take(order)))
         return scores(self.base.task, _logits(found.predictions), np.asarray(found.label_ids, dtype=np.float64))
 
 

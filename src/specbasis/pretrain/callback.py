@@ -31,8 +31,8 @@ ON_INTRUDERS = ("ignore", "warn", "stop")
 def intruders(base: Float[Tensor, "d n"], tuned: Float[Tensor, "d k"], threshold: float = 0.5) -> list[int]:
     """Ranks of the tuned singular vectors that are like no singular vector of base.
 
-    The ranks j with max_i |⟨x_i, y_j⟩| < threshold, 0-based, for all n vectors of one side of base and the leading k of
-    tuned. Costs 2·d·n·k flops.
+    The ranks j with max_i |⟨x_i, y_j⟩| < threshold, 0-based, for all n vectors of one side of base and the
+    leading k of tuned. Costs 2·d·n·k flops.
 
     Source: Shuttleworth et al. 2024 (arXiv 2410.21228), for left vectors.
     """
@@ -42,7 +42,9 @@ def intruders(base: Float[Tensor, "d n"], tuned: Float[Tensor, "d k"], threshold
 
 @dataclass(frozen=True, eq=False)
 class _Start:
-    """A matrix when training began: itself, its leading vectors, and all left ones where intruders are looked for."""
+    """A matrix when training began: itself, its leading vectors, and all left ones where intruders are looked
+    for.
+    """
 
     ref: MatrixRef
     W: Tensor
@@ -64,20 +66,23 @@ class _Start:
         return found
 
 
-class SpectralCallback(TrainerCallback):  # type: ignore[misc]
+class SpectralCallback(TrainerCallback):
     """Alignment to the start, singular values and ‖delta‖ of the weight matrices while a Trainer trains.
 
-    At its default frequency a measurement is taken whenever all of them so far, with the decompositions at the start, have
-    taken at most the share ``budget`` of the time; and once at the end. Every measurement is a line of
-    ``spectral.jsonl`` in the Trainer's output folder, and its means stand in the next log as ``spectral/alignment``,
-    ``spectral/relative_update`` and ``spectral/intruders``. It changes nothing in the training unless asked to stop it.
+    At its default frequency a measurement is taken whenever all of them so far, with the decompositions at the
+    start, have taken at most the share ``budget`` of the time; and once at the end. Every measurement is a line of
+    ``spectral.jsonl`` in the Trainer's output folder, and its means stand in the next log as
+    ``spectral/alignment``, ``spectral/relative_update`` and ``spectral/intruders``. It changes nothing in the
+    training unless asked to stop it.
 
-    Memory beside the model: a copy of each matrix that is followed and its leading vectors in float64; for intruders all
-    its left vectors, in float32. Runs in the process that writes files; parameters must be whole there (no ZeRO-3, FSDP).
+    Memory beside the model: a copy of each matrix that is followed and its leading vectors in float64; for
+    intruders all its left vectors, in float32. Runs in the process that writes files; parameters must be whole
+    there (no ZeRO-3, FSDP).
 
     Attributes:
         history: the measurements: {"step": …, "matrices": {name: {alignment_left, alignment_right, singular_values:
-            one number a rank; update: ‖W − W₀‖_F; relative_update: the same over ‖W₀‖_F; intruders: 0-based ranks}}}.
+            one number a rank; update: ‖W − W₀‖_F; relative_update: the same over ‖W₀‖_F; intruders: 0-based
+            ranks}}}.
         seconds: what measuring has taken.
     """
 
@@ -103,8 +108,8 @@ class SpectralCallback(TrainerCallback):  # type: ignore[misc]
             roles: only these roles, such as ``["ffn"]``; embeddings and heads are left out unless they are named.
             blocks: only these blocks.
             name: only matrices whose name matches this pattern.
-            start: weights to compare with; those when training begins when None. To be given where a training goes on
-                from a checkpoint of its own.
+            start: weights to compare with; those when training begins when None. To be given where a training
+                goes on from a checkpoint of its own.
             on_intruders: "ignore" (not looked for), "warn" once a matrix, or "stop" the training after that step.
             threshold: greatest cosine with any vector of the start below which a vector is an intruder.
 
@@ -113,10 +118,10 @@ class SpectralCallback(TrainerCallback):  # type: ignore[misc]
         """
         if on_intruders not in ON_INTRUDERS:
             raise InputError(f"got on_intruders = {on_intruders!r}; want one of {', '.join(ON_INTRUDERS)}")
-        if every is not None and every < 1 or not 0 < budget <= 1 or not 0 < threshold <= 1:
+        if (every is not None and every < 1) or not 0 < budget <= 1 or not 0 < threshold <= 1:
             raise InputError(
-                f"got every = {every}, budget = {budget}, threshold = {threshold}; want every of at least 1, the others "
-                "in (0, 1]"
+                f"got every = {every}, budget = {budget}, threshold = {threshold}; want every of at "
+                "least 1, the others in (0, 1]"
             )
         self.options = Options(ranks=ranks, roles=tuple(roles), blocks=tuple(blocks), name=name)
         self.every, self.budget = every, budget
@@ -136,8 +141,8 @@ class SpectralCallback(TrainerCallback):  # type: ignore[misc]
         self._path = Path(args.output_dir) / "spectral.jsonl"
         if state.global_step and self.given is None:
             warnings.warn(
-                f"training goes on from step {state.global_step}: alignment is to the weights there; give start=… to "
-                "compare with those at step 0",
+                f"training goes on from step {state.global_step}: alignment is to the weights there; give start=… "
+                "to compare with those at step 0",
                 stacklevel=2,
             )
         weights = _weights(kwargs["model"])
@@ -165,7 +170,10 @@ class SpectralCallback(TrainerCallback):  # type: ignore[misc]
         if not self.history:
             return
         named = {f"spectral/{name}": value for name, value in _means(self.history[-1]).items()}
-        for log in (kwargs.get("logs"), *state.log_history[-1:]):  # reporters read the first, the Trainer keeps the second
+        for log in (
+            kwargs.get("logs"),
+            *state.log_history[-1:],
+        ):  # reporters read the first, the Trainer keeps the second
             if log is not None:
                 log.update(named)
 
@@ -186,7 +194,9 @@ class SpectralCallback(TrainerCallback):  # type: ignore[misc]
         started = time.perf_counter()
         weights = _weights(model)
         ranks = self.options.ranks
-        found = {name: one.measure(one.ref.read(weights), ranks, self.threshold) for name, one in self._starts.items()}
+        found = {
+            name: one.measure(one.ref.read(weights), ranks, self.threshold) for name, one in self._starts.items()
+        }
         self.history.append({"step": step, "matrices": found})
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -210,7 +220,9 @@ class SpectralCallback(TrainerCallback):  # type: ignore[misc]
 def _weights(model: nn.Module) -> dict[str, Tensor]:
     weights = {name: p.detach() for name, p in model.named_parameters()}
     if any(W.numel() == 0 for W in weights.values()):
-        raise InputError("SpectralCallback: parameters are spread over processes; follow the checkpoints with `track`")
+        raise InputError(
+            "SpectralCallback: parameters are spread over processes; follow the checkpoints with `track`"
+        )
     return weights
 
 

@@ -1,7 +1,8 @@
 """The experiment behind Fig. 4, 9 and 21, and training from scratch beside it, as a grid of cells.
 
-Pretrain on more or fewer images; go on from the best checkpoint, and from random weights, in four ways; follow every
-encoder matrix over the checkpoints. A cell's values hold all that claims and figures need, so that the weights can go.
+Pretrain on more or fewer images; go on from the best checkpoint, and from random weights, in four ways; follow
+every encoder matrix over the checkpoints. A cell's values hold all that claims and figures need, so that the
+weights can go.
 """
 
 from __future__ import annotations
@@ -49,12 +50,14 @@ class Formation:
         mae: sizes of the model.
         passes: (images, optimizer steps) of each pretraining, in passes: each is run for all seeds before the next.
         seeds: each seeds the sample of images, the weights, orders and masks.
-        pretraining, same_task, new_task: how each is trained; ``seed`` and the pretraining's ``steps`` are the cell's.
+        pretraining, same_task, new_task: how each is trained; ``seed`` and the pretraining's ``steps`` are the
+            cell's.
         same_task_images, new_task_images: how many, from the start of the test set.
         validation: how many, from the end of the test set.
 
-    Source: Yu et al. 2026, App. L: the validation images are the last 5 000 of the test set, the same task goes on with its
-    first 1 000, classification with its first 3 000. The images of each pretraining are the first of one random order.
+    Source: Yu et al. 2026, App. L: the validation images are the last 5 000 of the test set, the same task goes
+    on with its first 1 000, classification with its first 3 000. The images of each pretraining are the first of
+    one random order.
     """
 
     data: str = "fashion-mnist"
@@ -70,7 +73,9 @@ class Formation:
     validation: int = 5000
 
     def cells(self) -> list[dict[str, Any]]:
-        """Every cell; seed by seed, so that a part of the grid says something; pairs of seeds once both are there."""
+        """Every cell; seed by seed, so that a part of the grid says something; pairs of seeds once both are
+        there.
+        """
         cells: list[dict[str, Any]] = []
         for number, pretrainings in enumerate(self.passes):
             for i, seed in enumerate(self.seeds):
@@ -85,7 +90,7 @@ class Formation:
         for size in sizes:
             cells.append({"phase": "pretrain", "seed": seed, **size})
             cells += [{"phase": "post", "seed": seed, **size, "task": task} for task in POSTS]
-        starts = sizes
+        starts: list[dict[str, Any]] = list(sizes)
         if scratch:
             cells += [{"phase": "scratch", "seed": seed, "task": task} for task in POSTS]
             starts = [*sizes, *({"task": task} for task in POSTS)]
@@ -138,9 +143,7 @@ def run_cell(cell: dict[str, Any], *, plan: Formation, work: Path) -> dict[str, 
     return values
 
 
-def follow_checkpoints(
-    checkpoints: Sequence[Path], ranks: int = RANKS
-) -> dict[str, Followed]:
+def follow_checkpoints(checkpoints: Sequence[Path], ranks: int = RANKS) -> dict[str, Followed]:
     """Every encoder matrix over some checkpoints of one model, by name."""
     opened = [open_checkpoint(path) for path in checkpoints]
     refs = [r for r in model_map(opened[0]).matrices if r.key.stack != "decoder" and r.key.role != "head"]
@@ -170,8 +173,8 @@ def _splits(plan: Formation) -> tuple[ImageData, Images]:
     wanted = plan.validation + max(plan.same_task_images, plan.new_task_images)
     if len(data.test) < wanted:
         raise InputError(
-            f"{data.test.name}: {len(data.test)} test images; want {wanted}: {plan.validation} for validation, the others "
-            "to train on after pretraining; ask for fewer of either"
+            f"{data.test.name}: {len(data.test)} test images; want {wanted}: {plan.validation} for validation, the "
+            "others to train on after pretraining; ask for fewer of either"
         )
     return data, data.test.last(plan.validation)
 
@@ -184,7 +187,9 @@ def _pretrained(cell: dict[str, Any], plan: Formation, work: Path) -> Run:
 
 
 def _post(cell: dict[str, Any], plan: Formation, work: Path) -> Run:
-    """What follows, from the best checkpoint of the same seed's pretraining or from the weights that it began with."""
+    """What follows, from the best checkpoint of the same seed's pretraining or from the weights that it began
+    with.
+    """
     data, validation = _splits(plan)
     task, seed = cell["task"], cell["seed"]
     classes = None
@@ -252,7 +257,9 @@ def _summary(f: Followed) -> dict[str, Any]:
 
 
 def _null(f: Followed) -> float:
-    """Alignment of the first matrix with itself plus a Gaussian matrix as large as the whole update, mean of some draws."""
+    """Alignment of the first matrix with itself plus a Gaussian matrix as large as the whole update, mean of
+    some draws.
+    """
     size = float(f.trajectory.distance[0, -1])
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(NULL_DRAWS, *f.first.shape, dtype=torch.float64, generator=generator)

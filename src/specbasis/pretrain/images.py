@@ -127,8 +127,8 @@ def open_images(source: str | Path, *, size: int = 32) -> ImageData:
             - a folder with CIFAR-10 in its python or binary version, as ``cifar-10-*.tar.gz`` or unpacked; the
               python version's pickles are read without running anything that they name;
             - a folder with MNIST's four idx files (``train-images-idx3-ubyte``, …, gzipped or not);
-            - a ``.npz`` file with ``images`` (n, height, width[, 3]) uint8 and ``labels``, or with ``train_images``, …,
-              ``test_labels``;
+            - a ``.npz`` file with ``images`` (n, height, width[, 3]) uint8 and ``labels``, or with
+              ``train_images``, …, ``test_labels``;
             - a folder of images: a subfolder a class, or all in one, with ``train`` and ``test`` (or ``val``) above
               if there are such (extra ``pretrain``). Files that are no images are passed over and noted.
         size: height and width.
@@ -143,7 +143,7 @@ def open_images(source: str | Path, *, size: int = 32) -> ImageData:
     if str(source) == "fashion-mnist":
         if not FASHION_MNIST.is_dir():
             raise InputError(
-                f"{FASHION_MNIST}: no such folder; install the Debian package dataset-fashion-mnist, or name a folder"
+                f"{FASHION_MNIST}: no such folder; install the Debian package dataset-fashion-mnist or name another"
             )
         source = FASHION_MNIST
     path = Path(source)
@@ -160,7 +160,11 @@ def open_images(source: str | Path, *, size: int = 32) -> ImageData:
 
 
 def from_arrays(
-    images: NDArray[Any] | Tensor, labels: NDArray[Any] | Tensor | None = None, *, name: str = "arrays", size: int = 32
+    images: NDArray[Any] | Tensor,
+    labels: NDArray[Any] | Tensor | None = None,
+    *,
+    name: str = "arrays",
+    size: int = 32,
 ) -> Images:
     """Images from arrays: (n, height, width) or (n, height, width, 3 or 1), uint8, with whole numbers as labels.
 
@@ -191,7 +195,7 @@ def _fitted(pixels: Tensor, size: int) -> Tensor:
     if h > size or w > size:
         chunks = [
             torch.nn.functional.interpolate(part.float(), (size, size), mode="bilinear", antialias=True)
-            for part in pixels.split(4096)
+            for part in torch.split(pixels, 4096)
         ]
         pixels = torch.cat([chunk.round().clamp(0, 255).to(torch.uint8) for chunk in chunks])
     elif (h, w) != (size, size):
@@ -316,7 +320,9 @@ _BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_ba
 
 
 def _cifar(folder: _Folder, size: int) -> ImageData | None:
-    """CIFAR-10 in either version, from its archive or unpacked, in this folder or the one that the archive makes."""
+    """CIFAR-10 in either version, from its archive or unpacked, in this folder or the one that the archive
+    makes.
+    """
     for ending, inside, decode in (
         ("", "cifar-10-batches-py", _python_batch),
         (".bin", "cifar-10-batches-bin", _binary_batch),
@@ -490,7 +496,13 @@ def _folder(path: Path, classes: Sequence[str], size: int) -> Images:
             try:
                 with Image.open(file) as image:
                     small = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
-            except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            except (
+                UnidentifiedImageError,
+                OSError,
+                ValueError,
+                SyntaxError,
+                Image.DecompressionBombError,
+            ) as error:
                 bad.append(f"{file}: not read ({type(error).__name__})")
                 continue
             pixels.append(np.asarray(small))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -29,8 +29,9 @@ class MAE:
         decoder_width, decoder_blocks, decoder_heads: of the decoder.
         mask: share of the patches that are hidden; floor((1 − mask)·patches) are kept: 25 of 64 at 60 %.
 
-    Feed-forward layers are four times as wide as the model. The prediction of a patch has patch²·3 = 48 numbers, and the
-    loss is their mean squared error over the hidden patches, of pixels that are not normalised patch by patch.
+    Feed-forward layers are four times as wide as the model. The prediction of a patch has patch²·3 = 48 numbers,
+    and the loss is their mean squared error over the hidden patches, of pixels that are not normalised patch by
+    patch.
 
     Source: Yu et al. 2026, App. L. It leaves open: the class token (kept, as in He et al. 2022), the initialisation
     (transformers': normal with standard deviation 0.02, Xavier for the patches), and the scale of pixels (−1 … 1).
@@ -84,7 +85,7 @@ class MAE:
         )
 
 
-class PatchClassifier(ViTMAEPreTrainedModel):  # type: ignore[misc]
+class PatchClassifier(ViTMAEPreTrainedModel):
     """The encoder of a masked autoencoder, the mean over its patch tokens, and one linear layer.
 
     Source: Yu et al. 2026, App. L.
@@ -106,7 +107,8 @@ class PatchClassifier(ViTMAEPreTrainedModel):  # type: ignore[misc]
         return logits
 
 
-Model = ViTMAEForPreTraining | PatchClassifier
+Model: TypeAlias = nn.Module
+"""A `ViTMAEForPreTraining` or a `PatchClassifier`."""
 
 
 def new_mae(mae: MAE, seed: int) -> ViTMAEForPreTraining:
@@ -135,7 +137,9 @@ def load_encoder(model: Model, folder: Path) -> None:
     Raises:
         InputError: the checkpoint has no encoder of this shape.
     """
-    stored = {name: W for name, W in open_checkpoint(folder / "model.safetensors").items() if name.startswith("vit.")}
+    stored = {
+        name: W for name, W in open_checkpoint(folder / "model.safetensors").items() if name.startswith("vit.")
+    }
     _load(model, stored, folder, {name for name in model.state_dict() if name.startswith("vit.")})
 
 
@@ -144,7 +148,7 @@ def load_model(model: Model, folder: Path) -> None:
     _load(model, dict(open_checkpoint(folder / "model.safetensors")), folder, set(model.state_dict()))
 
 
-def save_model(model: Model, folder: Path) -> None:
+def save_model(model: Any, folder: Path) -> None:
     """Write a model as a folder of transformers: `config.json`, `model.safetensors`."""
     folder.mkdir(parents=True, exist_ok=True)
     model.config.save_pretrained(folder)

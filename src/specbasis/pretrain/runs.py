@@ -1,4 +1,6 @@
-"""The checkpoints of a training, in their order: found in a folder, on the Hub, or given; what is passed over is said."""
+"""The checkpoints of a training, in their order: found in a folder, on the Hub, or given; what is passed over is
+said.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -67,35 +70,36 @@ class Series:
 
     @property
     def steps(self) -> list[int]:
-        """A place on the axis of training for each: its step, where all have one and they ascend; else 0, 1, 2, …"""
+        """A place on the axis of training for each: its step, where all have one and they ascend; else 0, 1, 2,
+        …
+        """
         steps = [saved.step for saved in self.saved if saved.step is not None]
-        ascending = all(a < b for a, b in zip(steps, steps[1:], strict=False))
+        ascending = all(a < b for a, b in pairwise(steps))
         return steps if len(steps) == len(self.saved) and ascending else list(range(len(self.saved)))
 
 
-def open_series(
-    run: Source | Sequence[Source], *, admits: Admits | None = None, stream: bool = False
-) -> Series:
+def open_series(run: Source | Sequence[Source], *, admits: Admits | None = None, stream: bool = False) -> Series:
     """Open the checkpoints of a training.
 
     Args:
         run: one of
 
-            - a folder with numbered checkpoints in it, folders (``checkpoint-500``, ``epoch_3``, ``step1000``) or weight
-              files (``model_0010.safetensors``, ``epoch=2-step=100.ckpt``), in the order of the last number in their
-              names, and behind them the model in the folder itself, if there is one;
-            - ``hub:org/name@PATTERN`` with a ``*``: the branches and tags that match, in the order of their numbers;
+            - a folder with numbered checkpoints in it, folders (``checkpoint-500``, ``epoch_3``, ``step1000``)
+              or weight files (``model_0010.safetensors``, ``epoch=2-step=100.ckpt``), in the order of the last
+              number in their names, and behind them the model in the folder itself, if there is one;
+            - ``hub:org/name@PATTERN`` with a ``*``: the branches and tags that match, in the order of their
+              numbers;
             - a list of any sources, in its order.
         admits: which matrices are wanted; all when None.
         stream: from the Hub, read only the byte ranges that are wanted.
 
-    A checkpoint that cannot be read, repeats a step, or holds exactly what an earlier one holds is passed over and listed;
-    a step that is missing in a regular series is noted.
+    A checkpoint that cannot be read, repeats a step, or holds exactly what an earlier one holds is passed over
+    and listed; a step that is missing in a regular series is noted.
 
     Raises:
         InputError: fewer than two checkpoints can be read, or nothing is in common.
     """
-    listed, passed = _given(run) if isinstance(run, list | tuple) else _found(run)
+    listed, passed = _found(run) if isinstance(run, str | Path) else _given(run)
     opened: list[tuple[Saved, Checkpoint]] = []
     for saved in listed:
         try:
@@ -110,15 +114,15 @@ def open_series(
     if len(kept) < 2:
         why = f"; the first passed over: {passed[0].source}: {passed[0].reason}" if passed else ""
         raise InputError(f"{_title(run)}: {len(kept)} checkpoint(s) to follow; want at least 2{why}")
-    saved = tuple(one.saved for one in kept)
+    chosen = tuple(one.saved for one in kept)
     names = list(kept[0].matrices)
     matrices = {name: tuple(one.matrices.get(name) for one in kept) for name in names}
     missing = Counter(name for one in kept for name in names if name not in one.matrices)
-    notes = [*_gaps([one.step for one in saved if one.step is not None])]
+    notes = [*_gaps([one.step for one in chosen if one.step is not None])]
     notes += [f"{name}: missing in {count} of {len(kept)} checkpoints" for name, count in missing.items()]
     return Series(
-        saved,
-        tuple(unique_labels([one.source for one in saved])),
+        chosen,
+        tuple(unique_labels([one.source for one in chosen])),
         tuple(one.checkpoint for one in kept),
         matrices,
         tuple(passed),
@@ -127,7 +131,7 @@ def open_series(
 
 
 def _title(run: Source | Sequence[Source]) -> str:
-    return f"{len(run)} sources" if isinstance(run, list | tuple) else str(run)
+    return str(run) if isinstance(run, str | Path) else f"{len(run)} sources"
 
 
 # --- listing ----------------------------------------------------------------------------------------------------
@@ -190,7 +194,7 @@ def _in_order(named: list[tuple[str, int | None]]) -> tuple[list[Saved], list[Pa
 
 def _gaps(steps: Sequence[int]) -> list[str]:
     """Steps that a series with one usual distance leaves out."""
-    distances = [b - a for a, b in zip(steps, steps[1:], strict=False)]
+    distances = [b - a for a, b in pairwise(steps)]
     if len(distances) < 3:
         return []
     usual, count = Counter(distances).most_common(1)[0]
@@ -198,7 +202,7 @@ def _gaps(steps: Sequence[int]) -> list[str]:
         return []
     return [
         f"gap: no checkpoint between {a} and {b}, elsewhere one every {usual}"
-        for a, b in zip(steps, steps[1:], strict=False)
+        for a, b in pairwise(steps)
         if b - a > usual
     ]
 
@@ -230,7 +234,9 @@ def _aligned(
     first, *others = opened
     matrices = {ref.key.name: ref for ref in model_map(first[1], admits=admits).matrices}
     if not matrices:
-        raise InputError(f"{first[0].source}: none of its matrices is asked for; ask for other roles, blocks or names")
+        raise InputError(
+            f"{first[0].source}: none of its matrices is asked for; ask for other roles, blocks or names"
+        )
     found = [_Aligned(*first, matrices)]
     for saved, checkpoint in others:
         try:
@@ -247,14 +253,18 @@ def _aligned(
 
 
 def _without_copies(aligned: Sequence[_Aligned], passed: list[PassedOver]) -> list[_Aligned]:
-    """Those whose matrices can be read and differ from every earlier one's: the last matrix first, all where it agrees."""
+    """Those whose matrices can be read and differ from every earlier one's: the last matrix first, all where it
+    agrees.
+    """
     kept: list[_Aligned] = []
     seen: dict[tuple[str, str], list[_Aligned]] = {}
     for one in aligned:
         names = list(one.matrices)
         try:
             alike = seen.setdefault((names[-1], one.digest(names[-1:])), [])
-            twin = next((a for a in alike if list(a.matrices) == names and a.digest(names) == one.digest(names)), None)
+            twin = next(
+                (a for a in alike if list(a.matrices) == names and a.digest(names) == one.digest(names)), None
+            )
         except InputError as error:
             passed.append(PassedOver(one.saved.source, str(error)))
             continue

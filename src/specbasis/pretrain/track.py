@@ -25,7 +25,7 @@ from specbasis.checkpoint import Checkpoint
 from specbasis.compare import LARGE, Options
 from specbasis.errors import InputError
 from specbasis.measures import RESOLVED
-from specbasis.plan import matrix_work
+from specbasis.plan import Work, matrix_work
 from specbasis.pretrain.runs import Series, Source, open_series
 from specbasis.pretrain.trajectory import SIDES, Trajectory, follow
 from specbasis.results import Results
@@ -164,15 +164,15 @@ def load_tracking(folder: str | Path) -> Tracking:
 
 
 def _identity(checkpoint: Checkpoint) -> str:
-    """What tells a checkpoint's contents from another's: the digest that the Hub lists, or size and time of its files."""
+    """What tells a checkpoint's contents from another's: the digest that the Hub lists, or size and time of its
+    files.
+    """
     if checkpoint.digests:
         return ",".join(sorted(checkpoint.digests.values()))
     return ",".join(f"{path.stat().st_size}-{path.stat().st_mtime_ns}" for path in checkpoint.files)
 
 
-def _run(
-    tasks: Sequence[_Task], results: Results, workers: int, progress: Callable[[Progress], None]
-) -> None:
+def _run(tasks: Sequence[_Task], results: Results, workers: int, progress: Callable[[Progress], None]) -> None:
     started, done, total = time.perf_counter(), 0.0, sum(task.flops for task in tasks)
     progress(Progress(0.0, total, tasks[0].name if tasks else ""))
     running = engines.run(tasks, workers=workers, engine="threads", local=True)
@@ -180,7 +180,8 @@ def _run(
         for task, (rows, failed) in running:
             done += task.flops
             results.manifest["failed"] += [
-                {"checkpoint": task.series.labels[c], "matrix": task.name, "error": error} for c, error in failed.items()
+                {"checkpoint": task.series.labels[c], "matrix": task.name, "error": error}
+                for c, error in failed.items()
             ]
             if rows is not None:
                 results.write(_PART, task.name, rows)
@@ -219,7 +220,7 @@ class _Task:
         return self._work.bytes + 8 * len(self.refs) * min(self.ranks, out, into) * (out + into)
 
     @property
-    def _work(self) -> Any:
+    def _work(self) -> Work:
         return matrix_work(self.ref.shape, ("alignment_left", "alignment_right"), self.ranks, len(self.refs) - 1)
 
     def run(self) -> tuple[pa.Table | None, dict[int, str]]:

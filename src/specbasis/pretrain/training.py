@@ -1,7 +1,8 @@
-"""Train a masked autoencoder or a classifier from memory: checkpoints on the way, and a run that a kill only delays.
+"""Train a masked autoencoder or a classifier from memory: checkpoints on the way, and a run that a kill only
+delays.
 
-Everything random is a function of the seed and the step, not of a generator's state, so that a run that was killed and
-continued gives the same weights, bit for bit on one machine, as one that was not.
+Everything random is a function of the seed and the step, not of a generator's state, so that a run that was
+killed and continued gives the same weights, bit for bit on one machine, as one that was not.
 """
 
 from __future__ import annotations
@@ -234,7 +235,9 @@ class _Job:
             if self.training.task != CLASSIFY:
                 continue
             if images.labels is None or not 2 <= max(self.classes, images.classes) <= self.classes:
-                raise InputError(f"{images.name}: got {images.classes} classes; want labels of {self.classes} (2 or more)")
+                raise InputError(
+                    f"{images.name}: got {images.classes} classes; want labels of {self.classes} (2 or more)"
+                )
 
     # --- the folder
 
@@ -301,7 +304,9 @@ class _Job:
     def keep_best(self, state: _State, loss: float) -> None:
         def write(folder: Path) -> None:
             save_model(state.model, folder)
-            (folder / "best.json").write_text(json.dumps({"step": state.step, "validation": loss}), encoding="utf-8")
+            (folder / "best.json").write_text(
+                json.dumps({"step": state.step, "validation": loss}), encoding="utf-8"
+            )
 
         _write_folder(self.folder / "best", write)
 
@@ -440,9 +445,11 @@ def _about(folder: Path) -> dict[str, Any]:
     path = folder / "run.json"
     try:
         about: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        about["config"], about["state"], about["done"]  # noqa: B018
+        about["config"], about["state"], about["done"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: is not the description of a training ({error}); choose another folder") from error
+        raise InputError(
+            f"{path}: is not the description of a training ({error}); choose another folder"
+        ) from error
     return about
 
 

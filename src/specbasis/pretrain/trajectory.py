@@ -1,4 +1,6 @@
-"""One weight matrix over many checkpoints: each is decomposed once, and every pair of them compared through the vectors."""
+"""One weight matrix over many checkpoints: each is decomposed once, and every pair of them compared through the
+vectors.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ PAIRWISE_BYTES = 2**30
 """Distances between all pairs of checkpoints are taken where a matrix of all of them, in float64, is no larger."""
 
 CANCELLED = 1e4
-"""A squared distance smaller than the squares that it is the difference of by this factor is computed by subtraction."""
+"""A squared distance smaller than the squares that it is the difference of by this factor is computed by
+subtraction."""
 
 SIDES = ("left", "right")
 
@@ -32,7 +35,7 @@ class Trajectory:
         index: which of the checkpoints hold it, (C,); the others had NaN, or were left out by the reader.
         shape: (out, in).
         S: singular values, (C, k).
-        left, right: singular vectors, (C, out, k) and (C, in, k).
+        left, right: singular vectors, (C, out, k) and (C, into, k).
         bound: of each computed pair of vectors (see `SVD.bound`), (C, k).
         relative_gap: gap_i / σ_i, (C, k).
         norms: ‖W_c‖_F, (C,).
@@ -45,7 +48,7 @@ class Trajectory:
     shape: tuple[int, int]
     S: Float[Tensor, "C k"]
     left: Float[Tensor, "C out k"]
-    right: Float[Tensor, C in k]
+    right: Float[Tensor, "C into k"]
     bound: Float[Tensor, "C k"]
     relative_gap: Float[Tensor, "C k"]
     norms: Float[Tensor, " C"]
@@ -101,8 +104,9 @@ def follow(
 ) -> Trajectory:
     """Decompose one matrix at every checkpoint, each once.
 
-    Where the short side exceeds ``approximate`` and at most an eighth of the ranks is wanted, by block Krylov iteration
-    from the vectors of the checkpoint before: that is where a warm start pays. A whole eigensolver takes none.
+    Where the short side exceeds ``approximate`` and at most an eighth of the ranks is wanted, by block Krylov
+    iteration from the vectors of the checkpoint before: that is where a warm start pays. A whole eigensolver
+        takes none.
 
     Args:
         read: the matrix (out, in) of checkpoint 0 … count − 1, or None to leave it out.
@@ -111,7 +115,8 @@ def follow(
         approximate: short side over which the iteration is taken; never when None.
         name: what to call a checkpoint in an error.
 
-    Costs one decomposition a checkpoint and C²·out·in/2 for distances; memory 8·C·(out + in)·k bytes for the vectors.
+    Costs one decomposition a checkpoint and C²·out·in/2 for distances; memory 8·C·(out + in)·k bytes for the
+    vectors.
 
     Raises:
         InputError: shapes differ, ranks < 1, or no checkpoint could be decomposed.
@@ -153,8 +158,8 @@ def follow(
 def pairwise_distance(X: Float[Tensor, "C d"]) -> Float[Tensor, "C C"]:
     """‖x_a − x_b‖ for all pairs of rows, in float64, to a relative error of about `CANCELLED` · eps · d.
 
-    From the Gram matrix of the rows less the first one; pairs whose square is so small beside those it is taken from that
-    digits cancel are subtracted one by one. Costs 2·C²·d flops.
+    From the Gram matrix of the rows less the first one; pairs whose square is so small beside those it is taken
+    from that digits cancel are subtracted one by one. Costs 2·C²·d flops.
     """
     Y = (X - X[0]).to(torch.float64)
     G = Y @ Y.mT
@@ -167,7 +172,9 @@ def pairwise_distance(X: Float[Tensor, "C d"]) -> Float[Tensor, "C C"]:
 
 
 class _Distances:
-    """Matrices kept for their distances as long as they fit; else those to the first, the last and the one before."""
+    """Matrices kept for their distances as long as they fit; else those to the first, the last and the one
+    before.
+    """
 
     def __init__(self, count: int) -> None:
         self.count = count

@@ -208,7 +208,8 @@ def _figure(
     axes.set_ylabel(f"{_metric(what)} (%)" if len(_metric(what)) < 30 else "mean correlation (%)")
     seeds = max(len(scores) for _, scores in points)
     axes.set_title(
-        f"{what.name}: {base.rpartition('/')[2]}, {GLUE[what.task].title}; bars: standard deviation of {seeds} seeds",
+        f"{what.name}: {base.rpartition('/')[2]}, {GLUE[what.task].title}; bars: standard deviation of "
+        f"{seeds} seeds",
         fontsize=8,
     )
     axes.grid(alpha=0.3)

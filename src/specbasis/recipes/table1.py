@@ -84,7 +84,8 @@ class Comparison:
     Attributes:
         name: of the files: "table1", "controls".
         tasks: names of GLUE tasks.
-        methods: names of methods, in the order in which they run and are shown; ``spectral@300`` is one at rank 300.
+        methods: names of methods, in the order in which they run and are shown; ``spectral@300`` is one at rank
+            300.
         seeds: outermost: a grid that is under way is a table already.
         epochs: of each task.
         examples: size of the fixed part of train, of tasks that are cut down.
@@ -180,6 +181,19 @@ def run(
     return [*searched, *run_grid(what.cells(factors), setting, out, progress)], factors
 
 
+FIGURES = {
+    "adapter": ("parameters", "adapter"),
+    "head": ("parameters", "head"),
+    "memory": ("peak_memory_bytes",),
+    "seconds": ("cpu_seconds_per_epoch",),
+    "wall": ("seconds_per_epoch",),
+    "bytes": ("file_bytes",),
+    "before": ("forgetting", "before"),
+    "after": ("forgetting", "after"),
+}
+"""What a line shows beside the score, and where a run has it."""
+
+
 # --- the table ----------------------------------------------------------------------------------------------------
 
 
@@ -231,16 +245,6 @@ def _line(
     mean, spread = mean_and_spread([run["score"] for run in runs.values()])
     common = [seed for seed in runs if seed in reference] if method != OURS else []
     differences = [runs[seed]["score"] - reference[seed]["score"] for seed in common]
-    figures = {
-        "adapter": lambda run: run["parameters"]["adapter"],
-        "head": lambda run: run["parameters"]["head"],
-        "memory": lambda run: run["peak_memory_bytes"],
-        "seconds": lambda run: run["cpu_seconds_per_epoch"],
-        "wall": lambda run: run["seconds_per_epoch"],
-        "bytes": lambda run: run["file_bytes"],
-        "before": lambda run: run["forgetting"]["before"],
-        "after": lambda run: run["forgetting"]["after"],
-    }
     return Line(
         task,
         method,
@@ -249,8 +253,15 @@ def _line(
         spread,
         mean_and_spread(differences)[0] if differences else None,
         paired_p(differences),
-        {name: _mean([figure(run) for run in runs.values()]) for name, figure in figures.items()},
+        {name: _mean([_at(run, path) for run in runs.values()]) for name, path in FIGURES.items()},
     )
+
+
+def _at(run: Mapping[str, Any], path: Sequence[str]) -> float | None:
+    found: Any = run
+    for name in path:
+        found = found[name]
+    return None if found is None else float(found)
 
 
 def paired_p(differences: Sequence[float]) -> float | None:
@@ -286,7 +297,8 @@ def markdown(what: Comparison, rows: Sequence[Row], factors: Mapping[str, float]
         f"# {what.name}: {base}",
         "",
         f"{ran} of {wanted} runs; seeds {', '.join(map(str, what.seeds))}. Scores in percent: mean ± standard "
-        "deviation over seeds on the dev set, which chose nothing; – is a run that is missing, (n) fewer seeds than "
+        "deviation over seeds on the dev set, which chose nothing; – is a run that is missing, (n) fewer "
+        "seeds than "
         f"{len(what.seeds)}.",
         "",
         *_grid(["method", "parameters", *titles], [_score_row(what, found, method) for method in what.methods]),
@@ -297,7 +309,8 @@ def markdown(what: Comparison, rows: Sequence[Row], factors: Mapping[str, float]
             "",
             "## Difference to the spectral method",
             "",
-            "Mean over the seeds that both have, in points; p of Student's paired t-test over seeds, two-sided, not "
+            "Mean over the seeds that both have, in points; p of Student's paired t-test over seeds, "
+            "two-sided, not "
             "corrected for the number of comparisons.",
             "",
             *_grid(["method", *titles], [[_title(m), *(_delta(found[t, m]) for t in what.tasks)] for m in others]),
@@ -370,7 +383,8 @@ def _rates(what: Comparison, factors: Mapping[str, float]) -> list[str]:
         text = (
             f"Each method's own times a factor, chosen on {GLUE[what.search.task].title} alone: "
             f"{what.search.examples} examples, {what.search.epochs:g} epochs, seed {what.search.seed}, scored on "
-            f"{what.search.selection} other examples of train. Tried: {', '.join(f'{f:g}' for f in what.search.factors)}."
+            f"{what.search.selection} other examples of train. Tried: "
+            f"{', '.join(f'{f:g}' for f in what.search.factors)}."
         )
     body = [
         [

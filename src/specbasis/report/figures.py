@@ -54,15 +54,15 @@ def draw(pairs: Sequence[Pair], bands: Sequence[Bands]) -> Iterator[tuple[str, b
     """(file name, content) of every figure, each as PNG and as SVG."""
     labels = [_plain(pair.label) for pair in pairs]
     for name, over_pairs in OVER_PAIRS.items():
-        yield from both(name, lambda f=over_pairs: f(pairs, labels, bands))
+        yield from render(name, lambda f=over_pairs: f(pairs, labels, bands))
     for i, (pair, label) in enumerate(zip(pairs, labels, strict=True)):
         tail = f"-{i + 1}-{re.sub(r'[^A-Za-z0-9._-]+', '_', pair.label)[-40:]}" if len(pairs) > 1 else ""
         for name, of_pair in OF_PAIR.items():
-            yield from both(name + tail, lambda f=of_pair, p=pair, t=label: f(p, t))
+            yield from render(name + tail, lambda f=of_pair, p=pair, t=label: f(p, t))
 
 
-def both(name: str, make: Callable[[], Figure]) -> Iterator[tuple[str, bytes]]:
-    """(file name, content) of one figure in one style, as PNG and as SVG; equal figures give equal bytes."""
+def render(name: str, make: Callable[[], Figure]) -> Iterator[tuple[str, bytes]]:
+    """(file name, content) of a figure, as PNG and as SVG."""
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # names in any script; drawn as boxes
         figure = make()

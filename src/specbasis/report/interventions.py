@@ -16,7 +16,7 @@ from specbasis.cells import Row
 from specbasis.errors import InputError
 from specbasis.intervene.grid import BASE, BASELINE
 from specbasis.intervene.sharing import Shared
-from specbasis.report.figures import COLORS, DASHES, QUIET, both, grid_of_panels
+from specbasis.report.figures import COLORS, DASHES, QUIET, grid_of_panels, render
 
 NAMES: Mapping[str, str] = {
     "swap": "vectors of {source}",
@@ -126,7 +126,7 @@ def draw(
     }
     if not any(panels.values()):
         raise InputError(f"{name}: the rows hold nothing to show; run the kinds and ranks that it needs")
-    yield from both(name, lambda: _figure(f"{plot.title} ({', '.join(shown)})", panels, rows, metrics, plot))
+    yield from render(name, lambda: _figure(f"{plot.title} ({', '.join(shown)})", panels, rows, metrics, plot))
 
 
 def lines(rows: Sequence[Row], label: str, group: str, metric: str, plot: Plot) -> list[Line]:
@@ -223,7 +223,7 @@ def draw_sharing(table: Sequence[Shared], roles: str, ranks: int | str) -> Itera
     if not here:
         there = ", ".join(dict.fromkeys(f"{row.roles} {row.ranks}" for row in table))
         raise InputError(f"no swap of {roles} at ranks {ranks}; there is: {there}")
-    yield from both("sharing", lambda: _sharing(table, here, roles, ranks))
+    yield from render("sharing", lambda: _sharing(table, here, roles, ranks))
 
 
 def _sharing(table: Sequence[Shared], here: Sequence[Shared], roles: str, ranks: int | str) -> Figure:

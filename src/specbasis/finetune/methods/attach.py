@@ -142,7 +142,7 @@ def attach(
         InputError: an argument does not fit the method or the model.
     """
     method = method_named(method)
-    if isinstance(model, PeftModel) or hasattr(model, "peft_config"):
+    if isinstance(model, PeftModel) or hasattr(model, "peft_config") or fastened(model):
         raise InputError(f"{type(model).__name__} has adapters already; want a model without: load the base again")
     places = method_sites(model, method, target_modules, roles, blocks)
     request = Request(

@@ -6,6 +6,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 from torch import nn
 
@@ -60,11 +61,15 @@ def match_budget(
         budget = parameters("spectral", model, rank=rank, roles=roles, blocks=blocks)
     if budget < 1:
         raise InputError(f"got a budget of {budget} parameters; want at least 1")
-    found: dict[str, Size] = {}
-    for method in map(method_named, methods):
-        places = method_sites(model, method, None, roles, blocks)
-        found[method.name] = _nearest(method, model, places, budget)
-    return found
+    wanted = [method_named(method) for method in methods]
+    kinds = {_placement(method): method for method in wanted}
+    places = {kind: method_sites(model, method, None, roles, blocks) for kind, method in kinds.items()}
+    return {method.name: _nearest(method, model, places[_placement(method)], budget) for method in wanted}
+
+
+def _placement(method: Method) -> tuple[Any, ...]:
+    """Methods of one placement stand at the same modules of any model."""
+    return method.builder, method.roles, method.blocks, method.options.get("which")
 
 
 def parameters(

@@ -8,6 +8,7 @@ and pickled.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -71,7 +72,7 @@ class Update(Added):
         super().__init__()
         self.name = name
         W = weight_matrix(layer, name)
-        self.frozen, self.proof = Frozen(), Frozen()
+        self.frozen, self.proof = Frozen(_replaced), Frozen(_replaced)
         if W.is_meta:
             basis, proof = _empty(W, ranks), empty_proof(ranks)
         else:
@@ -106,6 +107,10 @@ class Update(Added):
         raise NotImplementedError
 
 
+def _replaced(name: str) -> None:
+    """Nothing follows from a frozen tensor being replaced: `load` proves what it read."""
+
+
 def _empty(W: Tensor, ranks: int) -> SVD:
     S = W.new_empty(ranks)
     return SVD(W.new_empty(W.shape[0], ranks), S, W.new_empty(ranks, W.shape[1]), S, S, S, S)
@@ -114,7 +119,7 @@ def _empty(W: Tensor, ranks: int) -> SVD:
 class SVFT(Update):
     """Trained entries of a fixed sparse pattern in the whole singular basis: W' = W + U M Vh, M zero at the start.
 
-    Applied as U (M (Vh x)): M acts by gathering, no dense matrix is built. Costs 2 n (out + in) flops a token for
+    Applied as U (M (Vh x)) with a sparse M: no dense matrix is built. Costs 2 n (out + in) flops a token for
     the two factors, n = min(out, in), and 2 for each trained entry.
 
     Deviations from the authors' code: M starts at zero and has no sigmoid gate; "random" draws positions without
@@ -138,11 +143,24 @@ class SVFT(Update):
         self.rows: Tensor
         self.columns: Tensor
         self.M = nn.Parameter(torch.zeros(len(rows), device=device))
+        self._index()
+
+    def _index(self) -> None:
+        """Compress the positions anew: they are fixed while training, and read from the file when loading."""
+        index = compressed(self.rows, self.columns, len(self.frozen["S"])) if not self.rows.is_meta else ()
+        for key, tensor in zip(("crow", "order", "ccol", "rows_by_column"), index, strict=False):
+            self.register_buffer(key, tensor, persistent=False)
+
+    def settle(self, layer: nn.Module) -> None:
+        """After loading: the signs of the singular vectors, and the file's positions."""
+        super().settle(layer)
+        self._index()
 
     def forward(self, x: Tensor) -> Tensor:
         """D x for x (…, in)."""
         z = self.project(x, self.frozen["Vh"])
-        return self.project(sparse_mix(z, self.M, self.rows, self.columns), self.frozen["U"])
+        index = (self.crow, self.columns, self.order, self.ccol, self.rows_by_column)
+        return self.project(sparse_mix(z, self.M, *index), self.frozen["U"])  # type: ignore[arg-type]
 
     def delta(self) -> Float[Tensor, "out in"]:
         """U M Vh in float64."""
@@ -190,38 +208,64 @@ PATTERNS: Mapping[str, Callable[[SVFT, int], Tensor]] = MappingProxyType(
 )
 
 
+def compressed(rows: Int[Tensor, " e"], columns: Int[Tensor, " e"], n: int) -> tuple[Tensor, ...]:
+    """Index of a sparse n × n matrix with sorted, distinct positions: row starts, and the same of its transpose.
+
+    Returns:
+        (row starts, order of the entries by column, column starts, rows in that order).
+    """
+    order = torch.argsort(columns * n + rows)
+    starts = [F.pad(torch.bincount(index, minlength=n).cumsum(0), (1, 0)) for index in (rows, columns)]
+    return starts[0], order, starts[1], rows[order]
+
+
 class _SparseMix(torch.autograd.Function):
-    """t_i = Σ_e m_e z_{column e} over the entries e of row i. Keeps only z: what is gathered is gathered again."""
+    """M z with a sparse M in compressed rows; the gradient of its entries is sampled, never formed whole."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, m: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        ctx.save_for_backward(z, m, rows, columns)
-        return _scatter(z, m, columns, rows)
+    def forward(ctx: Any, z: Tensor, m: Tensor, *index: Tensor) -> Tensor:
+        ctx.save_for_backward(z, m, *index)
+        crow, columns, *_ = index
+        return _times(_csr(crow, columns, m), z)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        z, m, rows, columns = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        z, m, crow, columns, order, ccol, rows = ctx.saved_tensors
         (g,) = grads
-        for_z = _scatter(g, m, rows, columns) if ctx.needs_input_grad[0] else None
+        for_z = _times(_csr(ccol, rows, m[order]), g) if ctx.needs_input_grad[0] else None
         for_m = None
         if ctx.needs_input_grad[1]:
-            tokens_z, tokens_g = (t.reshape(-1, t.shape[-1]).mT.contiguous() for t in (z, g))
-            for_m = (tokens_z[columns] * tokens_g[rows]).sum(1)
-        return for_z, for_m, None, None
+            n = z.shape[-1]
+            sampled = torch.sparse.sampled_addmm(  # (gᵀ z) at the entries of M
+                _csr(crow, columns, m), g.reshape(-1, n).mT.contiguous(), z.reshape(-1, n).contiguous(), beta=0.0
+            )
+            for_m = sampled.values()
+        return for_z, for_m, *(None for _ in range(5))
 
 
-def _scatter(z: Tensor, m: Tensor, source: Tensor, target: Tensor) -> Tensor:
-    """Add m_e times feature ``source[e]`` to ``target[e]``; features come first, so that whole rows are moved."""
-    features = z.reshape(-1, z.shape[-1]).mT.contiguous()
-    mixed = torch.zeros_like(features).index_add_(0, target, features[source] * m[:, None])
-    return mixed.mT.reshape(z.shape)
+def _csr(starts: Tensor, indices: Tensor, m: Tensor) -> Tensor:
+    n = len(starts) - 1
+    with warnings.catch_warnings():  # "Sparse CSR tensor support is in beta state"
+        warnings.simplefilter("ignore")
+        return torch.sparse_csr_tensor(starts, indices, m.detach(), (n, n), check_invariants=False)
+
+
+def _times(M: Tensor, z: Tensor) -> Tensor:
+    with torch.autocast(z.device.type, enabled=False):  # there is no sparse product in half precision
+        return (M @ z.reshape(-1, z.shape[-1]).mT).mT.reshape(z.shape)
 
 
 def sparse_mix(
-    z: Float[Tensor, "*tokens n"], m: Float[Tensor, " e"], rows: Int[Tensor, " e"], columns: Int[Tensor, " e"]
+    z: Float[Tensor, "*tokens n"],
+    m: Float[Tensor, " e"],
+    crow: Int[Tensor, " n1"],
+    columns: Int[Tensor, " e"],
+    order: Int[Tensor, " e"],
+    ccol: Int[Tensor, " n1"],
+    rows_by_column: Int[Tensor, " e"],
 ) -> Float[Tensor, "*tokens n"]:
-    """M z for the sparse n × n matrix M with value m_e at (rows_e, columns_e), in float32; repeated entries add."""
-    mixed: Tensor = _SparseMix.apply(z.to(m.dtype), m, rows, columns)  # type: ignore[no-untyped-call]
+    """M z for the sparse n × n matrix M with values m, in m's dtype; its positions as `compressed` gives them."""
+    mixed: Tensor = _SparseMix.apply(z.to(m.dtype), m, crow, columns, order, ccol, rows_by_column)  # type: ignore[no-untyped-call]
     return mixed
 
 
@@ -317,9 +361,8 @@ def merge_updates(model: nn.Module) -> None:
     for name, layer in layers.items():
         update = layer.get_submodule(CHILD)
         assert isinstance(update, Update)
-        D = update.delta() + weight_matrix(layer, name).double()
-        with torch.no_grad():
-            layer.weight.copy_(D.mT if is_conv1d(layer) else D)
+        W = weight_matrix(layer, name)
+        W.copy_(update.delta() + W.double())
         delattr(layer, CHILD)
         for key, hook in list(layer._forward_hooks.items()):
             if hook in HOOKS:

@@ -151,7 +151,8 @@ _ALL = (
         "psoft", "PSOFT (free R)", "R in W + U_r diag(S_r) (R − 1) Vh_r", "Wu et al. 2025, FSHrinMArK (OpenReview)",
         "psoft", FEED_FORWARD, LAST_TWO, learning_rate=2e-4, schedule=TABLE_5,
         options={"psoft_orth": False, "psoft_mag_a": False, "psoft_mag_b": False},
-        note="R without its orthogonality and scaling vectors: LoRA-XS in other letters",
+        note="R without its orthogonality and scaling vectors: LoRA-XS in other letters. PEFT computes its basis "
+        "again on loading and does not check signs: a saved one belongs to one machine",
     ),
     _spectral(
         "spectral-random", "Spectral, random basis", "M in a random orthonormal basis that follows the seed",
