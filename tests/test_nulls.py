@@ -96,7 +96,9 @@ def test_p_values_are_uniform_under_the_gaussian_null():
     base = half_svd(W, k, every=True)
     p = []
     for seed in range(1000):
-        D = 0.3 * gaussian(*shape, seed)  # so large that first order is no angle any more: the law holds all the same
+        D = 0.3 * gaussian(
+            *shape, seed
+        )  # so large that first order is no angle any more: the law holds all the same
         found = nulls.p_gaussian(nulls.core(base, half_svd(W + D, 0, minus=W), k, float(D.norm())))
         p.append(torch.stack(found))
     every = torch.stack(p)  # (draws, sides, ranks)
@@ -170,7 +172,9 @@ def test_rounding_is_what_casting_does():
         error = float((W.to(form).double() - W).square().mean())
         assert found.variance[str(form).removeprefix("torch.")] == pytest.approx(error, rel=0.02)
     scale = W.abs().amax(1, keepdim=True) / 127
-    assert found.variance["int8"] == pytest.approx(float(((W / scale).round() * scale - W).square().mean()), rel=0.02)
+    assert found.variance["int8"] == pytest.approx(
+        float(((W / scale).round() * scale - W).square().mean()), rel=0.02
+    )
     assert nulls.rounding(W.to(torch.bfloat16)).stored == "bfloat16"
 
 
@@ -183,7 +187,8 @@ def test_intervals_cover_the_alignment_before_rounding(turn, noise):
     covered = {"left": [], "right": []}
     for seed in range(draws):
         U, V = orthonormal(n, n, 2 * seed), orthonormal(m, n, 2 * seed + 1)
-        R = torch.matrix_exp(turn * (lambda G: G - G.mT)(gaussian(n, n, seed)) / math.sqrt(n))
+        G = gaussian(n, n, seed)
+        R = torch.matrix_exp(turn * (G - G.mT) / math.sqrt(n))
         Ut, Vt = U @ R, V @ R
         clean = (Ut * S) @ Vt.mT
         if noise == "gaussian":
