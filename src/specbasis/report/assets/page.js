@@ -418,7 +418,7 @@ figures.scatter = (width) => {
 
 figures.equal = (width) => {
   const pair = current(), w = pair.whole, side = state.side;
-  const p = panels(width, [`values, and leading vectors: ${SIDE_TITLES[side]}`], { columns: 1, height: 360, left: 66 });
+  const p = panels(width, [`vectors: ${SIDE_TITLES[side]}`], { columns: 1, height: 360, left: 66 });
   const marks = [["change of values (RSD)", "rsd", "circle", theme.series[0]], ["rotation of vectors", `turned_${side}`, "square-open", theme.series[1]],
     ["rotation by noise of this size", `turned_null_${side}`, "x-thin-open", theme.quiet]];
   const data = [], key = [];
@@ -430,7 +430,7 @@ figures.equal = (width) => {
     data.push({ type: "scatter", mode: "markers", ...p.on(0), meta: name, x: at.map((m) => w.relative_update[m]), y: at.map((m) => w[of][m]),
       text: at.map((m) => wrapped(pair.matrices.name[m])), marker: { symbol, color, size: 8, line: { color, width: 1.5 } },
       hovertemplate: `<b>%{text}</b><br>‖Δ‖/‖W‖ %{x:.3g}<br>${name} %{y:.3g}<extra></extra>` });
-    key.push({ name, color, ring: symbol === "circle" || symbol === "square-open" });
+    key.push({ name, color, ring: true });
   }
   if (!data.length) { p.empty(0, "no update: the matrices are equal"); low = -1; high = 0; }
   const pad = Math.max(0.1, 0.05 * (high - low));
