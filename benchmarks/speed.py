@@ -4,8 +4,8 @@ Every contender runs in a process of its own, on the same two checkpoints, in tu
 the turns of the ratio of specbasis to the contender of the same turn, so that a machine that is slow for a while is
 slow for both. `docs/performance.md` says how to read it.
 
-    python benchmarks/speed.py --diffract-python PATH     a Python >= 3.12 with diffract-core 0.3.1
-    python benchmarks/speed.py --make-diffract PYTHON3.12   makes such an environment in benchmarks/.diffract
+    python benchmarks/speed.py --diffract-python PATH --weightwatcher-python PATH   Pythons that have the peers
+    python benchmarks/speed.py --make-diffract PYTHON3.12 --make-weightwatcher PYTHON   makes them in benchmarks/
 """
 
 from __future__ import annotations
@@ -94,6 +94,34 @@ def numpy_values(base: str, tuned: str, out: str, threads: int) -> dict[str, obj
     return {"seconds": time.perf_counter() - started, "cpu": time.process_time() - cpu}
 
 
+def weightwatcher(base: str, tuned: str, out: str, threads: int) -> dict[str, object]:
+    """WeightWatcher's spectra of the deltas: its layer iterator with a base model, without its power-law fits."""
+    import torch
+    import weightwatcher as ww
+    from safetensors.torch import load_file
+
+    torch.set_num_threads(threads)
+
+    def model(path: str) -> torch.nn.Module:
+        layers = torch.nn.ModuleDict()
+        for name, W in load_file(path).items():
+            layer = torch.nn.Linear(W.shape[1], W.shape[0], bias=False, device="meta")
+            layer.weight = torch.nn.Parameter(W, requires_grad=False)
+            layers[name.replace(".", "_")] = layer
+        return layers
+
+    started, cpu = time.perf_counter(), time.process_time()
+    watcher = ww.WeightWatcher(log_level="ERROR")
+    params = ww.DEFAULT_PARAMS.copy()
+    spectra = {}
+    for layer in watcher.make_layer_iterator(model=model(tuned), base_model=model(base), params=params):
+        watcher.apply_esd(layer, params)
+        spectra[layer.name] = len(layer.evals)
+    if len(spectra) < len(load_file(base)):
+        sys.exit(f"WeightWatcher gave {len(spectra)} spectra")
+    return {"seconds": time.perf_counter() - started, "cpu": time.process_time() - cpu}
+
+
 def floor(base: str, tuned: str, out: str, threads: int) -> dict[str, object]:
     """Flops at the measured rate of a product, and bytes at the measured rate of reading: nothing is faster."""
     import torch
@@ -118,8 +146,19 @@ def floor(base: str, tuned: str, out: str, threads: int) -> dict[str, object]:
     return {"seconds": flops / rate + read, "cpu": threads * (flops / rate), "rate": rate / 1e9, "bytes": size}
 
 
-CONTENDERS = {f.__name__: f for f in (specbasis, svd_loop, diffract, delta_values, numpy_values, floor)}
-PAIRS = {"svd_loop": "specbasis", "diffract": "specbasis", "numpy_values": "delta_values", "floor": "specbasis"}
+CONTENDERS = {
+    f.__name__: f for f in (specbasis, svd_loop, diffract, delta_values, numpy_values, weightwatcher, floor)
+}
+PAIRS = {
+    "svd_loop": "specbasis",
+    "diffract": "specbasis",
+    "numpy_values": "delta_values",
+    "weightwatcher": "delta_values",
+    "floor": "specbasis",
+}
+
+PEERS = {"diffract": "diffract-core==0.3.1", "weightwatcher": "weightwatcher==0.7.7"}
+"""Tools that need an environment of their own (Diffract: Python >= 3.12)."""
 
 # --- the run -----------------------------------------------------------------------------------------------------
 
@@ -150,12 +189,14 @@ def write_pair(folder: Path, blocks: int, width: int) -> tuple[Path, Path]:
     return paths
 
 
-def run(name: str, python: str, base: Path, tuned: Path, out: Path, threads: int) -> dict[str, float]:
+def run(
+    name: str, python: str, base: Path, tuned: Path, out: Path, threads: int, script: Path = Path(__file__)
+) -> dict[str, float]:
     """One contender in its own process: what it printed, and the peak of the anonymous memory of its whole tree."""
     environment = os.environ | dict.fromkeys(
         ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads)
     )
-    command = [python, __file__, "--contender", name, str(base), str(tuned), str(out), str(threads)]
+    command = [python, script, "--contender", name, str(base), str(tuned), str(out), str(threads)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     peak = [0]
 
@@ -225,19 +266,21 @@ def accuracy(base: Path, tuned: Path, folder: Path, loop: Path, matrices: int) -
     ]
 
 
-def diffract_python(arguments: argparse.Namespace) -> str | None:
-    """A Python with Diffract: named, made, or none; says which."""
-    if arguments.make_diffract:
-        folder = HERE / ".diffract"
+def peer_python(name: str, arguments: argparse.Namespace) -> str | None:
+    """A Python that has a peer: named by a flag or the environment, made, or none; says which."""
+    package, maker = PEERS[name], getattr(arguments, f"make_{name}")
+    if maker:
+        folder = HERE / f".{name}"
         python = str(folder / "bin/python")
         if not Path(python).exists():
-            print(f"making an environment with diffract-core 0.3.1 in {folder}")
-            subprocess.run([arguments.make_diffract, "-m", "venv", folder], check=True)
-            packages = ["torch==2.13.0", "diffract-core==0.3.1", "safetensors"]
+            print(f"making an environment with {package} in {folder}")
+            subprocess.run([maker, "-m", "venv", folder], check=True)
+            packages = ["torch==2.13.0", package, "safetensors"]
             subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
         return python
-    python = arguments.diffract_python or os.environ.get("DIFFRACT_PYTHON")
-    print(f"Diffract: {python or 'left out; name its Python with --diffract-python or DIFFRACT_PYTHON'}")
+    flag = f"{name}_python"
+    python = getattr(arguments, flag) or os.environ.get(flag.upper())
+    print(f"{package}: {python or f'left out; name its Python with --{name}-python or {flag.upper()}'}")
     return python
 
 
@@ -249,17 +292,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--only", default="", help="contenders, separated by commas")
     parser.add_argument("--check", type=int, default=6, help="matrices compared with float64 gesdd")
-    parser.add_argument("--diffract-python", help="a Python >= 3.12 that has diffract-core")
-    parser.add_argument("--make-diffract", metavar="PYTHON", help="make that environment with this Python >= 3.12")
+    for name, package in PEERS.items():
+        parser.add_argument(f"--{name}-python", help=f"a Python that has {package}")
+        parser.add_argument(f"--make-{name}", metavar="PYTHON", help="make that environment with this Python")
     parser.add_argument("--contender", nargs=5, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.contender:
         name, base, tuned, out, threads = arguments.contender
         print(json.dumps(CONTENDERS[name](base, tuned, out, int(threads))))
         return
-    python = {"diffract": diffract_python(arguments)}
+    python = {name: peer_python(name, arguments) for name in PEERS}
     chosen = [name for name in CONTENDERS if not arguments.only or name in arguments.only.split(",")]
-    chosen = [name for name in chosen if name != "diffract" or python["diffract"]]
+    chosen = [name for name in chosen if name not in PEERS or python[name]]
     with tempfile.TemporaryDirectory() as folder:
         base, tuned = write_pair(Path(folder), *SIZES[arguments.size])
         turns: list[dict[str, dict[str, float]]] = []

@@ -109,7 +109,11 @@ def test_compare_prints_a_table_and_a_verdict(specbasis: Run, folder: Path, tmp_
         ("escape", "base.safetensors", "'../base.safetensors' leads out of its folder"),
         ("linked", "base.safetensors", "link out of its folder"),
         ("base.safetensors", "names.safetensors", "no parameter in common"),
-        ("base.safetensors", "shapes.safetensors", "no parameter in common by name and shape"),
+        (
+            "base.safetensors",
+            "shapes.safetensors",
+            "the same shape (e.g. embeddings.LayerNorm.weight: (12,) and (3, 12))",
+        ),
         ("pkg:no_such_package/x.pt", "base.safetensors", "no installed package 'no_such_package'"),
         ("good.pt#x.y", "base.safetensors", "no key 'x.y'"),
     ],
@@ -199,3 +203,36 @@ def test_a_real_process_exits_with_2_and_without_a_traceback(folder: Path) -> No
     )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr == "error: nothing: no such file or folder\n"
+
+
+def test_json_is_all_there_is_on_stdout_and_findings_decide_the_exit_code(
+    specbasis: Run, folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    arguments = ("base.safetensors", "tuned.safetensors", "--out", out, "--no-report")
+    done = specbasis("compare", *arguments, "--json", cwd=folder)
+    assert done.returncode == 0
+    pair = json.loads(done.stdout)["pairs"]["tuned"]
+    assert pair["verdict"]["kind"] == "finetuned"
+    assert {"findings", "summaries"} <= set(pair)
+    wrong = specbasis("compare", "base.safetensors", "base.safetensors", "--out", tmp_path / "same", "--no-report",
+                      "--fail-on", "wrong-base,frozen", cwd=folder)  # fmt: skip
+    assert wrong.returncode == 1
+    assert "failed on base: frozen: 14 matrices" in wrong.stderr
+    assert specbasis("report", out, "--json", "--fail-on", "frozen").returncode == 0
+    unknown = specbasis("compare", *arguments, "--fail-on", "nonsense", cwd=folder)
+    assert unknown.returncode == 2
+    assert "no finding is called nonsense" in unknown.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (("--memory", "0"), "want more than nothing"),
+        (("--subspace", "20", "--ranks", "5"), "got subspace = 20 and ranks = 5"),
+    ],
+)
+def test_options_that_cannot_be_meant(specbasis: Run, folder: Path, option: tuple[str, ...], said: str) -> None:
+    done = specbasis("compare", "base.safetensors", "tuned.safetensors", "--out", "never", *option, cwd=folder)
+    assert (done.returncode, said in done.stderr) == (2, True)
+    assert not (folder / "never").exists()

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -20,7 +21,7 @@ import torch
 import specbasis
 from specbasis.compare import Progress
 from specbasis.errors import InputError
-from tests.pico import bert_state, finetuned, write
+from tests.pico import State, bert_state, finetuned, write
 
 job = importlib.import_module("specbasis.compare")  # the module: the package's attribute is the function
 
@@ -135,6 +136,21 @@ def test_a_frozen_matrix_of_zeros(tmp_path: Path) -> None:
     assert c.verdicts["b"].kind == "identical"
 
 
+def _of(state: State, part: str) -> State:
+    return {name: value for name, value in state.items() if part in name}
+
+
+def _quantised(W: torch.Tensor) -> torch.Tensor:
+    step = W.abs().amax(-1, keepdim=True) / 127
+    return (W / step).round() * step
+
+
+def _with_means_of(state: State, other: State) -> State:
+    """Independent weights whose rows and columns have large means in common with other ones."""
+    means = {n: v.mean(0, keepdim=True) + v.mean(-1, keepdim=True) for n, v in other.items()}
+    return {n: v + 20 * means[n].reshape(means[n].shape if v.ndim > 1 else (-1,)) for n, v in state.items()}
+
+
 @pytest.mark.parametrize(
     ("tuned", "kind"),
     [
@@ -142,7 +158,17 @@ def test_a_frozen_matrix_of_zeros(tmp_path: Path) -> None:
         (lambda base: finetuned(base, 0.01), "finetuned"),
         (lambda base: finetuned(base, 1.0), "finetuned"),
         (lambda base: bert_state(width=64, seed=9), "independent"),
-        (lambda base: finetuned(base, 0.1, frozen="layer.0"), "mixed"),
+        (lambda base: finetuned(base, 10.0), "finetuned"),
+        (lambda base: finetuned(base, 0.1, frozen="layer.0"), "finetuned"),
+        (lambda base: finetuned(base, 0.1) | _of(bert_state(width=64, seed=9), "layer.0"), "mixed"),
+        (lambda base: base | _of(bert_state(width=64, seed=9), "pooler"), "mixed"),
+        (lambda base: {n: v.bfloat16() for n, v in base.items()}, "copy"),
+        (lambda base: {n: v.half().float() for n, v in base.items()}, "copy"),
+        (lambda base: {n: torch.where(v.abs() < 0.05, 0.0, v) for n, v in base.items()}, "copy"),
+        (lambda base: {n: _quantised(v) for n, v in base.items()}, "copy"),
+        (lambda base: {n: v.flip(0) if "layer" in n else v for n, v in base.items()}, "copy"),
+        (lambda base: {n: v.bfloat16() for n, v in finetuned(base, 0.05).items()}, "finetuned"),
+        (lambda base: _with_means_of(bert_state(width=64, seed=9), base), "independent"),
     ],
 )
 def test_verdicts(tmp_path: Path, tuned, kind: str) -> None:
@@ -151,9 +177,8 @@ def test_verdicts(tmp_path: Path, tuned, kind: str) -> None:
     verdict = c.verdicts[c.pairs[0]]
     assert verdict.kind == kind
     assert verdict.sentence.startswith(kind)
-    if kind == "mixed":
-        assert all("layer.0" in name for name in verdict.frozen)
-        assert "layer.0" in verdict.sentence
+    for names, part in ((verdict.frozen, "frozen"), (verdict.unrelated, "not from this base")):
+        assert (part in verdict.sentence) == (bool(names) and kind not in ("identical", "independent"))
 
 
 def test_the_chance_level_beside_the_alignment_is_of_both_sides() -> None:
@@ -562,3 +587,14 @@ def _marked(mark: str) -> list[str]:
         except OSError:
             continue
     return found
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"ranks": 2.5}, {"ranks": True}, {"ranks": 5, "subspace": 6}, {"memory": 0}, {"engine": "processes"}],
+)
+def test_options_that_cannot_run_leave_no_folder(tmp_path: Path, options: dict[str, Any]) -> None:
+    W = {"w.weight": torch.randn(8, 8)}
+    with pytest.raises(InputError):
+        specbasis.compare(W, W, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,3 +107,32 @@ def test_ray_gives_the_same_and_survives_a_killed_worker(tmp_path, monkeypatch):
     found = {result for _, result in run(tasks, workers=2, engine="ray")}
     assert found == {(i, 1) for i in range(6)}
     assert len(list(tmp_path.glob("2-*"))) == 2
+
+
+@pytest.mark.slow
+def test_a_ray_node_that_goes_away_loses_nothing(tmp_path, monkeypatch):
+    """Two nodes; the second is killed with a task on it that has begun: the first does that task again."""
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}")
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        second = cluster.add_node(num_cpus=1)
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        tasks = [Noted(i, str(tmp_path), flops=9 - i, seconds=3.0) for i in range(4)]
+        running = run(tasks, workers=2, engine="ray")
+
+        def lose() -> None:
+            while len(list(tmp_path.glob("*-*"))) < 2:
+                time.sleep(0.1)
+            cluster.remove_node(second, allow_graceful=False)
+
+        killer = threading.Thread(target=lose)
+        killer.start()
+        found = sorted(result[0] for _, result in running)
+        killer.join()
+        assert found == [0, 1, 2, 3]
+        assert sum(len(list(tmp_path.glob(f"{i}-*"))) for i in range(4)) == 5, "one task ran twice"
+    finally:
+        cluster.shutdown()

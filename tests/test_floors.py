@@ -16,6 +16,7 @@ FLOORS = {
     "errors": 0,
     "svd": 0,
     "subspace": 0,
+    "entries": 1,
     "checkpoint": 1,
     "architecture": 1,
     "architectures": 1,
@@ -23,12 +24,20 @@ FLOORS = {
     "edits": 2,
     "adapter": 2,
     "cache": 2,
+    "nulls": 2,
+    "groups": 2,
+    "heads": 2,
+    "certify": 2,
+    "spectra": 2,
     "plan": 3,
     "engine": 3,
     "results": 3,
     "cells": 3,
     "summary": 3,
+    "findings": 3,
     "compare": 4,
+    "population": 4,
+    "lineage": 4,
     "intervene": 4,
     "finetune": 4,
     "pretrain": 4,
@@ -66,6 +75,7 @@ OPENINGS = {
     "numpy.load",
     "np.load",
 }
+DECOMPOSITIONS |= {"linalg.eigh_tridiagonal", "linalg.eigvalsh_tridiagonal", "lapack.dsytrd", "linalg.eig_banded"}
 DOORS = {
     "a decomposition": (DECOMPOSITIONS, {"svd": DECOMPOSITIONS, "subspace": {"linalg.svdvals"}}),
     # subspace.py takes the singular values of a product of two orthonormal bases and of its remainder: cosines and

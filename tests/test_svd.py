@@ -746,3 +746,26 @@ def test_the_iteration_may_meet_a_matrix_of_small_rank_or_none():
     assert approximate_svd(torch.zeros(20, 30), 2).S.tolist() == [0, 0]
     with pytest.raises(NonFiniteError):
         approximate_svd(torch.full((20, 30), math.nan), 2)
+
+
+@pytest.mark.parametrize("shape", [(64, 200), (200, 64)])
+@pytest.mark.parametrize("kind", ["gaussian", "equal", "deep"])
+def test_a_subset_of_eigenvectors_gives_the_same_ranks(monkeypatch, shape, kind):
+    """One reduction, all values, few vectors; where values need deflation the whole solver is taken."""
+    S = {"gaussian": None, "equal": torch.tensor([2.0] * 4 + [1.0] * 60), "deep": torch.logspace(0, -9, 64)}[kind]
+    W = gaussian(*shape) if S is None else with_spectrum(S.double(), *shape)
+    whole = decompose(W, 8)
+    seen = []
+    real = torch.linalg.eigh
+    monkeypatch.setattr("specbasis.svd.SUBSET_SIDE", 32)
+    monkeypatch.setattr("torch.linalg.eigh", lambda *a, **k: (seen.append(1), real(*a, **k))[1])
+    subset = decompose(W, 8)
+    assert bool(seen) == (kind == "deep")
+    assert off_orthonormal(subset.U) <= 64 * EPS
+    assert off_orthonormal(subset.Vh.mT) <= 64 * EPS
+    assert bool(((subset.spectrum - whole.spectrum).abs() <= subset.spectrum_error + whole.spectrum_error).all())
+    separate = torch.isfinite(subset.bound) & torch.isfinite(whole.bound)
+    apart = (1 - (subset.U * whole.U).sum(dim=0).square()).clamp(min=0).sqrt()
+    assert bool((apart <= 2 * (subset.bound + whole.bound) + 1e-7)[separate].all())
+    residual = torch.linalg.norm(W @ subset.Vh.mT - subset.U * subset.S, dim=0)
+    assert bool((residual <= subset.residual).all())

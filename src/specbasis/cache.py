@@ -85,6 +85,42 @@ class Cache:
             total -= size
 
 
+@dataclass(frozen=True)
+class Samples:
+    """Alignments with sampled updates, kept in the same folder by content, kind, draws and ranks."""
+
+    folder: Path
+
+    def read(self, W: Tensor, T: Tensor, kind: str, draws: int, k: int) -> tuple[Tensor, Tensor] | None:
+        """(left, right), (draws, k), where they are there and whole."""
+        path = self._path(W, T, kind, draws, k)
+        if not path.exists():
+            return None
+        try:
+            stored = dict(open_checkpoint(path))
+            left, right = (stored[side].clone() for side in ("left", "right"))
+            os.utime(path)
+        except (InputError, KeyError, OSError):
+            return None
+        return (left, right) if left.shape == right.shape == (draws, k) else None
+
+    def write(self, W: Tensor, T: Tensor, kind: str, draws: int, k: int, found: tuple[Tensor, Tensor]) -> None:
+        """Keep them; a folder that cannot be written is a warning."""
+        path = self._path(W, T, kind, draws, k)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file(
+                {side: x.cpu().contiguous() for side, x in zip(("left", "right"), found, strict=True)}, temporary
+            )
+            temporary.replace(path)
+        except (OSError, SafetensorError) as error:
+            warnings.warn(f"{self.folder}: samples cannot be kept here ({error})", stacklevel=2)
+
+    def _path(self, W: Tensor, T: Tensor, kind: str, draws: int, k: int) -> Path:
+        return self.folder / f"{_digest([W, T])}-{ALGORITHM}-{kind}-{draws}-{k}.safetensors"
+
+
 def _read(path: Path) -> SVD | None:
     """An entry that is there and whole, marked as used now."""
     if not path.exists():

@@ -8,9 +8,10 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +25,16 @@ from torch import Tensor
 from specbasis import engine as engines
 from specbasis import results as store
 from specbasis.architecture import ROLES, STRUCTURAL, MatrixKey, MatrixPair, MatrixRef, Pairing, pair
-from specbasis.cache import Cache
+from specbasis.cache import Cache, Samples
 from specbasis.cells import Progress
+from specbasis.certify import OwnMeasure, digest, table
 from specbasis.checkpoint import Checkpoint, content_sha256, open_checkpoint, open_tuned, sha256
+from specbasis.entries import read_entries
 from specbasis.errors import InputError, NonFiniteError
+from specbasis.findings import Finding, as_json, find
+from specbasis.heads import compare_heads, head_count
 from specbasis.measures import (
+    MEASURES,
     Absent,
     Decomposition,
     Measure,
@@ -38,10 +44,12 @@ from specbasis.measures import (
     measure_all,
     needed,
 )
+from specbasis.nulls import FORMATS, KINDS, Rounding, draw
+from specbasis.nulls import rounding as rounding_of
 from specbasis.plan import Work, makespan, matrix_work, parse_bytes, rates
 from specbasis.results import Results
-from specbasis.summary import RoleSummary, Verdict, judge, summarise
-from specbasis.svd import ALGORITHM, HalfSVD, approximate_svd, half_svd, low_rank_svd
+from specbasis.summary import SIDES, RoleSummary, Verdict, judge, summarise
+from specbasis.svd import ALGORITHM, SVD, HalfSVD, approximate_svd, cosines, half_svd, low_rank_svd
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,6 +71,10 @@ class Options:
         measures: patterns of the measures to take, or all.
         approximate: short sides over `LARGE` by block Krylov iteration, where the ranks are few.
         cached: base and tuned are decomposed through a cache, with the vectors of both sides (other rounding).
+        nulls: what an update of the same size without a direction would leave, beside every alignment.
+        null_samples: random updates of each kind that are decomposed as well.
+        heads: number of attention heads, where the model does not say it.
+        own: a user's own measures.
     """
 
     ranks: int = 200
@@ -74,20 +86,57 @@ class Options:
     measures: tuple[str, ...] = ()
     cached: bool = False
     approximate: bool = False
+    nulls: bool = False
+    null_samples: int = 0
+    heads: int | None = None
+    own: tuple[OwnMeasure, ...] = ()
 
-    @property
+    def __getstate__(self) -> dict[str, Any]:
+        # What is computed once in each process stays there: a table of functions cannot travel.
+        return {name: value for name, value in self.__dict__.items() if name in self.__dataclass_fields__}
+
+    @cached_property
+    def table(self) -> tuple[Measure, ...]:
+        """Every measure that there is under these options."""
+        return table(null=self.nulls, sampled=self.null_samples > 0, owned=self.own)
+
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """Names of the measures that are taken."""
-        return choose(self.measures, whole=not self.approximate)
+        chosen = choose(self.measures, whole=not self.approximate, table=self.table)
+        mine = {m.name for m in self.table if m.source == "own measure"}
+        return tuple(m.name for m in self.table if m.name in chosen or m.name in mine)
 
     def __post_init__(self) -> None:
-        if self.ranks < 1 or self.subspace < 1:
-            raise InputError(f"got ranks = {self.ranks} and subspace = {self.subspace}; want at least 1 of each")
+        for what, given in (("ranks", self.ranks), ("subspace", self.subspace)):
+            if not isinstance(given, int) or isinstance(given, bool) or given < 1:
+                raise InputError(f"got {what} = {given!r}; want a whole number, at least 1")
+        if self.subspace > self.ranks:
+            raise InputError(
+                f"got subspace = {self.subspace} and ranks = {self.ranks}; want no more than the ranks compared"
+            )
         known = {*ROLES, *(role.partition(".")[0] for role in ROLES)}
         unknown = [role for role in self.roles if role not in known]
         if unknown:
             raise InputError(f"no role {', '.join(unknown)}; there is: {', '.join(ROLES)}")
-        choose(self.measures)
+        if self.null_samples < 0 or (self.heads is not None and self.heads < 1):
+            raise InputError(
+                f"got null_samples = {self.null_samples}, heads = {self.heads}; want at least 0 samples and 1 head"
+            )
+        if self.approximate and (self.nulls or self.null_samples):
+            raise InputError(
+                "nulls need the whole spectrum, which approximate does not compute; leave one of them out"
+            )
+        choose(self.measures, table=self.table)
+
+    def heads_of(self, base: Checkpoint, matched: MatrixPair) -> tuple[int, bool] | None:
+        """How many attention heads a matrix is cut into, and whether by columns; None where there are none to
+        take.
+        """
+        key = matched.key
+        taken = any(name.startswith("head_") for name in self.names)
+        heads = head_count(base.config, key.role, key.stack, matched.base.shape, self.heads) if taken else 0
+        return (heads, key.role.endswith(".output")) if heads else None
 
     @property
     def filter(self) -> Callable[[MatrixKey], bool] | None:
@@ -142,6 +191,11 @@ class Comparison:
         """For each pair: identical, finetuned, independent or mixed, with the evidence."""
         return {label: judge(self.rows, label) for label in self.pairs}
 
+    @cached_property
+    def findings(self) -> dict[str, list[Finding]]:
+        """For each pair: what a user of it should know, problems first; see `specbasis.findings`."""
+        return {label: find(self.rows, label, self.failed) for label in self.pairs}
+
     @property
     def failed(self) -> list[dict[str, str]]:
         """Matrices that could not be decomposed: pair, matrix, error."""
@@ -155,6 +209,25 @@ class Comparison:
             raise InputError("to_pandas needs pandas: pip install 'specbasis[report]'") from error
         frame: pd.DataFrame = self.rows.to_pandas()
         return frame
+
+    def summary(self) -> dict[str, Any]:
+        """Verdicts, findings and summaries as plain data for JSON; null for what is not a finite number.
+
+        Keys: base, folder, failed, and pairs, which has for each label verdict, findings and summaries with the
+        fields of `Verdict`, `Finding` and `RoleSummary`.
+        """
+        found = {
+            label: {
+                "tuned": self.manifest["pairs"][label]["tuned"]["source"],
+                "verdict": asdict(self.verdicts[label]),
+                "findings": [asdict(finding) for finding in self.findings[label]],
+                "summaries": [asdict(line) for line in self.summaries[label]],
+            }
+            for label in self.pairs
+        }
+        whole = {"base": self.manifest["base"]["source"], "folder": str(self.folder), "failed": self.failed}
+        plain: dict[str, Any] = as_json(whole | {"pairs": found})
+        return plain
 
     def report(self, path: str | Path | None = None) -> Path:
         """Write the page, and the same figures as PNG and SVG beside it; returns the page's path.
@@ -178,12 +251,15 @@ def compare(
     out: str | Path | None = None,
     *,
     ranks: int = 200,
-    subspace: int = 10,
+    subspace: int | None = None,
     roles: Sequence[str] = (),
     blocks: Sequence[int] = (),
     name: str = "",
     common_rows: bool = False,
-    measures: Sequence[str] = (),
+    measures: Sequence[str | OwnMeasure] = (),
+    nulls: bool = False,
+    null_samples: int = 0,
+    heads: int | None = None,
     stream: bool = False,
     workers: int | None = None,
     memory: str | int | None = None,
@@ -204,13 +280,20 @@ def compare(
             are decomposed without being formed.
         out: folder for rows and manifest; a temporary one, kept as long as the result, when None.
         ranks: leading ranks whose singular vectors are compared; singular values are compared at all ranks.
-        subspace: number of leading ranks at which principal angles are taken.
+        subspace: number of leading ranks at which principal angles are taken; 10, or as many as are compared, when
+            None.
         roles: only these roles, such as ``["ffn", "attention.query"]``.
         blocks: only these blocks.
         name: only matrices whose name matches this pattern (``*`` and ``?``).
         common_rows: compare the rows that both sides have where a vocabulary grew.
         measures: only the measures that match these patterns, such as ``["alignment*"]``, and those that cost
             nothing. What no measure reads is not decomposed: without those of delta, a third less work.
+            Functions among them are your own measures, taken beside the built-in ones; see `specbasis.certify.own`.
+        nulls: take beside each alignment what chance, an update of the same size and rounding would give, with
+            p-values and intervals (docs/nulls.md); about a fifth more time.
+        null_samples: draw so many random updates of each kind and decompose them too: each costs as much as one
+            decomposition for each kind. Kept in ``cache`` where it is given.
+        heads: number of attention heads (of the queries); needed where the model has no config.json that says it.
         stream: read only the byte ranges of the wanted matrices from the Hub, and write nothing to its cache.
         workers: how many matrices at the same time, one thread each; as many as there are cores when None. The rows
             do not depend on it.
@@ -233,7 +316,7 @@ def compare(
     Source: Yu et al. 2026, §3 and §4.1–4.2; what is added beside it: bounds, subspaces, chance levels, verdicts.
     """
     options = replace(
-        _options(ranks, subspace, roles, blocks, name, common_rows, measures),
+        _options(ranks, subspace, roles, blocks, name, common_rows, measures, nulls, null_samples, heads),
         cached=cache is not None,
         approximate=approximate,
     )
@@ -241,13 +324,16 @@ def compare(
         raise InputError(f"got engine {engine!r}; want one of {', '.join(engines.ENGINES)}")
     place = Place(_device(device), None if cache is None else str(cache))
     workers = _workers(workers) if workers is not None or device == "cpu" else 1
-    budget = parse_bytes(memory) if isinstance(memory, str) else memory
+    budget = _budget(memory)
     matched = _matched(base, tuned, options, stream)
+    if matched.in_memory and engine in ("processes", "ray"):
+        raise InputError(f"tensors in memory cannot reach engine {engine!r}; write them to a file, or use threads")
     kept = tempfile.TemporaryDirectory(prefix="specbasis-") if out is None else None
     folder = Path(kept.name) if kept else Path(str(out))
 
     known = _known_hashes(folder)
-    provenance = [_provenance(checkpoint, known) for checkpoint in (matched.base, *matched.tuned.values())]
+    with ThreadPoolExecutor(cpu_count()) as pool:  # hashing leaves the interpreter to the others
+        provenance = list(pool.map(partial(_provenance, known=known), (matched.base, *matched.tuned.values())))
     results = store.create(folder, _config(options, list(matched.tuned), provenance))
     results.manifest.update(
         store.environment(),
@@ -256,6 +342,11 @@ def compare(
             label: _about(pairing, about)
             for (label, pairing), about in zip(matched.pairings.items(), provenance[1:], strict=True)
         },
+        measures=[
+            {"name": m.name, "title": m.title, "source": m.source}
+            for m in options.table
+            if m.source == "own measure" and m.name in options.names
+        ],
         failed=[],
         runs=results.manifest.get("runs", []),
     )
@@ -265,7 +356,8 @@ def compare(
     started, done, total = time.perf_counter(), 0.0, math.fsum(task.flops for task in tasks)
     report = progress or (lambda _: None)
     report(Progress(0.0, total, tasks[0].name if tasks else ""))
-    running = engines.run(tasks, workers=workers, memory=budget, engine=engine, local=matched.in_memory)
+    local = matched.in_memory or not _portable_measures(options.own, engine)
+    running = engines.run(tasks, workers=workers, memory=budget, engine=engine, local=local)
     # Closed here, not when the garbage collector comes: an error's traceback would keep the workers busy.
     with _opened_here(matched), closing(running):
         for task, outcomes in running:
@@ -321,19 +413,22 @@ def plan(
     out: str | Path | None = None,
     *,
     ranks: int = 200,
-    subspace: int = 10,
+    subspace: int | None = None,
     roles: Sequence[str] = (),
     blocks: Sequence[int] = (),
     name: str = "",
     common_rows: bool = False,
-    measures: Sequence[str] = (),
+    measures: Sequence[str | OwnMeasure] = (),
+    nulls: bool = False,
+    null_samples: int = 0,
+    heads: int | None = None,
     stream: bool = False,
     workers: int | None = None,
     memory: str | int | None = None,
 ) -> Plan:
     """What `compare` with the same arguments would do, from headers alone; nothing is decomposed or written."""
-    options = _options(ranks, subspace, roles, blocks, name, common_rows, measures)
-    budget = parse_bytes(memory) if isinstance(memory, str) else memory
+    options = _options(ranks, subspace, roles, blocks, name, common_rows, measures, nulls, null_samples, heads)
+    budget = _budget(memory)
     workers = _workers(workers)
     matched = _matched(base, tuned, options, stream)
     tasks = matched.tasks(Results(Path(str(out))) if out is not None else None, Place())
@@ -376,6 +471,12 @@ class Place:
         if self.cache is None or minus is not None or not ranks:
             return half_svd(W, ranks, minus=minus, name=name, device=torch.device(self.device))
         return Cache(Path(self.cache)).decompose(W.to(self.device), ranks, name=name)
+
+    def decompose_every(self, W: Tensor, ranks: int, name: str) -> SVD | HalfSVD:
+        """The decomposition of a base whose vectors of the short side are all wanted."""
+        if self.cache is None:
+            return half_svd(W, ranks, name=name, every=True, device=torch.device(self.device))
+        return Cache(Path(self.cache)).decompose(W.to(self.device), None, name=name)
 
 
 def _device(name: str) -> str:
@@ -429,17 +530,63 @@ class Matched:
 
 def _options(
     ranks: int,
-    subspace: int,
+    subspace: int | None,
     roles: Sequence[str],
     blocks: Sequence[int],
     name: str,
     common_rows: bool,
-    measures: Sequence[str],
+    measures: Sequence[str | OwnMeasure],
+    nulls: bool,
+    null_samples: int,
+    heads: int | None,
 ) -> Options:
     for what, given in (("roles", roles), ("blocks", blocks), ("measures", measures)):
         if isinstance(given, str | int):
             raise InputError(f"got {what} = {given!r}; want a list, such as [{given!r}]")
-    return Options(ranks, subspace, tuple(roles), tuple(blocks), name, common_rows, tuple(measures))
+    k = (min(10, ranks) if isinstance(ranks, int) else 10) if subspace is None else subspace
+    patterns = tuple(measure for measure in measures if isinstance(measure, str))
+    functions = tuple(measure for measure in measures if not isinstance(measure, str))
+    odd = [function for function in functions if not callable(function)]
+    if odd:
+        raise InputError(f"got {odd[0]!r} among the measures; want patterns of names, and functions")
+    return Options(
+        ranks,
+        k,
+        tuple(roles),
+        tuple(blocks),
+        name,
+        common_rows,
+        patterns,
+        nulls=nulls,
+        null_samples=null_samples,
+        heads=heads,
+        own=functions,
+    )
+
+
+def _portable_measures(functions: Sequence[OwnMeasure], engine: str) -> bool:
+    """Whether a user's functions can be sent to other processes; an engine that must is refused."""
+    from cloudpickle import dumps
+
+    for function in functions:
+        try:
+            dumps(function)
+        except Exception as error:
+            if engine in ("processes", "ray"):
+                raise InputError(
+                    f"own measure {function.__name__} cannot be sent to engine {engine!r} "
+                    f"({type(error).__name__}: {error}); use engine='threads'"
+                ) from error
+            return False
+    return True
+
+
+def _budget(memory: str | int | None) -> int | None:
+    if isinstance(memory, str) or memory is None:
+        return None if memory is None else parse_bytes(memory)
+    if memory < 1:
+        raise InputError(f"got memory = {memory}; want more than nothing, such as '8GB'")
+    return memory
 
 
 def _workers(given: int | None) -> int:
@@ -509,7 +656,14 @@ class Task:
     @cached_property
     def work(self) -> Work:
         """What it is predicted to cost."""
-        return matrix_work(self.shape, self.options.names, self.options.ranks, len(self.todo))
+        return matrix_work(
+            self.shape,
+            self.options.names,
+            self.options.ranks,
+            len(self.todo),
+            table=self.options.table,
+            draws=self.options.null_samples * len(KINDS),
+        )
 
     @property
     def flops(self) -> float:
@@ -543,12 +697,17 @@ class Task:
                     measures=names,
                     names=(where + base.source, where + tuned.source),
                     place=self.place,
+                    table=self.options.table,
+                    heads=self.options.heads_of(base, matched),
+                    draws=self.options.null_samples,
                 )
+                rows = _table(label, matched, measure_all(triple, names, self.options.table))
             except NonFiniteError as error:
                 outcomes.append((label, str(error)))
             else:
-                decomposed = {matched.base: triple.base}
-                outcomes.append((label, _table(label, matched, measure_all(triple, names))))
+                known_base = triple.base if triple.every is None else triple.every
+                decomposed = {} if isinstance(known_base, Absent) else {matched.base: known_base}
+                outcomes.append((label, rows))
         return outcomes
 
 
@@ -596,6 +755,9 @@ def decompose_pair(
     measures: Sequence[str] | None = None,
     names: tuple[str, str] = ("base", "tuned"),
     place: Place | None = None,
+    table: Sequence[Measure] = MEASURES,
+    heads: tuple[int, bool] | None = None,
+    draws: int = 0,
 ) -> Triple:
     """The decompositions of a pretrained matrix W and its finetune T that some measures read.
 
@@ -609,20 +771,30 @@ def decompose_pair(
         measures: names of the measures to be taken; all when None.
         names: what to call the two matrices in an error.
         place: where to compute and what to keep; here, and nothing, when None.
+        table: the measures that there are.
+        heads: how many attention heads the matrix is cut into, and whether by columns (an output matrix); None:
+            none.
+        draws: random updates of each kind to decompose.
 
     Raises:
         InputError: shapes differ. NonFiniteError: NaN or Inf in either.
     """
     if W.shape != T.shape:
         raise InputError(f"{names[1]}: got shapes {tuple(W.shape)} and {tuple(T.shape)}; want equal ones")
-    need = needed(choose(()) if measures is None else measures, min(W.shape) if ranks is None else ranks)
+    wanted = choose((), table=table) if measures is None else measures
+    k = min(W.shape) if ranks is None else ranks
+    need = needed(wanted, k, table)
     shape = (W.shape[0], W.shape[1])
     found: dict[str, Decomposition] = {which: Absent(which, shape) for which in need}
     place = place or Place()
-    if need["base"] is not None:
+    every: SVD | HalfSVD | None = None
+    if need["base"] is not None and any(m.every for m in table if m.name in wanted):
+        every = base if isinstance(base, SVD | HalfSVD) else place.decompose_every(W, need["base"], names[0])
+        found["base"] = every.truncate(k) if isinstance(every, SVD) else every
+    elif need["base"] is not None:
         found["base"] = base or place.decompose(W, need["base"], names[0])
-    inner, norms, equal = _sums(W, T, names)
-    if equal:
+    sums = read_entries(W, T, names)
+    if sums.equal:
         found["tuned"] = found["base"]
     elif need["tuned"] is not None:
         found["tuned"] = place.decompose(T, need["tuned"], names[1], start=found["base"])
@@ -630,25 +802,69 @@ def decompose_pair(
         found["delta"] = low_rank_svd(*update, name=names[1])
     elif need["delta"] is not None:
         found["delta"] = place.decompose(T, need["delta"], names[1], minus=W)
-    return Triple(found["base"], found["tuned"], found["delta"], inner, subspace, norms)
+    sampled = _sampled(W, T, k, draws, place, names[0]) if draws and not sums.equal else {}
+    return Triple(
+        found["base"],
+        found["tuned"],
+        found["delta"],
+        sums.inner,
+        subspace,
+        sums.norms,
+        every,
+        _roundings(W, T, sums.figures) if any(name.startswith(_ROUNDED) for name in wanted) else {},
+        compare_heads(W, T, *heads) if heads else None,
+        sampled,
+        sums.figures,
+    )
 
 
-def _sums(W: Tensor, T: Tensor, names: tuple[str, str]) -> tuple[float, dict[str, float], bool]:
-    """⟨W, T⟩_F and the norms of W, T, T − W, in float64 by blocks of rows; whether the two are equal throughout."""
-    squares, inner, equal = [0.0, 0.0, 0.0], 0.0, True
-    rows = max(1, 2**16 // W.shape[1])  # blocks that stay in a core's cache
-    for start in range(0, len(W), rows):
-        a, b = (X[start : start + rows].to(torch.float64).flatten() for X in (W, T))
-        inner += float(a @ b)
-        equal = equal and torch.equal(a, b)
-        squares = [total + float(x @ x) for total, x in zip(squares, (a, b, b - a), strict=True)]
-    for X, total, name in zip((W, T), squares, names, strict=False):
-        if not math.isfinite(total) and not bool(torch.isfinite(X).all()):
-            bad = int((~torch.isfinite(X)).sum())
-            raise NonFiniteError(
-                f"{name}: {bad} of {X.numel()} entries are NaN or Inf: no SVD; repair or leave it out"
-            )
-    return inner, dict(zip(("base", "tuned", "delta"), map(math.sqrt, squares), strict=True)), equal
+_ROUNDED = (
+    "alignment",
+    "update_alignment",
+    "rounding_update",
+    "degenerate_group_stored",
+    "null_alignment_rounding",
+)
+"""Beginnings of the names of measures that read what rounding does."""
+
+
+def _roundings(W: Tensor, T: Tensor, figures: Mapping[str, float]) -> dict[str, Rounding]:
+    """What rounding does to base and tuned, in the coarsest format that holds their entries.
+
+    Measured on tuned: the entries of base have about the same sizes.
+    """
+    forms = {bits: form for form, (bits, _) in FORMATS.items()}
+    base, tuned = (
+        forms.get(int(figures.get(f"precision_{which}", 0)) - 1, str(X.dtype).removeprefix("torch."))
+        for which, X in (("base", W), ("tuned", T))
+    )
+    found = rounding_of(T, tuned, base)
+    return {"tuned": found, "base": Rounding(base, found.variance)}
+
+
+def _sampled(
+    W: Tensor, T: Tensor, ranks: int, draws: int, place: Place, name: str
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Alignments of W with W plus random updates: null → (left, right), (draws, k); kept where there is a cache."""
+    k = min(ranks, *W.shape)
+    kept = None if place.cache is None else Samples(Path(place.cache))
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    base: HalfSVD | None = None
+    for kind in KINDS:
+        key = (W, T, kind, draws, k)
+        known = kept.read(*key) if kept else None
+        if known is None:
+            base = base or half_svd(W.double(), k, name=name)
+            start, drawn = base, []
+            for seed in range(draws):
+                update = draw(kind, W, T, torch.Generator().manual_seed(seed))
+                random = half_svd(W.double() + update, k, name=name)
+                drawn.append([cosines(start, random, side).diagonal.abs().clamp(max=1.0) for side in SIDES])
+            known = (torch.stack([left for left, _ in drawn]), torch.stack([right for _, right in drawn]))
+            if kept:
+                kept.write(*key, known)
+        found[kind] = known
+    return found
 
 
 def _table(label: str, matched: MatrixPair, measured: Iterator[tuple[Measure, Values]]) -> pa.Table:
@@ -658,30 +874,33 @@ def _table(label: str, matched: MatrixPair, measured: Iterator[tuple[Measure, Va
     columns: dict[str, list[NDArray[Any]]] = {"index": [], "value": [], "bound": [], "resolved": []}
     for measure, values in measured:
         n = len(values.value)
-        names += [measure.name] * n
+        names.append(measure.name)
         resolved = values.resolved(relative=measure.unit == "weight")
         nothing = np.full(n, np.nan)
         columns["value"].append(values.value.cpu().numpy())
-        columns["index"].append(np.asarray(values.index or range(n)) if measure.index else nothing)
+        index = np.asarray(values.index or range(n), dtype=np.float64) if measure.index else nothing
+        columns["index"].append(np.where(index < 0, np.nan, index))
         columns["bound"].append(nothing if values.bound is None else values.bound.cpu().numpy())
         columns["resolved"].append(nothing if resolved is None else resolved.cpu().numpy())
+    lengths = [len(part) for part in columns["value"]]
     whole = {name: np.concatenate(parts).astype(np.float64) for name, parts in columns.items()}
-    n = len(names)
-    constant = {
-        "pair": label,
-        "matrix": key.name,
-        "stack": key.stack,
-        "block": key.block,
-        "role": key.role,
-        "out_features": matched.base.shape[0],
-        "in_features": matched.base.shape[1],
+    n = sum(lengths)
+    one = np.zeros(n, np.int32)
+    # Words as codes at once: a list of equal strings takes longer to encode than many measures to compute.
+    arrays: dict[str, Any] = {
+        name: pa.DictionaryArray.from_arrays(one, [word])
+        for name, word in {"pair": label, "matrix": key.name, "stack": key.stack, "role": key.role}.items()
     }
+    arrays["measure"] = pa.DictionaryArray.from_arrays(
+        np.repeat(np.arange(len(names), dtype=np.int32), lengths), names
+    )
+    out, into = matched.base.shape
+    numbers = {"block": key.block, "out_features": out, "in_features": into}
+    arrays |= {name: pa.repeat(pa.scalar(v, store.SCHEMA.field(name).type), n) for name, v in numbers.items()}
     # A bound of NaN is one of a NaN figure; where there is none at all, resolved is NaN as well.
     missing = {"index": np.isnan(whole["index"]), "bound": np.isnan(whole["resolved"])}
     missing["resolved"] = missing["bound"]
-    arrays: dict[str, Any] = {name: pa.array([value] * n) for name, value in constant.items()}
     arrays |= {name: pa.array(values, mask=missing.get(name)) for name, values in whole.items()}
-    arrays["measure"] = pa.array(names)
     return pa.table([arrays[name].cast(store.SCHEMA.field(name).type) for name in store.SCHEMA.names], store.SCHEMA)
 
 
@@ -699,7 +918,8 @@ def _config(options: Options, labels: list[str], provenance: list[dict[str, Any]
         "algorithm": ALGORITHM,
         "base": provenance[0]["sha256"],
         "tuned": {label: about["sha256"] for label, about in zip(labels, provenance[1:], strict=True)},
-        **{name: list(v) if isinstance(v, tuple) else v for name, v in asdict(options).items()},
+        **{name: list(v) if isinstance(v, tuple) else v for name, v in asdict(replace(options, own=())).items()},
+        "own": {function.__name__: digest(function) for function in options.own},
         "measures": list(options.names),
     }
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
+from threadpoolctl import threadpool_limits
 
 from specbasis.errors import InputError
 
@@ -130,7 +131,8 @@ def _threads(workers: int) -> Iterator[Submit]:
     threads = torch.get_num_threads()
     executor = ThreadPoolExecutor(workers, "specbasis", initializer=torch.set_num_threads, initargs=(1,))
     try:
-        yield lambda task: executor.submit(task.run)
+        with threadpool_limits(1, user_api="blas"):  # scipy's BLAS is not torch's
+            yield lambda task: executor.submit(task.run)
     finally:
         executor.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)  # BLAS libraries hold this number for the whole process
@@ -210,7 +212,8 @@ def _leave_with(driver: int) -> None:
 def _run(task: Task) -> Any:
     """In a worker process: one thread, whatever the process was started with."""
     torch.set_num_threads(1)
-    return task.run()
+    with threadpool_limits(1, user_api="blas"):
+        return task.run()
 
 
 def free_memory() -> int:

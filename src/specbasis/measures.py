@@ -2,7 +2,8 @@
 
 To add a measure, write a function of a `Triple` that returns `Values`, and add one line to `MEASURES` that says
 which decompositions it reads: it then appears in the rows, and in the report's table of measures, like every other.
-What no measure reads is never decomposed.
+What no measure reads is never decomposed. What chance, size and rounding would give stands in a second table, in
+`specbasis.certify`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from specbasis.errors import InputError
+from specbasis.groups import degenerate_groups, grouped
+from specbasis.heads import HeadFigures
+from specbasis.nulls import Core, Rounding, core
 from specbasis.subspace import chance_alignment, nested_overlap, principal_angles
 from specbasis.svd import SVD, Cosines, HalfSVD, cosines
 
@@ -50,6 +54,11 @@ class Triple:
         inner: ⟨base, tuned⟩_F, the sum of elementwise products.
         subspace: the number of ranks k at which principal angles are taken.
         norms: Frobenius norms of base, tuned and delta, from their entries; from the spectra when None.
+        every: base with every vector of its short side, where a measure reads them.
+        rounding: what rounding to the storage formats of base and of tuned does to an entry.
+        heads: what changed in each attention head, where base is cut into heads.
+        sampled: null → alignments, left and right, (draws, k), with random updates in place of delta.
+        figures: other figures of the entries, by measure; see `specbasis.entries.read_entries`.
     """
 
     base: Decomposition
@@ -58,7 +67,14 @@ class Triple:
     inner: float
     subspace: int = 10
     norms: Mapping[str, float] | None = None
+    every: SVD | HalfSVD | None = None
+    rounding: Mapping[str, Rounding] = field(default_factory=dict)
+    heads: HeadFigures | None = None
+    sampled: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    figures: Mapping[str, float] = field(default_factory=dict)
     _cosines: dict[tuple[str, str, str], Cosines] = field(default_factory=dict, repr=False)
+    _matrices: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    _kept: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def identical(self) -> bool:
@@ -78,24 +94,75 @@ class Triple:
             self._cosines[key] = cosines(getattr(self, first), getattr(self, second), side)
         return self._cosines[key]
 
+    def matrix(self, side: str) -> Float[Tensor, "k k"]:
+        """⟨base_i, tuned_j⟩ for all leading ranks of the left or right side, computed once, on the CPU."""
+        if side not in self._matrices:
+            self._matrices[side] = self.cosines("base", "tuned", side).matrix().cpu()
+        return self._matrices[side]
+
+    def once(self, name: str, compute: Callable[[], Any]) -> Any:
+        """What several measures read, computed by the first of them."""
+        if name not in self._kept:
+            self._kept[name] = compute()
+        return self._kept[name]
+
+    @property
+    def base_wide(self) -> bool:
+        """Whether the short side is the left one."""
+        return self.base.shape[0] <= self.base.shape[1]
+
+    @property
+    def ranks(self) -> int:
+        """How many leading ranks of both have vectors."""
+        return min(len(self.base.S), len(self.tuned.S))
+
+    @property
+    def core(self) -> Core:
+        """The update in the basis of base."""
+        assert self.every is not None
+        base, delta = self.every, self.delta
+        assert not isinstance(delta, Absent)
+        found: Core = self.once("core", lambda: core(base, delta, self.ranks, self.norm("delta")))
+        return found
+
+    def tied(self, which: str) -> Bool[Tensor, " k"] | None:
+        """Whether each leading rank shares a degenerate group with another under the rounding of the stored format.
+
+        Of delta, whose entries carry both roundings, with both. None where the rounding is not known.
+        """
+        sides = ("base", "tuned") if which == "delta" else (which,)
+        if not all(side in self.rounding for side in sides):
+            return None
+        variance = math.fsum(r.variance[r.stored] for r in (self.rounding[side] for side in sides))
+        decomposition = getattr(self, which)
+        return self.once(  # type: ignore[no-any-return]
+            f"tied {which}",
+            lambda: grouped(degenerate_groups(decomposition.spectrum, variance, len(decomposition.S))),
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class Values:
     """Figures of one measure: ``value``, their error ``bound`` (None: rounding only), and their 0-based ``index``.
 
     The index is a rank, or a number of ranks k where the measure says so, or None for a figure of the whole matrix.
+    ``tied`` marks ranks that the rounding of the stored format mixes with others: their digits are arbitrary too.
     """
 
     value: Float[Tensor, " n"]
     bound: Float[Tensor, " n"] | None = None
     index: list[int] | None = None
+    tied: Bool[Tensor, " n"] | None = None
 
     def resolved(self, *, relative: bool) -> Bool[Tensor, " n"] | None:
-        """Whether each bound is at most `RESOLVED` (times the figure where it has the weights' units)."""
+        """Whether each bound is at most `RESOLVED` (times the figure in the weights' units), and the rank not
+        tied.
+        """
         if self.bound is None:
             return None
         scale = self.value.abs() if relative else self.value.abs().clamp(min=1.0)
-        return self.bound <= RESOLVED * scale
+        small = self.bound <= RESOLVED * scale
+        return small if self.tied is None else small & ~self.tied.to(small.device)
 
 
 @dataclass(frozen=True)
@@ -104,7 +171,8 @@ class Measure:
 
     A function may return None where the measure is undefined, such as a direction of a zero update. It may read the
     singular vectors (and values) of the decompositions that ``vectors`` names, the singular values of those that
-    ``values`` names, and of the others nothing.
+    ``values`` names, `Triple.every` where ``every`` says so, and of the others nothing. One that reads
+    nothing is taken whatever is asked for, except where it is ``asked`` for only.
     """
 
     name: str
@@ -115,6 +183,8 @@ class Measure:
     function: Callable[[Triple], Values | None]
     vectors: tuple[str, ...] = ()
     values: tuple[str, ...] = ()
+    every: bool = False
+    asked: bool = False
 
 
 # --- alignment of singular vectors ------------------------------------------------------------------------------
@@ -150,7 +220,13 @@ def _aligned(side: str, first: str, second: str) -> Callable[[Triple], Values | 
         if a is b:  # the same matrix: exactly 1, whatever the gaps
             return Values(torch.ones_like(a.S), torch.zeros_like(a.S))
         c = t.cosines(first, second, side)
-        return Values(c.diagonal.abs().clamp(max=1.0), (alignment_bound(a, b) + c.error).clamp(max=1.0))
+        k = len(c.diagonal)
+        ties = [tied[:k] for tied in (t.tied(first), t.tied(second)) if tied is not None]
+        return Values(
+            c.diagonal.abs().clamp(max=1.0),
+            (alignment_bound(a, b) + c.error).clamp(max=1.0),
+            tied=torch.stack(ties).any(dim=0) if ties else None,
+        )
 
     return function
 
@@ -165,7 +241,7 @@ def _overlap(side: str) -> Callable[[Triple], Values | None]:
             return Values(torch.ones(len(sizes)).double(), torch.zeros(len(sizes)).double(), index=sizes)
         at = torch.tensor(sizes) - 1
         c = t.cosines("base", "tuned", side)
-        overlap = nested_overlap(c.matrix())
+        overlap = nested_overlap(t.matrix(side))
         bound = subspace_bound(t.base)[:k] + subspace_bound(t.tuned)[:k]
         counts = torch.tensor(sizes, dtype=overlap.dtype)
         return Values(
@@ -304,8 +380,20 @@ def weight_cosine(t: Triple) -> Values:
     """
     if t.identical:
         return _scalar(1.0)
+    if "weight_cosine" in t.figures:
+        return _scalar(t.figures["weight_cosine"])
     norms = torch.tensor(t.norm("base"), dtype=torch.float64) * t.norm("tuned")
     return _scalar((t.inner / norms).clamp(-1.0, 1.0))
+
+
+def _figure(name: str) -> Callable[[Triple], Values | None]:
+    """A figure of the entries; undefined where they were not read, or have none."""
+
+    def function(t: Triple) -> Values | None:
+        value = t.figures.get(name, math.nan)
+        return None if math.isnan(value) else _scalar(value)
+
+    return function
 
 
 def _change(t: Triple) -> tuple[Tensor, Tensor]:
@@ -509,10 +597,25 @@ MEASURES: tuple[Measure, ...] = (
     ),
     Measure("relative_update", "size of the update", "1", "", "‖delta‖_F / ‖base‖_F", relative_update),
     Measure("weight_cosine", "cosine of the two matrices", "1", "", "⟨base, tuned⟩_F / ‖·‖‖·‖", weight_cosine),
+    *(
+        Measure(name, title, unit, "", "specbasis.entries", _figure(name))
+        for name, title, unit in (
+            ("weight_cosine_z", "cosine against rows and columns in random order", "standard deviations"),
+            ("equal_entries", "share of entries that are equal", "1"),
+            ("equal_entries_rounded", "share that is equal in the coarser precision", "1"),
+            ("precision_base", "significant bits that hold every entry of base", "bits"),
+            ("precision_tuned", "significant bits that hold every entry of tuned", "bits"),
+            ("zero_entries_base", "share of zeros in base", "1"),
+            ("zero_entries_tuned", "share of zeros in tuned", "1"),
+            ("grid_levels_base", "levels of the grid on which base lies", "1"),
+            ("grid_levels_tuned", "levels of the grid on which tuned lies", "1"),
+            ("equal_entries_grid", "share of groups in which base rounds to tuned", "1"),
+        )
+    ),
 )
 
 
-def choose(patterns: Sequence[str], *, whole: bool = True) -> tuple[str, ...]:
+def choose(patterns: Sequence[str], *, whole: bool = True, table: Sequence[Measure] = MEASURES) -> tuple[str, ...]:
     """Names of the measures that match any of some patterns (``*`` and ``?``), in the table's order; all when none.
 
     Without ``whole``, only those that can be taken where no more than the leading singular values are known. Those
@@ -521,21 +624,25 @@ def choose(patterns: Sequence[str], *, whole: bool = True) -> tuple[str, ...]:
     Raises:
         InputError: a pattern matches no measure.
     """
-    names = [measure.name for measure in MEASURES]
+    names = [measure.name for measure in table]
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
             raise InputError(f"no measure {pattern!r}; there is: {', '.join(names)}")
     return tuple(
         m.name
-        for m in MEASURES
-        if (not patterns or not (m.vectors or m.values) or any(fnmatch.fnmatchcase(m.name, p) for p in patterns))
-        and (whole or not m.values or m.name.startswith("singular_value_") or m.name == "t1_rc")
+        for m in table
+        if (
+            not patterns
+            or not (m.vectors or m.values or m.asked)
+            or any(fnmatch.fnmatchcase(m.name, p) for p in patterns)
+        )
+        and (whole or not (m.values or m.every) or m.name.startswith("singular_value_") or m.name == "t1_rc")
     )
 
 
-def needed(names: Sequence[str], ranks: int) -> dict[str, int | None]:
+def needed(names: Sequence[str], ranks: int, table: Sequence[Measure] = MEASURES) -> dict[str, int | None]:
     """How many vectors some measures read of base, tuned and delta; 0 for values only, None for nothing."""
-    wanted = [measure for measure in MEASURES if measure.name in names]
+    wanted = [measure for measure in table if measure.name in names]
     return {
         which: ranks
         if any(which in m.vectors for m in wanted)
@@ -546,9 +653,11 @@ def needed(names: Sequence[str], ranks: int) -> dict[str, int | None]:
     }
 
 
-def measure_all(t: Triple, names: Sequence[str] | None = None) -> Iterator[tuple[Measure, Values]]:
-    """Every measure of the table, or of some names, that is defined for these matrices, in the table's order."""
-    for measure in MEASURES:
+def measure_all(
+    t: Triple, names: Sequence[str] | None = None, table: Sequence[Measure] = MEASURES
+) -> Iterator[tuple[Measure, Values]]:
+    """Every measure of a table, or of some names, that is defined for these matrices, in the table's order."""
+    for measure in table:
         values = measure.function(t) if names is None or measure.name in names else None
         if values is not None:
             yield measure, values

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from specbasis.errors import InputError
-from specbasis.measures import MEASURES, needed
+from specbasis.measures import MEASURES, Measure, needed
 from specbasis.svd import half_svd
 
 EIGEN = 11.0
@@ -62,15 +62,23 @@ class Rates:
     eigen: float
 
 
-def matrix_work(shape: tuple[int, int], measures: Sequence[str], ranks: int, pairs: int = 1) -> Work:
+def matrix_work(
+    shape: tuple[int, int],
+    measures: Sequence[str],
+    ranks: int,
+    pairs: int = 1,
+    table: Sequence[Measure] = MEASURES,
+    draws: int = 0,
+) -> Work:
     """What comparing one matrix with some finetunes of it costs.
 
     Gram matrix n²m, eigensolver of n³, and for k ranks of base and tuned the cheaper of a cross product n²m and of
-    back-products 2nmk, n the short side.
+    back-products 2nmk, n the short side; what reads every vector of base, a few products more; each draw of a
+    random update, one decomposition and one product.
     """
     n, m = sorted(shape)
     k = min(ranks, n)
-    need = needed(measures, k)
+    need = needed(measures, k, table)
     implied = 2 * k > n
     products = eigen = 0.0
     for which, count in need.items():
@@ -78,10 +86,18 @@ def matrix_work(shape: tuple[int, int], measures: Sequence[str], ranks: int, pai
             times = 1 if which == "base" else pairs
             products += times * (1.125 * n * n * m + (0 if implied or not count else 2 * n * m * k + 3 * m * k * k))
             eigen += times * n**3 * (1.0 if count else 0.5)
-    crossed = {m_.vectors for m_ in MEASURES if m_.name in measures and len(m_.vectors) == 2}
+    taken = [m_ for m_ in table if m_.name in measures]
+    crossed = {m_.vectors for m_ in taken if len(m_.vectors) == 2}
     if implied:
         products += len(crossed) * pairs * (2 * n * n * m + 2 * n * n * k)
-    solver = 8 * 5 * n * n
+    whole = any(m_.every for m_ in taken)
+    if whole:
+        products += pairs * (4 * n * n * k + 2 * n * m * k)  # intruders
+    if any(m_.every and m_.values for m_ in taken):
+        products += pairs * ((2 * n * n * m + 4 * n**3) if 3 * k > n else (8 * n * m * k + 4 * n * n * k))
+    products += pairs * draws * (1.125 * n * n * m + 2 * n * n * m)
+    eigen += pairs * draws * n**3
+    solver = 8 * (6 if whole else 5) * n * n
     blocks = 2 * min(8 * n * m, BLOCK_BYTES)
     held = sum(8 * (n * k + (0 if implied else m * k)) + min(8 * n * m, BLOCK_BYTES) for c in need.values() if c)
     return Work(products, eigen, solver + blocks + held)
@@ -156,4 +172,7 @@ def parse_bytes(text: str) -> int:
     if not found:
         raise InputError(f"got memory {text!r}; want a size, such as 8GB or 500M")
     number, unit, binary = found.groups()
-    return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(unit.lower() or " "))
+    size = int(float(number) * (1024 if binary else 1000) ** " kmgt".index(unit.lower() or " "))
+    if size < 1:
+        raise InputError(f"got memory {text!r}; want more than nothing, such as 8GB")
+    return size

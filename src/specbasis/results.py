@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -98,7 +99,9 @@ class Results:
         ]
         if not parts:
             raise InputError(f"{self.folder}: holds no rows yet; run the comparison first")
-        return pa.concat_tables(map(_read, parts)).unify_dictionaries().combine_chunks()
+        with ThreadPoolExecutor() as pool:
+            tables = list(pool.map(_read, parts))
+        return pa.concat_tables(tables).unify_dictionaries().combine_chunks()
 
 
 def create(folder: Path, config: Mapping[str, Any]) -> Results:

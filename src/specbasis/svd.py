@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from jaxtyping import Float
@@ -47,6 +48,12 @@ CERTAINTY = 4.0
 
 CONVERGED = 1e-8
 """Bound residual/gap at which the iteration of `approximate_svd` stops."""
+
+SUBSET_SIDE = 1024
+"""Short sides from this on take a subset of eigenvectors where few ranks are wanted."""
+
+SUBSET_SHARE = 8
+"""A subset of eigenvectors is taken for at most one in so many ranks. Larger shares gain little."""
 
 _EPS = torch.finfo(torch.float64).eps
 _BLOCK_BYTES = 32 * 2**20  # one float64 block of columns
@@ -112,6 +119,27 @@ class SVD(_Ranked):
         """The leading k vectors of the left or right side as columns."""
         return self.U[:, :k] if side == "left" else self.Vh[:k].mT
 
+    @property
+    def wide(self) -> bool:
+        """Whether the short side is the left one."""
+        return self.shape[0] <= self.shape[1]
+
+    def short_side(self) -> Float[Tensor, "short k"]:
+        """The vectors of the short side as columns."""
+        return self.U if self.wide else self.Vh.mT
+
+    def long_side(self, start: int, stop: int | None = None) -> Float[Tensor, "long k"]:
+        """Vectors of the long side of the ranks [start, stop) as columns."""
+        return (self.Vh.mT if self.wide else self.U)[:, start:stop]
+
+    def times(self, R: Float[Tensor, "long c"]) -> Float[Tensor, "short c"]:
+        """The matrix of these triplets, short side first, times R."""
+        return self.short_side() @ (self.S[:, None] * (self.long_side(0).mT @ R))
+
+    def transposed_times(self, R: Float[Tensor, "short c"]) -> Float[Tensor, "long c"]:
+        """The transpose of the matrix of these triplets, short side first, times R."""
+        return self.long_side(0) @ (self.S[:, None] * (self.short_side().mT @ R))
+
     def matrix(self) -> Float[Tensor, "out in"]:
         """The matrix of these triplets: U diag(S) Vh. Costs 2·out·in·k flops."""
         return (self.U * self.S) @ self.Vh
@@ -153,6 +181,7 @@ class HalfSVD(_Ranked):
         spectrum, spectrum_error, residual, gap: as in `SVD`; the residual of an implied rank is
             ‖A Aᵀ x_i − σ_i² x_i‖ / σ_i.
         wide: whether the short side is the left one.
+        rest: vectors of the short side of the ranks from k on, (short, n − k); no columns unless asked for.
     """
 
     A: _Blocks
@@ -165,6 +194,7 @@ class HalfSVD(_Ranked):
     residual: Float[Tensor, " k"]
     gap: Float[Tensor, " k"]
     wide: bool
+    rest: Float[Tensor, "short beyond"]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -191,6 +221,20 @@ class HalfSVD(_Ranked):
         held = slice(start, min(stop, self.head))
         formed = self.A.transposed_times(self.X[:, held]) / (self.S[held] / self.A.scale)
         return torch.cat([formed, explicit], dim=1)
+
+    def short_side(self) -> Float[Tensor, "short every"]:
+        """Vectors of the short side of all ranks held, those beyond k included."""
+        return torch.cat([self.X, self.rest], dim=1) if self.rest.shape[1] else self.X
+
+    def times(self, R: Float[Tensor, "long c"]) -> Float[Tensor, "short c"]:
+        """The matrix, short side first, times R."""
+        return self.A.times(R) * self.A.scale if self.A.scale else R.new_zeros(self.A.shape[0], R.shape[1])
+
+    def transposed_times(self, R: Float[Tensor, "short c"]) -> Float[Tensor, "long c"]:
+        """The transpose of the matrix, short side first, times R."""
+        return (
+            self.A.transposed_times(R) * self.A.scale if self.A.scale else R.new_zeros(self.A.shape[1], R.shape[1])
+        )
 
     def svd(self) -> SVD:
         """Both sides, under the sign rule of `decompose`."""
@@ -267,6 +311,7 @@ def half_svd(
     minus: Float[Tensor, "out in"] | None = None,
     name: str = "matrix",
     implied: bool | None = None,
+    every: bool = False,
     device: torch.device | None = None,
 ) -> HalfSVD:
     """What `decompose` computes, with the vectors of the long side left implied where that saves work.
@@ -280,6 +325,7 @@ def half_svd(
         name: what to call the matrix in an error.
         implied: leave the long side of the ranks above ``IMPLIED`` implied; by default where more than half of all
             ranks are wanted, as a product n × n × m is then cheaper than forming the vectors of two matrices.
+        every: keep the vectors of the short side of the ranks beyond ``ranks`` too: n² more numbers, no more work.
         device: where to compute; where W is, when None. W is moved block by block.
 
     Raises:
@@ -296,7 +342,8 @@ def half_svd(
     A = _Blocks([X if wide else X.mT for X in (W, minus) if X is not None], name, device or W.device)
     if A.scale == 0:
         return _zeros(A, k, wide)
-    X, spectrum, error = _left_vectors(A, k)
+    X, spectrum, error = _left_vectors(A, n if every and k else k)
+    X, rest = X[:, :k], X[:, k:]
     if k and spectrum[k - 1] < DEFLATE**2 * spectrum[0]:
         # Refinement keeps columns orthogonal to first order in eps·σ_0/σ_i: not enough for ranks this deep.
         X = _orthonormal(X)
@@ -306,9 +353,8 @@ def half_svd(
     residual = _residuals(A, X, S, head, tail, product)
     error[:k] = _value_errors(S, residual)
     gap = _gaps(spectrum, error, null_space=W.shape[0] != W.shape[1])[:k]
-    return HalfSVD(
-        A, X, S * A.scale, head, tail, spectrum * A.scale, error * A.scale, residual * A.scale, gap * A.scale, wide
-    )
+    spectrum, error, residual, gap = (x * A.scale for x in (spectrum, error, residual, gap))
+    return HalfSVD(A, X, S * A.scale, head, tail, spectrum, error, residual, gap, wide, rest)
 
 
 @torch.no_grad()
@@ -358,9 +404,8 @@ def approximate_svd(
     residual = _residuals(A, X, S, 0, tail, product)
     error[:k] = _value_errors(S, residual)
     gap = _gaps(spectrum, error, null_space=True)[:k]
-    return HalfSVD(
-        A, X, S * A.scale, 0, tail, spectrum * A.scale, error * A.scale, residual * A.scale, gap * A.scale, wide
-    )
+    spectrum, error, residual, gap = (x * A.scale for x in (spectrum, error, residual, gap))
+    return HalfSVD(A, X, S * A.scale, 0, tail, spectrum, error, residual, gap, wide, X[:, :0])
 
 
 def _krylov(A: _Blocks, k: int, start: Tensor | None) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -402,7 +447,7 @@ def _zeros(A: _Blocks, k: int, wide: bool) -> HalfSVD:
     n, m = A.shape
     X, Y = (torch.eye(d, k, dtype=torch.float64, device=A.device) for d in (n, m))
     every, held = X.new_zeros(n), X.new_zeros(k)
-    return HalfSVD(A, X, held, 0, Y, every, every, held, held, wide)
+    return HalfSVD(A, X, held, 0, Y, every, every, held, held, wide, X[:, :0])
 
 
 @dataclass(frozen=True, eq=False)
@@ -500,6 +545,30 @@ def low_rank_svd(B: Float[Tensor, "out r"], A: Float[Tensor, "r in"], *, name: s
         residual=core.residual + rounding,
         gap=_gaps(spectrum, error, null_space=len(U) != len(V))[: len(core.S)],
     )
+
+
+@torch.no_grad()
+def stacked_svd(
+    A: Float[Tensor, "b n m"],
+) -> tuple[Float[Tensor, "b n n"], Float[Tensor, "b n"], Float[Tensor, "b m n"]]:
+    """Singular triplets of a stack of small matrices, such as the heads of a layer: X, S, Y with A ≈ X diag(S) Yᵀ.
+
+    By float64 Gram matrices, without deflation: vectors of values below about 1e-4 of the largest lose digits,
+    and those of values below 1e-7 are completed to orthonormal columns. Costs 2n²m + 2n²m flops each, and an
+    eigensolver of n³.
+    """
+    n, m = A.shape[1:]
+    if n > m:
+        Y, S, X = stacked_svd(A.mT)
+        return X, S, Y
+    A = A.double()
+    squares, X = torch.linalg.eigh(A @ A.mT)
+    S, X = squares.flip(-1).clamp(min=0).sqrt(), X.flip(-1)
+    Y = (A.mT @ X) / torch.where(S > 0, S, 1.0)[:, None, :]
+    if bool((S <= 1e-7 * S[:, :1]).any()):
+        Q, R = torch.linalg.qr(Y)
+        Y = Q * torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)[:, None, :]
+    return X, S, Y
 
 
 def _short_side(W: Tensor, name: str) -> int:
@@ -600,6 +669,7 @@ def _add_gram(G: Tensor, Y: Tensor) -> None:
         G[: c + columns, c : c + columns].addmm_(Y[: c + columns], Y[c : c + columns].mT)
 
 
+@lru_cache(maxsize=8)
 def _probes(n: int, device: torch.device) -> Tensor:
     """The same random vectors every time, (PROBES, n), or the identity where that is smaller."""
     if n <= PROBES:
@@ -618,6 +688,12 @@ def _left_vectors(A: _Blocks, k: int) -> tuple[Tensor, Tensor, Tensor]:
         A.top = float(S[0])
         if S[-1] > max(DEFLATE, m * _EPS) * A.top:
             return S.new_zeros(n, 0), S, n * _EPS * (A.top**2 / S + A.top)
+    if n >= SUBSET_SIDE and k and SUBSET_SHARE * k <= n < m and A.device.type == "cpu":
+        squares, X = _leading_eigenvectors(A.gram(None), k)
+        S = squares.clamp(min=0).sqrt()
+        A.top = float(S[0])
+        if S[-1] > max(DEFLATE, m * _EPS) * A.top:  # none of the values needs deflation
+            return X, S, n * _EPS * (A.top**2 / S + A.top)
     vectors, values, errors = [], [], []
     basis: Tensor | None = None
     floor = 0.0
@@ -633,7 +709,8 @@ def _left_vectors(A: _Blocks, k: int) -> tuple[Tensor, Tensor, Tensor]:
         if tail.shape[1]:
             # One step of subspace refinement: rotate the tail out of the head by the first-order angle.
             angle = (head.mT @ A.coupling(tail)) / (S[:kept, None] ** 2)
-            head, tail = head + tail @ angle.mT, tail - head @ angle
+            tail = torch.addmm(tail, head, angle, alpha=-1)
+            head.addmm_(U[:, kept:], angle.mT)
         vectors.append(head)
         values.append(S[:kept])
         errors.append(n * _EPS * (top**2 / S[:kept].clamp(min=_EPS * (top or 1.0)) + floor / (m * _EPS)))
@@ -644,7 +721,32 @@ def _left_vectors(A: _Blocks, k: int) -> tuple[Tensor, Tensor, Tensor]:
         return vectors[0][:, :k].clone(), values[0], errors[0]  # what is not wanted is freed
     # A level ends where the next begins up to rounding, so the order can break there by less than the error.
     spectrum, order = torch.sort(torch.cat(values), descending=True, stable=True)
-    return torch.cat(vectors, dim=1)[:, order[:k]], spectrum, torch.cat(errors)[order]
+    X = torch.cat(vectors, dim=1)
+    moved = order[:k] != torch.arange(k, device=order.device)
+    if bool(moved.any()):  # few are: the others stay where they are
+        X[:, :k][:, moved] = X[:, order[:k][moved]]
+    return X[:, :k], spectrum, torch.cat(errors)[order]
+
+
+def _leading_eigenvectors(G: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """All eigenvalues of a symmetric matrix (its upper triangle; overwritten), descending, and k eigenvectors.
+
+    One reduction to tridiagonal form serves both; the vectors are taken by MRRR, whose orthogonality is then made
+    that of rounding.
+    """
+    import numpy as np
+    from scipy.linalg import eigh_tridiagonal, eigvalsh_tridiagonal, lapack
+
+    n = len(G)
+    lower = G.numpy().T  # column-major, as LAPACK has it: nothing is copied
+    size, _ = lapack.dsytrd_lwork(n, lower=1)
+    reflectors, diagonal, beside, tau, _ = lapack.dsytrd(lower, lower=1, lwork=int(size), overwrite_a=1)
+    squares = eigvalsh_tridiagonal(diagonal, beside, lapack_driver="sterf")
+    _, Z = eigh_tridiagonal(diagonal, beside, select="i", select_range=(n - k, n - 1), lapack_driver="stemr")
+    X = torch.from_numpy(np.ascontiguousarray(Z[:, ::-1]))
+    Q = torch.from_numpy(reflectors[1:, :-1])
+    X[1:] = torch.ormqr(Q, torch.from_numpy(tau), X[1:].clone())
+    return torch.from_numpy(squares).flip(0), _reorthonormal(X)
 
 
 def _implied(S: Tensor, n: int, m: int) -> int:

@@ -41,7 +41,7 @@ class Settings:
     Attributes:
         interval: ranks [k, m), 0-based.
         scale: "none", or "sigma" for coefficients in units of the singular values.
-        basis: "pretrained", "random", or "from:PATH".
+        basis: "pretrained", "random", "shuffled" (each also with ":SEED"), or "from:PATH".
         keep_basis: whether U and Vh are part of the state dict.
         init: how the core of a new adapter starts: "zero", or "normal".
     """
@@ -261,8 +261,8 @@ class SpectralLinear(nn.Module):
             adapter_name: a new name.
             interval: ranks [k, m), 0-based, m excluded.
             scale: "sigma" puts the coefficients in units of the singular values.
-            basis: "pretrained"; "random", orthonormal vectors from a fixed seed, as a control; or any other name
-                with a ``source``.
+            basis: "pretrained"; "random" or "shuffled", as controls (see `compute_basis`); or any other name with
+                a ``source``.
             dropout: share of input features dropped on the adapter's path in training.
             init: "zero", or "normal": small random coefficients, 1 % of the mean singular value in spectral norm.
             keep_basis: make U and Vh part of the state dict.
@@ -726,27 +726,40 @@ def check_interval(interval: tuple[int, int], shape: tuple[int, int], name: str)
 
 
 def compute_basis(W: Float[Tensor, "out in"], interval: tuple[int, int], kind: str, name: str = "matrix") -> SVD:
-    """Frozen vectors for ranks [k, m): the singular vectors of W ("pretrained"), or random ones ("random").
+    """Frozen vectors for ranks [k, m): the singular vectors of W ("pretrained"), or those of a control.
 
-    Random vectors are orthonormal, uniform, and the same for every weight of one shape (a fixed seed). They come
-    with
-    the singular values of W on the interval as their scale.
+    "random" or "random:SEED": orthonormal vectors, uniform, the same for every weight of one shape (SEED is 0 when
+    it is left out). "shuffled" or "shuffled:SEED": the right vectors v_k … v_{m−1} of W, paired with the left
+    vectors u_π(k) … u_π(m−1) of a random permutation π of all ranks; the left vectors so come from the whole
+    spectrum. (A permutation inside the interval would change nothing: M takes it up.) Both come with the singular
+    values of W on the interval as their scale.
 
     Raises:
-        InputError: the kind is neither.
+        InputError: the kind is none of these.
     """
     k, m = interval
-    svd = half_svd(W, m, name=name, implied=True).interval(k, m)  # to 1e-12, beyond what float32 factors hold
+    kind, _, number = kind.partition(":")
+    if kind not in ("pretrained", "random", "shuffled") or not (number or "0").isdecimal():
+        raise InputError(
+            f"{name}: got basis = {kind!r}{number and f' with seed {number!r}'}; want 'pretrained', 'random' or "
+            "'shuffled', or pass the factors"
+        )
+    # Vectors of the long side are right to 1e-12 this way, beyond what float32 factors hold.
+    half = half_svd(W, min(W.shape) if kind == "shuffled" else m, name=name, implied=True)
+    svd = half.interval(k, m)
     if kind == "pretrained":
         return svd
-    if kind != "random":
-        raise InputError(f"{name}: got basis = {kind!r}; want 'pretrained' or 'random', or pass the factors")
-    generator = torch.Generator().manual_seed(0)
-    U, V = (
-        torch.linalg.qr(torch.randn(d, m, generator=generator, dtype=torch.float64))[0][:, k:m].to(W.device)
-        for d in W.shape
-    )
-    return SVD(U, svd.S, V.mT.contiguous(), svd.spectrum, svd.spectrum_error, svd.residual, svd.gap)
+    generator = torch.Generator().manual_seed(int(number or 0))
+    if kind == "shuffled":
+        order = torch.randperm(len(half.S), generator=generator).to(W.device)
+        U, Vh = half.vectors("left")[:, order[k:m]].contiguous(), svd.Vh
+    else:
+        U, V = (
+            torch.linalg.qr(torch.randn(d, m, generator=generator, dtype=torch.float64))[0][:, k:m].to(W.device)
+            for d in W.shape
+        )
+        Vh = V.mT.contiguous()
+    return SVD(U, svd.S, Vh, svd.spectrum, svd.spectrum_error, svd.residual, svd.gap)
 
 
 def _note_loaded(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -69,8 +69,9 @@ class SpectralConfig(PeftConfig):
         blocks_to_transform: indices of the blocks to adapt; negative ones count from the last block.
         layers_pattern: name of the list of blocks, where a module's name holds several numbers.
         scale: "none", or "sigma" for coefficients in units of the singular values (LoRA-XS, PSOFT with free R).
-        basis: "pretrained" singular vectors; "random" orthonormal vectors; or "from:PATH", the singular vectors
-            of the same matrix in another checkpoint.
+        basis: "pretrained" singular vectors; "from:PATH", the singular vectors of the same matrix in another
+            checkpoint; or a control, with ":SEED" behind it if wanted: "random" orthonormal vectors, or "shuffled",
+            right singular vectors paired with left ones of other ranks.
         init: "zero" (the model starts bit-equal to its base) or "normal" (small random coefficients).
         dropout: share of input features dropped on the adapter's path in training.
         save_basis: put U and Vh into the adapter file. Without, loading decomposes the base again and refuses if
@@ -113,8 +114,8 @@ class SpectralConfig(PeftConfig):
         self.interval_pattern = {name: _pair(pair) for name, pair in (self.interval_pattern or {}).items()}
         if isinstance(self.target_modules, (list, set, tuple)):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # PEFT's own form
-        if self.basis not in ("pretrained", "random") and not self.basis.startswith("from:"):
-            raise InputError(f"got basis = {self.basis!r}; want 'pretrained', 'random' or 'from:PATH'")
+        if not re.fullmatch(r"pretrained|(random|shuffled)(:\d+)?|from:.+", self.basis):
+            raise InputError(f"got basis = {self.basis!r}; want 'pretrained', 'random', 'shuffled' or 'from:PATH'")
         if self.basis.startswith("from:") and not self.save_basis:
             raise InputError(
                 f"got basis = {self.basis!r} with save_basis = False; want save_basis = True: a path is no proof"
@@ -471,7 +472,7 @@ def _relative_signs(layer: SpectralLayer, new: str, old: str, start: int, stop: 
 
 
 def _union(intervals: list[tuple[int, int]], basis: str) -> tuple[int, int]:
-    if basis == "random" and len(set(intervals)) > 1:
+    if basis.startswith("random") and len(set(intervals)) > 1:
         raise InputError(
             "random bases on different intervals are different vectors: their coefficients cannot be added"
         )

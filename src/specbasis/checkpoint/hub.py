@@ -390,3 +390,14 @@ def _client() -> Any:
     except ImportError as error:
         raise InputError("models on the Hub need huggingface_hub; pip install 'specbasis[hub]'") from error
     return huggingface_hub
+
+
+def list_revisions(source: str) -> list[str]:
+    """Names of the branches and tags of ``hub:org/name``.
+
+    Raises:
+        InputError: no such repository or access, or the Hub cannot be reached.
+    """
+    repository = parse_address(source).repository
+    refs = _patiently(lambda: _client().HfApi().list_repo_refs(repository), source, repository, "branches and tags")
+    return [ref.name for ref in (*refs.branches, *refs.tags)]

@@ -9,8 +9,13 @@ import typer
 
 import specbasis
 from specbasis.cli import compare as comparing
+from specbasis.cli import figures as _figures  # noqa: F401 - adds its verbs to reproduce
+from specbasis.cli import finetune as finetuning
+from specbasis.cli import intervene as intervening
+from specbasis.cli import pretrain as pretraining
 from specbasis.cli.adapter import adapter_app
 from specbasis.cli.common import STDERR, STDOUT, line
+from specbasis.cli.population import lineage, population
 from specbasis.cli.reproduce import reproduce_app
 from specbasis.cli.zoo import zoo_app
 from specbasis.errors import InputError
@@ -21,7 +26,14 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (comparing.compare, comparing.report, comparing.inspect):
+VERBS = (
+    *(comparing.compare, comparing.report, comparing.inspect),
+    *(intervening.edit, intervening.intervene),
+    finetuning.finetune,
+    *(population, lineage),
+    *(pretraining.pretrain, pretraining.track),
+)
+for verb in VERBS:
     app.command()(verb)
 app.add_typer(zoo_app, name="zoo")
 app.add_typer(adapter_app, name="adapter")

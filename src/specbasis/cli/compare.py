@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 import specbasis
 from specbasis.architecture import ROLES, MatrixRef, coverage, model_map
 from specbasis.cli.common import OUT, STDERR, STDOUT, STREAM, line, numbers, progress, words
 from specbasis.compare import Plan
+from specbasis.findings import CHECKS, kinds
 from specbasis.plan import human_bytes, rates
-from specbasis.report.tables import by_reason, cells
+from specbasis.report.tables import SEVERITIES, by_reason, cells
 from specbasis.summary import RoleSummary, named_parts
 
 BASE = Annotated[
     str, typer.Argument(metavar="BASE", help="pretrained: file, folder, hub:org/name, timm:name, pkg:…")
+]
+JSON = Annotated[
+    bool, typer.Option("--json", help="print verdicts, findings and summaries as one JSON document, nothing else")
+]
+FAIL_ON = Annotated[
+    str,
+    typer.Option(
+        help="exit code 1 where one of these is found: " + ", ".join(check.kind for check in CHECKS),
+        metavar="FINDINGS",
+    ),
 ]
 TUNED = Annotated[list[str], typer.Argument(metavar="TUNED...", help="one or several finetunes of it")]
 
@@ -30,7 +43,9 @@ def compare(
     tuned: TUNED,
     out: OUT,
     ranks: Annotated[int, typer.Option(help="leading ranks whose singular vectors are compared")] = 200,
-    subspace: Annotated[int, typer.Option(help="leading ranks k at which principal angles are taken")] = 10,
+    subspace: Annotated[
+        int | None, typer.Option(help="leading ranks k at which principal angles are taken; default: 10")
+    ] = None,
     roles: Annotated[str, typer.Option(help="only these roles, e.g. ffn,attention.query")] = "",
     blocks: Annotated[str, typer.Option(help="only these blocks, e.g. 0,10-11")] = "",
     name: Annotated[str, typer.Option(help="only matrices whose name matches this pattern (* and ?)")] = "",
@@ -53,11 +68,17 @@ def compare(
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan; compute and write nothing")] = False,
     report: Annotated[bool, typer.Option(help="write the page and the figures")] = True,
+    json: JSON = False,
+    fail_on: FAIL_ON = "",
 ) -> None:
-    """Measure what finetuning changed in every weight matrix, and write rows, tables and a page."""
+    """Measure what finetuning changed in every weight matrix; write rows, tables, findings and a page.
+
+    Exit codes: 0 done; 1 a finding that --fail-on names; 2 an input that cannot be used, or a matrix that failed.
+    """
     from specbasis.compare import compare as run
     from specbasis.compare import plan
 
+    wanted = kinds(words(fail_on))
     what: dict[str, Any] = {
         "ranks": ranks,
         "subspace": subspace,
@@ -85,18 +106,17 @@ def compare(
             approximate=approximate,
             progress=told,
         )
-    print_comparison(comparison)
-    if report:
-        write_report(comparison)
-    if comparison.failed:
-        raise typer.Exit(2)
+    _tell(comparison, json=json, report=report, wanted=wanted)
 
 
-def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="a folder that compare wrote")]) -> None:
-    """Print the tables of a comparison again, and rebuild its page and figures from the rows alone."""
-    comparison = specbasis.load(folder)
-    print_comparison(comparison)
-    write_report(comparison)
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="a folder that compare wrote")],
+    json: JSON = False,
+    fail_on: FAIL_ON = "",
+) -> None:
+    """Print tables and findings of a comparison again, and rebuild its page and figures from the rows alone."""
+    wanted = kinds(words(fail_on))
+    _tell(specbasis.load(folder), json=json, report=not json, wanted=wanted)
 
 
 def inspect(
@@ -131,8 +151,30 @@ def inspect(
         line(f"no matrix: {len(names)}, {reason}: {named_parts(names, 2)}")
 
 
+def _tell(comparison: specbasis.Comparison, *, json: bool, report: bool, wanted: Sequence[str]) -> None:
+    """Print what was found and write the page; end with the exit code that it comes to."""
+    if json:
+        print(dumps(comparison.summary(), indent=1, ensure_ascii=False))  # noqa: T201 - as it is, for other programs
+    else:
+        print_comparison(comparison)
+    if report:
+        write_report(comparison, STDERR if json else STDOUT)
+    hits = [
+        f"{label}: {finding.sentence}"
+        for label, findings in comparison.findings.items()
+        for finding in findings
+        if finding.kind in wanted
+    ]
+    for hit in hits:
+        line(f"failed on {hit}", console=STDERR, style="red")
+    if comparison.failed:
+        raise typer.Exit(2)
+    if hits:
+        raise typer.Exit(1)
+
+
 def print_comparison(comparison: specbasis.Comparison) -> None:
-    """Print each pair's table, notes and verdict, and what failed."""
+    """Print each pair's table, notes, verdict and findings, and what failed."""
     for pair in comparison.pairs:
         about = comparison.manifest["pairs"][pair]
         STDOUT.print(_summary_table(pair, comparison.summaries[pair]))
@@ -143,15 +185,17 @@ def print_comparison(comparison: specbasis.Comparison) -> None:
         for reason, names in by_reason(about["skipped"]).items():
             line(f"not compared: {len(names)}, {reason}: {named_parts(names, 2)}")
         line(comparison.verdicts[pair].sentence, style="bold")
+        for finding in comparison.findings[pair]:
+            line(f"{SEVERITIES[finding.severity]} {finding.sentence}")
         line("")
     for failure in comparison.failed:
         line(f"error: {failure['error']}", console=STDERR, style="red")
 
 
-def write_report(comparison: specbasis.Comparison) -> None:
+def write_report(comparison: specbasis.Comparison, console: Console = STDOUT) -> None:
     """Write the page and the figures, and say where."""
     page = comparison.report()
-    line(f"page: {page}")
+    line(f"page: {page}", console=console)
 
 
 def _print_plan(plan: Plan) -> None:

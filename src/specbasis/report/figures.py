@@ -54,14 +54,15 @@ def draw(pairs: Sequence[Pair], bands: Sequence[Bands]) -> Iterator[tuple[str, b
     """(file name, content) of every figure, each as PNG and as SVG."""
     labels = [_plain(pair.label) for pair in pairs]
     for name, over_pairs in OVER_PAIRS.items():
-        yield from _both(name, lambda f=over_pairs: f(pairs, labels, bands))
+        yield from render(name, lambda f=over_pairs: f(pairs, labels, bands))
     for i, (pair, label) in enumerate(zip(pairs, labels, strict=True)):
         tail = f"-{i + 1}-{re.sub(r'[^A-Za-z0-9._-]+', '_', pair.label)[-40:]}" if len(pairs) > 1 else ""
         for name, of_pair in OF_PAIR.items():
-            yield from _both(name + tail, lambda f=of_pair, p=pair, t=label: f(p, t))
+            yield from render(name + tail, lambda f=of_pair, p=pair, t=label: f(p, t))
 
 
-def _both(name: str, make: Callable[[], Figure]) -> Iterator[tuple[str, bytes]]:
+def render(name: str, make: Callable[[], Figure]) -> Iterator[tuple[str, bytes]]:
+    """(file name, content) of a figure, as PNG and as SVG."""
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # names in any script; drawn as boxes
         figure = make()
@@ -162,7 +163,7 @@ def alignment_heatmap(pair: Pair, label: str) -> Figure:
     first = np.cumsum([0, *(len(members) + 1 for members in shown)])
     rows = int(first[-1]) - 1
     height = min(max(rows * 0.13, 1.6), 40.0)  # room for the colour bar; Agg draws no more than 2¹⁶ pixels
-    figure, axes = _grid(
+    figure, axes = grid_of_panels(
         1, 2, (3.4, height), f"Alignment by block and rank: {label}", between=0.25, left=2.2, right=0.85
     )
     every = max(1, round(0.13 / (height / rows)))
@@ -225,7 +226,9 @@ def alignment_heatmap(pair: Pair, label: str) -> Figure:
 def ratio_against_alignment(pair: Pair, label: str) -> Figure:
     """Size of the update against alignment, update alignment as colour. Source: Yu et al. 2026, Fig. 3A and 19."""
     ranks = [rank for rank in SCATTER_RANKS if rank <= pair.vectors()] or [1]
-    figure, axes = _grid(2, len(ranks), (2.35, 2.05), f"Size of the update against alignment: {label}", right=0.95)
+    figure, axes = grid_of_panels(
+        2, len(ranks), (2.35, 2.05), f"Size of the update against alignment: {label}", right=0.95
+    )
     dots = None
     for row, side in zip(axes, SIDES, strict=True):
         for ax, rank in zip(row, ranks, strict=True):
@@ -269,7 +272,9 @@ def spectra(pair: Pair, label: str) -> Figure:
     """Spectra and alignment of the least and the most updated matrix. Source: Yu et al. 2026, Fig. 3B, C."""
     chosen = representatives(pair)
     which = "the matrices with the smallest and the largest update at rank 1" if len(chosen) > 1 else "one matrix"
-    figure, axes = _grid(2, len(chosen), (3.8 if len(chosen) > 1 else 5.4, 2.05), f"{label}: {which}", between=0.8)
+    figure, axes = grid_of_panels(
+        2, len(chosen), (3.8 if len(chosen) > 1 else 5.4, 2.05), f"{label}: {which}", between=0.8
+    )
     for column, m in zip(axes.T, chosen, strict=True):
         column[0].set_title(_plain(pair.matrices["name"][m], 52), size=7.5)
         for i, name in enumerate(("base", "tuned", "delta")):
@@ -331,11 +336,11 @@ OF_PAIR: dict[str, Callable[[Pair, str], Figure]] = {
 
 
 def _panels(n: int, title: str) -> tuple[Figure, Any]:
-    figure, axes = _grid(1, n, (3.6 if n > 1 else 5.6, 2.7), title, between=0.75, below=0.95)
+    figure, axes = grid_of_panels(1, n, (3.6 if n > 1 else 5.6, 2.7), title, between=0.75, below=0.95)
     return figure, axes[0]
 
 
-def _grid(
+def grid_of_panels(
     down: int,
     across: int,
     size: tuple[float, float],

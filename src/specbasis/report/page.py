@@ -15,8 +15,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from specbasis.findings import find
 from specbasis.report.data import MARKED_RANKS, SIDES, Band, Floats, Pair, Series, representatives
-from specbasis.report.tables import HEADINGS, VERDICTS, by_reason, cells
+from specbasis.report.tables import HEADINGS, SEVERITIES, VERDICTS, by_reason, cells, evidence
 from specbasis.summary import judge, summarise
 
 MOST_RANKS = 256
@@ -71,6 +72,7 @@ def render(manifest: dict[str, Any], pairs: list[Pair], bands: list[dict[str, di
         pairs=[_about(pair, manifest) for pair in pairs],
         headings=HEADINGS,
         signs=VERDICTS,
+        severities=SEVERITIES,
         style=Markup(_asset("page.css")),
         scripts=[Markup(_inline(script)) for script in scripts],
         hashes=[_hash(script) for script in scripts],
@@ -87,6 +89,10 @@ def _about(pair: Pair, manifest: dict[str, Any]) -> dict[str, Any]:
     return {
         "label": pair.label,
         "verdict": judge(pair.rows, pair.label),
+        "findings": [
+            {"finding": finding, "evidence": evidence(finding)}
+            for finding in find(pair.rows, pair.label, manifest["failed"])
+        ],
         "lines": lines,
         "notes": about["notes"],
         "architecture": about["architecture"],

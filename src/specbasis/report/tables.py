@@ -11,6 +11,7 @@ from specbasis.summary import SIDES, RoleSummary, Verdict, named_parts
 
 if TYPE_CHECKING:
     from specbasis.compare import Comparison
+    from specbasis.findings import Finding
 
 HEADINGS: tuple[tuple[str, str, int], ...] = (
     ("role", "what the matrices do in their block", 1),
@@ -26,11 +27,23 @@ HEADINGS: tuple[tuple[str, str, int], ...] = (
 
 VERDICTS = {
     "identical": "=",
+    "copy": "≅",
     "finetuned": "→",
     "independent": "≠",
     "mixed": "≈",
 }
 """A sign for each kind of verdict, so that it does not rest on colour alone."""
+
+
+SEVERITIES = {"problem": "!", "note": "·"}
+"""A sign for each severity of a finding."""
+
+
+def evidence(finding: Finding) -> str:
+    """The figures of a finding beside their thresholds."""
+    parts = [f"{name.replace('_', ' ')} {number(value, '.3g')}" for name, value in finding.evidence.items()]
+    limits = [f"{name.replace('_', ' ')} {value:g}" for name, value in finding.threshold.items()]
+    return ", ".join(parts) + (f" (threshold: {', '.join(limits)})" if limits else "")
 
 
 def cells(line: RoleSummary) -> list[str]:
@@ -62,9 +75,15 @@ def by_reason(skipped: Iterable[dict[str, str]]) -> dict[str, list[str]]:
 
 def summary_html(comparison: Comparison) -> str:
     """A comparison as a notebook shows it: for each pair its verdict, its table, and what was left out."""
-    verdicts, summaries = comparison.verdicts, comparison.summaries  # each is computed anew at every access
     parts = [
-        _notebook_pair(label, verdicts[label], summaries[label], comparison.manifest) for label in comparison.pairs
+        _notebook_pair(
+            label,
+            comparison.verdicts[label],
+            comparison.findings[label],
+            comparison.summaries[label],
+            comparison.manifest,
+        )
+        for label in comparison.pairs
     ]
     failed = "".join(f"<li>{escape(f['error'])}</li>" for f in comparison.failed)
     if failed:
@@ -79,7 +98,13 @@ _CELL = "padding:2px 9px;text-align:right;white-space:nowrap;background:none;fon
 _FIRST = _CELL.replace("right", "left")
 
 
-def _notebook_pair(label: str, verdict: Verdict, lines: Sequence[RoleSummary], manifest: dict[str, Any]) -> str:
+def _notebook_pair(
+    label: str,
+    verdict: Verdict,
+    findings: Sequence[Finding],
+    lines: Sequence[RoleSummary],
+    manifest: dict[str, Any],
+) -> str:
     about = manifest["pairs"][label]
     head = "".join(
         f'<th scope="col{"group" if span > 1 else ""}" title="{escape(title)}"'
@@ -109,6 +134,7 @@ def _notebook_pair(label: str, verdict: Verdict, lines: Sequence[RoleSummary], m
         f"{len(names)}, {reason}: {named_parts(names, 2)}" for reason, names in by_reason(about["skipped"]).items()
     )
     notes = "".join(f"<br><i>{escape(note)}</i>" for note in about["notes"])
+    notes += "".join(f"<br>{SEVERITIES[f.severity]} {escape(f.sentence)}" for f in findings)
     return (
         f'<p style="margin:.4em 0;overflow-wrap:anywhere"><b>{escape(label)}</b><br>'
         f"{VERDICTS[verdict.kind]} {escape(verdict.sentence)}{notes}</p>"

@@ -1,0 +1,145 @@
+"""Writing a checkpoint tensor by tensor: never a whole model in memory, and a folder is whole or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from math import prod
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from specbasis.checkpoint.entry import Checkpoint, Entry
+from specbasis.errors import InputError
+
+SHARD_BYTES = 5 * 10**9
+"""Size at which a new shard begins; transformers reads any."""
+
+BESIDE = (".json", ".txt", ".model", ".jinja")
+"""Endings of the files beside the weights that a model needs: configuration and tokenizer, no code, no weights."""
+
+_CODES = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
+    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
+    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
+}  # fmt: skip
+
+
+def write_model(
+    checkpoint: Checkpoint,
+    out: Path,
+    change: Callable[[str, Tensor], Tensor],
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    extra: Mapping[str, Callable[[], str]] | None = None,
+) -> Path:
+    """Write a model's weights, changed tensor by tensor, with its configuration and tokenizer.
+
+    The weights go to `model.safetensors`, or to shards with an index where they are larger than one, in the layout
+    of Hugging Face. Everything is written to a folder beside ``out`` that takes its name at the end.
+
+    Args:
+        checkpoint: the model; the files beside its weights are copied where they are on disk.
+        out: the new folder.
+        change: from a tensor's name and the tensor to what is written, of equal shape and dtype.
+        shard_bytes: size at which a new shard begins.
+        extra: file name → what makes the text of a further file, asked when the weights are written.
+
+    Raises:
+        InputError: ``out`` exists and is not empty, cannot be written, or a tensor's format is not known.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out}: exists already; want a new folder")
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        _copy_beside(checkpoint, temporary)
+        _write_weights(checkpoint, temporary, change, shard_bytes)
+        for name, text in (extra or {}).items():
+            (temporary / name).write_text(text(), encoding="utf-8")
+        if out.exists():
+            out.rmdir()
+        temporary.rename(out)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written ({error.strerror or error}); choose another place") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return out
+
+
+def _copy_beside(checkpoint: Checkpoint, folder: Path) -> None:
+    if checkpoint.files:
+        for file in sorted(checkpoint.files[0].parent.iterdir()):
+            if file.suffix in BESIDE and file.is_file() and not file.name.endswith(".index.json"):
+                shutil.copyfile(file, folder / file.name)
+    if checkpoint.config and not (folder / "config.json").exists():
+        (folder / "config.json").write_text(json.dumps(dict(checkpoint.config), indent=2) + "\n", encoding="utf-8")
+
+
+def _write_weights(
+    checkpoint: Checkpoint, folder: Path, change: Callable[[str, Tensor], Tensor], shard_bytes: int
+) -> None:
+    shards: list[dict[str, Entry]] = [{}]
+    size = 0
+    for name, entry in checkpoint.entries.items():
+        if shards[-1] and size + _bytes(name, entry) > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = entry
+        size += _bytes(name, entry)
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    names = ["model.safetensors"] if len(shards) == 1 else names
+    for file, shard in zip(names, shards, strict=True):
+        tensors = ((name, change(name, checkpoint[name])) for name in shard)
+        with (folder / file).open("wb") as stream:
+            write_safetensors(stream, shard, tensors)
+            stream.flush()
+            os.fsync(stream.fileno())
+    if len(shards) > 1:
+        places = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+        total = sum(_bytes(name, entry) for shard in shards for name, entry in shard.items())
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        text = json.dumps(index, indent=2) + "\n"
+        (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+def write_safetensors(
+    stream: BinaryIO, entries: Mapping[str, Entry], tensors: Iterable[tuple[str, Tensor]]
+) -> None:
+    """A safetensors file from a stream of tensors, in the order of their entries; one is in memory at a time.
+
+    Raises:
+        InputError: a tensor has another shape or dtype than its entry.
+
+    Source: the safetensors format: length of the header, header as JSON, tensors without gaps.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, entry in entries.items():
+        end = position + _bytes(name, entry)
+        code = _CODES[entry.dtype.removeprefix("scaled ")]
+        header[name] = {"dtype": code, "shape": list(entry.shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    stream.write(len(text).to_bytes(8, "little") + text)
+    for name, tensor in tensors:
+        entry = entries[name]
+        want = entry.dtype.removeprefix("scaled ")
+        if tuple(tensor.shape) != entry.shape or str(tensor.dtype) != f"torch.{want}":
+            raise InputError(f"{name}: got {tensor.dtype} {tuple(tensor.shape)}; want {want} {entry.shape}")
+        stream.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+def _bytes(name: str, entry: Entry) -> int:
+    dtype = entry.dtype.removeprefix("scaled ")
+    if dtype not in _CODES:
+        raise InputError(f"{name}: stored as {entry.dtype}, which cannot be written here; want a floating format")
+    width: int = getattr(torch, dtype).itemsize
+    return width * prod(entry.shape)

@@ -1,0 +1,79 @@
+"""What a run costs: peak memory, time for each epoch, bytes on disk."""
+
+from __future__ import annotations
+
+import gc
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+
+@contextmanager
+def peak_memory() -> Iterator[Callable[[], int | None]]:
+    """Peak memory of what runs inside, in bytes, above what was there before.
+
+    On a GPU: torch's peak of allocated memory. Else, on Linux: the peak of the resident set, less the resident set
+    when it began (libraries, data); elsewhere None.
+    """
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        yield lambda: int(torch.cuda.max_memory_allocated() - before)
+        return
+    known = _trim_and_reset()
+    before = _status("VmRSS") if known else 0
+    yield lambda: _status("VmHWM") - before if known else None
+
+
+def _trim_and_reset() -> bool:
+    """Give freed memory back and restart the kernel's peak: an earlier run in this process does not count."""
+    try:
+        import ctypes
+
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except (OSError, AttributeError):
+        return False
+    return True
+
+
+def _status(field: str) -> int:
+    text = Path("/proc/self/status").read_text(encoding="ascii")
+    found = re.search(rf"^{field}:\s+(\d+) kB", text, re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0
+
+
+class Stopwatch(TrainerCallback):
+    """Wall and processor time of every epoch of training, evaluation left out.
+
+    Attributes:
+        wall: seconds of each epoch.
+        cpu: processor seconds of each epoch, of all threads of this process: what a busy machine does not change
+            much.
+    """
+
+    def __init__(self) -> None:
+        self.wall: list[float] = []
+        self.cpu: list[float] = []
+        self._start = (0.0, 0.0)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start."""
+        self._start = (time.perf_counter(), time.process_time())
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop; evaluation and saving come after."""
+        self.wall.append(time.perf_counter() - self._start[0])
+        self.cpu.append(time.process_time() - self._start[1])
+
+
+def weights_bytes(folder: Path) -> int:
+    """Bytes of the weights files right in a folder: what must be kept for each task, checkpoints left out."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))

@@ -1,0 +1,238 @@
+"""Cells of finetuning: the unit of a grid is one run, (task, method, seed, learning rate, placement)."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from specbasis.cells import Progress, Row, read_cells, run_cells
+from specbasis.errors import InputError
+from specbasis.finetune.protocol import Placement, Protocol
+from specbasis.finetune.tasks import TaskData, load_task, subset
+
+SCRATCH = "scratch"
+"""As a cell's method: full finetuning from random weights. As its checkpoint: the model which that left."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What tells one run of a grid from the others; None is the default of the method.
+
+    Attributes:
+        task: name of a GLUE task.
+        method: name in `methods.METHODS`, or `SCRATCH`.
+        seed: of head, order, dropout, and the method's random parts.
+        epochs: passes over train.
+        learning_rate: at its peak.
+        examples: size of the fixed part of train that is trained on; all of it when None.
+        selection: size of the fixed part of train that is scored, in place of the dev set.
+        rank: the method's size.
+        interval: ranks [k, m).
+        blocks: blocks that are adapted.
+        checkpoint: `SCRATCH`, or the path of the model whose basis is used.
+    """
+
+    task: str
+    method: str
+    seed: int
+    epochs: float
+    learning_rate: float
+    examples: int | None = None
+    selection: int | None = None
+    rank: int | None = None
+    interval: tuple[int, int] | None = None
+    blocks: tuple[int, ...] | None = None
+    checkpoint: str | None = None
+
+    def row(self) -> dict[str, Any]:
+        """As `cells` wants it: flat, and without what is not set."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+            if value is not None
+        }
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Cell:
+        """The cell of a row."""
+        given: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in row.items()
+        }
+        return cls(**given)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all cells of a grid share.
+
+    Attributes:
+        base: the pretrained model.
+        data_dir: GLUE in its official layout; from the Hub when None.
+        protocol: fields of `train.Protocol` beside epochs and learning rate.
+        cache_prefix: folder of cached activations.
+        models: folder in which the models of `keep` are left, by method and task.
+        keep: methods whose model of the first seed is kept.
+        first_seed: that seed.
+    """
+
+    base: str
+    data_dir: str | None = None
+    protocol: Mapping[str, Any] = field(default_factory=dict)
+    cache_prefix: str | None = None
+    models: str | None = None
+    keep: Sequence[str] = (SCRATCH,)
+    first_seed: int = 42
+
+    def config(self) -> dict[str, Any]:
+        """What the manifest of a grid says: all that decides the values."""
+        local = Path(self.base)
+        base = "/".join(local.absolute().parts[-2:]) if local.exists() else self.base
+        return {"base": base, "protocol": dict(self.protocol), "prefix_cached": self.cache_prefix is not None}
+
+
+def run_cell(cell: Mapping[str, Any], setting: Setting) -> dict[str, Any]:
+    """Run one cell: the metrics of `train.run`.
+
+    Raises:
+        InputError: the cell wants a basis from scratch, and no such model was trained yet.
+    """
+    from specbasis.finetune import runs, train
+
+    one = Cell.of(cell)
+    data = _data(one.task, setting.data_dir, one.examples, one.selection)
+    protocol = Protocol(epochs=one.epochs, learning_rate=one.learning_rate, **setting.protocol)
+    checkpoint = str(_kept(setting, SCRATCH, one.task)) if one.checkpoint == SCRATCH else one.checkpoint
+    if one.checkpoint == SCRATCH and not Path(str(checkpoint)).is_dir():
+        raise InputError(f"no model of {one.task} from scratch yet; run its cell of method {SCRATCH} first")
+    with tempfile.TemporaryDirectory() as scratch:
+        kept = (
+            one.method in setting.keep and one.seed == setting.first_seed and setting.models and not one.selection
+        )
+        folder = _kept(setting, one.method, one.task) if kept else Path(scratch)
+        return train.run(
+            setting.base,
+            data,
+            "full" if one.method == SCRATCH else one.method,
+            one.seed,
+            protocol,
+            Placement(one.rank, one.interval, one.blocks, checkpoint=checkpoint),
+            folder,
+            cache_prefix=None if setting.cache_prefix is None else Path(setting.cache_prefix),
+            held_back=runs.held_back_texts(None, data, setting.data_dir),
+            resumable=False,
+            scratch=one.method == SCRATCH,
+        )
+
+
+def run_grid(
+    cells: Iterable[Cell], setting: Setting, out: str | Path, progress: Callable[[Progress], None] | None = None
+) -> list[Row]:
+    """Run the cells that have no row yet; see `cells.run_cells`."""
+    run = functools.partial(run_cell, setting=setting)
+    return run_cells([cell.row() for cell in cells], run, out, config=setting.config(), progress=progress)
+
+
+def stored(cells: Iterable[Cell], out: str | Path) -> list[Row]:
+    """The rows of these cells that are in a grid's folder.
+
+    Raises:
+        InputError: no grid there.
+    """
+    wanted = set(cells)
+    return [row for row in read_cells(out) if Cell.of(row.cell) in wanted]
+
+
+@dataclass(frozen=True)
+class Search:
+    """How each method's learning rate is chosen: on a part of train, with a seed of its own.
+
+    Every factor times the method's own rate is tried on one task, on few examples; the factor with the best
+    score on the selection part holds for the method on every task.
+
+    Attributes:
+        factors: what the method's own learning rate is multiplied by.
+        task: on which it is searched.
+        examples: size of the part of train that is trained on.
+        selection: size of the part that is scored.
+        epochs: passes.
+        seed: of the search alone.
+    """
+
+    factors: tuple[float, ...]
+    task: str
+    examples: int = 2000
+    selection: int = 1000
+    epochs: float = 2
+    seed: int = 0
+
+    def cells(self, method: str, rank: int | None = None) -> list[Cell]:
+        """The runs of a method's search."""
+        return [
+            Cell(
+                self.task,
+                method,
+                self.seed,
+                self.epochs,
+                scaled_rate(method, self.task, factor),
+                examples=self.examples,
+                selection=self.selection,
+                rank=rank,
+            )
+            for factor in self.factors
+        ]
+
+    def factor(self, method: str, rows: Sequence[Row]) -> float | None:
+        """The best factor of a method, by the rows of its search; None until all of them are there."""
+        found = {
+            row.cell["learning_rate"]: row.values["score"]
+            for row in rows
+            if row.error is None and Cell.of(row.cell) in self.cells(method)
+        }
+        rates = {scaled_rate(method, self.task, factor): factor for factor in self.factors}
+        if set(rates) - set(found):
+            return None
+        return rates[max(found, key=lambda rate: (found[rate], -rate))]
+
+
+def scaled_rate(method: str, task: str, factor: float = 1.0) -> float:
+    """A multiple of the learning rate that a method is published with (Tab. 5's for the spectral ones)."""
+    from specbasis.finetune.methods import METHODS
+
+    rate = METHODS["full" if method == SCRATCH else method].recipe(task)[1] * factor
+    return float(f"{rate:.6g}")
+
+
+def by_seed(rows: Iterable[Row], wanted: Iterable[Cell]) -> dict[int, Mapping[str, Any]]:
+    """The values of each seed among the wanted cells, for those that ran."""
+    cells = set(wanted)
+    return {row.cell["seed"]: row.values for row in rows if row.error is None and Cell.of(row.cell) in cells}
+
+
+def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean, and standard deviation over seeds (n − 1); None for one seed."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def _kept(setting: Setting, method: str, task: str) -> Path:
+    if setting.models is None:
+        raise InputError("a grid with models that are kept wants a folder for them")
+    return Path(setting.models) / f"{method}-{task}"
+
+
+@functools.lru_cache(maxsize=8)
+def _data(task: str, data_dir: str | None, examples: int | None, selection: int | None) -> TaskData:
+    whole = _whole(task, data_dir)
+    data = subset(whole, examples=examples, selection=selection) if examples or selection else whole
+    if not selection:
+        return data
+    return TaskData(data.task, data.train, {"selection": data.selection}, notes=data.notes)
+
+
+@functools.lru_cache(maxsize=8)
+def _whole(task: str, data_dir: str | None) -> TaskData:
+    return load_task(task, data_dir=data_dir)

@@ -1,0 +1,190 @@
+"""Watching a model's forward on a small made-up batch: which module is called when, and what it returns."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+_CARRIED = ("hidden_states", "attentions", "past_key_values", "cross_attentions", "loss")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A made-up batch of examples of unequal length, padded on the right; the mask is None for images."""
+
+    batch: Mapping[str, Tensor]
+    mask: Tensor | None
+
+
+def make_probe(model: nn.Module, rows: int, tokens: int) -> Probe:
+    """Random tokens (the last of each example the end-of-sequence token) or random pixels, the same each time."""
+    config: Any = getattr(model, "config", None)
+    generator = torch.Generator().manual_seed(0)
+    first = next(model.parameters())
+    inner = getattr(model, "base_model", model)
+    name = str(getattr(model, "main_input_name", None) or getattr(inner, "main_input_name", "input_ids"))
+    if name == "pixel_values":
+        size = getattr(config, "image_size", 224)
+        height, width = (size, size) if isinstance(size, int) else tuple(size)
+        pixels = torch.randn(rows, getattr(config, "num_channels", 3), height, width, generator=generator)
+        return Probe({name: pixels.to(first)}, None)
+    vocabulary = getattr(config, "vocab_size", None) or config.get_text_config().vocab_size
+    pad, end = (_token(getattr(config, f"{kind}_token_id", None)) for kind in ("pad", "eos"))
+    ids = torch.randint(0, vocabulary, (rows, tokens), generator=generator)
+    pad, end = (token if token is not None and token < vocabulary else None for token in (pad, end))
+    special = [token for token in (pad, end) if token is not None]
+    plain = next(n for n in range(vocabulary) if n not in special)
+    for token in special:
+        ids[ids == token] = plain
+    lengths = torch.tensor([tokens, *(tokens // 2 + row for row in range(rows - 1))])
+    mask = torch.arange(tokens) < lengths[:, None]
+    if end is not None and end != pad:
+        ids[torch.arange(rows), lengths - 1] = end
+    ids[~mask] = pad if pad is not None else plain
+    return Probe(
+        {name: ids.to(first.device), "attention_mask": mask.long().to(first.device)}, mask.to(first.device)
+    )
+
+
+def _token(given: Any) -> int | None:
+    token = given[0] if isinstance(given, list | tuple) and given else given
+    return token if isinstance(token, int) and token >= 0 else None
+
+
+def outputs(result: Any, mask: Tensor | None) -> list[Tensor]:
+    """The floating-point outputs that training and evaluation read, at the positions that are no padding."""
+    named = result if isinstance(result, Mapping) else {"": result}
+    found = []
+    for name, value in named.items():
+        if name not in _CARRIED:
+            found += [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor) and t.is_floating_point()]
+    return [t[mask] if mask is not None and t.shape[:2] == mask.shape else t for t in found]
+
+
+def agree(got: Sequence[Tensor], want: Sequence[Tensor], relative: float = 0.0) -> bool:
+    """Whether outputs are equal but for rounding: to 64 eps, or a given part, of the greatest of them."""
+    if [t.shape for t in got] != [t.shape for t in want]:
+        return False
+    pairs = [(a.detach(), b.detach()) for a, b in zip(got, want, strict=True) if b.numel()]
+    return all(
+        float((a - b).abs().max()) <= max(relative, 64 * torch.finfo(b.dtype).eps) * float(b.abs().max()) + 1e-12
+        for a, b in pairs
+    )
+
+
+def weighted(found: Sequence[Tensor]) -> Tensor | None:
+    """A random linear function of outputs, the same each time; None where none of them carries a gradient."""
+    generator = torch.Generator().manual_seed(1)
+    parts = [(t * torch.randn(t.shape, generator=generator).to(t)).sum() for t in found if t.requires_grad]
+    return torch.stack([part.float() for part in parts]).sum() if parts else None
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a module: when it began and ended, inside of which call, and what it returned."""
+
+    module: str
+    number: int
+    start: int
+    parent: Call | None
+    end: int = -1
+    spec: Any = None
+    leaves: Sequence[Any] = ()
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """The module and which of its calls this is."""
+        return self.module, self.number
+
+
+def record(model: nn.Module, batch: Mapping[str, Any]) -> tuple[list[Call], Any]:
+    """All calls in a forward pass with gradients, by their start, and the model's result."""
+    calls: list[Call] = []
+    stack: list[Call] = []
+    numbers: Counter[str] = Counter()
+    clock = iter(range(10**9))
+
+    def enter(name: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            call = Call(name, numbers[name], next(clock), stack[-1] if stack else None)
+            numbers[name] += 1
+            calls.append(call)
+            stack.append(call)
+
+        return hook
+
+    def leave(_: nn.Module, __: Any, output: Any) -> None:
+        call = stack.pop()
+        call.leaves, call.spec = pytree.tree_flatten(output)
+        call.end = next(clock)
+
+    handles = []
+    try:
+        for name, module in model.named_modules():
+            handles += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave)]
+        with torch.enable_grad():
+            result = model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls, result
+
+
+def leaves_of(tensors: Iterable[Tensor]) -> set[int]:
+    """Ids of the leaves of autograd's graph that tensors depend on."""
+    tensors = list(tensors)
+    found: set[int] = {id(t) for t in tensors if t.is_leaf and t.requires_grad}
+    waiting = [t.grad_fn for t in tensors if t.grad_fn is not None]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                waiting.append(following)
+    return found
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and afterwards every module's own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def probing(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and noise in place of trained tensors that are zero; afterwards all is as it was.
+
+    Training starts with a zero core, factor or head, behind which nothing shows what the model reads.
+    """
+    generator = torch.Generator().manual_seed(2)
+    zeros = [p for p in model.parameters() if p.requires_grad and not p.is_meta and not bool(p.any())]
+    with evaluating(model):
+        try:
+            for p in zeros:
+                p.data.copy_(0.02 * torch.randn(p.shape, generator=generator))
+            yield
+        finally:
+            for p in zeros:
+                p.data.zero_()
+
+
+def one_line(error: Exception) -> str:
+    """An error of somebody else's code in one line."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"{type(error).__name__}: {text}"[:200]

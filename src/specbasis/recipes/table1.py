@@ -1,0 +1,455 @@
+"""Tab. 1: the spectral adapter against every other method on GLUE; and the controls that the table lacks.
+
+A configuration says which runs there are; the table is made of the rows of those that ended, and shows what is
+missing.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from specbasis.cells import Progress, Row
+from specbasis.errors import InputError
+from specbasis.finetune.grid import (
+    SCRATCH,
+    Cell,
+    Search,
+    Setting,
+    by_seed,
+    mean_and_spread,
+    run_grid,
+    scaled_rate,
+)
+from specbasis.finetune.tasks import GLUE, task_named
+from specbasis.results import write_whole
+
+BASE = "microsoft/deberta-v3-base"
+OURS = "spectral"
+EPOCHS = {"sst2": 20, "mrpc": 12, "mnli": 5, "cola": 30, "qnli": 10, "qqp": 10, "rte": 20, "stsb": 10}
+"""Epochs of each task, for every method (Yu et al. 2026, Tab. 5)."""
+COMPARED = (
+    "spectral",
+    "full",
+    "pissa",
+    "lora",
+    "lora-gaussian",
+    "adalora",
+    "dora",
+    "houlsby",
+    "pfeiffer",
+    "bitfit",
+    "svft",
+    "svft-banded",
+    "svft-random",
+    "svft-top-k",
+    "speclora",
+    "lora-xs",
+    "psoft",
+    "probe",
+)
+CONTROLS = (
+    "spectral",
+    "spectral-random",
+    SCRATCH,
+    "spectral-scratch",
+    "spectral-shuffled",
+    "spectral-middle",
+    "spectral-tail",
+    "probe",
+)
+RATE_FROM = {
+    SCRATCH: "full",
+    "lora-gaussian": "lora",
+    "dora": "lora",
+    "speclora": "lora",
+    "spectral-random": OURS,
+    "spectral-scratch": OURS,
+    "spectral-shuffled": OURS,
+    "spectral-middle": OURS,
+    "spectral-tail": OURS,
+}
+"""Methods that take over the factor which the search found for another."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Methods on tasks over seeds.
+
+    Attributes:
+        name: of the files: "table1", "controls".
+        tasks: names of GLUE tasks.
+        methods: names of methods, in the order in which they run and are shown; ``spectral@300`` is one at rank
+            300.
+        seeds: outermost: a grid that is under way is a table already.
+        epochs: of each task.
+        examples: size of the fixed part of train, of tasks that are cut down.
+        search: how learning rates are chosen; None: the published ones.
+    """
+
+    name: str
+    tasks: tuple[str, ...]
+    methods: tuple[str, ...]
+    seeds: tuple[int, ...] = (42,)
+    epochs: Mapping[str, float] = field(default_factory=lambda: EPOCHS)
+    examples: Mapping[str, int] = field(default_factory=dict)
+    search: Search | None = None
+
+    def cells(self, factors: Mapping[str, float], seeds: Sequence[int] | None = None) -> list[Cell]:
+        """The runs, seeds outermost."""
+        return [
+            self.cell(task, method, seed, factors)
+            for seed in (self.seeds if seeds is None else seeds)
+            for task in self.tasks
+            for method in self.methods
+        ]
+
+    def cell(self, task: str, method: str, seed: int, factors: Mapping[str, float]) -> Cell:
+        """One run."""
+        name, _, rank = method.partition("@")
+        return Cell(
+            task,
+            name,
+            seed,
+            self.epochs[task],
+            scaled_rate(name, task, factors.get(rate_from(name), 1.0)),
+            self.examples.get(task),
+            rank=int(rank) if rank else None,
+            checkpoint=SCRATCH if name == "spectral-scratch" else None,
+        )
+
+    def search_cells(self) -> list[Cell]:
+        """The runs that choose the learning rates."""
+        names = dict.fromkeys(rate_from(method.partition("@")[0]) for method in self.methods)
+        return [] if self.search is None else [cell for name in names for cell in self.search.cells(name)]
+
+    def factors(self, rows: Sequence[Row]) -> dict[str, float]:
+        """The factor of each method whose search is complete."""
+        if self.search is None:
+            return {}
+        names = {cell.method for cell in self.search_cells()}
+        found = {name: self.search.factor(name, rows) for name in names}
+        return {name: factor for name, factor in found.items() if factor is not None}
+
+
+def rate_from(method: str) -> str:
+    """The method whose search chooses this one's learning rate."""
+    return RATE_FROM.get(method, method)
+
+
+def comparison(
+    name: str,
+    *,
+    tasks: Sequence[str] = (),
+    methods: Sequence[str] = (),
+    seeds: Sequence[int] = (42,),
+    epochs: Mapping[str, float] | None = None,
+    examples: Mapping[str, int] | None = None,
+    search: Search | None = None,
+) -> Comparison:
+    """The configuration of ``table1`` or ``controls``; the paper's own where nothing is given.
+
+    Raises:
+        InputError: a task or a method does not exist, or no seeds.
+    """
+    from specbasis.finetune.methods import method_named
+
+    names = tuple(task_named(task).name for task in tasks) or (tuple(GLUE) if name == "table1" else ("sst2",))
+    chosen = tuple(methods) or (COMPARED if name == "table1" else CONTROLS)
+    for method in chosen:
+        first, at, rank = method.partition("@")
+        if at and not rank.isdigit():
+            raise InputError(f"got method {method!r}; want NAME or NAME@RANK")
+        if first != SCRATCH:
+            method_named(first)
+    if not seeds:
+        raise InputError("got no seeds; want at least one")
+    return Comparison(name, names, chosen, tuple(seeds), {**EPOCHS, **(epochs or {})}, dict(examples or {}), search)
+
+
+def run(
+    what: Comparison, setting: Setting, out: str | Path, progress: Callable[[Progress], None] | None = None
+) -> tuple[list[Row], dict[str, float]]:
+    """Run the search, then the runs; returns all rows of the two, and the factors."""
+    searched = run_grid(what.search_cells(), setting, out, progress) if what.search else []
+    factors = what.factors(searched)
+    return [*searched, *run_grid(what.cells(factors), setting, out, progress)], factors
+
+
+FIGURES = {
+    "adapter": ("parameters", "adapter"),
+    "head": ("parameters", "head"),
+    "memory": ("peak_memory_bytes",),
+    "seconds": ("cpu_seconds_per_epoch",),
+    "wall": ("seconds_per_epoch",),
+    "bytes": ("file_bytes",),
+    "before": ("forgetting", "before"),
+    "after": ("forgetting", "after"),
+}
+"""What a line shows beside the score, and where a run has it."""
+
+
+# --- the table ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Line:
+    """One method on one task.
+
+    Attributes:
+        task, method: which.
+        seeds: those that ran.
+        mean, spread: of the score; spread is the standard deviation over seeds, None for one.
+        difference: mean of (score − spectral's) over the seeds that both have; None for the spectral method itself.
+        p: of Student's paired t-test on these differences, two-sided; None for fewer than two, or no difference.
+        values: means of the other figures over the seeds.
+    """
+
+    task: str
+    method: str
+    seeds: tuple[int, ...]
+    mean: float | None = None
+    spread: float | None = None
+    difference: float | None = None
+    p: float | None = None
+    values: Mapping[str, float | None] = field(default_factory=dict)
+
+
+def lines(what: Comparison, rows: Sequence[Row], factors: Mapping[str, float]) -> list[Line]:
+    """Every line of the table, those without a run yet too."""
+    found = []
+    for task in what.tasks:
+        reference = _runs(what, rows, factors, task, OURS)
+        found += [
+            _line(task, method, _runs(what, rows, factors, task, method), reference) for method in what.methods
+        ]
+    return found
+
+
+def _runs(
+    what: Comparison, rows: Sequence[Row], factors: Mapping[str, float], task: str, method: str
+) -> dict[int, Mapping[str, Any]]:
+    return by_seed(rows, [what.cell(task, method, seed, factors) for seed in what.seeds])
+
+
+def _line(
+    task: str, method: str, runs: Mapping[int, Mapping[str, Any]], reference: Mapping[int, Mapping[str, Any]]
+) -> Line:
+    if not runs:
+        return Line(task, method, ())
+    mean, spread = mean_and_spread([run["score"] for run in runs.values()])
+    common = [seed for seed in runs if seed in reference] if method != OURS else []
+    differences = [runs[seed]["score"] - reference[seed]["score"] for seed in common]
+    return Line(
+        task,
+        method,
+        tuple(runs),
+        mean,
+        spread,
+        mean_and_spread(differences)[0] if differences else None,
+        paired_p(differences),
+        {name: _mean([_at(run, path) for run in runs.values()]) for name, path in FIGURES.items()},
+    )
+
+
+def _at(run: Mapping[str, Any], path: Sequence[str]) -> float | None:
+    found: Any = run
+    for name in path:
+        found = found[name]
+    return None if found is None else float(found)
+
+
+def paired_p(differences: Sequence[float]) -> float | None:
+    """Two-sided p of Student's t-test that the mean of paired differences is zero; None where it cannot be said."""
+    if len(differences) < 2 or len(set(differences)) == 1:
+        return None
+    from scipy.stats import ttest_1samp
+
+    return float(ttest_1samp(differences, 0.0).pvalue)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return mean_and_spread(known)[0] if known else None
+
+
+@cache
+def printed() -> Mapping[str, Any]:
+    """Tab. 1 as the paper prints it: {"base", "tasks", "row": [{"method", "parameters", "scores", "average"}]}.
+
+    Source: Yu et al. 2026, Tab. 1.
+    """
+    return tomllib.loads(files("specbasis").joinpath("recipes/table1.toml").read_text(encoding="utf-8"))
+
+
+def markdown(what: Comparison, rows: Sequence[Row], factors: Mapping[str, float], base: str) -> str:
+    """The table, what it cost, and the paper's own numbers, as Markdown."""
+    found = {(line.task, line.method): line for line in lines(what, rows, factors)}
+    titles = [GLUE[task].title for task in what.tasks]
+    wanted, ran = len(found) * len(what.seeds), sum(len(line.seeds) for line in found.values())
+    failed = [row for row in rows if row.error is not None]
+    parts = [
+        f"# {what.name}: {base}",
+        "",
+        f"{ran} of {wanted} runs; seeds {', '.join(map(str, what.seeds))}. Scores in percent: mean ± standard "
+        "deviation over seeds on the dev set, which chose nothing; – is a run that is missing, (n) fewer "
+        "seeds than "
+        f"{len(what.seeds)}.",
+        "",
+        *_grid(["method", "parameters", *titles], [_score_row(what, found, method) for method in what.methods]),
+    ]
+    others = [method for method in what.methods if method != OURS]
+    if OURS in what.methods and others:
+        parts += [
+            "",
+            "## Difference to the spectral method",
+            "",
+            "Mean over the seeds that both have, in points; p of Student's paired t-test over seeds, "
+            "two-sided, not "
+            "corrected for the number of comparisons.",
+            "",
+            *_grid(["method", *titles], [[_title(m), *(_delta(found[t, m]) for t in what.tasks)] for m in others]),
+        ]
+    parts += ["", "## Cost", "", *_cost(what, found)]
+    parts += ["", "## Learning rates", "", *_rates(what, factors)]
+    parts += ["", *_paper(what)]
+    if failed:
+        parts += ["", "## Failed", "", *(f"- {_cell_name(row.cell)}: {row.error}" for row in failed)]
+    return "\n".join([*parts, ""])
+
+
+def _score_row(what: Comparison, found: Mapping[tuple[str, str], Line], method: str) -> list[str]:
+    adapters = [line.values["adapter"] for (_, m), line in found.items() if m == method and line.seeds]
+    size = f"{adapters[0]:,.0f}" if adapters and adapters[0] is not None else "–"
+    return [_title(method), size, *(_score(found[task, method], len(what.seeds)) for task in what.tasks)]
+
+
+def _score(line: Line, seeds: int) -> str:
+    if line.mean is None:
+        return "–"
+    spread = "" if line.spread is None else f" ± {100 * line.spread:.2f}"
+    return f"{100 * line.mean:.2f}{spread}" + ("" if len(line.seeds) == seeds else f" ({len(line.seeds)})")
+
+
+def _delta(line: Line) -> str:
+    if line.difference is None:
+        return "–"
+    return f"{100 * line.difference:+.2f}" + ("" if line.p is None else f" (p = {line.p:.2g})")
+
+
+def _cost(what: Comparison, found: Mapping[tuple[str, str], Line]) -> list[str]:
+    headings = [
+        "task",
+        "method",
+        "parameters: method",
+        "head",
+        "peak memory (MB)",
+        "epoch (CPU s)",
+        "epoch (wall s)",
+        "files (MB)",
+        "held-back loss before → after",
+    ]
+    body = [
+        [
+            GLUE[task].title,
+            _title(method),
+            _number(line.values.get("adapter"), "{:,.0f}"),
+            _number(line.values.get("head"), "{:,.0f}"),
+            _number(line.values.get("memory"), "{:.0f}", 1e6),
+            _number(line.values.get("seconds"), "{:.1f}"),
+            _number(line.values.get("wall"), "{:.1f}"),
+            _number(line.values.get("bytes"), "{:.2f}", 1e6),
+            f"{_number(line.values.get('before'), '{:.3f}')} → {_number(line.values.get('after'), '{:.3f}')}",
+        ]
+        for (task, method), line in found.items()
+        if line.seeds
+    ]
+    return _grid(headings, body)
+
+
+def _number(value: float | None, form: str, unit: float = 1.0) -> str:
+    return "–" if value is None else form.format(value / unit)
+
+
+def _rates(what: Comparison, factors: Mapping[str, float]) -> list[str]:
+    if what.search is None:
+        text = "Each method's own, as published (Tab. 5 for the spectral ones)."
+    else:
+        text = (
+            f"Each method's own times a factor, chosen on {GLUE[what.search.task].title} alone: "
+            f"{what.search.examples} examples, {what.search.epochs:g} epochs, seed {what.search.seed}, scored on "
+            f"{what.search.selection} other examples of train. Tried: "
+            f"{', '.join(f'{f:g}' for f in what.search.factors)}."
+        )
+    body = [
+        [
+            _title(method),
+            _factor(what, factors, method),
+            *(f"{_rate(what, factors, task, method):g}" for task in what.tasks),
+        ]
+        for method in what.methods
+    ]
+    return [text, "", *_grid(["method", "factor", *(GLUE[task].title for task in what.tasks)], body)]
+
+
+def _factor(what: Comparison, factors: Mapping[str, float], method: str) -> str:
+    source = rate_from(method.partition("@")[0])
+    if source not in factors:
+        return "1" if what.search is None else "1 (not searched yet)"
+    return f"{factors[source]:g}" + ("" if source == method else f" ({_title(source)}'s)")
+
+
+def _rate(what: Comparison, factors: Mapping[str, float], task: str, method: str) -> float:
+    return what.cell(task, method, what.seeds[0], factors).learning_rate
+
+
+def _paper(what: Comparison) -> list[str]:
+    table = printed()
+    shown = [task for task in what.tasks if task in table["tasks"]]
+    named = {method.partition("@")[0] for method in what.methods}
+    body = [
+        [
+            row["printed"],
+            f"{row['parameters']:g} M",
+            *(f"{row['scores'][table['tasks'].index(task)]:.2f}" for task in shown),
+        ]
+        for row in table["row"]
+        if row["method"] in named
+    ]
+    if not body:
+        return []
+    return [
+        f"## As the paper prints it ({table['base']}, one seed; Yu et al. 2026, Tab. 1)",
+        "",
+        *_grid(["method", "parameters", *(GLUE[task].title for task in shown)], body),
+    ]
+
+
+def _title(method: str) -> str:
+    from specbasis.finetune.methods import METHODS
+
+    name, _, rank = method.partition("@")
+    title = "Full, random start" if name == SCRATCH else METHODS[name].title
+    return f"{title}, K = {rank}" if rank else title
+
+
+def _cell_name(cell: Mapping[str, Any]) -> str:
+    return " ".join(f"{name}={value}" for name, value in cell.items())
+
+
+def _grid(headings: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    rule = ["---", *("---:" for _ in headings[1:])]
+    return [f"| {' | '.join(row)} |" for row in (headings, rule, *body)]
+
+
+def write(what: Comparison, rows: Sequence[Row], factors: Mapping[str, float], base: str, out: str | Path) -> Path:
+    """Write ``NAME.md`` into the folder of the rows."""
+    path = Path(out) / f"{what.name}.md"
+    text = markdown(what, rows, factors, base)
+    write_whole(path, lambda target: target.write_text(text, encoding="utf-8"))
+    return path

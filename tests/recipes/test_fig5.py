@@ -1,0 +1,32 @@
+"""Fig. 5: the positions of each panel, on the paper's model and on smaller ones."""
+
+import pytest
+
+from specbasis.errors import InputError
+from specbasis.recipes.fig5 import panel
+
+
+def test_the_default_panels_are_those_of_appendix_m():
+    a, b, c = (panel(name, ranks=768, blocks=12) for name in ("fig5a", "fig5b", "fig5c"))
+    assert [point.interval for point in a.points] == [(0, m) for m in range(50, 701, 50)]
+    assert {point.blocks for point in (*a.points, *c.points)} == {(10, 11)}
+    assert [point.blocks for point in b.points] == [(i, i + 1) for i in range(0, 12, 2)]
+    assert {point.interval for point in b.points} == {(0, 200)}
+    assert [point.interval[0] for point in c.points] == [*range(0, 551, 50), 568]
+    assert {m - k for k, m in (point.interval for point in c.points)} == {200}
+    cell = a.cells()[0]
+    assert (cell.task, cell.seed, cell.epochs, cell.learning_rate) == ("mnli", 42, 3, 1e-4)
+
+
+def test_a_smaller_model_ends_at_its_own_limit():
+    a, c = (panel(name, ranks=384, blocks=6) for name in ("fig5a", "fig5c"))
+    assert [point.interval[1] for point in a.points] == [50, 100, 150, 200, 250, 300, 350, 384]
+    assert [point.interval for point in c.points] == [(0, 200), (50, 250), (100, 300), (150, 350), (184, 384)]
+    assert a.points[0].blocks == (4, 5)
+
+
+def test_what_is_no_panel_is_refused():
+    with pytest.raises(InputError, match="want fig5a, fig5b or fig5c"):
+        panel("fig5d", ranks=768, blocks=12)
+    with pytest.raises(InputError, match="too small"):
+        panel("fig5b", ranks=768, blocks=1)

@@ -1,0 +1,147 @@
+"""Tab. 1 and the controls: which runs there are, what the table says of rows, and a real grid on a pico model."""
+
+import re
+
+import numpy as np
+import pytest
+from scipy import stats
+from typer.testing import CliRunner
+
+from specbasis.cells import Row, read_cells
+from specbasis.cli import app
+from specbasis.errors import InputError
+from specbasis.finetune import train
+from specbasis.finetune.grid import Search
+from specbasis.finetune.methods import METHODS, TABLE_5
+from specbasis.recipes import table1
+from specbasis.recipes.table1 import comparison, lines, markdown, printed
+from tests.finetune import lab
+
+
+def row(cell, score, error=None):
+    values = {
+        "score": score,
+        "parameters": {"adapter": 90000, "head": 770, "total": 10**7},
+        "peak_memory_bytes": 2e8,
+        "cpu_seconds_per_epoch": 30.0,
+        "seconds_per_epoch": 40.0,
+        "file_bytes": 5e6,
+        "forgetting": {"before": 0.9, "after": 1.0},
+    }
+    return Row(cell.row(), {} if error else values, error, 1.0, "2026", None)
+
+
+def test_the_default_is_the_papers_protocol():
+    what = comparison("table1")
+    assert len(what.tasks) == 8
+    assert what.seeds == (42,)
+    assert set(what.methods) == set(table1.COMPARED)
+    for task, (epochs, rate) in TABLE_5.items():
+        cell = what.cell(task, "spectral", 42, {})
+        assert (cell.epochs, cell.learning_rate, cell.examples) == (epochs, rate, None)
+    assert {method for method in table1.COMPARED + table1.CONTROLS if method != "scratch"} == set(METHODS)
+
+
+def test_the_papers_numbers_agree_with_the_averages_that_it_prints():
+    for line in printed()["row"]:
+        assert np.mean(line["scores"]) == pytest.approx(line["average"], abs=0.011), line["printed"]
+
+
+def test_seeds_are_outermost_so_that_a_partial_grid_is_a_table():
+    what = comparison("table1", tasks=["rte", "sst2"], methods=["spectral", "lora"], seeds=[1, 2])
+    assert [cell.seed for cell in what.cells({})] == [1] * 4 + [2] * 4
+
+
+def test_mean_spread_and_paired_test_are_those_of_scipy_and_missing_runs_stay_empty():
+    what = comparison("table1", tasks=["sst2", "rte"], methods=["spectral", "lora", "full"], seeds=[1, 2, 3])
+    ours, lora = [0.80, 0.83, 0.84], [0.85, 0.84, 0.88]
+    rows = [
+        *(row(what.cell("sst2", "spectral", seed, {}), s) for seed, s in zip((1, 2, 3), ours, strict=True)),
+        *(row(what.cell("sst2", "lora", seed, {}), s) for seed, s in zip((1, 2, 3), lora, strict=True)),
+        row(what.cell("sst2", "full", 2, {}), 0.9),
+        row(what.cell("sst2", "full", 3, {}), 0.0, error="RuntimeError: out of memory"),
+    ]
+    found = {(line.task, line.method): line for line in lines(what, rows, {})}
+    line = found["sst2", "lora"]
+    assert line.mean == pytest.approx(np.mean(lora))
+    assert line.spread == pytest.approx(np.std(lora, ddof=1))
+    assert line.difference == pytest.approx(np.mean(lora) - np.mean(ours))
+    assert line.p == pytest.approx(stats.ttest_rel(lora, ours).pvalue)
+    assert found["sst2", "full"].difference == pytest.approx(0.9 - 0.83)  # on the one seed that both have
+    assert found["sst2", "full"].p is None
+    text = markdown(what, rows, {}, "pico")
+    assert "7 of 18 runs" in text
+    assert "| Full FT | 90,000 | 90.00 (1) | – |" in text
+    assert f"| LoRA-K | 90,000 | 85.67 ± {100 * np.std(lora, ddof=1):.2f} | – |" in text
+    assert "RuntimeError: out of memory" in text
+    assert "| Our method | 0.36 M | 95.53 | 84.12 |" in text
+
+
+def test_a_search_chooses_on_train_and_its_factor_holds_for_the_methods_that_share_it():
+    search = Search((1.0, 3.0), "sst2")
+    what = comparison("controls", methods=["spectral", "spectral-random"], search=search)
+    searched = what.search_cells()
+    assert {(cell.method, cell.seed, cell.selection) for cell in searched} == {("spectral", 0, 1000)}
+    assert what.factors([row(searched[0], 0.7)]) == {}  # not complete yet
+    factors = what.factors([row(searched[0], 0.7), row(searched[1], 0.8)])
+    assert factors == {"spectral": 3.0}
+    assert what.cell("sst2", "spectral-random", 42, factors).learning_rate == pytest.approx(3e-4)
+    assert what.cell("sst2", "spectral", 42, {}).learning_rate == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"methods": ["lorra"]}, "got method 'lorra'"),
+        ({"methods": ["spectral@x"]}, "want NAME or NAME@RANK"),
+        ({"tasks": ["snli"]}, "got task 'snli'"),
+        ({"seeds": []}, "got no seeds"),
+    ],
+)
+def test_what_does_not_exist_is_refused(given, message):
+    with pytest.raises(InputError, match=message):
+        comparison("table1", **given)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    place = tmp_path_factory.mktemp("grid")
+    lab.pico_bert(place / "base", sentence_encoder=True)
+    lab.glue(place / "glue", train=40, dev=20)
+    return place
+
+
+def typed(place, *words):
+    base = ["--base", place / "base", "--data-dir", place / "glue"]
+    return CliRunner().invoke(app, ["reproduce", *map(str, [*words, *base])])
+
+
+def test_controls_run_resume_and_are_rebuilt_from_rows_alone(place, tmp_path, monkeypatch):
+    out = tmp_path / "rows"
+    words = ["controls", "--out", out, "--epochs", "1", "--seeds", "1,2", "--methods"]
+    done = typed(place, *words, "scratch,spectral-scratch,probe")
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "rows-models/scratch-sst2/model.safetensors").is_file()
+    assert len(read_cells(out)) == 6
+    before = (out / "rows.jsonl").read_bytes()
+
+    def never(*_, **__):
+        raise AssertionError("a finished cell was run again")
+
+    monkeypatch.setattr(train, "run", never)
+    done = typed(place, *words, "scratch,spectral-scratch,probe,spectral")  # the last is new, and fails
+    assert done.exit_code == 2
+    assert (out / "rows.jsonl").read_bytes().startswith(before)
+    assert "a finished cell was run again" in (out / "controls.md").read_text(encoding="utf-8")
+    shown = typed(place, *words, "scratch,probe", "--no-run")
+    assert shown.exit_code == 0
+    assert re.search(r"\| Full, random start \| [\d,]+ \| \d+\.\d\d ± \d+\.\d\d \|", shown.output)
+
+
+def test_figure_5_is_written_with_its_axes(place, tmp_path):
+    out = tmp_path / "rows"
+    done = typed(place, "fig5b", "--out", out, "--task", "sst2", "--seeds", "1,2", "--epochs", "1")
+    assert done.exit_code == 0, done.output
+    assert {"fig5b.md", "fig5b.svg", "fig5b.png"} <= {path.name for path in out.iterdir()}
+    assert "| 1, 2 | 0 … 16 | 1,024 |" in (out / "fig5b.md").read_text(encoding="utf-8")
+    assert "<!-- blocks that are adapted -->" in (out / "fig5b.svg").read_text(encoding="utf-8")
