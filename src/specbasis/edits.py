@@ -7,7 +7,8 @@ touched. With primes for what is put in,
        = W + (U'S' − U S) V'ᵀ + U S (V' − V)ᵀ,
 
 and the second form is what is computed: a triplet that is replaced by itself adds exact zeros, so an edit that
-changes nothing returns W bit for bit, in whatever format it is stored.
+changes nothing returns W bit for bit, in whatever format it is stored. (Where both sides of most ranks really
+change, the triplets that stay and those that come in are fewer columns, and are multiplied out instead.)
 
 Ranks are 0-based and given as an int n (the leading n; the trailing |n| where negative), "all", "k:m" or a range
 (the interval [k, m)), or a sequence of ranks. What goes beyond the last rank is cut off, since the matrices of one
@@ -329,11 +330,19 @@ def _corrected(
     out = W.to(torch.float64, copy=True)
     old, rows = svd.U[:, ranks] * svd.S[ranks], svd.Vh[ranks]
     new = (svd.U[:, ranks] if U is None else U) * (svd.S[ranks] if S is None else S)
-    left, right = new - old, (rows if Vh is None else Vh) - rows
-    for B, A in ((left, rows if Vh is None else Vh), (old, right)):
-        moved = (B.any(dim=0) & A.any(dim=1)).nonzero().flatten()
-        if len(moved):
-            out.addmm_(B[:, moved], A[moved])
+    into = rows if Vh is None else Vh
+    left, right = new - old, into - rows
+    moved = (left != 0).any(dim=0) | (right != 0).any(dim=1)
+    if 2 * int(moved.sum()) > len(svd.S) == min(svd.shape) and Vh is not None:
+        # Most ranks move: what stays and what comes in together are fewer columns than the two products below.
+        stays = torch.ones(len(svd.S), dtype=torch.bool)
+        stays[ranks[moved]] = False
+        kept = (svd.U[:, stays] * svd.S[stays]) @ svd.Vh[stays]
+        return kept.addmm_(new[:, moved], into[moved])
+    for B, A in ((left, into), (old, right)):
+        some = (B.any(dim=0) & A.any(dim=1)).nonzero().flatten()
+        if len(some):
+            out.addmm_(B[:, some], A[some])
     return out
 
 

@@ -60,7 +60,7 @@ class Judge(Protocol):
     def load(self, source: str) -> nn.Module:
         """The model that a source holds."""
 
-    def __call__(self, model: nn.Module) -> Mapping[str, Sample]:
+    def __call__(self, model: nn.Module) -> Mapping[str, Sample | float]:
         """Scores of every example."""
 
 
@@ -118,8 +118,12 @@ class Classification:
             source,
         )
 
-    def __call__(self, model: nn.Module) -> dict[str, Sample]:
-        """The task's metrics, from prediction and label of every example."""
+    def __call__(self, model: nn.Module) -> dict[str, Sample | float]:
+        """The task's metrics, from prediction and label of every example.
+
+        Spearman's correlation, which stands beside Pearson's, is a number without examples: sorting every resample
+        takes longer than judging does.
+        """
         task, split = self._data
         labels = np.asarray(split.labels, dtype=np.float64)
         order = [] if task.regression else _label_order(model, task)
@@ -131,7 +135,8 @@ class Classification:
                 outputs = logits[:, 0] if task.regression else logits[:, order].argmax(-1)
                 predictions[indices] = outputs.numpy()
         values = np.stack([predictions, labels], axis=1)
-        return {name: Sample(values, STATISTICS[name]) for name in task.metrics}
+        samples = {name: Sample(values, STATISTICS[name]) for name in task.metrics}
+        return {name: sample.value if name == "spearman" else sample for name, sample in samples.items()}
 
     def _encoded(self, model: nn.Module) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
         """Batches of examples of like length, with their indices; texts are kept, images are read each time."""
