@@ -544,7 +544,7 @@ class Harness:
 # --- what they share ----------------------------------------------------------------------------------------------
 
 
-def judge(text: str, **options: Any) -> Judge:
+def judge(text: str, /, **options: Any) -> Judge:
     """The evaluator that a text names: ``glue:TASK``, ``table:FILE``, ``images:FOLDER``, ``text:FILE``,
     ``anarcii:RECEPTOR`` or ``harness:TASK,TASK``.
 
