@@ -13,11 +13,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import specbasis
 from specbasis.compare import Comparison
 from specbasis.errors import InputError
 from specbasis.report.data import bands, read_pairs
 from specbasis.report.figures import OF_PAIR, OVER_PAIRS, draw
 from specbasis.report.tables import cells, summary_html
+
+from .conftest import CASES
 
 
 @pytest.mark.parametrize("case", ["two_pairs", "identical", "rank_one", "degenerate", "hostile"])
@@ -120,3 +123,14 @@ def test_a_notebook_shows_verdict_and_table(comparisons: Callable[[str], Compari
             assert "".join(cells(line)) in parser.text
     for failure in comparison.failed:
         assert failure["error"] in parser.text
+
+
+def test_figures_of_measures_that_were_not_taken_are_left_out(tmp_path: Path) -> None:
+    base, tuned = CASES["single_small"]()
+    few = specbasis.compare(base, next(iter(tuned.values())), measures=["singular_value_*"], workers=1)
+    page = few.report(tmp_path / "few.html").read_text(encoding="utf-8")
+    assert 'id="alignment" class="plot" hidden' in page
+    assert 'id="change" class="plot">' in page
+    drawn = {path.stem for path in (tmp_path / "figures").iterdir()}
+    assert "singular_value_change" in drawn
+    assert not {"alignment_by_rank", "ratio_against_alignment", "explained_variance"} & drawn

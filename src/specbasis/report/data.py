@@ -38,17 +38,18 @@ QUANTILES = (np.arange(100) + 0.5) / 100
 
 
 NEEDS = {
-    "alignment": "alignment_",
-    "heat": "alignment_",
-    "overlap": "subspace_overlap_",
-    "change": "singular_value_change",
-    "variance": "explained_variance_",
-    "scatter": "singular_value_ratio",
-    "spectra": "singular_value_",
-    "single": "alignment_",
-    "angles": "subspace_overlap_",
+    "alignment": ("alignment_",),
+    "heat": ("alignment_",),
+    "overlap": ("subspace_overlap_",),
+    "change": ("singular_value_change",),
+    "variance": ("explained_variance_",),
+    "equal": ("alignment_",),
+    "scatter": ("alignment_", "singular_value_ratio"),
+    "spectra": ("singular_value_",),
+    "single": ("alignment_",),
+    "angles": ("subspace_overlap_",),
 }
-"""Figure of the page → beginning of the names of the measures without which it would be empty."""
+"""Figure of the page → beginnings of the names of measures; without rows of each it would be empty."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,7 +218,11 @@ def read_pairs(rows: pa.Table, labels: list[str], own: tuple[str, ...] = ()) -> 
 def missing(pairs: Sequence[Pair]) -> list[str]:
     """The figures of the page for which no pair has rows."""
     measures = {measure for pair in pairs for measure in pair.series}
-    return [name for name, start in NEEDS.items() if not any(measure.startswith(start) for measure in measures)]
+    return [
+        name
+        for name, starts in NEEDS.items()
+        if not all(any(measure.startswith(start) for measure in measures) for start in starts)
+    ]
 
 
 def bands(pair: Pair) -> dict[str, dict[str, Band]]:
