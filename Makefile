@@ -14,6 +14,8 @@ bench: $(VENV)/dev.stamp  ## time, accuracy and memory against other tools (DIFF
 	$(BIN)/python benchmarks/one_matrix.py
 	$(BIN)/python benchmarks/bench_finetune.py
 	$(BIN)/python benchmarks/scale.py
+	$(BIN)/python benchmarks/bench_pretrain.py
+	$(BIN)/python benchmarks/bench_adapter.py
 
 .PHONY: demo test check format lint types slow bench clean
 

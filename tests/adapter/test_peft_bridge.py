@@ -806,6 +806,18 @@ def test_defaults_of_families(name):
     assert len(names) in (2, 3, 4)  # of one block: 2, 3 with a gate, 4 with a decoder
 
 
+def test_defaults_where_weights_are_packed(base):
+    """Quantised layers hold integers of another shape."""
+    model = load_classifier(base)
+    wanted = peft_bridge._feed_forward(model)
+    for name in wanted:
+        layer = model.get_submodule(name)
+        layer.weight = nn.Parameter(
+            torch.zeros(layer.weight.numel() // 2, 1, dtype=torch.uint8), requires_grad=False
+        )
+    assert peft_bridge._feed_forward(model) == wanted
+
+
 def test_a_second_adapter_has_the_same_defaults(base):
     model = get_peft_model(load_classifier(base), SpectralConfig(rank=4, task_type="SEQ_CLS"))
     model.add_adapter("other", SpectralConfig(rank=5, task_type="SEQ_CLS"))

@@ -63,6 +63,15 @@ def compare(
     cache: Annotated[
         Path | None, typer.Option(help="folder in which decompositions are kept and found again")
     ] = None,
+    nulls: Annotated[
+        bool, typer.Option("--nulls", help="what chance, size and rounding would give, with p-values")
+    ] = False,
+    null_samples: Annotated[
+        int, typer.Option(help="random updates of each kind to decompose: one decomposition each")
+    ] = 0,
+    heads: Annotated[
+        int | None, typer.Option(help="attention heads of a model whose config.json does not say it")
+    ] = None,
     approximate: Annotated[
         bool, typer.Option(help="iterate where the short side is over 8192 and ranks few")
     ] = False,
@@ -90,6 +99,9 @@ def compare(
         "workers": workers,
         "memory": memory,
         "stream": stream,
+        "nulls": nulls,
+        "null_samples": null_samples,
+        "heads": heads,
     }
     if dry_run:
         _print_plan(plan(base, tuned, out, **what))
