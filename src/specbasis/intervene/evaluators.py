@@ -615,11 +615,8 @@ def _want_finite(logits: Tensor) -> None:
 
 
 def describe(evaluate: object) -> str:
-    """An evaluator in a manifest: what changes its numbers, in one line."""
-    public = (
-        {name: value for name, value in vars(evaluate).items() if not name.startswith("_")}
-        if hasattr(evaluate, "__dict__")
-        else {}
-    )
+    """An evaluator in a manifest: what was set and changes its numbers, in one line."""
+    fields = vars(evaluate) if hasattr(evaluate, "__dict__") else {}
+    told = {name: value for name, value in fields.items() if name[0] != "_" and value not in (None, "", ())}
     name = getattr(evaluate, "__qualname__", type(evaluate).__name__)
-    return f"{name} {json.dumps(public, sort_keys=True, default=str)}"
+    return f"{name} {json.dumps(told, sort_keys=True, default=lambda value: type(value).__name__)}"
