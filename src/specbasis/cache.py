@@ -46,7 +46,7 @@ class Cache:
 
         Raises: as `decompose`. A folder that cannot be written is a warning, once: nothing is kept then.
         """
-        path = self.folder / f"{_digest([W])}-{ALGORITHM}-{min(W.shape) if ranks is None else ranks}.safetensors"
+        path = self.path(W, ranks)
         found = _read(path)
         if found is None:
             computed = decompose(W, ranks, name=name)
@@ -54,6 +54,10 @@ class Cache:
             found = SVD(**{part: getattr(computed, part).contiguous() for part in _PARTS})
             self._write(path, found)
         return found
+
+    def path(self, W: Float[Tensor, "out in"], ranks: int | None = None) -> Path:
+        """The file that holds, or would hold, a matrix's decomposition. Costs one pass over W for its digest."""
+        return self.folder / f"{_digest([W])}-{ALGORITHM}-{min(W.shape) if ranks is None else ranks}.safetensors"
 
     def _write(self, path: Path, svd: SVD) -> None:
         parts = {part: getattr(svd, part).cpu() for part in _PARTS}
@@ -83,6 +87,18 @@ class Cache:
                 break
             path.unlink(missing_ok=True)
             total -= size
+
+
+def mapped(path: Path) -> SVD | None:
+    """An entry that `Cache.decompose` gave before in this process, mapped: numbers are read when they are used.
+
+    Its digest is not checked again; None where it is gone.
+    """
+    try:
+        stored = open_checkpoint(path)
+        return SVD(**{part: stored[part] for part in _PARTS})
+    except (InputError, KeyError, OSError):
+        return None
 
 
 @dataclass(frozen=True)

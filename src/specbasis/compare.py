@@ -442,6 +442,8 @@ def load(folder: str | Path) -> Comparison:
         InputError: the folder holds no results, or damaged ones.
     """
     results = store.load(Path(folder))
+    if results.manifest["config"].get("kind") == "track":
+        raise InputError(f"{folder}: holds a training that was tracked, no comparison; `specbasis track` draws it")
     return Comparison(results, results.rows())
 
 

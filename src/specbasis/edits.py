@@ -7,7 +7,8 @@ touched. With primes for what is put in,
        = W + (U'S' − U S) V'ᵀ + U S (V' − V)ᵀ,
 
 and the second form is what is computed: a triplet that is replaced by itself adds exact zeros, so an edit that
-changes nothing returns W bit for bit, in whatever format it is stored.
+changes nothing returns W bit for bit, in whatever format it is stored. (Where both sides of most ranks really
+change, the triplets that stay and those that come in are fewer columns, and are multiplied out instead.)
 
 Ranks are 0-based and given as an int n (the leading n; the trailing |n| where negative), "all", "k:m" or a range
 (the interval [k, m)), or a sequence of ranks. What goes beyond the last rank is cut off, since the matrices of one
@@ -160,13 +161,13 @@ def mask(W: Float[Tensor, "out in"], svd: SVD, ranks: Ranks) -> Float[Tensor, "o
     is_whole = len(svd.S) == min(svd.shape)
     smaller = 2 * len(chosen) < len(drop) or (2 * len(chosen) == len(drop) and not bool(drop[0]))
     direct = smaller or not is_whole
-    part = drop if direct else ~drop
+    part = (drop if direct else ~drop).nonzero().flatten()
     exact = W.to(torch.float64, copy=True)
-    if not part.any():
+    if not len(part):
         return exact if direct else torch.zeros_like(exact)
-    rest = exact - (svd.U[:, part] * svd.S[part]) @ svd.Vh[part]
-    taken = exact - rest
-    return exact - taken if direct else taken
+    rest = exact.addmm(_columns(svd.U, part) * svd.S[part], _columns(svd.Vh.mT, part).mT, alpha=-1)
+    taken = torch.sub(exact, rest, out=rest)
+    return exact.sub_(taken) if direct else taken
 
 
 def keep(W: Float[Tensor, "out in"], svd: SVD, ranks: Ranks) -> Float[Tensor, "out in"]:
@@ -327,14 +328,30 @@ def _corrected(
 ) -> Tensor:
     """W with the triplets of some ranks replaced; what is not given stays."""
     out = W.to(torch.float64, copy=True)
-    old, rows = svd.U[:, ranks] * svd.S[ranks], svd.Vh[ranks]
-    new = (svd.U[:, ranks] if U is None else U) * (svd.S[ranks] if S is None else S)
-    left, right = new - old, (rows if Vh is None else Vh) - rows
-    for B, A in ((left, rows if Vh is None else Vh), (old, right)):
-        moved = (B.any(dim=0) & A.any(dim=1)).nonzero().flatten()
-        if len(moved):
-            out.addmm_(B[:, moved], A[moved])
+    mine, rows, S_old = _columns(svd.U, ranks), _columns(svd.Vh.mT, ranks).mT, svd.S[ranks]
+    old = mine * S_old
+    new = (mine if U is None else U) * (S_old if S is None else S)
+    into = rows if Vh is None else Vh
+    left, right = new - old, into - rows
+    moved = left.any(dim=0) | right.any(dim=1)
+    if 2 * int(moved.sum()) > len(svd.S) == min(svd.shape) and Vh is not None:
+        # Most ranks move: what stays and what comes in together are fewer columns than the two products below.
+        stays = torch.ones(len(svd.S), dtype=torch.bool)
+        stays[ranks[moved]] = False
+        kept = (svd.U[:, stays] * svd.S[stays]) @ svd.Vh[stays]
+        return kept.addmm_(new[:, moved], into[moved])
+    for B, A in ((left, into), (old, right)):
+        some = (B.any(dim=0) & A.any(dim=1)).nonzero().flatten()
+        if len(some):
+            out.addmm_(B[:, some], A[some])
     return out
+
+
+def _columns(X: Tensor, ranks: Tensor) -> Tensor:
+    """Some columns: a view where they follow one another, since gathering them costs more than using them."""
+    if len(ranks) and int(ranks[-1] - ranks[0]) + 1 == len(ranks):
+        return X[:, int(ranks[0]) : int(ranks[-1]) + 1]
+    return X[:, ranks]
 
 
 def whole_groups(ranks: Int[Tensor, " r"], gap: float, *spectra: Float[Tensor, " k"]) -> Int[Tensor, " s"]:
@@ -354,8 +371,8 @@ def _aligned(svd: SVD, other: SVD, ranks: Tensor, left: bool, right: bool, group
 
     The only place where signs are decided.
     """
-    U, Vh = other.U[:, ranks], other.Vh[ranks]
-    agreement = left * (U * svd.U[:, ranks]).sum(0) + right * (Vh * svd.Vh[ranks]).sum(1)
+    U, Vh = _columns(other.U, ranks), _columns(other.Vh.mT, ranks).mT
+    agreement = left * (U * _columns(svd.U, ranks)).sum(0) + right * (Vh.mT * _columns(svd.Vh.mT, ranks)).sum(0)
     sign = torch.where(agreement < 0, -1.0, 1.0).to(U.dtype)
     U, Vh = U * sign, Vh * sign[:, None]
     if groups <= 0 or not len(ranks):

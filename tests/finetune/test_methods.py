@@ -3,6 +3,7 @@
 import copy
 import json
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -384,6 +385,14 @@ def test_budgets_of_the_paper_on_the_shapes_of_deberta_v3_base():
     assert attached.counts.head == 768 * 768 + 768 + 2 * 768 + 2
 
 
+def test_the_page_on_methods_names_them_all():
+    page = (Path(__file__).parents[2] / "docs/methods.md").read_text()
+    missing = [
+        name for name in METHODS if f"`{name}`" not in page and f"`{name.removeprefix('spectral')}`" not in page
+    ]
+    assert missing == []
+
+
 # Training with transformers' Trainer.
 
 
@@ -477,7 +486,16 @@ def test_bad_folders_get_one_clear_line(folder, tmp_path):
         for p in other.parameters():
             p.mul_(1 + 0.01 * torch.randn_like(p))
     with pytest.raises(InputError, match="the base weight is another one"):
-        load(tmp_path / "a", other)
+        load(tmp_path / "a", copy.deepcopy(other))
+    method_on(folder, "lora").save(tmp_path / "lora")
+    with pytest.warns(UserWarning, match="does not hold the weights that lora was trained on"):
+        load(tmp_path / "lora", other)
+    narrow, _ = pico("deberta-v2", vocab_size=20)
+    with pytest.raises(InputError, match=r"no module with a matrix|does not fit this base"):
+        load(tmp_path / "lora", narrow)
+    (tmp_path / "lora/adapter_model.safetensors").unlink()
+    with pytest.raises(InputError, match="the folder is incomplete"):
+        load(tmp_path / "lora", base(folder))
     with pytest.raises(InputError, match="has adapters already"):
         attach(method_on(folder, "lora").model, "lora")
     with pytest.raises(InputError, match="has adapters already"):

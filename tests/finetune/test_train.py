@@ -1,6 +1,7 @@
 """A finetune end to end on a pico model: the folder, the figures, resuming, and what is refused."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import torch
 from transformers import TrainerCallback
 
 import specbasis
+from specbasis.cli import main
 from specbasis.errors import InputError
 from specbasis.finetune import load
 from specbasis.finetune.base import load_base
@@ -44,14 +46,14 @@ def weights(folder):
 
 
 def test_a_run_learns_and_leaves_everything_that_it_promises(place, tmp_path):
-    found = run(place, tmp_path / "run", "lora", epochs=8, learning_rate=1e-2)
+    found = run(place, tmp_path / "run", "lora", epochs=6, learning_rate=2e-2)
     assert found.score == 1.0  # one word decides
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
     assert metrics == found.metrics
     assert metrics["dev"] == {"accuracy": 1.0}
     assert metrics["parameters"]["adapter"] == 3 * 8 * (4 * 32 + 2 * 48)
     assert metrics["parameters"]["head"] == 2 * 16 + 2
-    assert metrics["steps"] == 8 * 4
+    assert metrics["steps"] == 6 * 4
     assert metrics["file_bytes"] == sum(p.stat().st_size for p in (tmp_path / "run").glob("*.safetensors"))
     assert metrics["seconds_per_epoch"] > 0
     assert metrics["peak_memory_bytes"] > 0
@@ -72,10 +74,10 @@ def test_a_run_learns_and_leaves_everything_that_it_promises(place, tmp_path):
         assert model(**batch).logits.argmax(-1).tolist() == [int(label) for label in data.labels]
 
 
-@pytest.mark.parametrize("task", ["stsb", "mnli", "cola"])
+@pytest.mark.parametrize("task", ["stsb", "mnli"])
 def test_other_kinds_of_task_are_scored_by_their_metrics(task, place, tmp_path):
     metrics = run(place, tmp_path / "run", "bitfit", task, epochs=1).metrics
-    names = {"stsb": {"pearson", "spearman"}, "mnli": {"accuracy"}, "cola": {"matthews"}}[task]
+    names = {"stsb": {"pearson", "spearman"}, "mnli": {"accuracy"}}[task]
     for name in ("matched", "mismatched") if task == "mnli" else ("dev",):
         assert set(metrics[name]) == names
     assert metrics["score"] == pytest.approx(sum(metrics[name].values()) / len(names))
@@ -89,7 +91,7 @@ class Kill(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("method", ["spectral", "full", "pissa"])
+@pytest.mark.parametrize("method", ["spectral", "full"])
 def test_a_killed_run_goes_on_and_ends_where_an_undisturbed_one_does(method, place, tmp_path):
     whole = run(place, tmp_path / "whole", method)
     with pytest.raises(KeyboardInterrupt):
@@ -141,6 +143,15 @@ def test_where_there_is_no_frozen_prefix_the_run_says_why_and_goes_on(place, tmp
     metrics = run(place, tmp_path / "run", "full", epochs=1, cache_prefix=tmp_path / "cache").metrics
     assert metrics["prefix_cache"] is None
     assert metrics["notes"][0].startswith("no prefix cache: ")
+
+
+def test_gradient_checkpointing_learns_the_same_and_bf16_runs(place, tmp_path):
+    plain, again = (
+        run(place, tmp_path / f"{again}", "lora", epochs=1, gradient_checkpointing=again) for again in (False, True)
+    )
+    for name, value in weights(plain.folder).items():
+        torch.testing.assert_close(weights(again.folder)[name], value, rtol=0, atol=1e-5, msg=name)
+    assert run(place, tmp_path / "bf16", epochs=1, precision="bf16").metrics["train_loss"][0] < 1
 
 
 def test_the_best_epoch_is_chosen_on_train_alone(place, tmp_path):
@@ -268,18 +279,42 @@ def test_a_base_of_neither_kind_has_no_forgetting_and_says_why(tmp_path):
 # --- as typed ---------------------------------------------------------------------------------------------------
 
 
-def typed(*words):
-    return subprocess.run(
-        [sys.executable, "-m", "specbasis", *map(str, words)], capture_output=True, text=True, check=False
+def typed(monkeypatch, capsys, *words):
+    monkeypatch.setattr(sys, "argv", ["specbasis", *map(str, words)])
+    with pytest.raises(SystemExit) as done:
+        main()
+    return done.value.code, *capsys.readouterr()
+
+
+def test_finetune_as_typed_runs_and_refuses_in_one_line(place, tmp_path, monkeypatch, capsys):
+    words = ["finetune", place / "base", "--data-dir", place / "glue", "--epochs", 1]
+    code, out, _ = typed(
+        monkeypatch, capsys, *words, "--out", tmp_path / "run", "--task", "SST-2", "--interval", "2:8"
     )
+    assert code == 0
+    assert "dev: accuracy 0." in out
+    assert "parameters: 144 method, 34 head and pooler" in out
+    for wrong, message in (
+        (["--task", "sst3"], "error: got task 'sst3'; want one of cola"),
+        (["--task", "rte", "--interval", "2-8"], "error: --interval got '2-8'; want two ranks"),
+        (["--task", "rte", "--label", "x"], "error: RTE names its own columns"),
+    ):
+        code, _, err = typed(monkeypatch, capsys, *words, "--out", tmp_path / "wrong", *wrong)
+        assert code == 2
+        assert err.startswith(message)
+        assert err.strip().count("\n") == 0
 
 
-def test_finetune_as_typed_runs_and_refuses_in_one_line(place, tmp_path):
-    words = ["finetune", place / "base", "--data-dir", place / "glue", "--epochs", 1, "--out", tmp_path / "run"]
-    done = typed(*words, "--task", "SST-2", "--method", "bitfit")
+@pytest.mark.slow
+def test_two_processes_train_as_one_with_the_double_batch(place, tmp_path):
+    words = ["finetune", place / "base", "--task", "sst2", "--data-dir", place / "glue", "--out", tmp_path / "run"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "specbasis"]
+    done = subprocess.run(
+        [*launch, *map(str, words), "--epochs", "1"],
+        capture_output=True, text=True, check=False, env={**os.environ, "ACCELERATE_USE_CPU": "true"},
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "dev: accuracy 0." in done.stdout
-    wrong = typed(*words[:-1], tmp_path / "wrong", "--task", "sst3")
-    assert wrong.returncode == 2
-    assert wrong.stderr.strip().startswith("error: got task 'sst3'; want one of cola")
-    assert wrong.stderr.strip().count("\n") == 0
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert metrics["steps"] == 2  # 64 examples, 2 × 16 a step
+    assert metrics["train_loss"][0] == pytest.approx(0.693, abs=0.05)  # a mean, not a sum over the processes
+    assert done.stdout.count("dev: accuracy") == 1

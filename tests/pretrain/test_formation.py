@@ -14,9 +14,9 @@ from specbasis.cells import Row, read_cells
 from specbasis.cli import app
 from specbasis.errors import InputError
 from specbasis.pretrain import formation
-from specbasis.pretrain.formation import POSTS, Formation, run_formation
+from specbasis.pretrain.formation import Formation, run_formation
 from specbasis.recipes.formation import FIGURES, SMALL, cells_of, paper, write_outcome
-from specbasis.recipes.formation_claims import Curves, at_equal_size, claims, interval, markdown
+from specbasis.recipes.formation_claims import Curves, at_equal_size, claims, interval, markdown, verdict
 from tests.pretrain.pico import TINY, training
 
 
@@ -88,7 +88,7 @@ class Killed(BaseException):
 
 def test_a_killed_grid_goes_on_to_the_same_rows(grid, data, tmp_path, monkeypatch):
     plan, _, rows = grid
-    some = plan.cells()[:3]
+    some = [row.cell for row in rows[:3]]
     real, calls = formation.train, []
 
     def train(*args, **kwargs):
@@ -146,9 +146,24 @@ def test_intervals_are_students():
     assert math.isnan(interval([1.0])[1])
 
 
+@pytest.mark.parametrize(
+    ("claim", "measure", "ends", "want"),
+    [
+        ("(b) x", "alignment at the end", (0.1, 0.2), "as claimed"),
+        ("(c) x", "alignment at the end", (0.1, 0.2), "opposite"),
+        ("(a) x", "alignment at the end", (-0.1, 0.2), "undecided"),
+        ("(a) x", "alignment at the end", (math.nan, math.nan), "undecided"),
+        ("(b) x", "‖delta‖/‖W‖ at the end", (0.1, 0.2), ""),
+        ("(e) x", "alignment at the end", (0.1, 0.2), ""),
+    ],
+)
+def test_a_verdict_is_where_the_interval_lies(claim, measure, ends, want):
+    assert verdict(claim, measure, *ends) == want
+
+
 def test_equal_size_is_the_point_on_the_curve():
-    fast = Curves(np.array([[1.0, 0.8, 0.2]]), np.array([[0.0, 0.1, 0.5]]), np.zeros(1))
-    slow = Curves(np.array([[1.0, 0.9, 0.7]]), np.array([[0.0, 0.1, 0.3]]), np.zeros(1))
+    fast = Curves(np.array([[1.0, 0.8, 0.2]]), np.array([[0.0, 0.1, 0.5]]), np.zeros(1), 0.0)
+    slow = Curves(np.array([[1.0, 0.9, 0.7]]), np.array([[0.0, 0.1, 0.3]]), np.zeros(1), 0.0)
     assert at_equal_size([fast, slow]) == pytest.approx([0.5, 0.7])
 
 
@@ -198,8 +213,9 @@ def test_the_verbs_on_a_folder_of_images(tmp_path):
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8)).save(folder / f"{i}.png")
     run = tmp_path / "run"
-    flags = "--steps 2 --batch 8 --validation 4 --checkpoints 2 --validations 1 --device cpu".split()
-    trained = cli("pretrain", "--data", tmp_path / "images", "--out", run, *flags)
+    flags = {"steps": 2, "batch": 8, "validation": 4, "checkpoints": 2, "validations": 1, "device": "cpu"}
+    given = [word for name, value in flags.items() for word in (f"--{name}", value)]
+    trained = cli("pretrain", "--data", tmp_path / "images", "--out", run, *given)
     assert trained.exit_code == 0, trained.output
     assert "2 steps on 50 images" in trained.output
     followed = cli("track", run, "--out", tmp_path / "track", "--roles", "ffn", "--blocks", "5", "--workers", 1)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from specbasis import compare
+from specbasis import compare, load
 from specbasis.checkpoint import hub
 from specbasis.errors import InputError
 from specbasis.pretrain import trajectory
@@ -109,6 +109,8 @@ def test_rows_agree_with_compare(tmp_path):
     mine = rows[(rows["pair"] == "checkpoint-40") & (rows["measure"] == "relative_update_first")]
     theirs = compared[compared["measure"] == "relative_update"].set_index("matrix")["value"]
     np.testing.assert_allclose(mine.set_index("matrix")["value"].loc[theirs.index], theirs, rtol=1e-9)
+    with pytest.raises(InputError, match="no comparison"):
+        load(tmp_path / "out")
     again = load_tracking(tmp_path / "out")
     assert again.rows.equals(found.rows)
     figures = found.figure()

@@ -610,10 +610,18 @@ def _feed_forward(model: nn.Module) -> set[str]:
 
 
 def _base_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict that the model has without its adapters."""
+    """The state dict that the model has without its adapters, with packed weights of quantised layers by shape."""
+    packed = {
+        f"{name}.": module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not module.weight.is_floating_point()
+    }
+    held = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(tuple(packed))}
+    for name, layer in packed.items():
+        held[f"{name}weight"] = torch.zeros(1).expand(layer.out_features, layer.in_features)
     return {
         re.sub(r"\.(base_layer|original_module)(?=\.)", "", name): tensor
-        for name, tensor in model.state_dict().items()
+        for name, tensor in held.items()
         if ".spectral_" not in name and ".modules_to_save." not in name
     }
 

@@ -97,6 +97,10 @@ def finetune(
         gradient_checkpointing=gradient_checkpointing,
         group_by_length=group_by_length,
     )
+    from specbasis.finetune.train import is_main_process
+
+    if not is_main_process():
+        return
     metrics = found.metrics
     for name, values in metrics.items():
         if isinstance(values, dict) and name in {"dev", "matched", "mismatched", "selection"}:

@@ -239,11 +239,17 @@ def _reproduce(figure: str, out: Path, plan: Formation, draw: bool) -> None:
 
 def _table(found: list[Claim]) -> Table:
     table = Table(title="effects, with 95 % intervals over seeds")
-    for column in ("claim", "setting", "matrices", "effect", "interval", "seeds"):
+    for column in ("claim", "setting", "matrices", "effect", "interval", "seeds", "verdict"):
         table.add_column(column, justify="right" if column in ("effect", "seeds") else "left", overflow="fold")
     for one in found:
         ends = "–" if one.low != one.low else f"{one.low:+.3f} … {one.high:+.3f}"
         table.add_row(
-            f"{one.claim}: {one.measure}", one.setting, one.group, f"{one.effect:+.3f}", ends, str(one.seeds)
+            f"{one.claim}: {one.measure}",
+            one.setting,
+            one.group,
+            f"{one.effect:+.3f}",
+            ends,
+            str(one.seeds),
+            one.verdict,
         )
     return table

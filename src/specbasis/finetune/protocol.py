@@ -18,7 +18,8 @@ SELECTIONS = ("last", "best")
 class Protocol:
     """How it is trained; the defaults are those of the paper.
 
-    AdamW; the learning rate rises linearly over the first 6 % of the steps and falls linearly to zero.
+    AdamW; the learning rate rises linearly over the first 6 % of the steps and falls linearly to zero;
+    gradients are clipped at norm 1, transformers' default, on which the paper is silent.
 
     Attributes:
         epochs: passes over train; None: the method's own for the task (Tab. 5 for the spectral adapter).

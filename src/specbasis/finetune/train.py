@@ -285,6 +285,8 @@ def _ready(
             data_collator=collate,
             compute_metrics=_computed(data.task) if best else None,
         )
+        # The mean loss of a classifier must not be scaled by the number of processes, which is for token losses.
+        trainer.model_accepts_loss_kwargs = False
         trainer.remove_callback(PrinterCallback)  # the log is in the metrics, and goes where `report_to` says
         if protocol.group_by_length:
             trainer.lengths = train.lengths
@@ -298,6 +300,7 @@ def _arguments(
         output_dir=str(folder),
         seed=seed,
         data_seed=seed,
+        use_cpu=not torch.accelerator.is_available(),
         num_train_epochs=float(protocol.epochs or 0),
         learning_rate=float(protocol.learning_rate or 0),
         per_device_train_batch_size=protocol.batch_size,

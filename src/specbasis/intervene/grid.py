@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from specbasis.architecture import Admits, MatrixRef
-from specbasis.cache import Cache
+from specbasis.cache import Cache, mapped
 from specbasis.cells import Progress, Row, read_cells, run_cells
 from specbasis.checkpoint import Checkpoint, open_checkpoint, sha256
 from specbasis.edits import KINDS, Edit
@@ -227,9 +227,14 @@ class Grid:
     resamples: int
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
 
+    @property
+    def kept(self) -> Cache:
+        """The decompositions on disk."""
+        return Cache(Path(self.cache), self.cache_bytes)
+
     def factors(self, W: Tensor, name: str) -> SVD:
         """The full decomposition of a matrix, from the cache."""
-        return Cache(Path(self.cache), self.cache_bytes).decompose(W, name=name)
+        return self.kept.decompose(W, name=name)
 
     def source(self, label: str) -> str:
         """Where the model of a label is, the pretrained one among them."""
@@ -272,6 +277,7 @@ class _Stage:
         self.originals = self._originals()
         self._sites: dict[tuple[str, str, str], dict[MatrixRef, MatrixRef | None]] = {}
         self._opened: dict[str, Checkpoint] = {}
+        self._entries: dict[str, Path] = {}
         self.before = self.judge()
 
     def judge(self) -> dict[str, Sample | float]:
@@ -279,7 +285,16 @@ class _Stage:
         self.model.eval()
         return as_samples(self.subject.evaluate(self.model))
 
+    def factors(self, W: Tensor, name: str) -> SVD:
+        """A matrix's decomposition: looked up by content and checked once, afterwards mapped from its file."""
+        found = mapped(self._entries[name]) if name in self._entries else None
+        if found is None:
+            found = self.grid.factors(W, name)
+            self._entries[name] = self.grid.kept.path(W)
+        return found
+
     def opened(self, label: str) -> Checkpoint:
+        """The checkpoint of a label, opened once."""
         if label not in self._opened:
             self._opened[label] = open_checkpoint(self.grid.source(label))
         return self._opened[label]
@@ -338,7 +353,7 @@ def run_cell(grid: Grid, cell: Mapping[str, Any]) -> dict[str, Any]:
     size = _Size()
     started = time.perf_counter()
     edits: dict[str | MatrixRef, Callable[[Tensor], Tensor]] = {
-        ref: size.of(bound(edit, ref, theirs, other, grid.factors))
+        ref: size.of(bound(edit, ref, theirs, other, stage.factors))
         for ref, theirs in stage.places(source, cell["roles"], cell["blocks"]).items()
     }
     with edited(stage.model, edits, originals=stage.originals):

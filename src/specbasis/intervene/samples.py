@@ -46,25 +46,21 @@ def pearson(values: Array) -> Array:
 
 def spearman(values: Array) -> Array:
     """Rank correlation of the two columns, tied values at their mean rank."""
-    order = values.argsort(axis=-2).argsort(axis=-2).astype(np.float64)
-    for column in range(2):
-        _share_ranks(values[..., column], order[..., column])
-    return pearson(order)
+    return pearson(np.stack([_mean_ranks(values[..., column]) for column in range(2)], axis=-1))
 
 
-def _share_ranks(values: Array, ranks: Array) -> None:
-    """Give equal values the mean of their ranks, in place, for every resample at once."""
-    flat, shared = values.reshape(-1, values.shape[-1]), ranks.reshape(-1, values.shape[-1])
+def _mean_ranks(values: Array) -> Array:
+    """Ranks along the last axis, equal values at the mean of theirs, for every resample at once."""
+    flat = values.reshape(-1, values.shape[-1])
     order = flat.argsort(axis=-1)
     ascending = np.take_along_axis(flat, order, -1)
     first = np.concatenate([np.ones((len(flat), 1), bool), ascending[:, 1:] != ascending[:, :-1]], axis=1)
     group = first.cumsum(-1) - 1 + np.arange(len(flat))[:, None] * flat.shape[1]
     place = np.broadcast_to(np.arange(flat.shape[1], dtype=np.float64), flat.shape)
-    size = flat.size
-    means = np.bincount(group.ravel(), place.ravel(), size) / np.maximum(
-        np.bincount(group.ravel(), minlength=size), 1
-    )
-    np.put_along_axis(shared, order, means[group], -1)
+    sums, sizes = np.bincount(group.ravel(), place.ravel()), np.bincount(group.ravel())
+    ranks = np.empty_like(flat)
+    np.put_along_axis(ranks, order, (sums / np.maximum(sizes, 1))[group], -1)
+    return ranks.reshape(values.shape)
 
 
 def f1(values: Array) -> Array:

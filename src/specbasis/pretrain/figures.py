@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from specbasis.report.figures import COLORS, QUIET, both
+from specbasis.report.figures import COLORS, QUIET, render
 from specbasis.results import write_whole
 from specbasis.subspace import chance_alignment
 
@@ -26,7 +26,7 @@ Array = NDArray[np.float64]
 def write_figure(path: Path, make: Callable[[], Figure]) -> list[Path]:
     """Write a figure as PNG and SVG, beside each other under one name."""
     written = []
-    for name, content in both(path.stem, make):
+    for name, content in render(path.stem, make):
         target = path.with_name(name)
         write_whole(target, lambda temporary, content=content: temporary.write_bytes(content))
         written.append(target)

@@ -37,6 +37,7 @@ class Claim:
         low, high: 95 % interval of the mean over seeds (Student's t); NaN with one seed.
         seeds: number of them (of pairs of seeds, for "between seeds").
         each: the effect at each seed.
+        verdict: see `verdict`.
     """
 
     claim: str
@@ -48,6 +49,21 @@ class Claim:
     high: float
     seeds: int
     each: tuple[float, ...]
+    verdict: str
+
+
+EXPECTED = {"(a)": 1, "(b)": 1, "(c)": -1}
+"""Sign that the paper's claim gives an alignment's effect."""
+
+
+def verdict(claim: str, measure: str, low: float, high: float) -> str:
+    """Whether the interval lies on the claimed side of zero, on the other, or holds it; empty without a claim."""
+    sign = EXPECTED.get(claim[:3], 0)
+    if not sign or measure.startswith("‖delta‖"):
+        return ""
+    if math.isnan(low) or low <= 0 <= high:
+        return "undecided"
+    return "as claimed" if sign * low > 0 else "opposite"
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
@@ -82,10 +98,14 @@ def as_rows(found: Sequence[Claim]) -> list[dict[str, Any]]:
 
 def markdown(found: Sequence[Claim]) -> str:
     """Claims as a table."""
-    lines = ["| claim | setting | matrices | effect | 95 % interval | seeds |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| claim | setting | matrices | effect | 95 % interval | seeds | verdict |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for c in found:
         ends = "–" if math.isnan(c.low) else f"{c.low:+.3f} … {c.high:+.3f}"
-        lines.append(f"| {c.claim}: {c.measure} | {c.setting} | {c.group} | {c.effect:+.3f} | {ends} | {c.seeds} |")
+        numbers = f"{c.effect:+.3f} | {ends} | {c.seeds} | {c.verdict}"
+        lines.append(f"| {c.claim}: {c.measure} | {c.setting} | {c.group} | {numbers} |")
     return "\n".join(lines) + "\n"
 
 
@@ -101,11 +121,17 @@ class Curves:
     aligned: Array
     size: Array
     null: Array
+    chance: float
 
     @property
     def end(self) -> float:
         """Alignment of the last checkpoint with the first, mean over the matrices."""
         return float(self.aligned[:, -1].mean())
+
+    @property
+    def beyond_chance(self) -> float:
+        """The same, less what independent directions have."""
+        return self.end - self.chance
 
     @property
     def end_size(self) -> float:
@@ -184,13 +210,16 @@ def curves(row: Row, group: str) -> Curves:
     """Curves of a group's matrices."""
     of = members(row, group)
     arrays = [np.array([one[name] for one in of], dtype=np.float64) for name in ("first", "update_first", "null")]
-    return Curves(*arrays)
+    return Curves(*arrays, float(np.mean([one["chance"] for one in of])))
 
 
 def _claim(claim: str, setting: str, group: str, measure: str, each: Sequence[float]) -> list[Claim]:
     if not each:
         return []
-    return [Claim(claim, setting, group, measure, *interval(each), len(each), tuple(round(x, 5) for x in each))]
+    effect, low, high = interval(each)
+    values = tuple(round(x, 5) for x in each)
+    told = verdict(claim, measure, low, high)
+    return [Claim(claim, setting, group, measure, effect, low, high, len(each), values, told)]
 
 
 # --- (a) ----------------------------------------------------------------------------------------------------------
@@ -313,12 +342,14 @@ def _scratch(grid: Grid) -> list[Claim]:
     text = "(d) from scratch"
     for group in GROUPS:
         by_seed = grid.by_seed("pretrain").values()
-        for measure, value in (("init with trained", "end"), ("‖delta‖/‖W‖", "end_size")):
+        for measure, value in (("init with trained − chance", "beyond_chance"), ("‖delta‖/‖W‖", "end_size")):
             each = [float(np.mean([getattr(curves(row, group), value) for row in rows])) for rows in by_seed]
             found += _claim(text, "pretraining itself, mean over its sizes", group, measure, each)
         for task in ("same_task", "second_data", "true_labels", "random_labels"):
             scratch = {row.cell["seed"]: curves(row, group) for row in grid.of("scratch", task=task)}
-            found += _claim(text, task, group, "init with trained", [c.end for c in scratch.values()])
+            found += _claim(
+                text, task, group, "init with trained − chance", [c.beyond_chance for c in scratch.values()]
+            )
             found += _claim(text, task, group, "‖delta‖/‖W‖", [c.end_size for c in scratch.values()])
             posts = grid.by_seed("post", task=task)
             for measure, value_of in _MEASURES.items():

@@ -143,7 +143,7 @@ def _by_size(ax: Axes, rows: Sequence[Row], group: str, color: str, dash: Any) -
 def _finish(ax: Axes, grid: Grid, group: str, title: str) -> None:
     ax.axhline(_chance(grid, group), color=QUIET, lw=0.9, ls=(0, (4, 3)), zorder=1, label="chance")
     ax.set(title=title, xlabel="optimizer step", ylabel="alignment with the start", ylim=(-0.02, 1.03))
-    ax.legend(fontsize=7, loc="lower left")
+    ax.legend(fontsize=7, loc="upper right")
 
 
 def _chance(grid: Grid, group: str) -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from specbasis.adapter.folder import CONFIG, WEIGHTS
 from specbasis.adapter.heads import ParameterCounts
 from specbasis.checkpoint import open_checkpoint
 from specbasis.errors import InputError
@@ -37,6 +40,8 @@ class Attached:
             gradients.
         request: what was attached.
         head: names of head and pooler modules in the base model.
+        base_parameters: parameters of the base model, its task head included.
+        base_fingerprint: a hash of the base's weights before the method came, without the head; see `fingerprint`.
         callbacks: what the Trainer must call for this method (AdaLoRA's allocation); empty for the others.
     """
 
@@ -44,6 +49,7 @@ class Attached:
     request: Request
     head: tuple[str, ...]
     base_parameters: int
+    base_fingerprint: str
     callbacks: tuple[TrainerCallback, ...] = ()
 
     @property
@@ -76,7 +82,12 @@ class Attached:
             self.model.save_pretrained(folder)  # type: ignore[operator]
         else:
             save_file(trained_state(self.model), folder / TRAINED)
-        described = {"format": FORMAT, "peft": isinstance(self.model, PeftModel), **self.request.arguments()}
+        described = {
+            "format": FORMAT,
+            "peft": isinstance(self.model, PeftModel),
+            **self.request.arguments(),
+            "base_fingerprint": self.base_fingerprint,
+        }
         (folder / DESCRIPTION).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
     def merged(self) -> nn.Module:
@@ -157,11 +168,11 @@ def attach(
         wanted = "want the checkpoint of a model" if request.checkpoint is None else "leave checkpoint out"
         raise InputError(f"{method.name}: got checkpoint = {checkpoint!r}; {wanted}")
     head = tuple(head_modules(model))
-    total = sum(p.numel() for p in model.parameters())
+    total, hashed = sum(p.numel() for p in model.parameters()), fingerprint(model, head)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         built, callbacks = build(model, request, head)
-    return Attached(built, request, head, total, callbacks)
+    return Attached(built, request, head, total, hashed, callbacks)
 
 
 def load(folder: str | Path, base: nn.Module) -> Attached:
@@ -173,18 +184,58 @@ def load(folder: str | Path, base: nn.Module) -> Attached:
     folder = Path(folder)
     described = _described(folder)
     if described["peft"]:
-        request = _request_from(described, base)
-        head = tuple(head_modules(base))
-        total = sum(p.numel() for p in base.parameters())
-        model = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
-        return Attached(model, request, head, total)
+        return _load_peft(folder, described, base)
     attached = attach(base, **{key: described[key] for key in _ARGUMENTS})
     if _is_whole(attached.request):
         stored = type(base).from_pretrained(folder)  # type: ignore[attr-defined]
         base.load_state_dict(stored.state_dict())
-    else:
-        _fill(attached.model, open_checkpoint(folder / TRAINED), folder)
+        return attached
+    _fill(attached.model, open_checkpoint(folder / TRAINED), folder)
+    _compare(folder, described, attached.base_fingerprint)
     return attached
+
+
+def _load_peft(folder: Path, described: Mapping[str, Any], base: nn.Module) -> Attached:
+    """A PEFT adapter on its base, still in training."""
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder}: no {name}; the folder is incomplete: save the method again")
+    request, head = _request_from(described, base), tuple(head_modules(base))
+    total, hashed = sum(p.numel() for p in base.parameters()), fingerprint(base, head)
+    try:
+        model = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
+    except RuntimeError as error:  # shapes that do not fit, several lines of them
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{folder}: does not fit this base; load its own ({reason})") from None
+    _compare(folder, described, hashed)
+    return Attached(model, request, head, total, hashed)
+
+
+def _compare(folder: Path, described: Mapping[str, Any], found: str) -> None:
+    """Say so if the base is another one; a rounded base is a different base too, but a usable one."""
+    if described["base_fingerprint"] != found:
+        warnings.warn(
+            f"{folder}: this base does not hold the weights that {described['method']} was trained on (another "
+            "model, revision or dtype); results will differ",
+            stacklevel=3,
+        )
+
+
+SAMPLE = 4096
+"""Values of each parameter that a fingerprint takes in, evenly spaced."""
+
+
+def fingerprint(model: nn.Module, head: Sequence[str]) -> str:
+    """SHA-256 of names, shapes and a sample of the values of every parameter outside of the head; "" on meta."""
+    outside = tuple(f"{name}." for name in head)
+    hashed = hashlib.sha256()
+    for name, p in model.named_parameters():
+        if p.is_meta:
+            return ""
+        if not name.startswith(outside):
+            sample = p.detach().flatten()[:: max(1, p.numel() // SAMPLE)].float().cpu().numpy()
+            hashed.update(f"{name} {tuple(p.shape)} ".encode() + sample.tobytes())
+    return hashed.hexdigest()
 
 
 _ARGUMENTS = ("method", "rank", "interval", "target_modules", "seed", "checkpoint", "options")
@@ -196,7 +247,7 @@ def _described(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder}: no {DESCRIPTION}; want a folder that a finetuning method saved")
     try:
         described = json.loads(file.read_text(encoding="utf-8"))
-        if described["format"] != FORMAT or not {*_ARGUMENTS, "peft"} <= set(described):
+        if described["format"] != FORMAT or not {*_ARGUMENTS, "peft", "base_fingerprint"} <= set(described):
             raise KeyError
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{file}: damaged, or of a newer version; want format {FORMAT}") from None
