@@ -167,7 +167,7 @@ def main() -> None:
                     [sys.executable, __file__, "--peak", name, folder], check=True, capture_output=True, text=True
                 ).stdout
             )
-            for name in ("cached", "lora", "lora everywhere")
+            for name in ("cached", "lora")
         }
 
     def ratio(a: str, b: str) -> float:

@@ -35,9 +35,7 @@ def states():
 
 
 def values(result, measure, matrix="query"):
-    return [
-        r["value"] for r in result.rows.to_pylist() if r["measure"] == measure and matrix in r["matrix"]
-    ]
+    return [r["value"] for r in result.rows.to_pylist() if r["measure"] == measure and matrix in r["matrix"]]
 
 
 def test_every_null_of_a_small_model(states, tmp_path):
@@ -45,7 +43,8 @@ def test_every_null_of_a_small_model(states, tmp_path):
     result = specbasis.compare(base, tuned, nulls=True, null_samples=3, heads=4, cache=tmp_path / "kept")
     found = set(result.rows["measure"].unique().to_pylist())
     for name in (
-        "p_independent_left", "p_gaussian_right", "null_alignment_permuted_left", "null_alignment_rounding_right",
+        "p_independent_left", "p_gaussian_right", "null_alignment_permuted_left",
+        "null_alignment_rounding_right",
         "predicted_alignment_left", "rotation_factor_left", "size_share_left", "alignment_low_left", "matched_rank",
         "matched_alignment_right", "matched_chance_left", "sampled_alignment_rotated_left", "p_sampled_rounding_left",
         "intruder_cosine_left", "rounding_update_int8", "head_rotation", "degenerate_group_update",
@@ -57,7 +56,9 @@ def test_every_null_of_a_small_model(states, tmp_path):
         assert set(values(result, f"intruder_cosine_{side}")) == {1.0}
     assert set(values(result, "head_rotation")) == {0.0}
     assert not values(result, "p_gaussian_left")
-    low, high, at = (values(result, f"{name}_left", "key") for name in ("alignment_low", "alignment_high", "alignment"))
+    low, high, at = (
+        values(result, f"{name}_left", "key") for name in ("alignment_low", "alignment_high", "alignment")
+    )
     assert all(a <= x <= b + 1e-12 for a, x, b in zip(low, at, high, strict=True))
     again = specbasis.compare(base, tuned, nulls=True, null_samples=3, heads=4, cache=tmp_path / "kept")
     assert values(again, "sampled_alignment_gaussian_left", "key") == values(
@@ -67,7 +68,7 @@ def test_every_null_of_a_small_model(states, tmp_path):
 
 def test_ranks_that_rounding_mixes_are_unresolved(states):
     S = torch.tensor([3.0, 2.0, 1.0 + 1e-4, 1.0, 0.5])
-    W = (torch.linalg.qr(torch.randn(8, 5, generator=torch.Generator().manual_seed(0)))[0] * S)
+    W = torch.linalg.qr(torch.randn(8, 5, generator=torch.Generator().manual_seed(0)))[0] * S
     W = (W @ torch.linalg.qr(torch.randn(8, 5, generator=torch.Generator().manual_seed(1)))[0].T).to(torch.bfloat16)
     T = (W.float() * (1 + 0.01 * torch.randn(8, 8, generator=torch.Generator().manual_seed(2)))).to(torch.bfloat16)
     rows = specbasis.compare({"w": W}, {"w": T}, measures=["alignment*", "degenerate*"]).rows.to_pylist()
@@ -81,7 +82,9 @@ def test_ranks_that_rounding_mixes_are_unresolved(states):
 
 @pytest.mark.parametrize("engine", ["threads", "processes"])
 def test_own_measures_are_rows_like_others(tmp_path, engine):
-    base, tuned = (write(tmp_path / f"{i}.safetensors", s) for i, s in enumerate((bert_state(1), finetuned(bert_state(1)))))
+    base, tuned = (
+        write(tmp_path / f"{i}.safetensors", s) for i, s in enumerate((bert_state(1), finetuned(bert_state(1))))
+    )
     result = specbasis.compare(base, tuned, measures=["rsd", gap_ratio, normed], engine=engine, workers=2)
     assert len(values(result, "gap_ratio", "key")) == 1
     assert values(result, "normed_base", "key")[0] == values(result, "normed_tuned", "key")[0] == 1

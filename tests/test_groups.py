@@ -66,7 +66,7 @@ def test_intruders_are_those_of_peft(shape):
     tuned = peft.get_peft_model(model, peft.LoraConfig(r=3, target_modules=["layer"], lora_alpha=3))
     layer = tuned.base_model.model.layer
     layer.lora_A["default"].weight.data = gaussian(3, shape[1], 5).float()
-    layer.lora_B["default"].weight.data = 0.15 * gaussian(shape[0], 3, 6).float()
+    layer.lora_B["default"].weight.data = 0.6 * gaussian(shape[0], 3, 6).float()
     T = W + layer.get_delta_weight("default").detach()
     said: list[str] = []
     reduce_intruder_dimension(tuned, logging_sink=said.append)

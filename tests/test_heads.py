@@ -41,7 +41,10 @@ def test_rotation_does_not_see_a_rotation_inside_of_the_head():
         ({"num_attention_heads": 32, "num_key_value_heads": 8}, "attention.key", "", (1024, 4096), None, 8),
         ({"num_attention_heads": 32, "num_key_value_heads": 8}, "attention.output", "", (4096, 4096), None, 32),
         ({"n_head": 12}, "attention.value", "", (768, 768), None, 12),
-        ({"decoder_attention_heads": 16, "encoder_attention_heads": 8}, "cross_attention.key", "decoder", (64, 64), None, 16),
+        (
+            {"decoder_attention_heads": 16, "encoder_attention_heads": 8},
+            "cross_attention.key", "decoder", (64, 64), None, 16,
+        ),
         (
             {"text_config": {"num_attention_heads": 8}, "vision_config": {"num_attention_heads": 12}},
             "attention.query", "vision", (768, 768), None, 12,

@@ -96,7 +96,9 @@ def test_p_values_are_uniform_under_the_gaussian_null():
     base = half_svd(W, k, every=True)
     p = []
     for seed in range(1000):
-        D = 0.3 * gaussian(*shape, seed)  # so large that first order is no angle any more: the law holds all the same
+        D = 0.3 * gaussian(
+            *shape, seed
+        )  # so large that first order is no angle any more: the law holds all the same
         found = nulls.p_gaussian(nulls.core(base, half_svd(W + D, 0, minus=W), k, float(D.norm())))
         p.append(torch.stack(found))
     every = torch.stack(p)  # (draws, sides, ranks)
@@ -122,9 +124,10 @@ def test_independent_directions_and_the_best_of_many():
     assert torch.allclose(
         nulls.p_independent(cosines, d), torch.from_numpy(beta.sf(cosines.numpy() ** 2, 0.5, (d - 1) / 2))
     )
-    basis = orthonormal(d, n, 3)
-    best = (basis.mT @ (X / X.norm(dim=0))).abs().amax(0)
+    every = gaussian(1500, n * d, 4).view(1500, n, d)  # other directions for each draw
+    best = torch.einsum("bnd,db->bn", every / every.norm(dim=2, keepdim=True), X / X.norm(dim=0)).abs().amax(1)
     assert kstest(nulls.p_independent(best, d, among=n).numpy(), "uniform").pvalue > 0.01
+    best = (orthonormal(d, n, 3).mT @ (X / X.norm(dim=0))).abs().amax(0)  # orthonormal: the tail is the same
     assert float((best < nulls.chance_quantile(d, 0.95, n)).double().mean()) == pytest.approx(0.95, abs=0.02)
     assert float(nulls.p_independent(torch.tensor([1.0 - 1e-12], dtype=torch.float64), 768)[0]) < 1e-300
 
@@ -139,18 +142,18 @@ def test_sampled_p_values_are_uniform_on_their_steps(kind):
         update = nulls.draw(kind, W, T, g)
         return (a.U[:, :3] * decompose(W + update, 3).U).sum(0).abs()
 
-    for _ in range(60):
-        drawn = torch.stack([aligned() for _ in range(9)])
+    for _ in range(40):
+        drawn = torch.stack([aligned() for _ in range(4)])
         p.append(nulls.p_sampled(aligned(), drawn))
     every = torch.stack(p)[:, 0].numpy()
-    assert every.min() >= 0.1
-    jittered = every - 0.1 * np.random.default_rng(0).random(len(every))  # steps of a tenth made continuous
+    assert every.min() >= 0.2
+    jittered = every - 0.2 * np.random.default_rng(0).random(len(every))  # steps of a fifth made continuous
     assert kstest(jittered, "uniform").pvalue > 0.01
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "permuted", "rotated"])
 def test_a_drawn_update_has_the_size_and_what_its_kind_keeps(kind):
-    W, T = base_of((8, 12)) if False else gaussian(8, 12, 1), gaussian(8, 12, 2)
+    W, T = gaussian(8, 12, 1), gaussian(8, 12, 2)
     D, delta = nulls.draw(kind, W, T, torch.Generator().manual_seed(0)), T - W
     assert float(D.norm()) == pytest.approx(float(delta.norm()))
     if kind == "permuted":
@@ -169,7 +172,9 @@ def test_rounding_is_what_casting_does():
         error = float((W.to(form).double() - W).square().mean())
         assert found.variance[str(form).removeprefix("torch.")] == pytest.approx(error, rel=0.02)
     scale = W.abs().amax(1, keepdim=True) / 127
-    assert found.variance["int8"] == pytest.approx(float(((W / scale).round() * scale - W).square().mean()), rel=0.02)
+    assert found.variance["int8"] == pytest.approx(
+        float(((W / scale).round() * scale - W).square().mean()), rel=0.02
+    )
     assert nulls.rounding(W.to(torch.bfloat16)).stored == "bfloat16"
 
 
@@ -182,7 +187,8 @@ def test_intervals_cover_the_alignment_before_rounding(turn, noise):
     covered = {"left": [], "right": []}
     for seed in range(draws):
         U, V = orthonormal(n, n, 2 * seed), orthonormal(m, n, 2 * seed + 1)
-        R = torch.matrix_exp(turn * (lambda G: G - G.mT)(gaussian(n, n, seed)) / math.sqrt(n))
+        G = gaussian(n, n, seed)
+        R = torch.matrix_exp(turn * (G - G.mT) / math.sqrt(n))
         Ut, Vt = U @ R, V @ R
         clean = (Ut * S) @ Vt.mT
         if noise == "gaussian":

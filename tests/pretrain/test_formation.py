@@ -16,7 +16,7 @@ from specbasis.errors import InputError
 from specbasis.pretrain import formation
 from specbasis.pretrain.formation import Formation, run_formation
 from specbasis.recipes.formation import FIGURES, SMALL, cells_of, paper, write_outcome
-from specbasis.recipes.formation_claims import Curves, at_equal_size, claims, interval, markdown
+from specbasis.recipes.formation_claims import Curves, at_equal_size, claims, interval, markdown, verdict
 from tests.pretrain.pico import TINY, training
 
 
@@ -88,7 +88,7 @@ class Killed(BaseException):
 
 def test_a_killed_grid_goes_on_to_the_same_rows(grid, data, tmp_path, monkeypatch):
     plan, _, rows = grid
-    some = plan.cells()[:3]
+    some = [row.cell for row in rows[:3]]
     real, calls = formation.train, []
 
     def train(*args, **kwargs):
@@ -144,6 +144,21 @@ def test_intervals_are_students():
     want = stats.t.interval(0.95, 2, loc=np.mean(values), scale=stats.sem(values))
     assert interval(values) == pytest.approx((np.mean(values), *want))
     assert math.isnan(interval([1.0])[1])
+
+
+@pytest.mark.parametrize(
+    ("claim", "measure", "ends", "want"),
+    [
+        ("(b) x", "alignment at the end", (0.1, 0.2), "as claimed"),
+        ("(c) x", "alignment at the end", (0.1, 0.2), "opposite"),
+        ("(a) x", "alignment at the end", (-0.1, 0.2), "undecided"),
+        ("(a) x", "alignment at the end", (math.nan, math.nan), "undecided"),
+        ("(b) x", "‖delta‖/‖W‖ at the end", (0.1, 0.2), ""),
+        ("(e) x", "alignment at the end", (0.1, 0.2), ""),
+    ],
+)
+def test_a_verdict_is_where_the_interval_lies(claim, measure, ends, want):
+    assert verdict(claim, measure, *ends) == want
 
 
 def test_equal_size_is_the_point_on_the_curve():

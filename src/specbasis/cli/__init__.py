@@ -17,6 +17,7 @@ from specbasis.cli.adapter import adapter_app
 from specbasis.cli.common import STDERR, STDOUT, line
 from specbasis.cli.population import lineage, population
 from specbasis.cli.reproduce import reproduce_app
+from specbasis.cli.spectra import spectra
 from specbasis.cli.zoo import zoo_app
 from specbasis.errors import InputError
 
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 VERBS = (
-    *(comparing.compare, comparing.report, comparing.inspect),
+    *(comparing.compare, comparing.report, comparing.inspect, spectra),
     *(intervening.edit, intervening.intervene),
     finetuning.finetune,
     *(population, lineage),

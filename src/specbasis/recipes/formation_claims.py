@@ -57,7 +57,7 @@ EXPECTED = {"(a)": 1, "(b)": 1, "(c)": -1}
 
 
 def verdict(claim: str, measure: str, low: float, high: float) -> str:
-    """Whether the interval lies on the claimed side of zero, on the other, or holds it; empty where nothing is claimed."""
+    """Whether the interval lies on the claimed side of zero, on the other, or holds it; empty without a claim."""
     sign = EXPECTED.get(claim[:3], 0)
     if not sign or measure.startswith("‖delta‖"):
         return ""
@@ -104,9 +104,8 @@ def markdown(found: Sequence[Claim]) -> str:
     ]
     for c in found:
         ends = "–" if math.isnan(c.low) else f"{c.low:+.3f} … {c.high:+.3f}"
-        lines.append(
-            f"| {c.claim}: {c.measure} | {c.setting} | {c.group} | {c.effect:+.3f} | {ends} | {c.seeds} | {c.verdict} |"
-        )
+        numbers = f"{c.effect:+.3f} | {ends} | {c.seeds} | {c.verdict}"
+        lines.append(f"| {c.claim}: {c.measure} | {c.setting} | {c.group} | {numbers} |")
     return "\n".join(lines) + "\n"
 
 

@@ -44,7 +44,8 @@ def write_report(results: Results, rows: pa.Table, path: Path) -> Path:
         raise InputError(f"{path}: is a folder; want the file for the page, such as {path / 'report.html'}")
     present = set(rows["pair"].unique().to_pylist())
     labels = [label for label in results.manifest["pairs"] if label in present]
-    pairs = data.read_pairs(rows, labels)
+    own = tuple(measure["name"] for measure in results.manifest.get("measures", []))
+    pairs = data.read_pairs(rows, labels, own)
     bands = [data.bands(pair) for pair in pairs]
     try:
         _save(path, page.render(results.manifest, pairs, bands))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -26,8 +26,29 @@ MARKED_RANKS = (1, 2, 5, 10, 20, 50, 100, 200)
 LEADING = 200
 """Ranks shown where a figure counts ranks one by one (Yu et al. 2026, Fig. 8 and 16B)."""
 
+BESIDE = tuple(
+    f"{kind}_{side}"
+    for kind in ("null_alignment_gaussian", "null_alignment_rounding", "predicted_alignment")
+    for side in SIDES
+)
+"""Measures that stand beside the alignment by rank, where they were taken."""
+
 QUANTILES = (np.arange(100) + 0.5) / 100
 """Where figures over relative rank are read: the middles of one hundred equal parts of the spectrum."""
+
+
+NEEDS = {
+    "alignment": "alignment_",
+    "heat": "alignment_",
+    "overlap": "subspace_overlap_",
+    "change": "singular_value_change",
+    "variance": "explained_variance_",
+    "scatter": "singular_value_ratio",
+    "spectra": "singular_value_",
+    "single": "alignment_",
+    "angles": "subspace_overlap_",
+}
+"""Figure of the page → beginning of the names of the measures without which it would be empty."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,12 +139,14 @@ class Pair:
         rows: its rows.
         matrices: columns name, stack, block (None outside of blocks), role, out, in; one entry per matrix.
         series: the measures, by name; one that has no rows is absent.
+        own: names of a user's own measures.
     """
 
     label: str
     rows: pa.Table
     matrices: dict[str, list[Any]]
     series: dict[str, Series]
+    own: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.matrices["name"])
@@ -186,9 +209,15 @@ class Pair:
         return [entry for entry in levels if np.isfinite(entry[1])]
 
 
-def read_pairs(rows: pa.Table, labels: list[str]) -> list[Pair]:
+def read_pairs(rows: pa.Table, labels: list[str], own: tuple[str, ...] = ()) -> list[Pair]:
     """The pairs with these labels, each with its matrices in the order of the rows."""
-    return [_pair(label, rows.filter(pc.field("pair") == label)) for label in labels]
+    return [replace(_pair(label, rows.filter(pc.field("pair") == label)), own=own) for label in labels]
+
+
+def missing(pairs: Sequence[Pair]) -> list[str]:
+    """The figures of the page for which no pair has rows."""
+    measures = {measure for pair in pairs for measure in pair.series}
+    return [name for name, start in NEEDS.items() if not any(measure.startswith(start) for measure in measures)]
 
 
 def bands(pair: Pair) -> dict[str, dict[str, Band]]:
@@ -212,16 +241,45 @@ def bands(pair: Pair) -> dict[str, dict[str, Band]]:
             sizes.astype(float),
             overlap.dense(int(overlap.index.max(initial=-1)) + 1)[:, sizes],
         )
+    for name in (*BESIDE, *own_ranks(pair)):
+        if name in pair.series:
+            beside = pair.figures(name).thinned(2 * LEADING)
+            columns = np.unique(beside.index)
+            values = beside.dense(int(beside.index.max(initial=-1)) + 1)[:, columns]
+            sources[name] = (columns + 1).astype(np.float64), values
     sources["singular_value_change"] = QUANTILES, pair.figures("singular_value_change").at_quantiles()
     for which in ("base", "tuned"):
         variance = pair.figures(f"explained_variance_{which}")
         sources[f"explained_variance_{which}"] = QUANTILES, variance.at_quantiles()
-        sources[f"explained_variance_{which}_leading"] = shown.astype(float), variance.dense(len(shown))
+        leading = variance.dense(len(shown))
+        # Beyond its last rank a matrix is all explained: left out, it would bend the median where it ends.
+        leading[(variance.lengths[:, None] > 0) & (np.arange(len(shown)) >= variance.lengths[:, None])] = 1.0
+        sources[f"explained_variance_{which}_leading"] = shown.astype(float), leading
     groups = list(pair.groups())
     return {
         profile: {group: _band(x, values[mask]) for group, mask in groups}
         for profile, (x, values) in sources.items()
     }
+
+
+def own_ranks(pair: Pair) -> list[str]:
+    """A user's own measures that have a figure for each rank."""
+    return [name for name in pair.own if name in pair.series and (pair.series[name].index >= 0).any()]
+
+
+def own_numbers(pair: Pair) -> list[str]:
+    """A user's own measures that have one figure for each matrix."""
+    return [name for name in pair.own if name in pair.series and not (pair.series[name].index >= 0).any()]
+
+
+def turned(pair: Pair, measure: str, ranks: int = 10) -> Floats:
+    """Root mean square sine of the angle that the leading resolved ranks of each matrix turned; NaN without any."""
+    series, resolved = pair.figures(measure), pair.figures(measure).resolved
+    keep = resolved & (series.index >= 0) & (series.index < ranks)
+    n = len(pair)
+    total = np.bincount(series.matrix[keep], 1 - np.minimum(series.value[keep], 1) ** 2, n)
+    count = np.bincount(series.matrix[keep], minlength=n)
+    return np.sqrt(np.where(count > 0, total / np.maximum(count, 1), np.nan))
 
 
 def representatives(pair: Pair) -> list[int]:

@@ -16,7 +16,19 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from specbasis.findings import find
-from specbasis.report.data import MARKED_RANKS, SIDES, Band, Floats, Pair, Series, representatives
+from specbasis.report.data import (
+    MARKED_RANKS,
+    SIDES,
+    Band,
+    Floats,
+    Pair,
+    Series,
+    missing,
+    own_numbers,
+    own_ranks,
+    representatives,
+    turned,
+)
 from specbasis.report.tables import HEADINGS, SEVERITIES, VERDICTS, by_reason, cells, evidence
 from specbasis.summary import judge, summarise
 
@@ -26,11 +38,21 @@ MOST_RANKS = 256
 MOST_POINTS = 200_000
 """Matrices × ranks that the page holds before it keeps fewer ranks of each (about 50 bytes a point)."""
 
+HEADS = (
+    "head_rotation",
+    "head_update_share",
+    "head_relative_update",
+    "head_alignment_left",
+    "head_alignment_right",
+)
+"""Measures that the map of heads shows."""
+
 PER_RANK = (
     *(f"{kind}_{side}" for kind in ("alignment", "update_alignment") for side in SIDES),
     *(f"singular_value_{which}" for which in ("base", "tuned", "delta", "change", "ratio")),
     *(f"subspace_overlap_{side}" for side in SIDES),
     *(f"principal_angle_{side}" for side in SIDES),
+    *HEADS,
 )
 """Measures of which the page holds the figures of every matrix."""
 
@@ -75,11 +97,24 @@ def render(manifest: dict[str, Any], pairs: list[Pair], bands: list[dict[str, di
         severities=SEVERITIES,
         style=Markup(_asset("page.css")),
         scripts=[Markup(_inline(script)) for script in scripts],
+        missing=missing(pairs),
         hashes=[_hash(script) for script in scripts],
-        shared=Markup(_json({"table": TABLE, "marked": MARKED_RANKS})),
+        shown={
+            "nulls": any("null_alignment_gaussian_left" in pair.series for pair in pairs),
+            "heads": any(HEADS[0] in pair.series for pair in pairs),
+            "own": any(own_ranks(pair) for pair in pairs),
+        },
+        shared=Markup(_json({"table": _columns(manifest, pairs), "marked": MARKED_RANKS})),
         data=[Markup(_json(_data(pair, band, limit))) for pair, band in zip(pairs, bands, strict=True)],
     )
     return text.encode("utf-8", "replace")
+
+
+def _columns(manifest: dict[str, Any], pairs: list[Pair]) -> list[tuple[str, str, str, str]]:
+    """Columns of the table of matrices: the built-in ones, and a user's own figures of whole matrices."""
+    titles = {measure["name"]: measure["title"] for measure in manifest.get("measures", [])}
+    mine = dict.fromkeys(name for pair in pairs for name in own_numbers(pair))
+    return [*TABLE, *((name, name, titles[name], "f") for name in mine)]
 
 
 def _about(pair: Pair, manifest: dict[str, Any]) -> dict[str, Any]:
@@ -108,6 +143,10 @@ def _data(pair: Pair, bands: dict[str, dict[str, Band]], limit: int) -> dict[str
     whole = {key: pair.whole(key) for key, *_ in TABLE if key not in ("n", "effective_rank_change")}
     whole["effective_rank_change"] = whole["effective_rank_tuned"] - whole["effective_rank_base"]
     whole |= {f"chance_alignment_{side}": pair.whole(f"chance_alignment_{side}") for side in SIDES}
+    whole |= {name: pair.whole(name) for name in pair.own if name not in own_ranks(pair)}
+    for side in SIDES:
+        whole[f"turned_{side}"] = turned(pair, f"alignment_{side}")
+        whole[f"turned_null_{side}"] = turned(pair, f"null_alignment_gaussian_{side}")
     whole["n"] = pair.figures("singular_value_base").lengths.astype(float)
     return {
         "label": pair.label,
@@ -117,6 +156,7 @@ def _data(pair: Pair, bands: dict[str, dict[str, Band]], limit: int) -> dict[str
         "bands": {
             profile: {group: _band(band) for group, band in groups.items()} for profile, groups in bands.items()
         },
+        "own": own_ranks(pair),
         "panels": pair.panels(),
         "chance": {side: pair.chance_levels(side) for side in SIDES},
         "first": representatives(pair)[-1],

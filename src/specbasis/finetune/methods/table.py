@@ -43,7 +43,7 @@ class Method:
             width of the bottleneck, or the number of trained entries for each row (SVFT). None where it has no
             size, or where it follows the model (spectral: K = 300 at width 768).
         learning_rate: default for tasks that ``schedule`` does not list. The paper gives rates for its own method
-            alone; the others' are this project's, in the range of their papers, and want tuning on a split of train.
+            alone; the others' are this project's, in the range of their papers, to be tuned on a split of train.
         epochs: default for such tasks.
         schedule: task → (epochs, learning rate), as published with the paper's own runs.
         options: settings that make it this method; a caller's options override them.

@@ -69,14 +69,22 @@ def outputs(result: Any, mask: Tensor | None) -> list[Tensor]:
 
 
 def agree(got: Sequence[Tensor], want: Sequence[Tensor], relative: float = 0.0) -> bool:
-    """Whether outputs are equal but for rounding: to 64 eps, or a given part, of the greatest of them."""
+    """Whether outputs are equal but for rounding: to a multiple of eps, or a given part, of the greatest of them.
+
+    The multiple is 64 in float32, and 8 in half precision, where 64 would let anything pass.
+    """
     if [t.shape for t in got] != [t.shape for t in want]:
         return False
     pairs = [(a.detach(), b.detach()) for a, b in zip(got, want, strict=True) if b.numel()]
     return all(
-        float((a - b).abs().max()) <= max(relative, 64 * torch.finfo(b.dtype).eps) * float(b.abs().max()) + 1e-12
+        float((a - b).abs().max()) <= max(relative, _rounding(b.dtype)) * float(b.abs().max()) + 1e-12
         for a, b in pairs
     )
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    eps = torch.finfo(dtype).eps
+    return (64 if eps < 1e-5 else 8) * eps
 
 
 def weighted(found: Sequence[Tensor]) -> Tensor | None:

@@ -34,7 +34,6 @@ _CHUNK = 1024  # examples that are sorted by length together and written to one 
 _KEYED = 64  # examples that are collated together to be looked up
 _SPARE = 64 * 2**20  # bytes of the disk that are left alone
 _TORCH = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_STORED: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "bfloat16": np.dtype("<u2")}
 _HEAD = np.dtype([("key", "V16"), ("offset", "<i8"), ("tokens", "<i4"), ("check", "<u4")])
 
 
@@ -75,7 +74,6 @@ class PrefixCache:
         self.cut, self.dtype = cut, dtype
         self.folder = Path(folder) / f"{cut.digest[:32]}-{dtype}"
         self._rows: dict[bytes, _Row] = {}
-        self._maps: dict[Path, np.memmap[Any, Any]] = {}
 
     @classmethod
     def build(
@@ -87,7 +85,7 @@ class PrefixCache:
         folder: Path | str,
         *,
         dtype: Dtype = "float32",
-        batch_size: int = 32,
+        batch_size: int = 16,
         progress: Progress | None = None,
     ) -> PrefixCache:
         """Open the cache and run the prefix once, in evaluation mode, for each example that it lacks.
@@ -131,8 +129,8 @@ class PrefixCache:
         return len(self._rows)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A worker process reads rows only: it opens the files itself and runs no model.
-        return {**self.__dict__, "_maps": {}, "cut": replace(self.cut, actions={})}
+        # A worker process reads rows and runs no model.
+        return {**self.__dict__, "cut": replace(self.cut, actions={})}
 
     @property
     def size(self) -> int:
@@ -177,25 +175,28 @@ class PrefixCache:
                 "the examples it was built for; if they are augmented or masked at random, train without it"
             )
         rows = [row for row in found if row is not None]
+        # Mapped while a batch is read, not longer: pages that stay mapped count as this process's memory.
+        dtype = _TORCH[self.dtype]
+        maps = {
+            file: torch.from_file(str(file), shared=False, size=file.stat().st_size // dtype.itemsize, dtype=dtype)
+            for file in {row.file for row in rows}
+        }
         return {
-            f"{KEY}{n}": _padded(kept, [self._read(n, row) for row in rows], mask)
+            f"{KEY}{n}": _padded(kept, [self._part(maps[row.file], n, row) for row in rows], mask)
             for n, kept in enumerate(self.cut.kept)
         }
 
-    def _read(self, n: int, row: _Row) -> Tensor:
+    def _part(self, numbers: Tensor, n: int, row: _Row) -> Tensor:
+        """One value of an example, from the numbers of its file."""
         start = row.offset + sum(self._numbers(kept, row.tokens) for kept in self.cut.kept[:n])
-        if row.file not in self._maps:
-            # Copy on write, so that torch gets memory it may write to; nothing does.
-            self._maps[row.file] = np.memmap(row.file, _STORED[self.dtype], mode="c")
-        part = self._maps[row.file][start : start + self._numbers(self.cut.kept[n], row.tokens)]
-        return torch.from_numpy(part).view(_TORCH[self.dtype])
+        return numbers[start : start + self._numbers(self.cut.kept[n], row.tokens)]
 
     def _numbers(self, kept: Kept, tokens: int) -> int:
         return kept.width * (tokens if kept.packed else 1)
 
     def _size(self, tokens: int) -> int:
         """Bytes of a row."""
-        return _STORED[self.dtype].itemsize * sum(self._numbers(kept, tokens) for kept in self.cut.kept)
+        return _TORCH[self.dtype].itemsize * sum(self._numbers(kept, tokens) for kept in self.cut.kept)
 
     # Opening.
 
@@ -223,7 +224,7 @@ class PrefixCache:
             data = np.memmap(path, np.uint8, mode="r")
         except (OSError, ValueError):
             return None
-        size = _STORED[self.dtype].itemsize
+        size = _TORCH[self.dtype].itemsize
         end = 0
         for entry in entries:
             start, end = int(entry["offset"]) * size, int(entry["offset"]) * size + self._size(int(entry["tokens"]))
@@ -265,9 +266,11 @@ class PrefixCache:
                     done += len(items)
                     if progress is not None:
                         progress(done, total)
-        except OSError as error:
+        except (OSError, InputError) as error:
             for path in written:
                 path.unlink(missing_ok=True)
+            if isinstance(error, InputError):
+                raise
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise InputError(f"{self.folder}: the prefix cache cannot be written ({error.strerror})") from error
             raise InputError(
@@ -321,7 +324,7 @@ class PrefixCache:
                             )
                         file.write(row)
                         entries[n] = (np.void(missing[n][0]), offset, missing[n][1], zlib.crc32(row))
-                        offset += len(row) // _STORED[self.dtype].itemsize
+                        offset += len(row) // _TORCH[self.dtype].itemsize
                 _sync(file)
             with parts[1].open("wb") as file:
                 file.write(json.dumps(self._head(entries.tobytes())).encode() + b"\n" + entries.tobytes())

@@ -416,6 +416,103 @@ figures.scatter = (width) => {
   return { data, layout: p.layout, key, label: `${points.length} matrices at rank ${state.rank}: size of the update against alignment` };
 };
 
+figures.equal = (width) => {
+  const pair = current(), w = pair.whole, side = state.side;
+  const p = panels(width, [`vectors: ${SIDE_TITLES[side]}`], { columns: 1, height: 360, left: 66 });
+  const marks = [["change of values (RSD)", "rsd", "circle", theme.series[0]], ["rotation of vectors", `turned_${side}`, "square-open", theme.series[1]],
+    ["rotation by noise of this size", `turned_null_${side}`, "x-thin-open", theme.quiet]];
+  const data = [], key = [];
+  let low = 0, high = -6;
+  for (const [name, of, symbol, color] of marks) {
+    const at = pair.matrices.name.map((_, m) => m).filter((m) => w.relative_update[m] > 0 && w[of][m] > 0);
+    if (!at.length) continue;
+    for (const m of at) for (const v of [w.relative_update[m], w[of][m]]) { low = Math.min(low, Math.log10(v)); high = Math.max(high, Math.log10(v)); }
+    data.push({ type: "scatter", mode: "markers", ...p.on(0), meta: name, x: at.map((m) => w.relative_update[m]), y: at.map((m) => w[of][m]),
+      text: at.map((m) => wrapped(pair.matrices.name[m])), marker: { symbol, color, size: 8, line: { color, width: 1.5 } },
+      hovertemplate: `<b>%{text}</b><br>‖Δ‖/‖W‖ %{x:.3g}<br>${name} %{y:.3g}<extra></extra>` });
+    key.push({ name, color, ring: true });
+  }
+  if (!data.length) { p.empty(0, "no update: the matrices are equal"); low = -1; high = 0; }
+  const pad = Math.max(0.1, 0.05 * (high - low));
+  const range = [low - pad, high + pad];
+  data.unshift({ type: "scatter", mode: "lines", ...p.on(0), x: range.map((v) => 10 ** v), y: range.map((v) => 10 ** v), hoverinfo: "skip", meta: "equal",
+    line: { color: theme.quiet, width: 1.25, dash: "dash" } });
+  p.set(0, { type: "log", title: "size of the update, ‖Δ‖/‖W‖", range, ...logTicks(...range, width < 620 ? 5 : 9) }, { type: "log", title: "change", range, ...logTicks(...range, 7) });
+  return { data, layout: p.layout, key: [...key, { name: "equal", still: true, dash: "dash", quiet: true }], label: `Changes of values and vectors against the size of the update in ${pair.label}` };
+};
+
+figures.nulls = (width) => {
+  const pair = current();
+  const p = panels(width, SIDES.map((side) => SIDE_TITLES[side]));
+  const group = { pair, group: "all", width: 2, band: false };
+  const lines = [["observed", "alignment", theme.series[0], "solid"], ["noise of the same size", "null_alignment_gaussian", theme.series[1], "dash"],
+    ["predicted from the update", "predicted_alignment", theme.series[2], "dot"], ["rounding alone", "null_alignment_rounding", theme.series[3], "dashdot"]];
+  const data = [], drawnLines = new Set();
+  SIDES.forEach((side, i) => {
+    let last = 1;
+    for (const [name, measure, color, dash] of lines) {
+      const bands = pair.bands[`${measure}_${side}`];
+      if (!bands) continue;
+      drawnLines.add(name);
+      last = maximum(bands.all.x, last);
+      data.push(...bandTraces(p.on(i), { ...group, name, color, dash }, bands.all, { hover: "rank %{x}: median %{y:.4f}" }));
+    }
+    data.unshift(...chanceTraces(p.on(i), pair, side, last));
+    p.set(i, rankAxis(last), unitAxis("alignment |⟨base, tuned⟩|"));
+    if (drawnLines.size < 2) p.empty(i, "no nulls were taken for this pair");
+  });
+  return { data, layout: p.layout, key: [...lines.filter(([name]) => drawnLines.has(name)).map(([name, , color, dash]) => ({ name, color, dash })), chanceKey],
+    label: `Alignment of ${pair.label} beside that under noise of the same size` };
+};
+
+figures.heads = (width) => {
+  const pair = current(), t = pair.matrices;
+  const has = (m) => rowsOf(pair, "head_rotation", m).x.length > 0;
+  const chosen = pair.panels.map(([stack, role, members]) => [stack, role, members.filter(has)]).filter(([, , members]) => members.length);
+  const narrow = width < 620;
+  const titles = chosen.length ? chosen.map(([stack, role]) => (stack ? `${stack}: ${role}` : role)) : ["heads"];
+  const heights = chosen.length ? chosen.map(([, , members]) => Math.max(70, Math.min(420, members.length * 18))) : [120];
+  const p = panels(width, titles, { heights, columns: 2, lowest: true, left: 46, right: narrow ? 12 : 78 });
+  if (!chosen.length) p.empty(0, "no heads are known in this pair");
+  const data = [];
+  let top = 0;
+  for (const [, , members] of chosen) for (const m of members) top = maximum(rowsOf(pair, "head_rotation", m).y, top);
+  chosen.forEach(([, , members], i) => {
+    const z = members.map((m) => rowsOf(pair, "head_rotation", m).y);
+    const text = members.map((m) => {
+      const share = rowsOf(pair, "head_update_share", m).y, size = rowsOf(pair, "head_relative_update", m).y;
+      const left = rowsOf(pair, "head_alignment_left", m).y, right = rowsOf(pair, "head_alignment_right", m).y;
+      return left.map((v, h) => `<b>${wrapped(t.name[m])}</b><br>alignment ${short(v)} left, ${short(right[h])} right<br>`
+        + `‖Δ‖/‖W‖ ${short(size[h])}, ${isNumber(share[h]) ? short(100 * share[h]) : "–"} % of the update`);
+    });
+    const most = Math.max(...z.map((row) => row.length));
+    data.push({ type: "heatmap", x: Array.from({ length: most }, (_, h) => h + 1), y: members.map((_, k) => k), z, text, ...p.on(i), meta: titles[i],
+      colorscale: "Cividis", zmin: 0, zmax: top || 1, xgap: 1, ygap: 1, showscale: i === 0 && !narrow,
+      colorbar: { title: { text: "rotation<br>", font: { size: 12, color: theme.quiet } }, thickness: 12, len: 200, lenmode: "pixels", y: 1, yanchor: "top", outlinewidth: 0, tickfont: { color: theme.quiet } },
+      hovertemplate: "%{text}<br>head %{x}: rotation %{z:.4f}<extra></extra>" });
+    const every = Math.ceil(members.length / Math.max(1, Math.floor(heights[i] / 15)));
+    const shown = members.map((_, k) => k).filter((k) => k % every === 0);
+    p.set(i, { title: "head", showgrid: false, range: [0.5, most + 0.5], dtick: most > 16 ? 4 : 1 }, { title: "block", showgrid: false, range: [members.length - 0.5, -0.5], tickvals: shown,
+      ticktext: shown.map((k) => blockName(t.block[members[k]])) });
+  });
+  return { data, layout: p.layout, key: narrow && chosen.length ? [{ name: "rotation 0", ramp: true, end: short(top) }] : [], label: `Rotation of each attention head of ${pair.label}, by block` };
+};
+
+figures.own = (width) => {
+  const pair = current();
+  const names = pair.own.length ? pair.own : ["own measures"];
+  const p = panels(width, names, { left: 70 });
+  const data = [];
+  names.forEach((name, i) => {
+    const bands = pair.bands[name];
+    if (!bands) { p.empty(i, "no rows"); return; }
+    data.push(...bandTraces(p.on(i), { name, pair, group: "all", width: 2, band: true, color: theme.series[i % 8], dash: "solid" }, bands.all,
+      { hover: "rank %{x}: median %{y:.4g}" }));
+    p.set(i, rankAxis(maximum(bands.all.x, 1)), { title: name });
+  });
+  return { data, layout: p.layout, key: [], label: `Own measures by rank: ${names.join(", ")}` };
+};
+
 figures.spectra = (width) => {
   const pair = current();
   const p = panels(width, [pair.matrices.name[state.matrix].length > (width < 620 ? 40 : 90) ? "singular values" : pair.matrices.name[state.matrix]],
@@ -535,6 +632,7 @@ const hidden = {};        // figure id -> names of the curves that the reader sw
 const DEPENDS = {
   alignment: ["pair", "curves", "axis"], overlap: ["pair", "curves"], heat: ["pair", "side", "role", "axis"], change: ["pair", "curves"],
   variance: ["pair", "curves", "axis"], scatter: ["pair", "side", "rank", "matrix"], spectra: ["pair", "matrix", "axis"],
+  equal: ["pair", "side"], nulls: ["pair", "axis"], heads: ["pair"], own: ["pair", "axis"],
   single: ["pair", "matrix", "axis"], angles: ["pair", "matrix"],
 };
 
@@ -784,9 +882,9 @@ const observer = new IntersectionObserver((entries) => {
   }
 }, { rootMargin: "500px 0px" });
 const resized = new ResizeObserver(() => requestAnimationFrame(drawVisible));
-for (const figure of document.querySelectorAll("figure.plot")) {
+for (const figure of document.querySelectorAll("figure.plot:not([hidden])")) {
   observer.observe(figure);
   resized.observe(figure.querySelector(".canvas"));
 }
-addEventListener("beforeprint", () => Object.keys(figures).forEach(draw));
+addEventListener("beforeprint", () => Object.keys(figures).filter((id) => control(id) && !control(id).hidden).forEach(draw));
 })();
