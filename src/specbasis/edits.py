@@ -161,13 +161,13 @@ def mask(W: Float[Tensor, "out in"], svd: SVD, ranks: Ranks) -> Float[Tensor, "o
     is_whole = len(svd.S) == min(svd.shape)
     smaller = 2 * len(chosen) < len(drop) or (2 * len(chosen) == len(drop) and not bool(drop[0]))
     direct = smaller or not is_whole
-    part = drop if direct else ~drop
+    part = (drop if direct else ~drop).nonzero().flatten()
     exact = W.to(torch.float64, copy=True)
-    if not part.any():
+    if not len(part):
         return exact if direct else torch.zeros_like(exact)
-    rest = exact - (svd.U[:, part] * svd.S[part]) @ svd.Vh[part]
-    taken = exact - rest
-    return exact - taken if direct else taken
+    rest = exact.addmm(_columns(svd.U, part) * svd.S[part], _columns(svd.Vh.mT, part).mT, alpha=-1)
+    taken = torch.sub(exact, rest, out=rest)
+    return exact.sub_(taken) if direct else taken
 
 
 def keep(W: Float[Tensor, "out in"], svd: SVD, ranks: Ranks) -> Float[Tensor, "out in"]:
@@ -328,11 +328,12 @@ def _corrected(
 ) -> Tensor:
     """W with the triplets of some ranks replaced; what is not given stays."""
     out = W.to(torch.float64, copy=True)
-    old, rows = svd.U[:, ranks] * svd.S[ranks], svd.Vh[ranks]
-    new = (svd.U[:, ranks] if U is None else U) * (svd.S[ranks] if S is None else S)
+    mine, rows, S_old = _columns(svd.U, ranks), _columns(svd.Vh.mT, ranks).mT, svd.S[ranks]
+    old = mine * S_old
+    new = (mine if U is None else U) * (S_old if S is None else S)
     into = rows if Vh is None else Vh
     left, right = new - old, into - rows
-    moved = (left != 0).any(dim=0) | (right != 0).any(dim=1)
+    moved = left.any(dim=0) | right.any(dim=1)
     if 2 * int(moved.sum()) > len(svd.S) == min(svd.shape) and Vh is not None:
         # Most ranks move: what stays and what comes in together are fewer columns than the two products below.
         stays = torch.ones(len(svd.S), dtype=torch.bool)
@@ -344,6 +345,13 @@ def _corrected(
         if len(some):
             out.addmm_(B[:, some], A[some])
     return out
+
+
+def _columns(X: Tensor, ranks: Tensor) -> Tensor:
+    """Some columns: a view where they follow one another, since gathering them costs more than using them."""
+    if len(ranks) and int(ranks[-1] - ranks[0]) + 1 == len(ranks):
+        return X[:, int(ranks[0]) : int(ranks[-1]) + 1]
+    return X[:, ranks]
 
 
 def whole_groups(ranks: Int[Tensor, " r"], gap: float, *spectra: Float[Tensor, " k"]) -> Int[Tensor, " s"]:
@@ -363,8 +371,8 @@ def _aligned(svd: SVD, other: SVD, ranks: Tensor, left: bool, right: bool, group
 
     The only place where signs are decided.
     """
-    U, Vh = other.U[:, ranks], other.Vh[ranks]
-    agreement = left * (U * svd.U[:, ranks]).sum(0) + right * (Vh * svd.Vh[ranks]).sum(1)
+    U, Vh = _columns(other.U, ranks), _columns(other.Vh.mT, ranks).mT
+    agreement = left * (U * _columns(svd.U, ranks)).sum(0) + right * (Vh.mT * _columns(svd.Vh.mT, ranks)).sum(0)
     sign = torch.where(agreement < 0, -1.0, 1.0).to(U.dtype)
     U, Vh = U * sign, Vh * sign[:, None]
     if groups <= 0 or not len(ranks):

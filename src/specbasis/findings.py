@@ -334,7 +334,7 @@ def _low_rank(facts: Facts, threshold: Mapping[str, float]) -> Found:
     text = f"rank {low}" if low == high else f"ranks {low} to {high}"
     return (
         f"the update of {_count(ranks)} has only {text} above the rounding of the weights: a merged low-rank "
-        "adapter, or the like",
+        "adapter, or only some of the rows trained",
         ranks,
         {"lowest_rank": low, "highest_rank": high},
     )

@@ -31,7 +31,7 @@ RANKS = ((1, 10), (11, 30), (31, 100), (101, 200))
 """Ranges of 1-based ranks, both ends included, within which alignment is averaged."""
 
 LEAST = 5
-"""Fewer clusters than this give no correlation: its interval would span everything."""
+"""Fewer units than this give no correlation: its interval would span everything."""
 
 RESAMPLES = 4999
 POWER = 0.8
@@ -69,10 +69,12 @@ class Correlation:
     Attributes:
         modality, depth, ranks: the part.
         method: "spearman" or "pearson".
-        models, clusters: how many models, and bases they come from.
+        models, clusters: how many models, and how many units are drawn and exchanged.
+        unit: what these are: "base", each with all its finetunes; "finetune" where there are fewer than `LEAST`
+            bases: then nothing is said about other bases.
         r: the coefficient, over models.
-        low, high: 95 % interval, by a bootstrap that draws bases with all their finetunes.
-        p: permutation p-value; over the means of each base where a base has several finetunes.
+        low, high: 95 % interval, by a bootstrap that draws units.
+        p: permutation p-value; over the means of each base where these are the units.
         q_bh, q_by: p adjusted for the family: Benjamini–Hochberg, and Benjamini–Yekutieli for any dependence.
         family: how many tests the family has: all parts and modalities of this method.
     """
@@ -83,6 +85,7 @@ class Correlation:
     method: str
     models: int
     clusters: int
+    unit: str
     r: float
     low: float
     high: float
@@ -118,18 +121,20 @@ class Population:
     def power(self) -> list[dict[str, Any]]:
         """For each modality and number of clusters: the least |r| that would have been seen 4 times in 5.
 
-        Keys: modality, clusters, alone (at p < 0.05), family (at 0.05 / tests, the worst that control can ask).
+        Keys: modality, clusters, unit, tests, alone (at p < 0.05), family (at 0.05 / tests, the most that control
+        can ask for).
         """
-        lines = {(c.modality, c.clusters, c.family) for c in self.correlations}
+        lines = {(c.modality, c.clusters, c.unit, c.family) for c in self.correlations if c.family}
         return [
             {
                 "modality": modality,
                 "clusters": clusters,
+                "unit": unit,
                 "tests": family,
                 "alone": detectable(clusters),
                 "family": detectable(clusters, LEVEL / family),
             }
-            for modality, clusters, family in sorted(lines)
+            for modality, clusters, unit, family in sorted(lines)
         ]
 
     def write(self, out: str | Path) -> Path:
@@ -181,7 +186,7 @@ def population(
         roles: only matrices with these roles (a prefix such as "ffn" counts).
 
     Raises:
-        InputError: a folder holds no results, no pair has a score, or scipy is missing.
+        InputError: a folder holds no results, or no pair has a score.
 
     Source: Yu et al. 2026, App. J, Fig. 18; Benjamini & Hochberg 1995; Benjamini & Yekutieli 2001.
     """
@@ -372,7 +377,8 @@ def correlate(
     cells_: Sequence[Mapping[str, Any]], scores: Mapping[str, float], clusters: Mapping[str, str]
 ) -> list[Correlation]:
     """Every cell's alignment against the scores, both methods, each adjusted over its own family."""
-    stats = _scipy()
+    from scipy import stats
+
     groups: dict[tuple[str, str, str], list[tuple[str, float]]] = {}
     for line in cells_:
         if line["pair"] in scores and math.isfinite(line["alignment"]):
@@ -385,19 +391,25 @@ def correlate(
         for place, members in groups.items():
             x = np.array([value for _, value in members])
             y = np.array([scores[name] for name, _ in members])
-            of = np.unique([clusters.get(name, name) for name, _ in members], return_inverse=True)[1]
-            tested.append((place, len(x), int(of.max()) + 1, *_test(stats, method, x, y, of)))
-        valid = [entry for entry in tested if math.isfinite(entry[6])]
-        p = [entry[6] for entry in valid]
+            unit, of = units([name for name, _ in members], clusters)
+            tested.append((place, len(x), int(of.max()) + 1, unit, *_test(stats, method, x, y, of)))
+        valid = [entry for entry in tested if math.isfinite(entry[7])]
+        p = [entry[7] for entry in valid]
         adjusted = {entry[0]: (math.nan, math.nan) for entry in tested}
         if p:
             bh, by = (stats.false_discovery_control(p, method=kind) for kind in ("bh", "by"))
             adjusted |= {entry[0]: (float(a), float(b)) for entry, a, b in zip(valid, bh, by, strict=True)}
         found += [
-            Correlation(*place, method, n, k, r, low, high, p_, *adjusted[place], len(valid))
-            for place, n, k, r, low, high, p_ in tested
+            Correlation(*place, method, n, k, unit, r, low, high, p_, *adjusted[place], len(valid))
+            for place, n, k, unit, r, low, high, p_ in tested
         ]
     return found
+
+
+def units(names: Sequence[str], bases: Mapping[str, str]) -> tuple[str, NDArray[Any]]:
+    """What may be drawn and exchanged, and the number of each model's: bases, or finetunes where bases are few."""
+    of = np.unique([bases.get(name, name) for name in names], return_inverse=True)[1]
+    return ("base", of) if of.max(initial=-1) + 1 >= LEAST else ("finetune", np.arange(len(names)))
 
 
 def _test(stats: Any, method: str, x: Floats, y: Floats, of: NDArray[Any]) -> tuple[float, float, float, float]:
@@ -444,16 +456,6 @@ def detectable(n: int, level: float = LEVEL, power: float = POWER) -> float:
         return math.nan
     z = NormalDist().inv_cdf(1 - level / 2) + NormalDist().inv_cdf(power)
     return math.tanh(z / math.sqrt(n - 3))
-
-
-def _scipy() -> Any:
-    try:
-        from scipy import stats
-    except ImportError as error:
-        raise InputError(
-            "correlations need scipy, which is not installed: pip install 'specbasis[population]'"
-        ) from error
-    return stats
 
 
 def _values(names: Sequence[str]) -> Any:

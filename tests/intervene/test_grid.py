@@ -190,8 +190,8 @@ def test_a_bad_grid_is_refused_before_any_work(models, tmp_path, options, messag
     assert not (tmp_path / "out").exists()
 
 
-def test_sharing_is_one_for_equal_models_and_goes_with_overlap(models, tmp_path):
-    twin = write(tmp_path / "twin.safetensors", dict(open_checkpoint(models["one"])))
+def test_sharing_is_one_for_nearly_equal_models_and_goes_with_overlap(models, tmp_path):
+    twin = write(tmp_path / "twin.safetensors", finetuned(dict(open_checkpoint(models["one"])), 1e-4, 9))
     subjects = {
         "one": Subject(models["one"], Closeness(models["one"]), load),
         "twin": Subject(str(twin), Closeness(str(twin)), load),
@@ -206,8 +206,8 @@ def test_sharing_is_one_for_equal_models_and_goes_with_overlap(models, tmp_path)
     by_pair = {(row.tuned, row.source, row.ranks): row for row in table}
     assert len(table) == 2 * 2 * 2
     for k in (2, 6):
-        assert by_pair["one", "twin", k].index == 1
-        assert by_pair["one", "twin", k].overlap == pytest.approx(1)
+        assert by_pair["one", "twin", k].index == pytest.approx(1, abs=0.01)
+        assert by_pair["one", "twin", k].overlap == pytest.approx(1, abs=0.01)
         from_base = by_pair["one", "base", k]
         assert from_base.low <= from_base.index <= from_base.high < 1
         assert from_base.chance < from_base.overlap < 1

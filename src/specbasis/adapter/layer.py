@@ -290,6 +290,7 @@ class SpectralLinear(nn.Module):
         self.spectral_M[adapter_name] = nn.Parameter(torch.zeros(m - k, m - k, dtype=torch.float32, device=device))
         if not (from_file or later or device == meta):
             self._found(adapter_name, shard)
+            self._start(adapter_name)
             return
         U = torch.zeros(shape[0], m - k, device=device)
         self._store(adapter_name, U, torch.zeros(m - k, shape[1], device=device), empty_proof(m - k), shard)
@@ -298,18 +299,21 @@ class SpectralLinear(nn.Module):
             self._awaited[adapter_name] = {part for part in _FROZEN if keep_basis or part not in _FROZEN[:2]}
 
     def _found(self, name: str, shard: bool) -> None:
-        """Give a new adapter its basis, that of another adapter of this layer or a computed one, and its start."""
-        settings, twin = self.settings[name], self._twin(name)
+        """Give a new adapter its basis, that of another adapter of this layer or a computed one."""
+        twin = self._twin(name)
         if twin is not None and twin in self._exact:
             self._store(name, self.spectral_U[twin], self.spectral_Vh[twin], self.proof(twin), shard)
         else:
             W, basis = self.weight_matrix(), self._basis(name)
-            self._store(name, basis.U, basis.Vh, prove(basis, settings.interval, W), shard)
+            self._store(name, basis.U, basis.Vh, prove(basis, self.settings[name].interval, W), shard)
         self._exact.add(name)
         self._unproven.discard(name)
         self._rate(name)
+
+    def _start(self, name: str) -> None:
+        """Random coefficients, where the settings want them."""
+        settings, M = self.settings[name], self.spectral_M[name]
         if settings.init == "normal":
-            M = self.spectral_M[name]
             unit = 1.0 if settings.scale == "sigma" else float(self.spectral_S[name].mean())
             nn.init.normal_(M, std=0.005 * unit / math.sqrt(len(M)))
 
@@ -350,6 +354,10 @@ class SpectralLinear(nn.Module):
             self._proofs(), (proof.origin, proof.S, proof.sketch_U, proof.sketch_V), strict=True
         ):
             frozen.put(name, tensor.to(device))
+
+    def _shards(self, name: str) -> bool:
+        """Whether an adapter's factors are parameters."""
+        return name in self.spectral_U._parameters
 
     def _proofs(self) -> tuple[Frozen, Frozen, Frozen, Frozen]:
         return self.spectral_origin, self.spectral_S, self.spectral_sketch_U, self.spectral_sketch_V
@@ -405,9 +413,10 @@ class SpectralLinear(nn.Module):
         """
         settings, proof, W = self.settings[adapter_name], self.proof(adapter_name), self.weight_matrix()
         name = f"{self.module_name} (adapter {adapter_name!r})"
-        shard = adapter_name in self.spectral_U._parameters
+        shard = self._shards(adapter_name)
         if not bool(proof.origin.any()) and not bool(self.spectral_M[adapter_name].any()):
             self._found(adapter_name, shard)
+            self._start(adapter_name)
             return
         if bool(proof.origin.any()) and proof.interval != settings.interval:
             raise InputError(
@@ -692,11 +701,14 @@ def find_bases(layers: Iterable[SpectralLinear], adapter_name: str) -> None:
         workers = min(threads, len(small), MOST_AT_ONCE)
         try:
             with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as executor:
-                list(executor.map(lambda layer: layer.prove_loaded(adapter_name), small))
+                list(executor.map(lambda layer: layer._found(adapter_name, layer._shards(adapter_name)), small))
         finally:
             torch.set_num_threads(threads)  # BLAS libraries hold this number for the whole process
-    for layer in waiting:
-        layer._settle(adapter_name)
+    for layer in waiting:  # random numbers are drawn in order, whatever ran side by side
+        if adapter_name in layer._unproven:
+            layer.prove_loaded(adapter_name)
+        else:
+            layer._start(adapter_name)
 
 
 def innermost(layer: nn.Module) -> nn.Module:

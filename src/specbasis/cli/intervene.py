@@ -86,6 +86,8 @@ def intervene(
     data_dir: Annotated[
         Path | None, typer.Option(help="GLUE in its official layout; default: from the Hub")
     ] = None,
+    text: Annotated[str, typer.Option(help="columns of a table that hold the one or two texts")] = "",
+    label: Annotated[str, typer.Option(help="its column with the label")] = "",
     resamples: Annotated[int, typer.Option(help="of the intervals and tests")] = 1000,
     cache: Annotated[Path | None, typer.Option(help="folder of decompositions")] = None,
     cache_size: Annotated[str, typer.Option(help="what that folder may take")] = "20GB",
@@ -98,12 +100,17 @@ def intervene(
     from specbasis.intervene.report import write_figures
 
     found: dict[str, Subject] = {}
-    for text in subjects:
-        label, task, source = _subject(text)
-        if label in found:
-            raise InputError(f"two models are called {label!r}; write LABEL=TASK=TUNED")
-        options = {"data_dir": None if data_dir is None else str(data_dir), "limit": limit}
-        found[label] = Subject(source, judge(task, **options))
+    options = {
+        "data_dir": None if data_dir is None else str(data_dir),
+        "limit": limit,
+        "text": words(text),
+        "label": label,
+    }
+    for given in subjects:
+        name, task, source = _subject(given)
+        if name in found:
+            raise InputError(f"two models are called {name!r}; write LABEL=TASK=TUNED")
+        found[name] = Subject(source, judge(task, **options))
     with progress() as tell:
         rows = run(
             base,

@@ -70,11 +70,12 @@ def population(
             line(
                 f"{c.method} {place}: r {number(c.r, '.2f')} [{number(c.low, '.2f')}, {number(c.high, '.2f')}], "
                 f"p {number(c.p, '.3g')}, BH {number(c.q_bh, '.3g')}, BY {number(c.q_by, '.3g')} "
-                f"({c.models} models, {c.clusters} bases, {c.family} tests)"
+                f"({c.models} models, {c.clusters} {c.unit}s, {c.family} tests)"
             )
         for entry in whole.power:
             line(
-                f"power{' in ' + entry['modality'] if entry['modality'] else ''}: {entry['clusters']} bases show "
+                f"power{' in ' + entry['modality'] if entry['modality'] else ''}: "
+                f"{entry['clusters']} {entry['unit']}s show "
                 f"|r| ≥ {number(entry['alone'], '.2f')} 4 times in 5 in one test, "
                 f"≥ {number(entry['family'], '.2f')} among {entry['tests']} tests"
             )

@@ -75,12 +75,16 @@ class Classification:
         source: name of a GLUE task, path of a table of texts, or of a folder of images with one folder a class.
         data_dir: folder with GLUE in its official layout; without it GLUE comes from the Hub.
         limit: judge on this many examples of the dev set, drawn once with a fixed seed; all where it has fewer.
+        text: the columns of a table that hold the one or two texts.
+        label: its column with the label.
         max_length: tokens at which texts are cut.
     """
 
     source: str
     data_dir: str | None = None
     limit: int | None = None
+    text: tuple[str, ...] = ()
+    label: str = ""
     max_length: int = 256
     _batches: dict[str, list[tuple[list[int], dict[str, Tensor]]]] = field(default_factory=dict, repr=False)
 
@@ -90,7 +94,13 @@ class Classification:
     @cached_property
     def _data(self) -> tuple[Task, Split]:
         own = Path(self.source).expanduser()
-        data = load_task(self.source, data_dir=self.data_dir, dev=own if own.exists() else None)
+        data = load_task(
+            self.source,
+            data_dir=self.data_dir,
+            dev=own if own.exists() else None,
+            text=self.text,
+            label=self.label,
+        )
         split = next(iter(data.dev.values()))
         if self.limit is not None and self.limit < len(split):
             chosen = np.random.default_rng(0).choice(len(split), self.limit, replace=False)
@@ -534,13 +544,13 @@ class Harness:
 # --- what they share ----------------------------------------------------------------------------------------------
 
 
-def judge(text: str, **options: Any) -> Judge:
+def judge(text: str, /, **options: Any) -> Judge:
     """The evaluator that a text names: ``glue:TASK``, ``table:FILE``, ``images:FOLDER``, ``text:FILE``,
     ``anarcii:RECEPTOR`` or ``harness:TASK,TASK``.
 
     Args:
         text: as above.
-        options: ``data_dir`` (GLUE) and ``limit`` (all of them).
+        options: ``data_dir`` (GLUE), ``text`` and ``label`` (tables), ``limit`` (all of them).
 
     Raises:
         InputError: none of these.
@@ -554,7 +564,9 @@ def judge(text: str, **options: Any) -> Judge:
 
 _JUDGES: Mapping[str, Callable[[str, Mapping[str, Any]], Any]] = {
     "glue": lambda what, o: Classification(task_named(what).name, o.get("data_dir"), o.get("limit")),
-    "table": lambda what, o: Classification(what, None, o.get("limit")),
+    "table": lambda what, o: Classification(
+        what, None, o.get("limit"), tuple(o.get("text", ())), o.get("label", "")
+    ),
     "images": lambda what, o: Classification(what, None, o.get("limit")),
     "text": lambda what, o: Text(what, o.get("limit")),
     "anarcii": lambda what, o: Numbering(what, o.get("limit") or 240),

@@ -59,7 +59,8 @@ def edited(
                     for ref, new in refs.items():
                         W = ref.read(stored)
                         changed = new(W) if callable(new) else new
-                        if not bool(torch.isfinite(changed).all()):
+                        # A sum is finite where every entry is, and read several times faster.
+                        if not (bool(torch.isfinite(changed.sum())) or bool(torch.isfinite(changed).all())):
                             raise InputError(f"{ref.key.name}: the edited matrix holds NaN or Inf")
                         done.append((ref, W.clone() if originals is None else None))
                         ref.write(stored[ref.parameter], changed)

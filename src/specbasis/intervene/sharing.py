@@ -85,7 +85,8 @@ def sharing(
         metric = metrics[cell["tuned"]]
         sign = -1.0 if metric.endswith(tuple(lower_is_better)) else 1.0
         controls = [other for other in found if _is_control(other.cell, cell)]
-        if not controls or f"{metric}.change_low" not in row.values:
+        # A swap that changes no weight is one between equal models, and says nothing about sharing.
+        if not controls or f"{metric}.change_low" not in row.values or row.values["size"] == 0:
             continue
         random = sign * float(np.mean([other.values[f"{metric}.change"] for other in controls]))
         harmful = random < 0 and all(other.values[f"{metric}.p"] < 0.05 for other in controls)

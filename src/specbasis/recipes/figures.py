@@ -1,8 +1,9 @@
 """Figures 2A–C, 3, 6, 8, 10, 11, 16, 18, 19, 20 and Tab. 4 of Yu et al. 2026, from the rows of comparisons.
 
 A recipe is data: what the figure shows, which measures it reads, and the function that draws it. Each figure
-carries what chance, or a random update, would give, and an interval: over models where there are `ENOUGH` bases (drawn
-with all their finetunes), else the quartiles over matrices. Beside the picture stands a table of what is drawn.
+carries what chance, or a random update, would give, and an interval: over bases with all their finetunes, or over
+the finetunes of few bases, where there are `ENOUGH`; else the quartiles over matrices. Beside the picture stands a
+table of what is drawn.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from specbasis.compare import Comparison
 from specbasis.errors import InputError
 from specbasis.findings import as_json
-from specbasis.population import DEPTHS, Correlation, Member, Population, gather, population
+from specbasis.population import DEPTHS, Correlation, Member, Population, gather, population, units
 from specbasis.recipes.zoo import zoo
 from specbasis.report.data import QUANTILES, SIDES, Pair, read_pairs
 from specbasis.summary import matrix_facts
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ENOUGH = 5
-"""Fewer bases than this give no interval over models."""
+"""Fewer bases, and fewer finetunes, than this give no interval over models."""
 
 DRAWS = 500
 
@@ -150,7 +151,14 @@ def reproduce(
         groups.setdefault(m.modality, []).append(Model(m, read_pairs(m.comparison.rows, [m.pair])[0]))
     material = Material(groups, whole)
     _require(recipe, material)
-    figure, table = recipe.draw(material)
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise InputError("figures need matplotlib: pip install 'specbasis[report]'") from error
+    from specbasis.report.figures import STYLE
+
+    with matplotlib.rc_context(STYLE), np.errstate(invalid="ignore"):
+        figure, table = recipe.draw(material)
     return _write(recipe, material, figure, table, Path(out))
 
 
@@ -269,12 +277,12 @@ def _curve(model: Model, measure: str, mask: NDArray[np.bool_], width: int) -> F
 
 
 def _over(models: Sequence[Model], each: Sequence[Floats]) -> tuple[Floats, Floats, Floats]:
-    """(middle, low, high) down the columns: mean over models with a bootstrap over bases, or quartiles over matrices.
+    """(middle, low, high) down the columns: mean over models and its bootstrap, or quartiles over matrices.
 
     ``each`` has for every model its (matrices, places).
     """
     means = np.array([_mean(values) for values in each])
-    of = np.unique([m.member.base for m in models], return_inverse=True)[1]
+    _, of = _units(models)
     if of.max(initial=-1) + 1 >= ENOUGH:
         rng = np.random.default_rng(0)
         members = [np.flatnonzero(of == c) for c in range(of.max() + 1)]
@@ -293,7 +301,7 @@ def _mean(values: Floats) -> Floats:
     finite = np.isfinite(values)
     count = finite.sum(0)
     total = np.where(finite, values, 0.0).sum(0)
-    return np.divide(total, count, out=np.full(values.shape[1], np.nan), where=count > 0)
+    return np.asarray(np.divide(total, count, out=np.full(values.shape[1], np.nan), where=count > 0))
 
 
 def _quantiles(values: Floats, at: Sequence[float]) -> list[Floats]:
@@ -302,8 +310,13 @@ def _quantiles(values: Floats, at: Sequence[float]) -> list[Floats]:
 
 
 def _spread_name(models: Sequence[Model]) -> str:
-    bases = len({m.member.base for m in models})
-    return f"95 % over {bases} bases" if bases >= ENOUGH else "quartiles over matrices"
+    unit, of = _units(models)
+    n = int(of.max(initial=-1)) + 1
+    return f"95 % over {n} {unit}s" if n >= ENOUGH else "quartiles over matrices"
+
+
+def _units(models: Sequence[Model]) -> tuple[str, NDArray[Any]]:
+    return units([m.name for m in models], {m.name: m.member.base for m in models})
 
 
 def _level(models: Sequence[Model], side: str, masks: Sequence[NDArray[np.bool_]]) -> float:
@@ -313,15 +326,11 @@ def _level(models: Sequence[Model], side: str, masks: Sequence[NDArray[np.bool_]
 
 
 def _panels(down: int, across: int, title: str, size: tuple[float, float] = (3.4, 2.5)) -> tuple[Any, Any]:
-    import matplotlib
     from matplotlib.figure import Figure
 
-    from specbasis.report.figures import STYLE
-
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(size[0] * across, size[1] * down + 0.5), layout="constrained")
-        figure.suptitle(title, x=0.01, ha="left", weight="bold", size=10)
-        return figure, figure.subplots(down, across, squeeze=False)
+    figure = Figure(figsize=(size[0] * across, size[1] * down + 0.5), layout="constrained")
+    figure.suptitle(title, x=0.01, ha="left", weight="bold", size=10)
+    return figure, figure.subplots(down, across, squeeze=False)
 
 
 def _title(modality: str, text: str) -> str:
@@ -341,6 +350,18 @@ def _rank_axis(ax: Any, last: int) -> None:
 
     ax.set_xlim(1, max(last, 2))
     _from_one(ax)
+
+
+def _logarithmic(ax: Any, which: str) -> None:
+    """A logarithmic axis whose ticks are plain characters: a figure's text is never read as a formula."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    from specbasis.report.figures import _power
+
+    getattr(ax, f"set_{which}scale")("log")
+    axis = getattr(ax, f"{which}axis")
+    axis.set_major_formatter(FuncFormatter(_power))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _alignment_panel(
@@ -527,7 +548,7 @@ def _scatter(ax: Any, points: Table) -> Any:
     x, y, c, null = (
         np.array([p[key] for p in points]) for key in ("ratio", "alignment", "update_alignment", "random_update")
     )
-    ax.set_xscale("log")
+    _logarithmic(ax, "x")
     have = np.isfinite(null)
     ax.scatter(
         x[have], null[have], marker="_", color=COLORS[1], s=14, lw=0.9, label="random update of the same size"
@@ -597,7 +618,7 @@ def figure3(material: Material) -> tuple[Figure, Table]:
             label = "update Δ" if which == "delta" else which
             x = series.index[part][shown] + 1
             ax.plot(x, value[shown], color=COLORS[(0, 1, 6)[i]], ls=DASHES[i], label=label)
-        ax.set_yscale("log")
+        _logarithmic(ax, "y")
         ax.set(xlabel="rank i", ylabel="singular value")
         told = f"{point['matrix'][-34:]}\nratio {point['ratio']:.2g}, alignment {point['alignment']:.2f}"
         ax.set_title(f"{panel}\n{told}", size=7)
@@ -637,7 +658,7 @@ def figure6(material: Material) -> tuple[Figure, Table]:
                 {"modality": modality, "pair": m.name, "quantile": float(q), "median_change_percent": float(v)}
                 for q, v in zip(QUANTILES, median[0], strict=True)
             ]
-        middle, low, high = _over(models, each if len(models) < ENOUGH else medians)
+        _, low, high = _over(models, each if len(models) < ENOUGH else medians)
         ax.fill_between(shown, low, high, color=QUIET, alpha=0.15, lw=0, label=_spread_name(models))
         floor = [100 * m.pair.whole("rounding_update") for m in models]
         level = float(np.nanmax([np.nanmedian(f) if np.isfinite(f).any() else np.nan for f in floor] + [0.0]))
@@ -655,7 +676,7 @@ def figure6(material: Material) -> tuple[Figure, Table]:
 
 
 def _last_ffn(model: Model, notes: list[str]) -> list[int]:
-    """The FFN matrices of the last block of each stack; those of the last block, with a note, where there are none."""
+    """The FFN matrices of the last block of each stack; all of that block, with a note, where there are none."""
     mask = _chosen(model, "ffn", notes)
     stacks, blocks = (np.array(model.pair.matrices[key], object) for key in ("stack", "block"))
     found = []
@@ -761,7 +782,7 @@ def figure20(material: Material) -> tuple[Figure, Table]:
                 {"pair": m.name, "matrix": m.pair.matrices["name"][i], "ratio_rank_1": float(ratio)}
                 | {"relative_update": float(m.pair.whole("relative_update")[i]), "random_update_s1": float(noise)}
             )
-        ax.set_yscale("log")
+        _logarithmic(ax, "y")
         ax.set(xlabel="rank i", ylabel="singular value")
         ax.set_title(m.name[-36:], size=8)
         ax.text(0.02, 0.02, "dotted: S₁ of random entries of Δ's norm", transform=ax.transAxes, size=6, color=QUIET)
@@ -770,7 +791,7 @@ def figure20(material: Material) -> tuple[Figure, Table]:
 
 
 def figure18(material: Material) -> tuple[Figure, Table]:
-    """Correlation of alignment and score by depth and range of ranks; a dot where it survives BY, a ring where BH."""
+    """Correlation of alignment and score by depth and ranks; a dot where it survives BY, a ring where BH."""
     from specbasis.report.figures import QUIET
 
     assert material.population is not None
@@ -787,7 +808,10 @@ def figure18(material: Material) -> tuple[Figure, Table]:
             ax.set_title(_title(modality, method))
             power = next((p for p in material.population.power if p["clusters"] == n), None)
             if power:
-                told = f"{n} bases: |r| ≥ {power['alone']:.2f} seen 4 times in 5; ≥ {power['family']:.2f} in {tests} tests"
+                told = (
+                    f"{n} {power['unit']}s: |r| ≥ {power['alone']:.2f} seen 4 times in 5; "
+                    f"≥ {power['family']:.2f} in {tests} tests"
+                )
                 ax.set_xlabel(f"range of ranks\n{told}", size=7, color=QUIET)
     table: Table = [asdict(c) for c in found]
     return figure, table
@@ -809,7 +833,7 @@ def _correlations(figure: Any, ax: Any, mine: Sequence[Correlation], ranks: Sequ
 
 
 def table4(material: Material) -> tuple[None, Table]:
-    """Change of the spectrum of the FFN matrices of the last block, with what size and rounding alone would give."""
+    """Change of the spectrum of the FFN matrices of the last block, with what size and rounding would give."""
     table: Table = []
     for m in material.models:
         facts = {f["matrix"]: f for f in matrix_facts(m.pair.rows, m.member.pair)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -35,6 +35,20 @@ BESIDE = tuple(
 
 QUANTILES = (np.arange(100) + 0.5) / 100
 """Where figures over relative rank are read: the middles of one hundred equal parts of the spectrum."""
+
+
+NEEDS = {
+    "alignment": "alignment_",
+    "heat": "alignment_",
+    "overlap": "subspace_overlap_",
+    "change": "singular_value_change",
+    "variance": "explained_variance_",
+    "scatter": "singular_value_ratio",
+    "spectra": "singular_value_",
+    "single": "alignment_",
+    "angles": "subspace_overlap_",
+}
+"""Figure of the page → beginning of the names of the measures without which it would be empty."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,6 +214,12 @@ def read_pairs(rows: pa.Table, labels: list[str], own: tuple[str, ...] = ()) -> 
     return [replace(_pair(label, rows.filter(pc.field("pair") == label)), own=own) for label in labels]
 
 
+def missing(pairs: Sequence[Pair]) -> list[str]:
+    """The figures of the page for which no pair has rows."""
+    measures = {measure for pair in pairs for measure in pair.series}
+    return [name for name, start in NEEDS.items() if not any(measure.startswith(start) for measure in measures)]
+
+
 def bands(pair: Pair) -> dict[str, dict[str, Band]]:
     """Medians and quartiles over matrices, for all of them and for each role: {profile: {group: band}}.
 
@@ -231,7 +251,10 @@ def bands(pair: Pair) -> dict[str, dict[str, Band]]:
     for which in ("base", "tuned"):
         variance = pair.figures(f"explained_variance_{which}")
         sources[f"explained_variance_{which}"] = QUANTILES, variance.at_quantiles()
-        sources[f"explained_variance_{which}_leading"] = shown.astype(float), variance.dense(len(shown))
+        leading = variance.dense(len(shown))
+        # Beyond its last rank a matrix is all explained: left out, it would bend the median where it ends.
+        leading[(variance.lengths[:, None] > 0) & (np.arange(len(shown)) >= variance.lengths[:, None])] = 1.0
+        sources[f"explained_variance_{which}_leading"] = shown.astype(float), leading
     groups = list(pair.groups())
     return {
         profile: {group: _band(x, values[mask]) for group, mask in groups}

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from specbasis.report.data import SIDES, Band, Pair, representatives
+from specbasis.report.data import SIDES, Band, Pair, missing, representatives
 
 COLORS = ("#0072b2", "#c2410c", "#00795c", "#a8357f", "#7d6200", "#5a4fcf", "#4f5b66", "#9b1c31")
 DASHES: tuple[Any, ...] = ("solid", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
@@ -53,11 +53,16 @@ STYLE = {
 def draw(pairs: Sequence[Pair], bands: Sequence[Bands]) -> Iterator[tuple[str, bytes]]:
     """(file name, content) of every figure, each as PNG and as SVG."""
     labels = [_plain(pair.label) for pair in pairs]
+    left_out = {file for file, figure in PAGE_NAMES.items() if figure in missing(pairs)}
     for name, over_pairs in OVER_PAIRS.items():
+        if name in left_out:
+            continue
         yield from render(name, lambda f=over_pairs: f(pairs, labels, bands))
     for i, (pair, label) in enumerate(zip(pairs, labels, strict=True)):
         tail = f"-{i + 1}-{re.sub(r'[^A-Za-z0-9._-]+', '_', pair.label)[-40:]}" if len(pairs) > 1 else ""
         for name, of_pair in OF_PAIR.items():
+            if name in left_out:
+                continue
             yield from render(name + tail, lambda f=of_pair, p=pair, t=label: f(p, t))
 
 
@@ -330,6 +335,18 @@ OF_PAIR: dict[str, Callable[[Pair, str], Figure]] = {
     "ratio_against_alignment": ratio_against_alignment,
     "spectra": spectra,
 }
+
+
+PAGE_NAMES = {
+    "alignment_by_rank": "alignment",
+    "subspace_overlap": "overlap",
+    "singular_value_change": "change",
+    "explained_variance": "variance",
+    "alignment_heatmap": "heat",
+    "ratio_against_alignment": "scatter",
+    "spectra": "spectra",
+}
+"""File → the page's figure of the same."""
 
 
 # --- parts ------------------------------------------------------------------------------------------------------

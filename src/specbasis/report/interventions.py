@@ -204,7 +204,9 @@ def _figure(
             }
             handles[line.name] = ax.errorbar(x, y, spread, elinewidth=0.8, capsize=1.5, **style)
         ax.set_xticks(range(len(ticks)), [str(size) for size in ticks])
-        ax.set(title=f"{label}, {group}" if len(groups) > 1 else label, xlabel="number of ranks")
+        ax.set_title(f"{label}, {group}" if len(groups) > 1 else label)
+        if group == groups[-1]:
+            ax.set_xlabel("number of ranks")
         ax.set_ylabel(f"change of {metric}" if plot.change else metric)
     figure.legend(handles.values(), handles, loc="lower left", ncols=max(2, 2 * len(labels)), fontsize=8)
     return figure
@@ -268,8 +270,7 @@ def _sharing(table: Sequence[Shared], here: Sequence[Shared], roles: str, ranks:
     ax.axhline(1, color=QUIET, lw=0.8, ls=(0, (4, 3)))
     ax.axhline(0, color=QUIET, lw=0.8)
     ax.set(title="every swap", xlabel="overlap of subspaces", ylabel="sharing index")
-    if ax.get_legend_handles_labels()[0]:
-        ax.legend(fontsize=7.5)
+    figure.legend(*ax.get_legend_handles_labels(), loc="lower right", ncols=4, fontsize=7.5)
     return figure
 
 

@@ -23,6 +23,7 @@ from specbasis.report.data import (
     Floats,
     Pair,
     Series,
+    missing,
     own_numbers,
     own_ranks,
     representatives,
@@ -96,6 +97,7 @@ def render(manifest: dict[str, Any], pairs: list[Pair], bands: list[dict[str, di
         severities=SEVERITIES,
         style=Markup(_asset("page.css")),
         scripts=[Markup(_inline(script)) for script in scripts],
+        missing=missing(pairs),
         hashes=[_hash(script) for script in scripts],
         shown={
             "nulls": any("null_alignment_gaussian_left" in pair.series for pair in pairs),

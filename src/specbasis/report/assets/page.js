@@ -882,9 +882,9 @@ const observer = new IntersectionObserver((entries) => {
   }
 }, { rootMargin: "500px 0px" });
 const resized = new ResizeObserver(() => requestAnimationFrame(drawVisible));
-for (const figure of document.querySelectorAll("figure.plot")) {
+for (const figure of document.querySelectorAll("figure.plot:not([hidden])")) {
   observer.observe(figure);
   resized.observe(figure.querySelector(".canvas"));
 }
-addEventListener("beforeprint", () => Object.keys(figures).filter(control).forEach(draw));
+addEventListener("beforeprint", () => Object.keys(figures).filter((id) => control(id) && !control(id).hidden).forEach(draw));
 })();
