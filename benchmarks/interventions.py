@@ -5,8 +5,8 @@
 TUNED and BASE are folders of a BERT-like encoder, such as a sentence encoder and its finetune. Judging is a forward
 pass over sentences of 32 tokens. Processor time is compared, which other programs on the machine change little.
 Memory is the growth of what the process holds for itself (anonymous pages: files that are mapped, which the kernel
-can drop at any time, do not count), the largest value seen while the edits run, over what there was with the model
-loaded and judged once.
+can drop at any time, do not count), the largest value seen while the grid runs, its live model included, over what
+there was before it. A model was loaded, judged and dropped before, so that libraries do not count.
 """
 
 from __future__ import annotations

@@ -124,8 +124,7 @@ def _power_law(squares: np.ndarray) -> tuple[float, float, float, float, int]:
         return math.nan, math.nan, math.nan, math.nan, 0
     with warnings.catch_warnings(), np.errstate(all="ignore"), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
-        fit = powerlaw.Fit(positive, xmax=float(positive.max()), verbose=False)
-        # Fitted without the upper end, which is only there so that the largest value is one of the tail.
+        fit = powerlaw.Fit(positive, verbose=False)  # no upper end: with one, exponents below 1 come out
         alpha, xmin = float(fit.power_law.alpha), float(fit.power_law.xmin)
         distance = float(fit.power_law.D)
     tail = int((positive >= xmin).sum())

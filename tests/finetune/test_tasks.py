@@ -38,6 +38,14 @@ def test_a_task_is_found_however_it_is_spelt(spelling):
     assert task_named(spelling).name == "sst2"
 
 
+def test_a_folder_that_is_called_like_a_task_does_not_hide_it(root, tmp_path, monkeypatch):
+    (tmp_path / "rte").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert load_task("rte", data_dir=root).task.title == "RTE"
+    with pytest.raises(InputError, match="holds 0 folders; want one folder of images"):
+        load_task("./rte")
+
+
 def test_a_subset_is_fixed_and_apart_from_what_is_chosen_on(root):
     data = load_task("sst2", data_dir=root)
     small, again = (subset(data, examples=8, selection=5) for _ in range(2))

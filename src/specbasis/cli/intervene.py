@@ -196,15 +196,15 @@ def _print_grid(out: Path) -> None:
         for roles, blocks in groups:
             cells = [r for r in mine if r.cell.get("roles") == roles and r.cell.get("blocks") == blocks]
             where = roles + (f", blocks {blocks}" if blocks else "")
-            title = f"{label}: {metric} {before[metric]:.4f}; its change by edits of {where}"
-            STDOUT.print(_changes(title, cells, metric))
+            line(f"{label}: {metric} {before[metric]:.4f}; its change by edits of {where}", style="bold")
+            STDOUT.print(_changes(cells, metric))
     line(
         "*: every draw changes it, p < 0.05, paired test; not corrected for the number of cells", style="italic dim"
     )
 
 
-def _changes(title: str, cells: list[Row], metric: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0)
+def _changes(cells: list[Row], metric: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     sizes = list(dict.fromkeys(row.cell["ranks"] for row in cells))
     table.add_column("")
     for size in sizes:

@@ -35,9 +35,7 @@ def spectra(
             key.name, f"{s.alpha:.2f}", f"{s.distance:.3f}", str(s.tail), str(s.spikes), f"{s.log_norm:.2f}", *ranks
         )
     STDOUT.print(table)
-    line(
-        "alpha: exponent of the tail of the eigenvalues; D: its distance; spikes: eigenvalues above Marchenko-Pastur"
-    )
+    line("alpha: exponent of the eigenvalues' tail; D: its distance; spikes: eigenvalues above Marchenko-Pastur")
     if csv_file is not None and rows:
         try:
             with csv_file.open("w", newline="", encoding="utf-8") as file:

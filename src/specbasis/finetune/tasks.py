@@ -200,13 +200,17 @@ def task_named(name: str) -> Task:
     Raises:
         InputError: no such task.
     """
-    key = "".join(c for c in name.lower() if c.isalnum())
+    key = _task_key(name)
     if key not in GLUE:
         raise InputError(
             f"got task {name!r}; want one of {', '.join(GLUE)}, or the path of a table (.csv .tsv .json .jsonl "
             ".parquet) or of a folder of images"
         )
     return GLUE[key]
+
+
+def _task_key(name: str) -> str:
+    return "" if "/" in name or "." in name else "".join(c for c in name.lower() if c.isalnum())
 
 
 def load_task(
@@ -235,12 +239,14 @@ def load_task(
         line.
     """
     path = Path(source).expanduser()
-    if path.suffix.lower() in _READERS or path.is_dir() or (dev is not None):
+    named = isinstance(source, str) and _task_key(source) in GLUE  # even where a run's folder is called like a task
+    if not named and (path.suffix.lower() in _READERS or path.is_dir() or dev is not None):
         return _own_task(path, None if dev is None else Path(dev).expanduser(), tuple(text), label, regression)
     task = task_named(str(source))
-    if text or label or regression:
+    if text or label or regression or dev is not None:
         raise InputError(
-            f"{task.title} names its own columns; --text, --label and --regression are for your own table"
+            f"{task.title} names its own columns and dev set; --text, --label, --dev and --regression are for your "
+            "own table (a path to it that is called like a task is written ./NAME)"
         )
     return _glue_folder(task, Path(data_dir).expanduser()) if data_dir is not None else _glue_hub(task)
 

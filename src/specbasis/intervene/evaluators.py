@@ -615,11 +615,11 @@ def _want_finite(logits: Tensor) -> None:
 
 
 def describe(evaluate: object) -> str:
-    """An evaluator in a manifest: what changes its numbers, in one line."""
-    public = (
-        {name: value for name, value in vars(evaluate).items() if not name.startswith("_")}
-        if hasattr(evaluate, "__dict__")
-        else {}
-    )
+    """An evaluator in a manifest: what was set and changes its numbers, in one line."""
+    fields = vars(evaluate) if hasattr(evaluate, "__dict__") else {}
+    set_to = {name: value for name, value in fields.items() if name[0] != "_" and value not in (None, "", ())}
+    told = {
+        name: value for name, value in set_to.items() if name != "data_dir"
+    }  # a place; the same data is anywhere
     name = getattr(evaluate, "__qualname__", type(evaluate).__name__)
-    return f"{name} {json.dumps(public, sort_keys=True, default=str)}"
+    return f"{name} {json.dumps(told, sort_keys=True, default=lambda value: type(value).__name__)}"

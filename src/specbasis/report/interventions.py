@@ -124,7 +124,8 @@ def draw(
     panels = {
         (group, label): lines(rows, label, group, metrics[label], plot) for group in shown for label in labels
     }
-    if not any(panels.values()):
+    controls = {kind for kind in NAMES.values() if "{" not in kind}
+    if all(line.name in controls for each in panels.values() for line in each):
         raise InputError(f"{name}: the rows hold nothing to show; run the kinds and ranks that it needs")
     yield from render(name, lambda: _figure(f"{plot.title} ({', '.join(shown)})", panels, rows, metrics, plot))
 
