@@ -123,7 +123,7 @@ class SpectralCallback(TrainerCallback):
                 f"got every = {every}, budget = {budget}, threshold = {threshold}; want every of at "
                 "least 1, the others in (0, 1]"
             )
-        self.options = Options(ranks=ranks, roles=tuple(roles), blocks=tuple(blocks), name=name)
+        self.options = Options(ranks=ranks, subspace=1, roles=tuple(roles), blocks=tuple(blocks), name=name)
         self.every, self.budget = every, budget
         self.given, self.on_intruders, self.threshold = start, on_intruders, threshold
         self.history: list[dict[str, Any]] = []

@@ -108,9 +108,9 @@ def track(
 
     Source: Yu et al. 2026, §4.3, Fig. 4A.
     """
-    options = Options(ranks=ranks, subspace=max(top, 1), roles=tuple(roles), blocks=tuple(blocks), name=name)
-    if workers is not None and workers < 1:
-        raise InputError(f"got workers = {workers}; want at least 1")
+    options = Options(ranks=ranks, subspace=1, roles=tuple(roles), blocks=tuple(blocks), name=name)
+    if top < 1 or (workers is not None and workers < 1):
+        raise InputError(f"got top = {top} and workers = {workers}; want at least 1 of each")
     series = open_series(run, admits=options.filter, stream=stream)
     kept = tempfile.TemporaryDirectory(prefix="specbasis-") if out is None else None
     folder = Path(kept.name) if kept else Path(str(out))

@@ -209,8 +209,10 @@ def members(row: Row, group: str) -> list[dict[str, Any]]:
 def curves(row: Row, group: str) -> Curves:
     """Curves of a group's matrices."""
     of = members(row, group)
-    arrays = [np.array([one[name] for one in of], dtype=np.float64) for name in ("first", "update_first", "null")]
-    return Curves(*arrays, float(np.mean([one["chance"] for one in of])))
+    first, size, null = (
+        np.array([one[name] for one in of], dtype=np.float64) for name in ("first", "update_first", "null")
+    )
+    return Curves(first, size, null, float(np.mean([one["chance"] for one in of])))
 
 
 def _claim(claim: str, setting: str, group: str, measure: str, each: Sequence[float]) -> list[Claim]:
