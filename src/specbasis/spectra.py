@@ -124,7 +124,7 @@ def _power_law(squares: np.ndarray) -> tuple[float, float, float, float, int]:
         return math.nan, math.nan, math.nan, math.nan, 0
     with warnings.catch_warnings(), np.errstate(all="ignore"), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
-        # No upper end: with one, exponents below 1 come out. By default powerlaw stops at an exponent of 3.
+        # No upper end: with one, exponents below 1 come out. By default powerlaw looks no further than 3.
         fit = powerlaw.Fit(positive, verbose=False, parameter_ranges={"alpha": [1.0, 100.0]})
         alpha, xmin = float(fit.power_law.alpha), float(fit.power_law.xmin)
         distance = float(fit.power_law.D)
