@@ -172,7 +172,7 @@ def environment() -> dict[str, Any]:
             "platform": platform.platform(),
             "processors": os.cpu_count(),
         },
-        "command": sys.argv,
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }
 
 
