@@ -1375,11 +1375,12 @@ def _align_by_shapes(base: Checkpoint, tuned: Checkpoint) -> tuple[str, str]:
 
 
 def _nothing_agrees(base: Checkpoint, tuned: Checkpoint) -> InputError:
-    mine, other = ({_bare(name): entry.shape for name, entry in c.entries.items()} for c in (base, tuned))
+    mine, other = ({_bare(name): entry for name, entry in c.entries.items()} for c in (base, tuned))
     if common := [name for name in mine if name in other]:
+        one, another = (entries[common[0]].shape for entries in (mine, other))  # a shape may cost a request
         return InputError(
             f"{base.source} and {tuned.source}: {len(common)} names in common, none of them with the same shape "
-            f"(e.g. {common[0]}: {mine[common[0]]} and {other[common[0]]}); want two checkpoints of one size"
+            f"(e.g. {common[0]}: {one} and {another}); want two checkpoints of one size"
         )
     ours, theirs = (_bare(next(iter(checkpoint.entries))) for checkpoint in (base, tuned))
     return InputError(

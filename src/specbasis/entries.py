@@ -21,7 +21,7 @@ PROBES = 8
 LEAST_SIDE = 64
 """Where a side is shorter than this, even equal matrices may exceed random orders by too little to tell."""
 
-_BLOCK = 2**16  # entries of one block of rows: they stay in a core's cache
+_BLOCK = 2**17  # entries of one block of rows: they stay in a core's cache
 
 
 @dataclass(frozen=True)
@@ -162,15 +162,20 @@ def _count(a: Tensor, b: Tensor, counts: dict[str, int], held: dict[tuple[str, s
     """Equal entries, zeros, and what each format holds, of one block."""
     if not (a.is_floating_point() and b.is_floating_point()):
         a, b = a.to(torch.float64), b.to(torch.float64)
-    counts["equal"] += int((a == b).sum())
+    equal = int((a == b).sum())
+    counts["equal"] += equal
     for side, x in (("base", a), ("tuned", b)):
-        counts[f"zero_{side}"] += int((x == 0).sum())
+        counts[f"zero_{side}"] += x.numel() - int(x.count_nonzero())
         for format_ in _COARSE:
-            if held[side, format_]:
-                held[side, format_] = bool((x.to(getattr(torch, format_)).to(x.dtype) == x).all())
+            dtype = getattr(torch, format_)
+            if held[side, format_] and x.dtype != dtype:
+                held[side, format_] = bool((x.to(dtype).to(x.dtype) == x).all())
     for format_ in _COARSE:
-        dtype = getattr(torch, format_)
-        counts[format_] += int((a.to(dtype) == b.to(dtype)).sum())
+        # The coarser of two precisions holds all entries of one side: what holds those of neither is not it.
+        if held["base", format_] or held["tuned", format_]:
+            dtype = getattr(torch, format_)
+            stored = a.dtype == b.dtype == dtype
+            counts[format_] += equal if stored else int((a.to(dtype) == b.to(dtype)).sum())
 
 
 GROUP = 32

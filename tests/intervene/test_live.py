@@ -164,6 +164,7 @@ def strike(*_):  # three interrupts, close together, at any bytecode
     if not left:
         signal.setitimer(signal.ITIMER_REAL, 0)
     signal.raise_signal(signal.SIGINT)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may start jobs that ignore it
 signal.signal(signal.SIGALRM, strike)
 def work(delay):
     global left, seen
@@ -200,7 +201,7 @@ def test_ctrl_c_at_any_moment_leaves_the_model_intact():
 
 def test_an_edit_works_outside_of_the_main_thread():
     model = bert()
-    before, errors = bits(model), []
+    before, errors, handler = bits(model), [], signal.getsignal(signal.SIGINT)
 
     def work():
         try:
@@ -214,4 +215,4 @@ def test_an_edit_works_outside_of_the_main_thread():
     thread.join()
     assert not errors
     assert bits(model) == before
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler

@@ -424,7 +424,7 @@ figures.equal = (width) => {
   const data = [], key = [];
   let low = 0, high = -6;
   for (const [name, of, symbol, color] of marks) {
-    const at = pair.matrices.name.map((_, m) => m).filter((m) => w.relative_update[m] > 0 && w[of][m] > 0);
+    const at = pair.matrices.name.map((_, m) => m).filter((m) => [w.relative_update[m], w[of][m]].every((v) => v > 0 && v < Infinity));
     if (!at.length) continue;
     for (const m of at) for (const v of [w.relative_update[m], w[of][m]]) { low = Math.min(low, Math.log10(v)); high = Math.max(high, Math.log10(v)); }
     data.push({ type: "scatter", mode: "markers", ...p.on(0), meta: name, x: at.map((m) => w.relative_update[m]), y: at.map((m) => w[of][m]),
