@@ -1375,9 +1375,10 @@ def _align_by_shapes(base: Checkpoint, tuned: Checkpoint) -> tuple[str, str]:
 
 
 def _nothing_agrees(base: Checkpoint, tuned: Checkpoint) -> InputError:
-    mine, other = ({_bare(name): entry for name, entry in c.entries.items()} for c in (base, tuned))
+    mine, other = ({_bare(name): name for name in checkpoint.entries} for checkpoint in (base, tuned))
     if common := [name for name in mine if name in other]:
-        one, another = (entries[common[0]].shape for entries in (mine, other))  # a shape may cost a request
+        # Of one alone: a shape may cost a request.
+        one, another = base.entries[mine[common[0]]].shape, tuned.entries[other[common[0]]].shape
         return InputError(
             f"{base.source} and {tuned.source}: {len(common)} names in common, none of them with the same shape "
             f"(e.g. {common[0]}: {one} and {another}); want two checkpoints of one size"
