@@ -65,7 +65,9 @@ class RoleSummary:
         chance: alignment of independent directions, (left, right).
         rsd: relative spectral distance.
         relative_update: ‖delta‖_F / ‖base‖_F.
-        unresolved: alignments whose error bound is not small, left out of the means.
+        unresolved: alignments whose error bound is not small, or which the stored numbers do not tell apart: left
+            out of the means.
+        every10, every30: the same means over all ranks, unresolved ones included.
     """
 
     role: str
@@ -76,6 +78,8 @@ class RoleSummary:
     rsd: float
     relative_update: float
     unresolved: int
+    every10: tuple[float, float]
+    every30: tuple[float, float]
 
 
 Kind = Literal["identical", "copy", "finetuned", "independent", "mixed"]
@@ -215,6 +219,8 @@ def _line(role: str, mine: Columns) -> RoleSummary:
         _mean(parts["rsd"]),
         _mean(parts["relative_update"]),
         sum(len(side["value"]) for side in sides) - len(left["value"]) - len(right["value"]),
+        (_mean(sides[0], top=10), _mean(sides[1], top=10)),
+        (_mean(sides[0], top=30), _mean(sides[1], top=30)),
     )
 
 

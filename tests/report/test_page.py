@@ -121,3 +121,18 @@ def test_many_matrices_and_many_pairs_stay_small(pages: Callable[[str], Path]) -
     plotly = 4.9e6
     assert pages("many_matrices").stat().st_size < plotly + 4e6
     assert pages("many_pairs").stat().st_size < plotly + 4e6
+
+
+def test_both_averages_are_given(comparisons: Callable[[str], Comparison], pages: Callable[[str], Path]) -> None:
+    """Without and with the ranks that are not resolved: in the summary, on the page, in a notebook."""
+    comparison = comparisons("degenerate")
+    line = comparison.summaries["tuned"][-1]
+    frame = comparison.to_pandas()
+    leading = frame[(frame["measure"] == "alignment_left") & (frame["index"] < 10)]
+    resolved = leading[leading["resolved"] == True]  # noqa: E712
+    assert line.every10[0] == pytest.approx(leading["value"].mean(), rel=1e-12)
+    assert line.top10[0] == pytest.approx(resolved["value"].mean(), rel=1e-12)
+    assert line.every10 != line.top10
+    words = f"over all ranks, the {line.unresolved} unresolved included: top-10 {line.every10[0]:.3f} / "
+    assert words in html.unescape(pages("degenerate").read_text(encoding="utf-8"))
+    assert words in html.unescape(comparison._repr_html_())

@@ -19,7 +19,7 @@ from specbasis.cli.common import OUT, STDERR, STDOUT, STREAM, line, numbers, pro
 from specbasis.compare import Plan
 from specbasis.findings import CHECKS, kinds
 from specbasis.plan import human_bytes, rates
-from specbasis.report.tables import SEVERITIES, by_reason, cells
+from specbasis.report.tables import SEVERITIES, by_reason, cells, over_all_ranks
 from specbasis.summary import RoleSummary, named_parts
 
 BASE = Annotated[
@@ -192,6 +192,8 @@ def print_comparison(comparison: specbasis.Comparison) -> None:
         STDOUT.print(_summary_table(pair, comparison.summaries[pair]))
         # Not the table's caption, which would wrap at the width of a narrow table.
         line("L left, R right; ?: unresolved ranks, left out of the means", style="italic dim")
+        if every := over_all_ranks(comparison.summaries[pair][-1]):
+            line(every, style="italic dim")
         for note in about["notes"]:
             line(f"note: {note}")
         for reason, names in by_reason(about["skipped"]).items():

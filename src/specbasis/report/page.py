@@ -29,7 +29,7 @@ from specbasis.report.data import (
     representatives,
     turned,
 )
-from specbasis.report.tables import HEADINGS, SEVERITIES, VERDICTS, by_reason, cells, evidence
+from specbasis.report.tables import HEADINGS, SEVERITIES, VERDICTS, by_reason, cells, evidence, over_all_ranks
 from specbasis.summary import judge, summarise
 
 MOST_RANKS = 256
@@ -120,7 +120,7 @@ def _columns(manifest: dict[str, Any], pairs: list[Pair]) -> list[tuple[str, str
 def _about(pair: Pair, manifest: dict[str, Any]) -> dict[str, Any]:
     """What the page says in words and in its summary table about a pair."""
     about = manifest["pairs"][pair.label]
-    lines = [cells(line) for line in summarise(pair.rows, pair.label)]
+    summaries = summarise(pair.rows, pair.label)
     return {
         "label": pair.label,
         "verdict": judge(pair.rows, pair.label),
@@ -128,7 +128,8 @@ def _about(pair: Pair, manifest: dict[str, Any]) -> dict[str, Any]:
             {"finding": finding, "evidence": evidence(finding)}
             for finding in find(pair.rows, pair.label, manifest["failed"])
         ],
-        "lines": lines,
+        "lines": [cells(line) for line in summaries],
+        "over_all_ranks": over_all_ranks(summaries[-1]),
         "notes": about["notes"],
         "architecture": about["architecture"],
         "tuned": about["tuned"],

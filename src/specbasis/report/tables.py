@@ -59,6 +59,14 @@ def cells(line: RoleSummary) -> list[str]:
     ]
 
 
+def over_all_ranks(line: RoleSummary) -> str:
+    """The other averages, in words, where ranks were left out of those of the table; empty where none were."""
+    if not line.unresolved:
+        return ""
+    ends = [" / ".join(number(v, ".3f") for v in sides) for sides in (line.every10, line.every30)]
+    return f"over all ranks, the {line.unresolved} unresolved included: top-10 {ends[0]}, top-30 {ends[1]}"
+
+
 def number(value: float, form: str) -> str:
     """A number in a format; a dash where there is none."""
     return "–" if math.isnan(value) else format(value, form)
@@ -140,5 +148,6 @@ def _notebook_pair(
         f"{VERDICTS[verdict.kind]} {escape(verdict.sentence)}{notes}</p>"
         f'<table style="border-collapse:collapse;background:none;margin:0">'
         f"<thead><tr>{head}</tr><tr>{sides}</tr></thead><tbody>{body}</tbody></table>"
+        + (f'<p style="margin:.4em 0">{escape(every)}</p>' if (every := over_all_ranks(lines[-1])) else "")
         + (f'<p style="margin:.4em 0 1em;opacity:.8">Not compared: {escape(left_out)}</p>' if left_out else "")
     )
