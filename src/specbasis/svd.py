@@ -593,7 +593,9 @@ class _Blocks:
         self.width = max(1, _BLOCK_BYTES // (8 * self.shape[0]))
         self.top = 0.0  # the largest singular value, once it is known
         # torch's maximum keeps a NaN, Python's loses one that does not come first.
-        largest = float(torch.stack([torch.stack(block.aminmax()).abs().max() for block in self._entries()]).max())
+        # A transposed block would be copied.
+        ends = [torch.stack((b.mT if b.stride(0) == 1 else b).aminmax()).abs().max() for b in self._entries()]
+        largest = float(torch.stack(ends).max())
         if not math.isfinite(largest):
             bad = sum(int((~torch.isfinite(block)).sum()) for block in self._entries())
             raise NonFiniteError(
