@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= 1
 
 bench: $(VENV)/dev.stamp  ## time, accuracy and memory against other tools (DIFFRACT_PYTHON, WEIGHTWATCHER_PYTHON: ones that have them)
 	$(BIN)/python benchmarks/speed.py
-	$(BIN)/python benchmarks/one_matrix.py
+	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/one_matrix.py
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/bench_adapter.py
 	$(BIN)/python benchmarks/bench_finetune.py
 	$(BIN)/python benchmarks/scale.py
