@@ -143,7 +143,9 @@ def _processes(workers: int) -> Iterator[Submit]:
     from loky import ProcessPoolExecutor
 
     one_thread = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-    executor = ProcessPoolExecutor(workers, initializer=_leave_with, initargs=(os.getpid(),), env=one_thread)
+    # loky takes mapped pages of weights for a leak, and would restart workers with a warning.
+    env = {**one_thread, "LOKY_MAX_MEMORY_LEAK_SIZE": "1e18"}
+    executor = ProcessPoolExecutor(workers, initializer=_leave_with, initargs=(os.getpid(),), env=env)
     try:
         yield lambda task: executor.submit(_run, task)
     finally:
