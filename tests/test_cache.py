@@ -7,7 +7,7 @@ import torch
 
 from specbasis import cache as module
 from specbasis import decompose
-from specbasis.cache import Cache
+from specbasis.cache import Cache, Samples
 from tests.helpers.matrices import gaussian, weight_like
 
 PARTS = ("U", "S", "Vh", "spectrum", "spectrum_error", "residual", "gap")
@@ -90,3 +90,25 @@ def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path):
     W = gaussian(5, 6)
     with pytest.warns(UserWarning, match="cannot be kept"):
         assert same(Cache(tmp_path / "file").decompose(W), decompose(W))
+
+
+W_FILLS = torch.eye(4)
+SIDES = (torch.ones(1, 2), torch.ones(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("what", "keep"),
+    [
+        ("decompositions", lambda folder: Cache(folder).decompose(W_FILLS)),
+        ("samples", lambda folder: Samples(folder).write(W_FILLS, W_FILLS, "permuted", 1, 2, SIDES)),
+    ],
+)
+def test_a_disk_that_fills_keeps_nothing_of_a_file(tmp_path, monkeypatch, what, keep):
+    def fills(tensors, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("specbasis.cache.save_file", fills)
+    with pytest.warns(UserWarning, match=f"{what} cannot be kept here"):
+        keep(tmp_path)
+    assert list(tmp_path.iterdir()) == []

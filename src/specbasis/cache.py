@@ -62,16 +62,11 @@ class Cache:
     def _write(self, path: Path, svd: SVD) -> None:
         parts = {part: getattr(svd, part).cpu() for part in _PARTS}
         digest = torch.frombuffer(bytearray.fromhex(_digest(parts.values())), dtype=torch.uint8)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_file({**parts, "digest": digest}, temporary)
-            temporary.replace(path)
+            _save(path, {**parts, "digest": digest})
             self._evict()
         except (OSError, SafetensorError) as error:
             warnings.warn(f"{self.folder}: decompositions cannot be kept here ({error})", stacklevel=2)
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
 
     def _evict(self) -> None:
         """Remove what was used longest ago until the rest fits."""
@@ -122,19 +117,26 @@ class Samples:
 
     def write(self, W: Tensor, T: Tensor, kind: str, draws: int, k: int, found: tuple[Tensor, Tensor]) -> None:
         """Keep them; a folder that cannot be written is a warning."""
-        path = self._path(W, T, kind, draws, k)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        sides = {side: x.cpu().contiguous() for side, x in zip(("left", "right"), found, strict=True)}
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_file(
-                {side: x.cpu().contiguous() for side, x in zip(("left", "right"), found, strict=True)}, temporary
-            )
-            temporary.replace(path)
+            _save(self._path(W, T, kind, draws, k), sides)
         except (OSError, SafetensorError) as error:
             warnings.warn(f"{self.folder}: samples cannot be kept here ({error})", stacklevel=2)
 
     def _path(self, W: Tensor, T: Tensor, kind: str, draws: int, k: int) -> Path:
         return self.folder / f"{_digest([W, T])}-{ALGORITHM}-{kind}-{draws}-{k}.safetensors"
+
+
+def _save(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a file whole or not at all; what a full disk leaves of it is removed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, temporary)
+        temporary.replace(path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> SVD | None:
