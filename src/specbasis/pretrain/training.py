@@ -54,6 +54,7 @@ class Training:
         weight_decay: of AdamW.
         clip: largest norm of the gradient.
         checkpoints: how many are kept, evenly spaced, after that of step 0; at most one a step.
+        early: keep steps 1, 2, 4, … before the first of these too: weights move fastest at the start.
         validations: how often the validation loss is taken, evenly spaced; the best model by it is kept.
         seed: of weights, order of images, and masks.
 
@@ -68,6 +69,7 @@ class Training:
     weight_decay: float = 1e-4
     clip: float = 1.0
     checkpoints: int = 50
+    early: bool = False
     validations: int = 200
     seed: int = 0
 
@@ -86,10 +88,10 @@ class Training:
 PRETRAINING = Training()
 """Yu et al. 2026, App. L: 200 epochs at 1.5e-3."""
 
-SAME_TASK = Training(epochs=10, rate=3e-3, checkpoints=10, validations=10)
+SAME_TASK = Training(epochs=10, rate=3e-3, checkpoints=10, early=True, validations=10)
 """App. L: masked reconstruction goes on, on 1 000 held-out images."""
 
-NEW_TASK = Training(task=CLASSIFY, epochs=10, checkpoints=10, validations=10)
+NEW_TASK = Training(task=CLASSIFY, epochs=10, checkpoints=10, early=True, validations=10)
 """App. L: classification of 3 000 images."""
 
 
@@ -168,7 +170,7 @@ def train(
 
 def _train(job: _Job, progress: Callable[[Progress], None]) -> None:
     state = job.resume()
-    validated, kept = job.marks(job.training.validations), job.marks(job.training.checkpoints)
+    validated, kept = job.marks(job.training.validations), job.kept()
     best = job.best_loss()
     started = time.perf_counter()
     for step in range(state.step, job.total):
@@ -226,6 +228,12 @@ class _Job:
         """Steps after which something is done `count` times, evenly spaced, the last step among them."""
         count = min(count, self.total)
         return frozenset(round(self.total * i / count) for i in range(1, count + 1))
+
+    def kept(self) -> frozenset[int]:
+        """Steps whose checkpoints are kept."""
+        even = self.marks(self.training.checkpoints)
+        doubling = (2**i for i in range(min(even).bit_length()))
+        return even | {step for step in doubling if self.training.early and step < min(even)}
 
     def check(self) -> None:
         for images in (self.images, self.validation):
