@@ -14,7 +14,7 @@ from specbasis.cli.reproduce import reproduce_app
 from specbasis.errors import InputError
 from specbasis.finetune import Finetuned
 from specbasis.finetune import finetune as run_finetune
-from specbasis.finetune.grid import Search, Setting, stored
+from specbasis.finetune.grid import SCRATCH, Search, Setting, stored
 from specbasis.finetune.tasks import task_named
 from specbasis.recipes import fig5, table1
 
@@ -126,46 +126,38 @@ SEARCH = Annotated[
 SEARCH_TASK = Annotated[str, typer.Option(help="task on which learning rates are searched")]
 TASKS = Annotated[str, typer.Option(help="e.g. sst2,rte; default: the paper's")]
 METHODS = Annotated[str, typer.Option(help="e.g. spectral,spectral@300,lora; default: all")]
+KEEP = Annotated[
+    str, typer.Option(help="methods whose model of the first seed is left in OUT-models, e.g. full,spectral")
+]
 
 
-@reproduce_app.command("table1")
-def table1_verb(
-    out: GRID_OUT,
-    base: MODEL = table1.BASE,
-    tasks: TASKS = "",
-    methods: METHODS = "",
-    seeds: SEEDS = "42",
-    data_dir: DATA_DIR = None,
-    epochs: EPOCHS = "",
-    examples: EXAMPLES = "",
-    search: SEARCH = "",
-    search_task: SEARCH_TASK = "sst2",
-    group_by_length: GROUPED = False,
-    cache_prefix: CACHE = None,
-    no_run: ONLY_TABLE = False,
-) -> None:
-    """Tab. 1: every method on every task over seeds, as a grid that resumes; missing runs stay visibly empty."""
-    _comparison("table1", **locals())
+def _comparison_verb(name: str) -> Callable[..., None]:
+    def verb(
+        out: GRID_OUT,
+        base: MODEL = table1.BASE,
+        tasks: TASKS = "",
+        methods: METHODS = "",
+        seeds: SEEDS = "42",
+        data_dir: DATA_DIR = None,
+        epochs: EPOCHS = "",
+        examples: EXAMPLES = "",
+        search: SEARCH = "",
+        search_task: SEARCH_TASK = "sst2",
+        keep: KEEP = "",
+        group_by_length: GROUPED = False,
+        cache_prefix: CACHE = None,
+        no_run: ONLY_TABLE = False,
+    ) -> None:
+        _comparison(name, **locals())
+
+    return verb
 
 
-@reproduce_app.command("controls")
-def controls_verb(
-    out: GRID_OUT,
-    base: MODEL = table1.BASE,
-    tasks: TASKS = "",
-    methods: METHODS = "",
-    seeds: SEEDS = "42",
-    data_dir: DATA_DIR = None,
-    epochs: EPOCHS = "",
-    examples: EXAMPLES = "",
-    search: SEARCH = "",
-    search_task: SEARCH_TASK = "sst2",
-    group_by_length: GROUPED = False,
-    cache_prefix: CACHE = None,
-    no_run: ONLY_TABLE = False,
-) -> None:
-    """The spectral adapter in other bases (random, from scratch, shuffled, other ranks), and a random start."""
-    _comparison("controls", **locals())
+for _name, _about in (
+    ("table1", "Tab. 1: every method on every task over seeds, as a grid that resumes; missing runs stay empty."),
+    ("controls", "The spectral adapter in other bases (random, from scratch, shuffled, other ranks)."),
+):
+    reproduce_app.command(_name, help=_about)(_comparison_verb(_name))
 
 
 def _comparison(
@@ -248,12 +240,18 @@ for _name, _about in (
 
 
 def _setting(base: str, out: Path, given: dict[str, Any], seeds: Sequence[int]) -> Setting:
+    from specbasis.finetune.methods import method_named
+
+    keep = words(given.get("keep", ""))
+    for method in keep:
+        method_named(method)
     return Setting(
         base,
         None if given["data_dir"] is None else str(given["data_dir"]),
         {"group_by_length": True} if given["group_by_length"] else {},
         None if given["cache_prefix"] is None else str(given["cache_prefix"]),
         models=str(out.with_name(f"{out.name}-models")),
+        keep=(SCRATCH, *keep),
         first_seed=seeds[0],
     )
 

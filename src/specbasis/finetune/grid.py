@@ -75,7 +75,7 @@ class Setting:
         data_dir: GLUE in its official layout; from the Hub when None.
         protocol: fields of `train.Protocol` beside epochs and learning rate.
         cache_prefix: folder of cached activations.
-        models: folder in which the models of `keep` are left, by method and task.
+        models: folder in which the models of `keep` are left, as ``METHOD-TASK``.
         keep: methods whose model of the first seed is kept.
         first_seed: that seed.
     """
@@ -113,7 +113,8 @@ def run_cell(cell: Mapping[str, Any], setting: Setting) -> dict[str, Any]:
         kept = (
             one.method in setting.keep and one.seed == setting.first_seed and setting.models and not one.selection
         )
-        folder = _kept(setting, one.method, one.task) if kept else Path(scratch)
+        name = one.method if one.rank is None else f"{one.method}@{one.rank}"
+        folder = _kept(setting, name, one.task) if kept else Path(scratch)
         return train.run(
             setting.base,
             data,
@@ -123,7 +124,7 @@ def run_cell(cell: Mapping[str, Any], setting: Setting) -> dict[str, Any]:
             Placement(one.rank, one.interval, one.blocks, checkpoint=checkpoint),
             folder,
             cache_prefix=None if setting.cache_prefix is None else Path(setting.cache_prefix),
-            held_back=runs.held_back_texts(None, data, setting.data_dir),
+            held_back=("", ()) if one.selection else runs.held_back_texts(None, data, setting.data_dir),
             resumable=False,
             scratch=one.method == SCRATCH,
         )

@@ -68,6 +68,8 @@ RATE_FROM = {
     "lora-gaussian": "lora",
     "dora": "lora",
     "speclora": "lora",
+    "svft-random": "svft-banded",
+    "svft-top-k": "svft-banded",
     "spectral-random": OURS,
     "spectral-scratch": OURS,
     "spectral-shuffled": OURS,
