@@ -148,7 +148,7 @@ def _comparison_verb(name: str) -> Callable[..., None]:
         cache_prefix: CACHE = None,
         no_run: ONLY_TABLE = False,
     ) -> None:
-        _comparison(name, **locals())
+        _comparison(**{**locals(), "name": name})
 
     return verb
 
