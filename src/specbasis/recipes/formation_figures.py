@@ -60,14 +60,7 @@ def _fig9(grid: Grid) -> Figure:
     figure = Figure(figsize=(12.5, 7.2), layout="constrained")
     figure.suptitle("True against random labels, from pretrained (solid) and random (dotted) weights")
     for axes, group in zip(figure.subplots(2, 2), GROUPS, strict=True):
-        for i, task in enumerate(("true_labels", "random_labels")):
-            for phase, dash in (("post", "solid"), ("scratch", (0, (1, 1.5)))):
-                rows = grid.of(phase, task=task)
-                start = "pretrained" if phase == "post" else "random"
-                _line(axes[0], rows, group, COLORS[i], f"{TITLES[task].split(', ')[1]}, {start} weights", dash)
-                _by_size(axes[1], rows, group, COLORS[i], dash)
-        _finish(axes[0], grid, group, f"{group}: by step")
-        axes[1].set(title=f"{group}: by size of the update", xlabel="‖delta‖/‖W‖", ylim=(-0.02, 1.03))
+        _starts(axes, grid, group, ("true_labels", "random_labels"))
     return figure
 
 
@@ -90,14 +83,7 @@ def _scratch(grid: Grid) -> Figure:
     figure = Figure(figsize=(12.5, 7.2), layout="constrained")
     figure.suptitle("Alignment of the start with the weights on the way; ends of two seeds")
     for axes, group in zip(figure.subplots(2, 3), GROUPS, strict=True):
-        for i, task in enumerate(("same_task", "true_labels")):
-            for phase, dash in (("post", "solid"), ("scratch", (0, (1, 1.5)))):
-                rows = grid.of(phase, task=task)
-                start = "pretrained" if phase == "post" else "random weights"
-                _line(axes[0], rows, group, COLORS[i], f"{TITLES[task]}; {start}", dash)
-                _by_size(axes[1], rows, group, COLORS[i], dash)
-        _finish(axes[0], grid, group, f"{group}: by step")
-        axes[1].set(title=f"{group}: by size of the update", xlabel="‖delta‖/‖W‖", ylim=(-0.02, 1.03))
+        _starts(axes, grid, group, ("same_task", "true_labels"))
         _bars(axes[2], grid, group)
     return figure
 
@@ -110,6 +96,24 @@ FIGURES: dict[str, Callable[[Grid], Figure]] = {"fig4": _fig4, "fig9": _fig9, "f
 
 def _sizes(grid: Grid) -> list[tuple[int, int]]:
     return sorted({(row.cell["images"], row.cell["steps"]) for row in grid.of("pretrain")})
+
+
+def _starts(axes: Sequence[Axes], grid: Grid, group: str, tasks: Sequence[str]) -> None:
+    """Two tasks, each from pretrained (solid) and from random (dotted) weights: by step, and by size of the
+    update.
+    """
+    for color, task in zip(COLORS, tasks, strict=False):
+        for phase, start, dash in (("post", "pretrained", "solid"), ("scratch", "random weights", (0, (1, 1.5)))):
+            rows = grid.of(phase, task=task)
+            _line(axes[0], rows, group, color, f"{TITLES[task]}; {start}", dash)
+            _by_size(axes[1], rows, group, color, dash)
+    _finish(axes[0], grid, group, f"{group}: by step")
+    axes[1].set(
+        title=f"{group}: by size of the update, a line a cell",
+        xlabel="‖delta‖/‖W‖",
+        ylabel="alignment with the start",
+        ylim=(-0.02, 1.03),
+    )
 
 
 def _after(ax: Axes, grid: Grid, task: str, sizes: Sequence[tuple[int, int]], group: str) -> None:
