@@ -136,11 +136,8 @@ def test_a_claim_is_what_its_definition_says(grid):
         if c.setting.startswith("from pretrained") and c.group == "final FFN" and c.measure.startswith(at_the_end)
     ]  # fmt: skip
     assert claim.each == pytest.approx(differences, abs=1e-5)
-    losses = [
-        np.mean([r.values["log"][-1]["loss"] for r in rows if r.cell["seed"] == s and r.cell.get("task") == "random_labels"
-                 and r.cell["phase"] == "post"])
-        for s in (0, 1)
-    ]  # fmt: skip
+    of_random = [r for r in rows if r.cell["phase"] == "post" and r.cell["task"] == "random_labels"]
+    losses = [np.mean([r.values["log"][-1]["loss"] for r in of_random if r.cell["seed"] == s]) for s in (0, 1)]
     (claim,) = [
         c for c in found
         if c.measure == "training loss at the end" and c.setting == "random_labels from pretrained weights"
