@@ -47,7 +47,7 @@ def _fig4(grid: Grid) -> Figure:
     largest = sizes[-1]
     runs = grid.of("pretrain", images=largest[0], steps=largest[1])
     tables = [np.mean([one["between"] for one in row.values["ffn"].values()], axis=0) for row in runs]
-    title = f"A  pretraining on {_count(largest[0])} images ({len(runs)} seeds)"
+    title = f"A  pretraining on {_count(largest[0])} images ({_seeds(len(runs))})"
     heat_map(figure, axes[0], np.mean(tables, axis=0), runs[0].values["steps"], title)
     for ax, letter, task in ((axes[1], "B", "true_labels"), (axes[2], "C", "same_task")):
         _after(ax, grid, task, [sizes[0], sizes[-1]], GROUPS[0])
@@ -133,7 +133,7 @@ def _line(ax: Axes, rows: Sequence[Row], group: str, color: str, title: str, das
     seeds = [np.mean(each, axis=0) for each in by_seed.values()]
     x = rows[0].values["steps"]
     ends = np.array([interval([float(curve[t]) for curve in seeds]) for t in range(len(x))])
-    ax.plot(x, ends[:, 0], color=color, ls=dash, label=f"{title} ({len(seeds)} seeds)", marker="o", ms=2.5, lw=1.4)
+    ax.plot(x, ends[:, 0], color=color, ls=dash, label=f"{title} ({_seeds(len(seeds))})", marker="o", ms=2.5, lw=1.4)
     ax.fill_between(x, ends[:, 1].clip(0, 1), ends[:, 2].clip(0, 1), color=color, alpha=0.12, lw=0)
 
 
@@ -176,6 +176,10 @@ def _bars(ax: Axes, grid: Grid, group: str) -> None:
     ax.axhline(_chance(grid, group), color=QUIET, lw=0.9, ls=(0, (4, 3)), zorder=1)
     ax.set_xticks(range(len(names)), names, rotation=60, fontsize=6, ha="right")
     ax.set(title=f"{group}: two seeds (dashed: chance)", ylim=(-0.02, 1.03))
+
+
+def _seeds(n: int) -> str:
+    return f"{n} seed" if n == 1 else f"{n} seeds"
 
 
 def _count(n: int) -> str:
