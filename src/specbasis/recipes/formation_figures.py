@@ -133,7 +133,8 @@ def _line(ax: Axes, rows: Sequence[Row], group: str, color: str, title: str, das
     seeds = [np.mean(each, axis=0) for each in by_seed.values()]
     x = rows[0].values["steps"]
     ends = np.array([interval([float(curve[t]) for curve in seeds]) for t in range(len(x))])
-    ax.plot(x, ends[:, 0], color=color, ls=dash, label=f"{title} ({_seeds(len(seeds))})", marker="o", ms=2.5, lw=1.4)
+    label = f"{title} ({_seeds(len(seeds))})"
+    ax.plot(x, ends[:, 0], color=color, ls=dash, label=label, marker="o", ms=2.5, lw=1.4)
     ax.fill_between(x, ends[:, 1].clip(0, 1), ends[:, 2].clip(0, 1), color=color, alpha=0.12, lw=0)
 
 
