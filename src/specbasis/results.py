@@ -52,6 +52,9 @@ SCHEMA = pa.schema(
 )
 """One row is (pair, matrix, measure, index, value), with what is needed to group rows beside it."""
 
+_REPEATED = [name for name in SCHEMA.names if name not in ("value", "bound", "resolved")]
+"""Columns that a dictionary makes smaller; looking for repetition among figures takes time and finds none."""
+
 
 @dataclass(frozen=True, eq=False)
 class Results:
@@ -79,7 +82,10 @@ class Results:
 
     def write(self, pair: str, matrix: str, rows: pa.Table) -> None:
         """Put the rows of one matrix of one pair on disk, whole or not at all."""
-        write_whole(self.part(pair, matrix), lambda path: pq.write_table(rows, path, compression="zstd"))
+        write_whole(
+            self.part(pair, matrix),
+            lambda path: pq.write_table(rows, path, compression="zstd", use_dictionary=_REPEATED),
+        )
 
     def write_manifest(self) -> None:
         """Put the manifest on disk, whole or not at all."""
