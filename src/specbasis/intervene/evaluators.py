@@ -129,11 +129,7 @@ class Classification:
         )
 
     def __call__(self, model: nn.Module) -> dict[str, Sample | float]:
-        """The task's metrics, from prediction and label of every example.
-
-        Spearman's correlation, which stands beside Pearson's, is a number without examples: sorting every resample
-        takes longer than judging does.
-        """
+        """The task's metrics, from prediction and label of every example."""
         task, split = self._data
         labels = np.asarray(split.labels, dtype=np.float64)
         order = [] if task.regression else _label_order(model, task)
@@ -145,8 +141,7 @@ class Classification:
                 outputs = logits[:, 0] if task.regression else logits[:, order].argmax(-1)
                 predictions[indices] = outputs.numpy()
         values = np.stack([predictions, labels], axis=1)
-        samples = {name: Sample(values, STATISTICS[name]) for name in task.metrics}
-        return {name: sample.value if name == "spearman" else sample for name, sample in samples.items()}
+        return {name: Sample(values, STATISTICS[name]) for name in task.metrics}
 
     def _encoded(self, model: nn.Module) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
         """Batches of examples of like length, with their indices; texts are kept, images are read each time."""
