@@ -27,7 +27,7 @@ from specbasis.finetune.costs import Stopwatch, peak_memory, weights_bytes
 from specbasis.finetune.forgetting import Pretraining, pretraining_loss
 from specbasis.finetune.methods import Attached, attach
 from specbasis.finetune.metrics import scores
-from specbasis.finetune.prefix import NoPrefixError, PrefixCache, Uncut, find_cut
+from specbasis.finetune.prefix import NoPrefixError, PrefixCache, Uncut, find_cut, narrowed
 from specbasis.finetune.protocol import Placement, Protocol
 from specbasis.finetune.tasks import Split, Task, TaskData
 
@@ -258,7 +258,10 @@ def _ready(
     report_to: str,
     resumable: bool,
 ) -> Iterator[_Ready]:
-    """A Trainer; inside, the model runs from the cached activations of its frozen prefix where there is a cache."""
+    """A Trainer; inside, the model runs from the cached activations of its frozen prefix where there is a cache.
+
+    With or without it, a model that reads the first position alone does not run its last block on the others.
+    """
     best = protocol.select == "best"
     train, notes, about = base.encode(data.train), [], None
     collate: Callable[[list[Any]], Any] = base.collator()
@@ -277,6 +280,8 @@ def _ready(
                 else:
                     collate, about = cache.collator(collate), cache.manifest()
                     stack.enter_context(cache.suffix(attached.model))
+        if about is None:  # what runs from a cache is narrowed already
+            stack.enter_context(narrowed(attached.model))
         trainer = _Trainer(
             model=attached.model,
             args=args,
