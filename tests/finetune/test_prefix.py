@@ -4,6 +4,7 @@ import errno
 import pickle
 import re
 import shutil
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import peft
@@ -15,6 +16,7 @@ from torch import nn
 from specbasis.adapter import SpectralConfig
 from specbasis.errors import InputError
 from specbasis.finetune.prefix import Cut, NoPrefixError, PrefixCache, Uncut, find_cut, narrowed, store
+from specbasis.finetune.prefix import cut as cutting
 from specbasis.finetune.prefix.probe import record
 
 SMALL = {
@@ -511,6 +513,39 @@ def test_weights_below_the_cut_are_parked_and_come_back(tmp_path):
     frozen = r"embeddings\.|layer\.[01]\.|layer\.2\.attention\."
     assert moved == {name for name in pointers if re.search(frozen, name)}
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_an_attention_above_the_cut_keeps_no_scores_with_relative_positions(tmp_path, monkeypatch):
+    model = make("deberta_v2", train=False)
+    for name, module in model.named_modules():
+        if re.search(r"layer\.1\.output\.dense$|^classifier$", name):
+            module.requires_grad_(True)
+    cache = built(model, tmp_path, "deberta_v2")
+    want = gradients(model, collate(examples("deberta_v2")))
+    batch = cache.collator(collate)(examples("deberta_v2"))
+
+    def saved(context):
+        """Shapes that are kept for the backward pass, and what comes out."""
+        shapes = []
+
+        def pack(tensor):
+            shapes.append(tuple(tensor.shape))
+            return tensor
+
+        with context, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            return shapes, gradients(model, batch)
+
+    length, positions = batch["input_ids"].shape[1], 2 * DEBERTA["position_buckets"]
+    scores = (7 * SMALL["num_attention_heads"], length, positions)
+    lean, got = saved(cache.suffix(model))
+    monkeypatch.setattr(cutting, "LeanGather", nullcontext)
+    plain, again = saved(cache.suffix(model))
+    assert scores in plain
+    assert scores not in lean
+    for found in (got, again):
+        assert close(found[0], want[0])
+        assert all(close(a, b) for a, b in zip(found[1], want[1], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(got[1], again[1], strict=True))
 
 
 # --- the first position -------------------------------------------------------------------------------------------
