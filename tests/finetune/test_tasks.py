@@ -77,7 +77,7 @@ def test_mrpc_is_read_from_the_original_corpus_and_the_official_list_of_dev_pair
     (folder / "msr_paraphrase_train.txt").write_text("\r\n".join([header, *rows, ""]), encoding="utf-8", newline="")
     assert len(load_task("mrpc", data_dir=tmp_path).train) == 24  # train.tsv goes first
     (folder / "train.tsv").unlink()
-    with pytest.raises(InputError, match=r"neither train.tsv nor dev_ids.tsv, GLUE's list"):
+    with pytest.raises(InputError, match=r"neither train\.tsv nor dev_ids\.tsv, GLUE's list"):
         load_task("mrpc", data_dir=tmp_path)
     (folder / "dev_ids.tsv").write_text("1\t2\n", encoding="utf-8")
     with pytest.raises(InputError, match="names 0 of the 10 pairs"):
@@ -227,7 +227,7 @@ def test_a_cell_that_holds_nothing_or_too_much_is_refused(rows, message, tmp_pat
         load_task(tmp_path / "own.json", text=["a"], label="b")
     held = [{"a": "x", "b": 0}, {"a": "y", "b": 1}]
     (tmp_path / "held.json").write_text(json.dumps(held), encoding="utf-8")
-    with pytest.raises(InputError, match="own.json"):
+    with pytest.raises(InputError, match=r"own\.json"):
         load_task(tmp_path / "held.json", dev=tmp_path / "own.json", text=["a"], label="b")
 
 

@@ -174,7 +174,8 @@ def _longest(model: nn.Module, processor: Any) -> int:
     """Tokens that a model takes: positions of its own, and what its tokenizer was made for."""
     positions = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
     tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == positions]
-    taken = [m.padding_idx + 1 for m in tables if m.padding_idx is not None]  # RoBERTa counts from behind the padding
+    # RoBERTa counts from behind the padding.
+    taken = [m.padding_idx + 1 for m in tables if m.padding_idx is not None]
     return min(int(positions) - max(taken, default=0), int(getattr(processor, "model_max_length", sys.maxsize)))
 
 

@@ -149,7 +149,7 @@ GLUE = {
         Task("wnli", "WNLI", ("accuracy",), ("0", "1"), Layout(_PAIR, "label"), (_PAIR, "label")),
     )
 }
-"""GLUE by name: the eight tasks of Yu et al. 2026, Tab. 1, and WNLI. Metrics as in Wang et al. 2019 (GLUE), Tab. 1."""
+"""GLUE by name: the eight tasks of Yu et al. 2026, Tab. 1, and WNLI. Metrics: Wang et al. 2019 (GLUE), Tab. 1."""
 
 _HUB_DEV = {"mnli": {"matched": "validation_matched", "mismatched": "validation_mismatched"}}
 
@@ -348,7 +348,9 @@ def _divided(task: Task, path: Path, notes: list[str]) -> dict[str, Split]:
     _want_columns(rows[0][1] if rows else (), layout.pair, str(path))
     held = [tuple(row[name] for name in layout.pair) in pairs for _, row in rows]
     if not any(held) or all(held):
-        raise InputError(f"{listed}: names {sum(held)} of the {len(rows)} pairs of {path.name}; want GLUE's own list")
+        raise InputError(
+            f"{listed}: names {sum(held)} of the {len(rows)} pairs of {path.name}; want GLUE's own list"
+        )
     return {
         name: _examples(
             (row for row, dev in zip(rows, held, strict=True) if dev == wanted),

@@ -391,8 +391,8 @@ def _rates(what: Comparison, factors: Mapping[str, float]) -> list[str]:
             f"Each method's own times a factor, chosen on {GLUE[what.search.task].title} alone: "
             f"{what.search.examples} examples, {what.search.epochs:g} epochs, seed {what.search.seed}, scored on "
             f"{what.search.selection} other examples of train. Tried: "
-            f"{', '.join(f'{f:g}' for f in what.search.factors)}. A factor with * is the smallest or the greatest that "
-            "was tried: a better one may lie beyond."
+            f"{', '.join(f'{f:g}' for f in what.search.factors)}. A factor with * is the smallest or the greatest "
+            "that was tried: a better one may lie beyond."
         )
     body = [
         [
