@@ -87,6 +87,9 @@ def test_a_search_chooses_on_train_and_its_factor_holds_for_the_methods_that_sha
     assert factors == {"spectral": 3.0}
     assert what.cell("sst2", "spectral-random", 42, factors).learning_rate == pytest.approx(3e-4)
     assert what.cell("sst2", "spectral", 42, {}).learning_rate == pytest.approx(1e-4)
+    text = markdown(what, [], factors, "pico")
+    assert "| Spectral | 3* |" in text
+    assert "with * is the smallest or the greatest that was tried" in text
 
 
 @pytest.mark.parametrize(
@@ -95,6 +98,7 @@ def test_a_search_chooses_on_train_and_its_factor_holds_for_the_methods_that_sha
         ({"methods": ["lorra"]}, "got method 'lorra'"),
         ({"methods": ["spectral@x"]}, "want NAME or NAME@RANK"),
         ({"tasks": ["snli"]}, "got task 'snli'"),
+        ({"tasks": ["wnli"]}, "the paper has no epochs for WNLI; say --epochs wnli=NUMBER"),
         ({"seeds": []}, "got no seeds"),
     ],
 )

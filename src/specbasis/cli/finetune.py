@@ -15,7 +15,7 @@ from specbasis.errors import InputError
 from specbasis.finetune import Finetuned
 from specbasis.finetune import finetune as run_finetune
 from specbasis.finetune.grid import SCRATCH, Search, Setting, stored
-from specbasis.finetune.tasks import task_named
+from specbasis.finetune.tasks import GLUE, task_named
 from specbasis.recipes import fig5, table1
 
 BASE = Annotated[str, typer.Argument(metavar="BASE", help="pretrained: folder, hub:org/name, timm:name, pkg:…")]
@@ -33,7 +33,7 @@ def finetune(
     base: BASE,
     out: Annotated[Path, typer.Option("--out", help="folder of the run; the same command continues it")],
     task: Annotated[
-        str, typer.Option(help="cola sst2 mrpc stsb qqp mnli qnli rte; or a table, or a folder of images")
+        str, typer.Option(help="cola sst2 mrpc stsb qqp mnli qnli rte wnli; or a table, or a folder of images")
     ],
     method: Annotated[str, typer.Option(help="spectral, lora, pissa, bitfit, full, probe …")] = "spectral",
     seed: Annotated[int, typer.Option(help="of head, order, dropout and the method's random parts")] = 42,
@@ -168,7 +168,7 @@ def _comparison(
         name,
         tasks=words(given["tasks"]),
         methods=words(given["methods"]),
-        seeds=numbers(given["seeds"]),
+        seeds=numbers(given["seeds"], "--seeds"),
         epochs=_by_task(given["epochs"], "--epochs", float),
         examples=_by_task(given["examples"], "--examples", int),
         search=_search(search, search_task),
@@ -210,7 +210,7 @@ def _figure_verb(name: str) -> Callable[..., None]:
             ranks=ranks,
             blocks=blocks,
             task=task,
-            seeds=numbers(seeds),
+            seeds=numbers(seeds, "--seeds"),
             epochs=epochs,
             learning_rate=learning_rate,
             examples=examples,
@@ -280,7 +280,7 @@ def _by_task(text: str, flag: str, kind: type[_Number]) -> dict[str, _Number]:
             number = kind(0)
         if number <= 0:
             raise InputError(f"{flag} got {word!r}; want a number, or TASK=NUMBER")
-        found |= {task_named(name).name: number} if equals else dict.fromkeys(table1.EPOCHS, number)
+        found |= {task_named(name).name: number} if equals else dict.fromkeys(GLUE, number)
     return found
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,10 +147,36 @@ def load_base(base: str | Path, task: Task, *, max_length: int = 256, scratch: b
     )
     if not task.images and processor.pad_token is None:
         processor.pad_token = processor.eos_token or processor.unk_token
+        if processor.pad_token is None:
+            raise InputError(f"{base}: its tokenizer has no token to pad with, nor one for ends or unknown words")
     if not task.images and model.config.pad_token_id is None:
         model.config.pad_token_id = processor.pad_token_id
-    longest = getattr(config, "max_position_embeddings", None) or max_length
-    return Base(model, processor, address, task, min(max_length, int(longest)))
+    return Base(model, processor, address, task, min(max_length, _longest(model, processor)))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No loading reports and bars of transformers, as it was afterwards."""
+    from transformers import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _longest(model: nn.Module, processor: Any) -> int:
+    """Tokens that a model takes: positions of its own, and what its tokenizer was made for."""
+    positions = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == positions]
+    # RoBERTa counts from behind the padding.
+    taken = [m.padding_idx + 1 for m in tables if m.padding_idx is not None]
+    return min(int(positions) - max(taken, default=0), int(getattr(processor, "model_max_length", sys.maxsize)))
 
 
 def encoder_of(model: nn.Module) -> nn.Module:
