@@ -242,6 +242,7 @@ def test_a_folder_of_images_is_a_task(tmp_path):
         ({"rank": 400}, "got rank = 400; the smallest adapted matrix has 16 singular values"),
         ({"blocks": [9]}, r"got block \[9\]"),
         ({"seed": -1}, "got seed = -1; want a number in 0"),
+        ({"max_length": 2}, "got max_length = 2; want more than 2"),
         ({"examples": 0}, "got examples = 0; want at least 1"),
         ({"learning_rate": math.nan}, "got learning_rate = nan; want a positive number"),
         ({"weight_decay": -1.0}, "got weight_decay = -1.0; want 0 or a positive number"),

@@ -38,12 +38,21 @@ class Base:
     max_length: int
 
     def encode(self, split: Split) -> Examples:
-        """The inputs of every example; texts are tokenised here, images are read when they are asked for."""
+        """The inputs of every example; texts are tokenised here, images are read when they are asked for.
+
+        Raises:
+            InputError: the greatest length leaves no room for a text.
+        """
         if self.task.images:
             return Images(split, self.processor)
         if not split.inputs:
             return Texts([], [], self.task)
         columns = list(zip(*split.inputs, strict=True))
+        added = self.processor.num_special_tokens_to_add(pair=len(columns) > 1)
+        if self.max_length <= added:
+            raise InputError(
+                f"got max_length = {self.max_length}; want more than {added}: the tokenizer adds so many tokens"
+            )
         encoded = self.processor(*map(list, columns), truncation=True, max_length=self.max_length)
         names = [name for name in encoded if name in self.processor.model_input_names]
         return Texts(
