@@ -254,6 +254,28 @@ def test_what_does_not_fit_is_refused_in_one_line(options, message, place, tmp_p
         run(place, tmp_path / "run", **{"epochs": 1, **options})
 
 
+def test_a_run_that_failed_before_it_trained_gives_its_folder_to_the_next(place, tmp_path):
+    with pytest.raises(InputError, match="got rank = 400"):
+        run(place, tmp_path / "run", epochs=1, rank=400)
+    assert run(place, tmp_path / "run", epochs=1, rank=4).metrics["steps"] == 4
+
+
+def test_a_base_without_its_tokenizer_or_with_damaged_weights_is_refused(place, tmp_path):
+    shutil.copytree(place / "base", tmp_path / "bare")
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt"):
+        (tmp_path / "bare" / name).unlink()
+    shutil.copytree(place / "base", tmp_path / "damaged")
+    weights = tmp_path / "damaged/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    for base, message in (
+        (tmp_path / "bare", "its tokenizer knows no words; are the tokenizer's files"),
+        (tmp_path / "damaged", "transformers cannot load it: Error while deserializing header"),
+        (tmp_path / "nowhere", "nowhere: no such file or folder"),
+    ):
+        with pytest.raises(InputError, match=message):
+            specbasis.finetune(base, "sst2", out=tmp_path / "run", data_dir=place / "glue", epochs=1)
+
+
 def test_texts_are_cut_where_the_positions_of_the_base_end(tmp_path):
     import transformers
 

@@ -270,7 +270,7 @@ def _begin(folder: Path, config: Mapping[str, Any]) -> Finetuned | None:
     """The run of this folder if it is finished; else a manifest is in the folder when this returns.
 
     Raises:
-        InputError: the folder holds another run, or anything else.
+        InputError: the folder holds another run, or anything else. A run that had nothing to keep yet gives way.
     """
     plain = json.loads(json.dumps(config))
     path = folder / MANIFEST
@@ -282,7 +282,10 @@ def _begin(folder: Path, config: Mapping[str, Any]) -> Finetuned | None:
         except (ValueError, KeyError, OSError) as error:
             raise InputError(f"{path}: damaged ({error}); choose another folder") from error
         differing = [name for name in {**held, **plain} if held.get(name) != plain.get(name)]
-        if differing:
+        begun = any(other.is_file() and other != path for other in folder.rglob("*"))
+        if differing and not begun:
+            path.unlink()
+        elif differing:
             raise InputError(
                 f"{folder}: holds another run (its {', '.join(differing)} differ); choose another folder"
             )
