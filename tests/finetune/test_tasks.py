@@ -218,6 +218,7 @@ def test_a_table_that_cannot_be_used_is_told_in_one_line(text, label, content, m
         ([{"a": "x", "b": [1]}, {"a": "y", "b": [0]}], r"line 1: b is \[1\]; want the name of a class"),
         ([{"a": "x", "b": float("nan")}, {"a": "y", "b": 0}], "line 1: b is nan; want the name of a class"),
         ([{"a": ["x"], "b": 1}, {"a": ["y"], "b": 0}], r"line 1: a is \['x'\]; want a text"),
+        ([{"a": "x\ud800", "b": 1}, {"a": "y", "b": 0}], "line 1: a holds half a character"),
         ("", "own.json: is empty"),
     ],
 )

@@ -26,7 +26,7 @@ from tests.finetune import lab
 def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("lab")
     lab.pico_bert(place / "base", sentence_encoder=True)
-    lab.glue(place / "glue", train=64, dev=20)
+    lab.glue(place / "glue", train=64, dev=21)
     return place
 
 
@@ -153,7 +153,10 @@ class Widths(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model, **kwargs):
         (layer,) = (m for name, m in model.named_modules() if name.endswith("layer.2.intermediate"))
-        layer.register_forward_hook(lambda _, inputs, __: self.found.add(inputs[0].shape[1]))
+        self.handle = layer.register_forward_hook(lambda _, inputs, __: self.found.add(inputs[0].shape[1]))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.handle.remove()
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -386,15 +389,26 @@ def test_finetune_as_typed_runs_and_refuses_in_one_line(place, tmp_path, monkeyp
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_with_the_double_batch(place, tmp_path):
+@pytest.mark.parametrize(("method", "cached"), [("spectral", True), ("lora", False), ("full", False)])
+def test_two_processes_train_as_one_with_the_double_batch(method, cached, place, tmp_path):
     words = ["finetune", place / "base", "--task", "sst2", "--data-dir", place / "glue", "--out", tmp_path / "run"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "specbasis"]
+    words += ["--method", method, "--epochs", 1, *(["--cache-prefix", tmp_path / "cache"] if cached else [])]
+    # What the launcher starts on several GPUs; the variable makes the processes take the CPU.
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     done = subprocess.run(
-        [*launch, *map(str, words), "--epochs", "1"],
+        [*launch, "-m", "specbasis", *map(str, words)],
         capture_output=True, text=True, check=False, env={**os.environ, "ACCELERATE_USE_CPU": "true"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
     assert metrics["steps"] == 2  # 64 examples, 2 × 16 a step
     assert metrics["train_loss"][0] == pytest.approx(0.693, abs=0.05)  # a mean, not a sum over the processes
+    assert (metrics["prefix_cache"] is not None) is cached
     assert done.stdout.count("dev: accuracy") == 1
+    # Every example of the dev set is scored once, whichever process had it.
+    model, tokenizer = load(tmp_path / "run")
+    dev = load_task("sst2", data_dir=place / "glue").dev["dev"]
+    with torch.inference_mode():
+        logits = model(**tokenizer([text for (text,) in dev.inputs], padding=True, return_tensors="pt")).logits
+    right = (logits.argmax(-1) == torch.tensor(dev.labels).long()).float().mean()
+    assert metrics["dev"]["accuracy"] == pytest.approx(float(right))
