@@ -49,7 +49,7 @@ COARSE = ("bfloat16", "float16", "int8")
 
 def _zero(t: Triple) -> bool:
     """Whether there is nothing to turn, or nothing that turns it."""
-    return bool(t.base.spectrum[0] == 0) or t.identical or t.norm("delta") == 0
+    return t.once("zero", lambda: bool(t.base.spectrum[0] == 0) or t.identical or t.norm("delta") == 0)  # type: ignore[no-any-return]
 
 
 def _side(t: Triple, pair: tuple[Tensor, Tensor], side: str) -> Tensor:
@@ -270,11 +270,11 @@ def _null(t: Triple, kind: str) -> tuple[Tensor, Tensor] | None:
         return one, one
     if kind == "permuted":
         assert t.every is not None
-        mean, p, q = nulls.mean_update(t.every, t.delta)  # type: ignore[arg-type]
+        mean = nulls.mean_entry(t.delta)  # type: ignore[arg-type]
         if mean**2 < NEGLIGIBLE * _variance(t):
             return t.once("null gaussian", lambda: _null(t, "gaussian"))  # type: ignore[no-any-return]
         return nulls.null_alignment(
-            _spectrum(t), _sizes(t), t.ranks, max(0.0, _variance(t) - mean**2), (mean, p, q)
+            _spectrum(t), _sizes(t), t.ranks, max(0.0, _variance(t) - mean**2), nulls.mean_update(t.every, mean)
         )
     return nulls.null_alignment(_spectrum(t), _sizes(t), t.ranks, _variance(t))
 

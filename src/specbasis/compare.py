@@ -872,21 +872,23 @@ def _sampled(
 def _table(label: str, matched: MatrixPair, measured: Iterator[tuple[Measure, Values]]) -> pa.Table:
     """The rows of one matrix of one pair."""
     key = matched.key
-    names: list[str] = []
-    columns: dict[str, list[NDArray[Any]]] = {"index": [], "value": [], "bound": [], "resolved": []}
-    for measure, values in measured:
-        n = len(values.value)
-        names.append(measure.name)
-        resolved = values.resolved(relative=measure.unit == "weight")
-        nothing = np.full(n, np.nan)
-        columns["value"].append(values.value.cpu().numpy())
-        index = np.asarray(values.index or range(n), dtype=np.float64) if measure.index else nothing
-        columns["index"].append(np.where(index < 0, np.nan, index))
-        columns["bound"].append(nothing if values.bound is None else values.bound.cpu().numpy())
-        columns["resolved"].append(nothing if resolved is None else resolved.cpu().numpy())
-    lengths = [len(part) for part in columns["value"]]
-    whole = {name: np.concatenate(parts).astype(np.float64) for name, parts in columns.items()}
+    found = list(measured)
+    lengths = [len(values.value) for _, values in found]
     n = sum(lengths)
+    places = np.arange(max(lengths, default=0), dtype=np.float64)
+    whole = {name: np.full(n, np.nan) for name in ("index", "value", "bound", "resolved")}
+    stop = 0
+    for (measure, values), length in zip(found, lengths, strict=True):
+        rows = slice(stop, stop := stop + length)
+        whole["value"][rows] = values.value.cpu().numpy()
+        if measure.index:
+            whole["index"][rows] = values.index or places[:length]
+        resolved = values.resolved(relative=measure.unit == "weight")
+        if resolved is not None and values.bound is not None:
+            whole["bound"][rows] = values.bound.cpu().numpy()
+            whole["resolved"][rows] = resolved.cpu().numpy()
+    whole["index"][whole["index"] < 0] = np.nan
+    names = [measure.name for measure, _ in found]
     one = np.zeros(n, np.int32)
     # Words as codes at once: a list of equal strings takes longer to encode than many measures to compute.
     arrays: dict[str, Any] = {

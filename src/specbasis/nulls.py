@@ -35,7 +35,10 @@ _FLOOR = 1e-6
 """Below this share of the largest singular value the other side's vector has no digits; see `core`."""
 
 _STEPS = 60
-"""Steps of the root finder, at most; six are usual."""
+"""Steps of the root finder, at most; ten are usual."""
+
+_CLOSE = 1e-7
+"""Last relative step of the root finder: it converges quadratically, and the tail's exponent is flat at the root."""
 
 _SINGLES = 8
 """Weights of a sum of χ² that are kept one by one; the others are lumped by their mean and variance."""
@@ -129,7 +132,7 @@ def core(base: SVD | HalfSVD, delta: SVD | HalfSVD, k: int, norm: float) -> Core
     if 3 * k > n:
         cross = _cross(base, delta)  # Δ Aᵀ
         C = (X.mT @ (cross @ X)) * inverse  # x_iᵀ Δ y_j
-        rows, columns = C[:k], C[:, :k].mT
+        rows, columns = C[:k], C[:, :k].mT.contiguous()
     else:
         rows = (base.times(E).mT @ X) * inverse
         columns = (X.mT @ delta.times(base.long_side(0, k))).mT
@@ -144,15 +147,20 @@ def _cross(base: SVD | HalfSVD, delta: SVD | HalfSVD) -> Tensor:
     return delta.times(base.long_side(0) * base.spectrum) @ base.short_side().mT
 
 
-def mean_update(base: SVD | HalfSVD, delta: SVD | HalfSVD) -> tuple[float, Tensor, Tensor]:
+def mean_update(base: SVD | HalfSVD, mean: float) -> tuple[float, Tensor, Tensor]:
     """(mean entry of Δ, Xᵀ1, Yᵀ1): what of an update survives any permutation of its entries."""
     X, S = base.short_side(), base.spectrum
-    n, m = len(X), max(base.shape)
-    one = X.new_ones(m, 1)
+    one = X.new_ones(max(base.shape), 1)
     usable = S > _FLOOR * S[0]
     inverse = torch.where(usable, 1 / torch.where(usable, S, 1.0), 0.0)
-    mean = float(delta.times(one).sum()) / (n * m)
     return mean, X.sum(dim=0).cpu(), ((X.mT @ base.times(one))[:, 0] * inverse).cpu()
+
+
+def mean_entry(delta: SVD | HalfSVD) -> float:
+    """Mean entry of Δ."""
+    n, m = sorted(delta.shape)
+    one = delta.spectrum.new_ones(m, 1)
+    return float(delta.times(one).sum()) / (n * m)
 
 
 def response(c: Core) -> tuple[Float[Tensor, " k"], Float[Tensor, " k"]]:
@@ -184,23 +192,23 @@ def predicted_alignment(c: Core) -> tuple[Float[Tensor, " k"], Float[Tensor, " k
     shifted = c.S.clone()
     shifted[:k] += c.rows[on, on]
     a, b = shifted[:k, None], shifted[None, :]
-    before = torch.arange(n)[None, :] > on[:, None]
-    found = []
+    sign = (torch.arange(n)[None, :] > on[:, None]).double() * 2 - 1
+    values, found = sign * ((a - b) * (a + b)), []
     for into, out in ((c.columns, c.rows), (c.rows, c.columns)):
         twice = 2 * (a * into + b * out)
-        apart = a.square() - b.square() + out.square() - into.square()
-        length = torch.hypot(twice, apart)
-        cosine = torch.where(length > 0, torch.where(before, apart, -apart) / length, 1.0)
+        apart = values + sign * ((out - into) * (out + into))
+        cosine = (apart / torch.hypot(twice, apart)).nan_to_num_(nan=1.0)  # 0/0: nothing turns them
         cosine[on, on] = 1.0
-        found.append(((1 + cosine) / 2).clamp(min=1e-300).log().sum(dim=1))
+        # A product of factors from 0 to 1: what underflows is 0 to all digits of a cosine.
+        found.append(((1 + cosine) / 2).prod(dim=1).sqrt())
     short, long = found
-    return (short / 2).exp(), (long / 2 - torch.log1p(c.outside / c.S[:k].square()) / 2).exp()
+    return short, long * (-torch.log1p(c.outside / c.S[:k].square()) / 2).exp()
 
 
 def _inverse_gap(S: Tensor, k: int) -> Tensor:
     """1/(s_i² − s_j²), (k, n); 0 on the diagonal and for equal values."""
     apart = (S[:k, None] - S[None, :]) * (S[:k, None] + S[None, :])
-    return torch.where(apart == 0, 0.0, 1 / torch.where(apart == 0, 1.0, apart))
+    return apart.reciprocal_().nan_to_num_(posinf=0.0, neginf=0.0)
 
 
 # --- updates of the same size, without a direction ---------------------------------------------------------------
@@ -253,8 +261,8 @@ def null_alignment(
         long = w + (mu * (a * out + b * into) * inverse).square()
         left_over = (m - q.square().sum()).clamp(min=0)
         beyond = beyond + (mu * p[:k]).square() * left_over / S[:k].square()
-    out_short = _mixed(short)
-    out_long = out_short if short is long else _mixed(long)
+    out_short = _mixed(short, symmetric=mean is None)
+    out_long = out_short if short is long else _mixed(long, symmetric=False)
     return (
         out_short.exp().clamp(min=1 / n).sqrt(),
         (out_long - torch.log1p(beyond)).exp().clamp(min=1 / m).sqrt(),
@@ -270,15 +278,34 @@ def _weights(S: Tensor, k: int) -> Tensor:
     return torch.nan_to_num(w, nan=math.inf, posinf=math.inf)  # 0/0: two zeros, which mix freely
 
 
-def _mixed(w: Tensor) -> Tensor:
-    """Σ_j log E cos² θ_ij for coupling variances w, (k,)."""
-    small = w < 1e-4
-    total = torch.where(small, torch.log1p(-w.clamp(max=0.5) * (1 - w.clamp(max=0.5))), 0.0).sum(dim=1)
-    i, j = (~small).nonzero(as_tuple=True)
-    r = 0.5 / w[i, j].sqrt()
+def _mixed(w: Tensor, *, symmetric: bool) -> Tensor:
+    """Σ_j log E cos² θ_ij for coupling variances w, (k,).
+
+    Args:
+        w: (k, n).
+        symmetric: w_ij = w_ji among the leading k: one triangle is computed.
+    """
+    k, n = w.shape
+    if not symmetric:
+        return _cosine(w.flatten()).reshape(k, n).log().sum(dim=1)
+    i, j = torch.triu_indices(k, n, 1)
+    factors = torch.ones(k, n, dtype=w.dtype)
+    factors[i, j] = _cosine(w[i, j])
+    inside = factors[:, :k]
+    return (inside * inside.mT).log().sum(dim=1) + factors[:, k:].log().sum(dim=1)
+
+
+def _cosine(w: Tensor) -> Tensor:
+    """E cos² θ of a pair of ranks with coupling variance w: ½ + ½ √(π/8) r e^{−q} (I₀(q) + I₁(q)), r = 1/(2√w).
+
+    Where w is small by the asymptotic series of the Bessel functions, 1 − w − 3w² − 30w³ − 525w⁴ − O(w⁵).
+    """
+    out = 1 - w * (1 + w * (3 + w * (30 + 525 * w)))
+    large = (w > 1e-3).nonzero()[:, 0]
+    r = 0.5 / w[large].sqrt()
     q = r * r / 4
     cosine = math.sqrt(math.pi / 8) * r * (torch.special.i0e(q) + torch.special.i1e(q))
-    return total.index_add(0, i, ((1 + cosine.clamp(max=1.0)) / 2).log())
+    return out.index_copy_(0, large, (1 + cosine.clamp(max=1.0)) / 2)
 
 
 def p_gaussian(
@@ -338,23 +365,10 @@ def _ratio_cdf(weights: Floats, groups: list[tuple[Floats, Floats]], q: Floats, 
     largest = values.max(axis=1)
     scale = np.where(largest > 0, largest, 1.0)
     lam = (values - q[:, None]) / scale[:, None]
-    low, high = lam.min(axis=1), lam.max(axis=1)
-    possible = (low < 0) & (high > 0)
-    # K(t) = −½ Σ c log(1 − 2 t λ) is convex between its two poles: Newton's method for K′ = 0, inside a bracket.
-    a = np.where(possible, 1 / (2 * np.where(low < 0, low, -1.0)), -1.0) * (1 - 1e-12)
-    b = np.where(possible, 1 / (2 * np.where(high > 0, high, 1.0)), 1.0) * (1 - 1e-12)
+    possible = (lam.min(axis=1) < 0) & (lam.max(axis=1) > 0)
     t = np.zeros(k)
+    t[possible] = _saddlepoints(lam[possible].T.copy(), counts[possible].T.copy())
     weighted = counts * lam
-    for _ in range(_STEPS):
-        ratio = lam / (1 - 2 * t[:, None] * lam)
-        slope = (counts * ratio).sum(axis=1)
-        a, b = np.where(slope < 0, t, a), np.where(slope < 0, b, t)
-        newton = t - slope / np.maximum(2 * (counts * ratio * ratio).sum(axis=1), 1e-300)
-        step = np.where((newton > a) & (newton < b), newton, (a + b) / 2)
-        done = np.abs(step - t) <= 1e-10 * np.abs(t)
-        t = step
-        if bool((done | ~possible).all()):
-            break
     inner = np.maximum(1 - 2 * t[:, None] * lam, 1e-300)
     K = -0.5 * (counts * np.log(inner)).sum(axis=1)
     curvature = 2 * (counts * (lam / inner) ** 2).sum(axis=1)
@@ -366,7 +380,33 @@ def _ratio_cdf(weights: Floats, groups: list[tuple[Floats, Floats]], q: Floats, 
     tail = ndtr(safe_r + np.log(np.maximum(safe_v / safe_r, 1e-300)) / safe_r)
     middle = 0.5 + third / (6 * np.sqrt(2 * np.pi) * np.maximum(variance, 1e-300) ** 1.5)
     p = np.clip(np.where(near, middle, tail), 0.0, 1.0)
-    return np.where(possible, p, np.where(high <= 0, 1.0, 0.0))
+    return np.where(possible, p, np.where(lam.max(axis=1) <= 0, 1.0, 0.0))
+
+
+def _saddlepoints(lam: Floats, counts: Floats) -> Floats:
+    """For each column the t between its two poles where K′(t) = 0, K(t) = −½ Σ c log(1 − 2 t λ); λ of both signs.
+
+    Newton's method in 1/(distance to the pole ahead): K′ is concave in it, so no step goes past the root. A column
+    that has converged is left alone.
+    """
+    t = np.zeros(lam.shape[1])
+    below, above = (1 / (2 * ends) for ends in (lam.min(axis=0), lam.max(axis=0)))
+    active = np.arange(len(t))
+    for _ in range(_STEPS):
+        at = t[active]
+        ratio = lam / (1 - 2 * at * lam)
+        weighted = counts * ratio
+        slope, curvature = weighted.sum(axis=0), 2 * (weighted * ratio).sum(axis=0)
+        ahead = np.where(slope < 0, above, below) - at
+        step = ahead * np.abs(slope) / (curvature * np.abs(ahead) + np.abs(slope))
+        t[active] += step
+        going = np.abs(step) > _CLOSE * np.abs(t[active])
+        if not going.any():
+            break
+        if not going.all():
+            active, below, above = active[going], below[going], above[going]
+            lam, counts = lam[:, going], counts[:, going]
+    return t
 
 
 def size_share(alignment: Float[Tensor, " k"], null: Float[Tensor, " k"], d: int) -> Float[Tensor, " k"]:

@@ -34,8 +34,9 @@ def test_a_line_has_a_gap_where_nothing_ran(tmp_path, monkeypatch):
     from matplotlib.axes import Axes
 
     what = panel("fig5a", ranks=200, blocks=4, seeds=(1, 2))
+    size = {"adapter": 1}
     rows = [
-        Row(what.cell(point, seed).row(), {"score": 0.5 + seed / 10, "parameters": {"adapter": 1}}, None, 1, "", None)
+        Row(what.cell(point, seed).row(), {"score": 0.5 + seed / 10, "parameters": size}, None, 1, "", None)
         for point, seeds in ((what.points[0], (1, 2)), (what.points[2], (1, 2)), (what.points[3], (1,)))
         for seed in seeds
     ]

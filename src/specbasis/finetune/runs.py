@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from specbasis.errors import InputError
 from specbasis.finetune.protocol import Placement, Protocol
 from specbasis.finetune.tasks import Task, TaskData, load_task, selection_size, subset
-from specbasis.results import environment, write_whole, writing
+from specbasis.results import environment, refuse_another, write_whole, writing
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -281,14 +281,10 @@ def _begin(folder: Path, config: Mapping[str, Any]) -> Finetuned | None:
             held = json.loads(path.read_text(encoding="utf-8"))["config"]
         except (ValueError, KeyError, OSError) as error:
             raise InputError(f"{path}: damaged ({error}); choose another folder") from error
-        differing = [name for name in {**held, **plain} if held.get(name) != plain.get(name)]
-        begun = any(other.is_file() and other != path for other in folder.rglob("*"))
-        if differing and not begun:
+        if any(other.is_file() and other != path for other in folder.rglob("*")):
+            refuse_another(folder, "run", held, plain)
+        elif held != plain:
             path.unlink()
-        elif differing:
-            raise InputError(
-                f"{folder}: holds another run (its {', '.join(differing)} differ); choose another folder"
-            )
         if (folder / METRICS).is_file():
             return Finetuned(folder, json.loads((folder / METRICS).read_text(encoding="utf-8")))
     elif folder.exists() and any(folder.iterdir()):

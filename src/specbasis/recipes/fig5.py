@@ -91,8 +91,8 @@ def panel(
     """A panel for a model of this many singular values in its feed-forward matrices, and this many blocks.
 
     - ``fig5a``: intervals [0, m), m = 50, 100, … 700, or up to the model's limit, in the last two blocks.
-    - ``fig5b``: [0, 200) in two neighbouring blocks, from the first to the last; an odd number of blocks has one pair
-      more, the last.
+    - ``fig5b``: [0, 200) in two neighbouring blocks, from the first to the last; an odd number of blocks has one
+      pair more, the last.
     - ``fig5c``: [k, k + 200), k = 0, 50, … to the last ranks, in the last two blocks.
 
     Raises:

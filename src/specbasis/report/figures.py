@@ -13,9 +13,9 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-from specbasis.report.data import SIDES, Band, Pair, missing, representatives
+from specbasis.report.data import SIDES, Band, Floats, Pair, missing, own_ranks, representatives, turned
 
 COLORS = ("#0072b2", "#c2410c", "#00795c", "#a8357f", "#7d6200", "#5a4fcf", "#4f5b66", "#9b1c31")
 DASHES: tuple[Any, ...] = ("solid", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
@@ -64,6 +64,9 @@ def draw(pairs: Sequence[Pair], bands: Sequence[Bands]) -> Iterator[tuple[str, b
             if name in left_out:
                 continue
             yield from render(name + tail, lambda f=of_pair, p=pair, t=label: f(p, t))
+        for name, (of_pair, taken) in WHERE_TAKEN.items():
+            if taken(pair):
+                yield from render(name + tail, lambda f=of_pair, p=pair, t=label: f(p, t))
 
 
 def render(name: str, make: Callable[[], Figure]) -> Iterator[tuple[str, bytes]]:
@@ -324,6 +327,151 @@ def spectra(pair: Pair, label: str) -> Figure:
     return figure
 
 
+def size_alone(pair: Pair, label: str) -> Figure:
+    """Alignment by rank beside what noise of the update's size, perturbation theory and rounding would leave."""
+    figure, axes = _panels(2, f"Alignment beside what size alone would leave: {label}")
+    for ax, side in zip(axes, SIDES, strict=True):
+        _chance_lines(ax, pair.chance_levels(side))
+        for i, (name, measure) in enumerate(BESIDE_NAMES.items()):
+            series = pair.figures(f"{measure}_{side}")
+            width = int(series.index.max(initial=-1)) + 1
+            if not width:
+                continue
+            low, median, high = _quartiles(series.dense(width))
+            x = np.arange(1, width + 1)
+            if not i:
+                ax.fill_between(x, low, high, color=COLORS[0], alpha=0.16, lw=0, label="quartiles over matrices")
+            ax.plot(x, median, color=COLORS[i], ls=DASHES[i], lw=1.6, label=name, marker="o" if width < 3 else None)
+        ax.set(title=SIDE_TITLES[side], xlabel="rank i", ylabel="alignment |⟨base, tuned⟩|", ylim=(-0.02, 1.03))
+        _from_one(ax)
+    handles, names = axes[0].get_legend_handles_labels()
+    known = {name: handle for handle, name in zip(handles, names, strict=True) if not name.startswith("_")}
+    chance = Line2D([], [], color=QUIET, lw=0.9, ls=(0, (4, 3)))
+    height = figure.get_size_inches()[1]
+    figure.legend(
+        [*known.values(), chance],
+        [*known, "chance"],
+        loc="lower center",
+        ncols=3,
+        fontsize=7.5,
+        bbox_to_anchor=(0.5, 0.02 / height),
+    )
+    return figure
+
+
+def values_and_vectors(pair: Pair, label: str) -> Figure:
+    """Change of singular values, and rotation of the leading ten vectors, of each matrix by the update's size."""
+    figure, axes = _panels(2, f"Values and vectors at equal size of the update: {label}")
+    size = pair.whole("relative_update")
+    for ax, side in zip(axes, SIDES, strict=True):
+        drawn = [size[:0]]
+        for i, (name, values) in enumerate(
+            (
+                ("change of values, RSD", pair.whole("rsd")),
+                ("rotation of vectors, ranks 1–10 (sine)", turned(pair, f"alignment_{side}")),
+                ("rotation by noise of this size", turned(pair, f"null_alignment_gaussian_{side}")),
+            )
+        ):
+            known = np.isfinite(size) & np.isfinite(values) & (size > 0) & (values > 0)
+            if not known.any():
+                continue
+            drawn += [size[known], values[known]]
+            look = {"c": (COLORS[0], COLORS[1], QUIET)[i], "marker": "osx"[i], "s": 20, "linewidth": 1.0}
+            ax.scatter(size[known], values[known], label=name, **look | ({} if i == 2 else {"alpha": 0.75}))
+        every = np.concatenate(drawn)
+        if len(every):
+            ends = np.array([every.min() / 1.3, every.max() * 1.3])
+            ax.plot(ends, ends, color=QUIET, lw=0.9, ls=(0, (4, 3)), label="equal", zorder=1)
+            ax.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
+            for axis in (ax.xaxis, ax.yaxis):
+                axis.set_major_formatter(FuncFormatter(_power))
+                axis.set_minor_formatter(NullFormatter())
+        else:
+            ax.text(0.5, 0.5, "no update", transform=ax.transAxes, ha="center", color=QUIET)
+        ax.set(title=SIDE_TITLES[side], xlabel="size of the update ‖Δ‖/‖W‖", ylabel="change (of 1)")
+    handles, names = axes[0].get_legend_handles_labels()
+    if handles:
+        height = figure.get_size_inches()[1]
+        figure.legend(
+            handles, names, loc="lower center", ncols=2, fontsize=7.5, bbox_to_anchor=(0.5, 0.02 / height)
+        )
+    return figure
+
+
+def heads(pair: Pair, label: str) -> Figure:
+    """Rotation of what each attention head reads from or writes to, by head and block, for each projection."""
+    series = pair.figures("head_rotation")
+    grid = series.dense(int(series.index.max(initial=0)) + 1)
+    known = series.lengths > 0
+    panels = [
+        (f"{stack} {role}".strip(), [m for m in members if known[m]])
+        for stack, role, members in pair.panels()
+        if known[members].any()
+    ]
+    across = min(4, len(panels))
+    down = -(-len(panels) // across)
+    most = max(len(members) for _, members in panels)
+    figure, axes = grid_of_panels(
+        down, across, (1.9, min(4.0, max(0.7, 0.2 * most))), f"Rotation of attention heads: {label}", right=0.95
+    )
+    top = float(np.nanmax(grid))
+    image: Any = None
+    for ax in axes.flat[len(panels) :]:
+        ax.set_visible(False)
+    for ax, (title, members) in zip(axes.flat, panels, strict=False):
+        values = grid[members]
+        width = int(np.isfinite(values).any(axis=0).sum())
+        ax.grid(False)
+        extent = (0.5, width + 0.5, len(members) - 0.5, -0.5)
+        image = ax.imshow(
+            values[:, :width], aspect="auto", cmap="cividis", vmin=0, vmax=top or 1.0, extent=extent,
+            interpolation="nearest",
+        )  # fmt: skip
+        every = max(1, -(-len(members) // 12))
+        blocks = [pair.matrices["block"][m] for m in members][::every]
+        ax.set_yticks(range(0, len(members), every), ["–" if b is None else str(b) for b in blocks])
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1))
+        ax.tick_params(length=0, labelsize=7)
+        ax.set_title(title, size=8)
+    for ax in axes[:, 0]:
+        ax.set_ylabel("block")
+    for ax in axes.flat[max(0, len(panels) - across) : len(panels)]:
+        ax.set_xlabel("head")
+    width, height = figure.get_size_inches()
+    side = min(1.4, height - 1.2)
+    bar = figure.colorbar(image, cax=figure.add_axes((1 - 0.72 / width, 0.6 / height, 0.12 / width, side / height)))
+    bar.outline.set_visible(False)
+    bar.ax.set_title("sine", size=8, weight="normal", color=QUIET, loc="center")
+    return figure
+
+
+def own(pair: Pair, label: str) -> Figure:
+    """A user's own measures by rank: median and quartiles over matrices."""
+    names = own_ranks(pair)
+    figure, axes = grid_of_panels(
+        -(-len(names) // 2), min(2, len(names)), (3.6, 2.3), f"Own measures by rank: {label}", between=0.75
+    )
+    for ax in axes.flat[len(names) :]:
+        ax.set_visible(False)
+    for ax, name in zip(axes.flat, names, strict=False):
+        series = pair.figures(name)
+        width = int(series.index.max(initial=0)) + 1
+        low, median, high = _quartiles(series.dense(width))
+        x = np.arange(1, width + 1)
+        ax.fill_between(x, low, high, color=COLORS[0], alpha=0.16, lw=0)
+        ax.plot(x, median, color=COLORS[0], lw=1.6, marker="o" if width < 3 else None)
+        ax.set(title=_plain(name, 40), xlabel="rank i", ylabel="median, quartiles over matrices")
+        _from_one(ax)
+    return figure
+
+
+BESIDE_NAMES = {
+    "observed": "alignment",
+    "noise of the same size": "null_alignment_gaussian",
+    "predicted from the update": "predicted_alignment",
+    "rounding alone": "null_alignment_rounding",
+}
+
 OVER_PAIRS: dict[str, Callable[[Sequence[Pair], Sequence[str], Sequence[Bands]], Figure]] = {
     "alignment_by_rank": alignment_by_rank,
     "subspace_overlap": subspace_overlap,
@@ -334,7 +482,14 @@ OF_PAIR: dict[str, Callable[[Pair, str], Figure]] = {
     "alignment_heatmap": alignment_heatmap,
     "ratio_against_alignment": ratio_against_alignment,
     "spectra": spectra,
+    "values_and_vectors": values_and_vectors,
 }
+WHERE_TAKEN: dict[str, tuple[Callable[[Pair, str], Figure], Callable[[Pair], bool]]] = {
+    "size_alone": (size_alone, lambda pair: "null_alignment_gaussian_left" in pair.series),
+    "heads": (heads, lambda pair: bool(np.isfinite(pair.figures("head_rotation").value).any())),
+    "own": (own, lambda pair: bool(own_ranks(pair))),
+}
+"""Figures of what is measured on request: drawn for the pairs that have it."""
 
 
 PAGE_NAMES = {
@@ -345,6 +500,7 @@ PAGE_NAMES = {
     "alignment_heatmap": "heat",
     "ratio_against_alignment": "scatter",
     "spectra": "spectra",
+    "values_and_vectors": "equal",
 }
 """File → the page's figure of the same."""
 
@@ -389,6 +545,14 @@ def grid_of_panels(
         },
     )
     return figure, axes
+
+
+def _quartiles(values: Floats) -> tuple[Floats, Floats, Floats]:
+    """(lower quartile, median, upper quartile) down the columns over what is finite."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a rank that is resolved in no matrix
+        low, median, high = np.nanquantile(values, (0.25, 0.5, 0.75), axis=0)
+    return low, median, high
 
 
 def _curves(
