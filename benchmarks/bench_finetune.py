@@ -183,7 +183,9 @@ def main() -> None:
     ]
     print(f"{torch.get_num_threads()} threads, {arguments.rounds} rounds; {cut}")
     print("median step, s: " + ", ".join(f"{name} {wall:.3f}" for name, (wall, _) in median.items()))
-    print(f"finding the cut {finding:.2f} s, once; computing the cache {cold[0]:.3f} s a batch; {size / 1e6:.1f} MB")
+    print(
+        f"finding the cut {finding:.2f} s, once; computing the cache {cold[0]:.3f} s a batch; {size / 1e6:.1f} MB"
+    )
     print("peak memory, MB: " + ", ".join(f"{name} {value / 1e6:.0f}" for name, value in peaks.items()))
     for title, (wall, cpu), bar in rows:
         verdict = "met" if wall <= bar else "MISSED"

@@ -72,7 +72,7 @@ def test_rows_that_the_official_qqp_file_breaks_are_dropped_and_told(tmp_path):
 def test_mrpc_is_read_from_the_original_corpus_and_the_official_list_of_dev_pairs(tmp_path):
     lab.glue(tmp_path)
     folder = tmp_path / "MRPC"
-    rows = [f"{i % 2}\t{i}\t{i + 50}\the said \"{i}\tshe said {i}" for i in range(10)]
+    rows = [f'{i % 2}\t{i}\t{i + 50}\the said "{i}\tshe said {i}' for i in range(10)]
     header = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String"
     (folder / "msr_paraphrase_train.txt").write_text("\r\n".join([header, *rows, ""]), encoding="utf-8", newline="")
     assert len(load_task("mrpc", data_dir=tmp_path).train) == 24  # train.tsv goes first
@@ -218,6 +218,7 @@ def test_a_table_that_cannot_be_used_is_told_in_one_line(text, label, content, m
         ([{"a": "x", "b": [1]}, {"a": "y", "b": [0]}], r"line 1: b is \[1\]; want the name of a class"),
         ([{"a": "x", "b": float("nan")}, {"a": "y", "b": 0}], "line 1: b is nan; want the name of a class"),
         ([{"a": ["x"], "b": 1}, {"a": ["y"], "b": 0}], r"line 1: a is \['x'\]; want a text"),
+        ([{"a": "x\ud800", "b": 1}, {"a": "y", "b": 0}], "line 1: a holds half a character"),
         ("", "own.json: is empty"),
     ],
 )

@@ -26,7 +26,7 @@ from tests.finetune import lab
 def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("lab")
     lab.pico_bert(place / "base", sentence_encoder=True)
-    lab.glue(place / "glue", train=64, dev=20)
+    lab.glue(place / "glue", train=64, dev=21)
     return place
 
 
@@ -153,7 +153,10 @@ class Widths(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model, **kwargs):
         (layer,) = (m for name, m in model.named_modules() if name.endswith("layer.2.intermediate"))
-        layer.register_forward_hook(lambda _, inputs, __: self.found.add(inputs[0].shape[1]))
+        self.handle = layer.register_forward_hook(lambda _, inputs, __: self.found.add(inputs[0].shape[1]))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.handle.remove()
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -242,6 +245,7 @@ def test_a_folder_of_images_is_a_task(tmp_path):
         ({"rank": 400}, "got rank = 400; the smallest adapted matrix has 16 singular values"),
         ({"blocks": [9]}, r"got block \[9\]"),
         ({"seed": -1}, "got seed = -1; want a number in 0"),
+        ({"max_length": 2}, "got max_length = 2; want more than 2"),
         ({"examples": 0}, "got examples = 0; want at least 1"),
         ({"learning_rate": math.nan}, "got learning_rate = nan; want a positive number"),
         ({"weight_decay": -1.0}, "got weight_decay = -1.0; want 0 or a positive number"),
@@ -251,6 +255,28 @@ def test_a_folder_of_images_is_a_task(tmp_path):
 def test_what_does_not_fit_is_refused_in_one_line(options, message, place, tmp_path):
     with pytest.raises(InputError, match=message):
         run(place, tmp_path / "run", **{"epochs": 1, **options})
+
+
+def test_a_run_that_failed_before_it_trained_gives_its_folder_to_the_next(place, tmp_path):
+    with pytest.raises(InputError, match="got rank = 400"):
+        run(place, tmp_path / "run", epochs=1, rank=400)
+    assert run(place, tmp_path / "run", epochs=1, rank=4).metrics["steps"] == 4
+
+
+def test_a_base_without_its_tokenizer_or_with_damaged_weights_is_refused(place, tmp_path):
+    shutil.copytree(place / "base", tmp_path / "bare")
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt"):
+        (tmp_path / "bare" / name).unlink()
+    shutil.copytree(place / "base", tmp_path / "damaged")
+    weights = tmp_path / "damaged/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    for base, message in (
+        (tmp_path / "bare", "its tokenizer knows no words; are the tokenizer's files"),
+        (tmp_path / "damaged", "transformers cannot load it: Error while deserializing header"),
+        (tmp_path / "nowhere", "nowhere: no such file or folder"),
+    ):
+        with pytest.raises(InputError, match=message):
+            specbasis.finetune(base, "sst2", out=tmp_path / "run", data_dir=place / "glue", epochs=1)
 
 
 def test_texts_are_cut_where_the_positions_of_the_base_end(tmp_path):
@@ -363,15 +389,26 @@ def test_finetune_as_typed_runs_and_refuses_in_one_line(place, tmp_path, monkeyp
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_with_the_double_batch(place, tmp_path):
+@pytest.mark.parametrize(("method", "cached"), [("spectral", True), ("lora", False), ("full", False)])
+def test_two_processes_train_as_one_with_the_double_batch(method, cached, place, tmp_path):
     words = ["finetune", place / "base", "--task", "sst2", "--data-dir", place / "glue", "--out", tmp_path / "run"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "specbasis"]
+    words += ["--method", method, "--epochs", 1, *(["--cache-prefix", tmp_path / "cache"] if cached else [])]
+    # What the launcher starts on several GPUs; the variable makes the processes take the CPU.
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     done = subprocess.run(
-        [*launch, *map(str, words), "--epochs", "1"],
+        [*launch, "-m", "specbasis", *map(str, words)],
         capture_output=True, text=True, check=False, env={**os.environ, "ACCELERATE_USE_CPU": "true"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
     assert metrics["steps"] == 2  # 64 examples, 2 × 16 a step
     assert metrics["train_loss"][0] == pytest.approx(0.693, abs=0.05)  # a mean, not a sum over the processes
+    assert (metrics["prefix_cache"] is not None) is cached
     assert done.stdout.count("dev: accuracy") == 1
+    # Every example of the dev set is scored once, whichever process had it.
+    model, tokenizer = load(tmp_path / "run")
+    dev = load_task("sst2", data_dir=place / "glue").dev["dev"]
+    with torch.inference_mode():
+        logits = model(**tokenizer([text for (text,) in dev.inputs], padding=True, return_tensors="pt")).logits
+    right = (logits.argmax(-1) == torch.tensor(dev.labels).long()).float().mean()
+    assert metrics["dev"]["accuracy"] == pytest.approx(float(right))

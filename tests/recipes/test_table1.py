@@ -142,6 +142,23 @@ def test_controls_run_resume_and_are_rebuilt_from_rows_alone(place, tmp_path, mo
     assert re.search(r"\| Full, random start \| [\d,]+ \| \d+\.\d\d ± \d+\.\d\d \|", shown.output)
 
 
+def test_models_are_kept_where_they_are_asked_for_and_it_is_said_where_they_are_not(place, tmp_path):
+    out = tmp_path / "rows"
+    words = ["table1", "--out", out, "--tasks", "sst2", "--epochs", "1", "--seeds", "3,4", "--methods"]
+    done = typed(place, *words, "bitfit,probe", "--keep", "lora")
+    assert isinstance(done.exception, InputError)
+    assert "--keep got 'lora'; want some of this grid's methods: bitfit, probe" in str(done.exception)
+    assert typed(place, *words, "probe").exit_code == 0
+    done = typed(place, *words, "bitfit,probe", "--keep", "bitfit,probe")
+    assert done.exit_code == 0, done.output
+    kept = tmp_path / "rows-models/bitfit-sst2"
+    assert f"kept: {kept}" in done.output
+    assert (kept / "trained.safetensors").is_file()
+    assert "not kept: probe on sst2, whose row is older than --keep" in done.output
+    done = typed(place, *words[:-3], "--seeds", "x")
+    assert "--seeds got 'x'; want numbers" in str(done.exception)
+
+
 def test_figure_5_is_written_with_its_axes(place, tmp_path):
     out = tmp_path / "rows"
     done = typed(place, "fig5b", "--out", out, "--task", "sst2", "--seeds", "1,2", "--epochs", "1")

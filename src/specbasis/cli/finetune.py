@@ -14,7 +14,7 @@ from specbasis.cli.reproduce import reproduce_app
 from specbasis.errors import InputError
 from specbasis.finetune import Finetuned
 from specbasis.finetune import finetune as run_finetune
-from specbasis.finetune.grid import SCRATCH, Search, Setting, stored
+from specbasis.finetune.grid import SCRATCH, Search, Setting, kept_model, stored
 from specbasis.finetune.tasks import GLUE, task_named
 from specbasis.recipes import fig5, table1
 
@@ -174,6 +174,7 @@ def _comparison(
         search=_search(search, search_task),
     )
     setting = _setting(base, out, given, what.seeds)
+    kept = _kept(words(given["keep"]), what.methods)
     if no_run:
         searched = stored(what.search_cells(), out)
         factors = what.factors(searched)
@@ -184,6 +185,11 @@ def _comparison(
     path = table1.write(what, rows, factors, setting.config()["base"], out)
     line(path.read_text(encoding="utf-8"))
     line(f"table: {path}")
+    for method, task in [(method, task) for method in kept for task in what.tasks]:
+        folder = kept_model(setting, method, task)
+        there = (folder / "method.json").is_file()
+        missing = f"not kept: {method} on {task}, whose row is older than --keep, or missing"
+        line(f"kept: {folder}" if there else missing)
     _exit_on_failures([row for row in rows if row.error is not None])
 
 
@@ -240,20 +246,23 @@ for _name, _about in (
 
 
 def _setting(base: str, out: Path, given: dict[str, Any], seeds: Sequence[int]) -> Setting:
-    from specbasis.finetune.methods import method_named
-
-    keep = words(given.get("keep", ""))
-    for method in keep:
-        method_named(method)
     return Setting(
         base,
         None if given["data_dir"] is None else str(given["data_dir"]),
         {"group_by_length": True} if given["group_by_length"] else {},
         None if given["cache_prefix"] is None else str(given["cache_prefix"]),
         models=str(out.with_name(f"{out.name}-models")),
-        keep=(SCRATCH, *keep),
+        keep=(SCRATCH, *words(given.get("keep", ""))),
         first_seed=seeds[0],
     )
+
+
+def _kept(asked: Sequence[str], methods: Sequence[str]) -> list[str]:
+    """The methods of a grid, at each of their ranks, whose models are asked for."""
+    absent = [name for name in asked if name not in {method.partition("@")[0] for method in methods}]
+    if absent:
+        raise InputError(f"--keep got {absent[0]!r}; want some of this grid's methods: {', '.join(methods)}")
+    return [method for method in methods if method.partition("@")[0] in asked]
 
 
 def _search(text: str, task: str) -> Search | None:

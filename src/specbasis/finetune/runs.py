@@ -270,7 +270,7 @@ def _begin(folder: Path, config: Mapping[str, Any]) -> Finetuned | None:
     """The run of this folder if it is finished; else a manifest is in the folder when this returns.
 
     Raises:
-        InputError: the folder holds another run, or anything else.
+        InputError: the folder holds another run, or anything else. A run that had nothing to keep yet gives way.
     """
     plain = json.loads(json.dumps(config))
     path = folder / MANIFEST
@@ -281,7 +281,10 @@ def _begin(folder: Path, config: Mapping[str, Any]) -> Finetuned | None:
             held = json.loads(path.read_text(encoding="utf-8"))["config"]
         except (ValueError, KeyError, OSError) as error:
             raise InputError(f"{path}: damaged ({error}); choose another folder") from error
-        refuse_another(folder, "run", held, plain)
+        if any(other.is_file() and other != path for other in folder.rglob("*")):
+            refuse_another(folder, "run", held, plain)
+        elif held != plain:
+            path.unlink()
         if (folder / METRICS).is_file():
             return Finetuned(folder, json.loads((folder / METRICS).read_text(encoding="utf-8")))
     elif folder.exists() and any(folder.iterdir()):

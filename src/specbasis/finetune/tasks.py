@@ -656,7 +656,10 @@ def _text_of(row: Row, column: str, where: str, number: int) -> str:
         raise InputError(f"{where}, line {number}: no {column}; want a text")
     if not _is_plain(value):
         raise InputError(f"{where}, line {number}: {column} is {_shown(value)}; want a text")
-    return _as_text(value)
+    text = _as_text(value)
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise InputError(f"{where}, line {number}: {column} holds half a character of UTF-16; want whole ones")
+    return text
 
 
 def _class_of(value: Any, classes: Mapping[Any, int], where: str, number: int, label: str) -> float:
