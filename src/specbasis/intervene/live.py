@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import FrameType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -145,7 +145,7 @@ def state(model: nn.Module) -> Checkpoint:
     as it loads them. What is stored in another form altogether (experts one by one) keeps its name in the module.
     """
     opened = open_checkpoint(_as_stored(model, _live(model)))
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     return replace(opened, config=config.to_dict()) if hasattr(config, "to_dict") else opened
 
 
