@@ -3,8 +3,8 @@
     python benchmarks/interventions.py TUNED BASE [--sentences 300] [--edits 200] [--turns 5]
 
 TUNED and BASE are folders of a BERT-like encoder, such as a sentence encoder and its finetune. Judging is a forward
-pass over sentences of 32 tokens. An edit is made, measured (its size is in every row) and taken back. Processor time
-is compared, in turns of one judging and one edit, so that what other programs on the machine do hits both.
+pass over sentences of 32 tokens. An edit is made, measured (its size is in every row) and taken back. Processor
+time is compared, in turns of one judging and one edit, so that what other programs on the machine do hits both.
 Memory is the growth of what the process holds for itself (anonymous pages: files that are mapped, which the kernel
 can drop at any time, do not count), the largest value seen while the grid runs, its live model included, over what
 there was before it. A model was loaded, judged and dropped before, so that libraries do not count.
@@ -28,7 +28,6 @@ from specbasis.cache import Cache
 from specbasis.checkpoint import open_checkpoint
 from specbasis.intervene.grid import Grid, _Size, _Stage, admitted
 from specbasis.intervene.live import state
-
 
 EDITS = (
     *(Edit("swap", ranks) for ranks in (1, 30, 200, "all")),

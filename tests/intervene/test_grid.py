@@ -122,7 +122,9 @@ def test_workers_side_by_side_give_the_same_rows(models, tmp_path):
     together = run(models, tmp_path / "together", workers=2, **options)
     assert all(row.error is None for row in together)
     seconds = ("edit_seconds", "evaluate_seconds", "summarise_seconds")
-    values = [[{k: v for k, v in row.values.items() if k not in seconds} for row in rows] for rows in (alone, together)]
+    values = [
+        [{k: v for k, v in row.values.items() if k not in seconds} for row in rows] for rows in (alone, together)
+    ]
     assert [row.cell for row in alone] == [row.cell for row in together]
     assert values[0] == values[1]
 

@@ -71,7 +71,9 @@ def comparable(old, new, statistic):
 def test_intervals_of_correlations_are_those_of_scipy_and_the_test_is_the_exact_one(statistic):
     random = np.random.default_rng(1)
     n = 60
-    label = random.integers(0, 2, n).astype(float) if statistic in (matthews, f1) else random.normal(size=n).round(1)
+    label = (
+        random.integers(0, 2, n).astype(float) if statistic in (matthews, f1) else random.normal(size=n).round(1)
+    )
     old, new = (
         np.stack([(label + scale * random.normal(size=n) > 0.5) if statistic in (matthews, f1)
                   else (label + scale * random.normal(size=n)).round(1), label], axis=1).astype(float)
@@ -84,13 +86,13 @@ def test_intervals_of_correlations_are_those_of_scipy_and_the_test_is_the_exact_
 
     other = stats.bootstrap(tuple(new.T), of, paired=True, n_resamples=2000, method="percentile", rng=3)
     spread = other.standard_error
-    # Two ends of an interval from 2000 resamples each: one standard error of a 2.5 % quantile is 0.06 spreads.
+    # Ends of two intervals from 2000 resamples: one standard error of a 2.5 % quantile is 0.06 spreads.
     assert found["m.low"] == pytest.approx(other.confidence_interval.low, abs=0.35 * spread)
     assert found["m.high"] == pytest.approx(other.confidence_interval.high, abs=0.35 * spread)
     assert found["m.change_high"] < 0
     exchanged = stats.permutation_test(
-        comparable(old, new, statistic), lambda p, q, axis=-1: of(q, label) - of(p, label), permutation_type="samples",
-        n_resamples=2000, rng=4,
+        comparable(old, new, statistic), lambda p, q, axis=-1: of(q, label) - of(p, label),
+        permutation_type="samples", n_resamples=2000, rng=4,
     )  # fmt: skip
     assert found["m.p"] == pytest.approx(exchanged.pvalue, abs=0.03)
 

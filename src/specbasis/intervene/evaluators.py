@@ -529,8 +529,8 @@ class Harness:
 
         tokenizer = transformers.AutoTokenizer.from_pretrained(_place(model), trust_remote_code=False)
         known: Any = model
-        # What stands before a text of which every token counts; the harness fails where the tokenizer names nothing.
-        first = [tokenizer.bos_token_id, tokenizer.eos_token_id, known.config.bos_token_id, tokenizer.cls_token_id, 0]
+        # What stands before a text of which every token counts; the harness fails where a tokenizer names nothing.
+        first = [tokenizer.bos_token_id, tokenizer.eos_token_id, known.config.bos_token_id, 0]
         with redirect_stderr(StringIO()):  # its bars, once for every edit, would run over the grid's own
             found = simple_evaluate(
                 HFLM(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import FrameType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -41,8 +41,8 @@ def edited(
     Args:
         model: the live model; its parameters keep their identity, so optimisers and references stay valid.
         edits: matrix → what it is to be. The matrix is named as `specbasis.architecture.model_map` names it, of the
-            model's `state` or its state_dict, or given as its `MatrixRef`. A function gets the stored matrix (out, in) and is
-            called when its turn comes, so one new matrix is in memory at a time.
+            model's `state` or its state_dict, or given as its `MatrixRef`. A function gets the stored matrix
+            (out, in) and is called when its turn comes, so one new matrix is in memory at a time.
         originals: where the unedited parameters can be read again, bit-equal to the model's, such as the open
             checkpoint that it was loaded from. By default the edited matrices are copied.
 
@@ -141,11 +141,11 @@ def bound(
 def state(model: nn.Module) -> Checkpoint:
     """A live model as a checkpoint: its own tensors, tied ones under each of their names.
 
-    Names are those under which its checkpoints store them: transformers 5 renames the parameters of some families as
-    it loads them. What is stored in another form altogether (experts one by one) keeps its name in the module.
+    Names are those under which its checkpoints store them: transformers 5 renames the parameters of some families
+    as it loads them. What is stored in another form altogether (experts one by one) keeps its name in the module.
     """
     opened = open_checkpoint(_as_stored(model, _live(model)))
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     return replace(opened, config=config.to_dict()) if hasattr(config, "to_dict") else opened
 
 

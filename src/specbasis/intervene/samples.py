@@ -47,7 +47,7 @@ def pearson(values: Array) -> Array:
 
 def spearman(values: Array) -> Array:
     """Rank correlation of the two columns, tied values at their mean rank."""
-    codes = values if np.issubdtype(values.dtype, np.integer) else _dense_ranks(values)[0]
+    codes = values.astype(np.int64) if np.issubdtype(values.dtype, np.integer) else _dense_ranks(values)[0]
     return pearson(np.stack([_mean_ranks(codes[..., column]) for column in range(2)], axis=-1))
 
 
@@ -194,7 +194,9 @@ def _standardised(x: Array) -> Array:
 
 
 def _paired(old: Sample, new: Sample, resamples: int, seed: int) -> dict[str, float | int]:
-    a, b, statistic = old.values, new.values, new.statistic
+    a: npt.NDArray[Any] = old.values
+    b: npt.NDArray[Any] = new.values
+    statistic = new.statistic
     n, value, change = len(a), new.value, new.value - old.value
     if statistic is spearman:  # ranked once: resamples are then counted, not sorted
         a, b = _dense_ranks(*(_on_one_scale(x, stats.rankdata) for x in (a, b)))
