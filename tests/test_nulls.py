@@ -1,6 +1,7 @@
 """Nulls against the laws they state: sampled decompositions, uniform p-values, intervals that cover."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -178,11 +179,13 @@ def test_rounding_is_what_casting_does():
     assert nulls.rounding(W.to(torch.bfloat16)).stored == "bfloat16"
 
 
-@pytest.mark.parametrize("turn", [0.0, 0.3])
-@pytest.mark.parametrize("noise", ["gaussian", "bfloat16"])
-def test_intervals_cover_the_alignment_before_rounding(turn, noise):
-    """Known rotation: ranks i and i + 1 turned into each other by an angle; 1 100 draws of noise times ranks."""
-    n, m, k, draws = 16, 24, 16, 180
+@pytest.mark.parametrize(
+    ("turn", "noise", "k"),
+    [(0.0, "bfloat16", 16), (0.3, "gaussian", 16), (0.3, "bfloat16", 16), (0.3, "float16", 16), (0.3, "bfloat16", 10)],
+)
+def test_intervals_cover_the_alignment_before_rounding(turn, noise, k):
+    """Known rotation: base turned by a random rotation; 1 800 draws of noise times ranks and more."""
+    n, m, draws = 16, 24, 180
     S = torch.linspace(4, 1, n).double()
     covered = {"left": [], "right": []}
     for seed in range(draws):
@@ -192,20 +195,31 @@ def test_intervals_cover_the_alignment_before_rounding(turn, noise):
         Ut, Vt = U @ R, V @ R
         clean = (Ut * S) @ Vt.mT
         if noise == "gaussian":
-            variance = 1e-6
             T = clean + 1e-3 * gaussian(n, m, seed + 5000)
+            variance = torch.ones_like
+            scale = 1e-6
         else:
-            T = clean.to(torch.bfloat16)
-            variance = nulls.rounding(T).variance["bfloat16"]
+            T = clean.to(getattr(torch, noise))
+            variance, scale = partial(nulls.entry_variance, form=noise), 1.0
         t = decompose(T.double())
-        for side, X, Y in (("left", U, Ut), ("right", V, Vt)):
-            low, high = nulls.interval(X.mT @ t.vectors(side), t.spectrum, (n, m), variance, long=side == "right")
-            truth = (X * Y).sum(0).abs().clamp(max=1.0)
-            covered[side].append(((low <= truth) & (truth <= high))[:k])
-    for side in ("left", "right"):
-        share = float(torch.stack(covered[side]).double().mean())
+        X, Y = t.U[:, :k], t.Vh[:k].mT
+        cosines = (U[:, :k].mT @ X, V[:, :k].mT @ Y)
+        found = nulls.intervals(cosines, (X, Y), t.spectrum, T.double(), lambda W: scale * variance(W))
+        for side, (low, high), B, C in zip(covered, found, (U, V), (Ut, Vt), strict=True):
+            truth = (B * C).sum(0).abs().clamp(max=1.0)[:k]
+            covered[side].append((low <= truth) & (truth <= high))
+    for side, each in covered.items():
+        share, leading = (float(torch.stack(each)[:, :j].double().mean()) for j in (k, 3))
         # Where nothing turned, truth is 1, the end of the scale: the interval covers more often there.
         assert 0.93 <= share <= (0.97 if turn else 1.0), (side, share)
+        assert leading > 0.92, (side, leading)  # steps are coarsest where leading vectors are largest
+
+
+def test_the_variance_of_each_entry_adds_up_to_that_of_the_matrix():
+    W = gaussian(40, 30, 1).to(torch.float16)
+    for form in ("bfloat16", "float16"):
+        each = nulls.entry_variance(W, form)
+        assert float(each.mean()) == pytest.approx(nulls.rounding(W, form).variance[form])
 
 
 def test_the_share_of_size():

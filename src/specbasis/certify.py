@@ -52,7 +52,7 @@ def _zero(t: Triple) -> bool:
     return t.once("zero", lambda: bool(t.base.spectrum[0] == 0) or t.identical or t.norm("delta") == 0)  # type: ignore[no-any-return]
 
 
-def _side(t: Triple, pair: tuple[Tensor, Tensor], side: str) -> Tensor:
+def _side(t: Triple, pair: tuple[Any, Any], side: str) -> Any:
     """The one of (short, long) that is a side."""
     return pair[0 if (side == "left") == t.base_wide else 1]
 
@@ -349,24 +349,28 @@ def _size_share(side: str) -> Callable[[Triple], Values | None]:
 
 def _interval(side: str, end: int) -> Callable[[Triple], Values | None]:
     def function(t: Triple) -> Values | None:
-        if not _coarse(t) or t.base.spectrum[0] == 0 or t.tuned.spectrum[0] == 0:
+        if not _coarse(t) or t.entries is None or t.base.spectrum[0] == 0 or t.tuned.spectrum[0] == 0:
             return None
         if t.identical:
             return Values(torch.ones(t.ranks, dtype=torch.float64))
-        found = t.rounding["tuned"]
-        ends = t.once(
-            f"interval {side}",
-            lambda: nulls.interval(
-                t.matrix(side),
-                t.tuned.spectrum.cpu(),
-                _sizes(t),
-                found.variance[found.stored],
-                long=(side == "left") != t.base_wide,
-            ),
-        )
+        ends = _side(t, t.once("intervals", lambda: _intervals(t)), side)
         return Values(ends[end])
 
     return function
+
+
+def _intervals(t: Triple) -> tuple[nulls.Interval, nulls.Interval]:
+    """Intervals of the alignment before tuned was rounded, (short, long)."""
+    assert t.entries is not None
+    short, long = SIDES if t.base_wide else SIDES[::-1]
+    form = t.rounding["tuned"].stored
+    return nulls.intervals(
+        (t.matrix(short), t.matrix(long)),
+        (t.tuned.vectors(short, t.ranks).cpu(), t.tuned.vectors(long, t.ranks).cpu()),
+        t.tuned.spectrum.cpu(),
+        (t.entries if t.base_wide else t.entries.mT).cpu(),
+        lambda W: nulls.entry_variance(W, form),
+    )
 
 
 def _matched(t: Triple) -> Tensor:

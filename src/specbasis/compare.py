@@ -817,6 +817,7 @@ def decompose_pair(
         compare_heads(W, T, *heads) if heads else None,
         sampled,
         sums.figures,
+        T,
     )
 
 

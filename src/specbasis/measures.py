@@ -59,6 +59,7 @@ class Triple:
         heads: what changed in each attention head, where base is cut into heads.
         sampled: null → alignments, left and right, (draws, k), with random updates in place of delta.
         figures: other figures of the entries, by measure; see `specbasis.entries.read_entries`.
+        entries: tuned as stored, (out, in), for what reads the size of each entry.
     """
 
     base: Decomposition
@@ -72,6 +73,7 @@ class Triple:
     heads: HeadFigures | None = None
     sampled: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     figures: Mapping[str, float] = field(default_factory=dict)
+    entries: Tensor | None = None
     _cosines: dict[tuple[str, str, str], Cosines] = field(default_factory=dict, repr=False)
     _matrices: dict[str, Tensor] = field(default_factory=dict, repr=False)
     _kept: dict[str, Any] = field(default_factory=dict, repr=False)

@@ -13,6 +13,7 @@ Everything is written short side first: ``short`` are the vectors of the shorter
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -42,6 +43,8 @@ _CLOSE = 1e-7
 
 _SINGLES = 8
 """Weights of a sum of χ² that are kept one by one; the others are lumped by their mean and variance."""
+
+_BLOCK = 2**21  # entries of one block of variances
 
 Floats = NDArray[np.float64]
 
@@ -472,38 +475,90 @@ def rounding(W: Float[Tensor, "out in"], *stored: str) -> Rounding:
     return Rounding(stored[0], variance | {"int8": int8 / count})
 
 
-def interval(
-    cosines: Float[Tensor, "k k"], S: Float[Tensor, " n"], shape: tuple[int, int], variance: float, *, long: bool
-) -> tuple[Float[Tensor, " k"], Float[Tensor, " k"]]:
-    """95 % interval of the alignment that tuned had before noise of a known variance was added to its entries.
+Interval = tuple[Float[Tensor, " k"], Float[Tensor, " k"]]
+"""Lower and upper ends."""
 
-    The noise turns ũ_i by Σ y_j ũ_j with Var y_j = variance·w_ij: the alignment a = |c_ii| moves by Σ y_j c_ij
-    and shrinks by a factor √(1 − Σ y_j²). The interval is a·(1 + ½ Σ Var y_j) ± 1.96 √(Σ Var y_j c_ij² + ½ a² Σ
-    (Var y_j)²), in 0 … 1. What lies beyond the k ranks at hand counts with the part of u_i there and the mean
-    weight there.
+
+def entry_variance(W: Float[Tensor, "out in"], form: str) -> Float[Tensor, "out in"]:
+    """Mean squared error of rounding each entry to a format, step²/12, float64; steps as in `rounding`."""
+    bits, smallest = FORMATS[form]
+    X = W.detach().to(torch.float64).contiguous()
+    # The exponent bits alone: the power of two below each entry.
+    power = (X.view(torch.int64) & 0x7FF0000000000000).view(torch.float64).clamp_(min=2.0**smallest)
+    return power.square_().mul_(4.0**-bits / 12)
+
+
+def intervals(
+    cosines: tuple[Float[Tensor, "k k"], Float[Tensor, "k k"]],
+    vectors: tuple[Float[Tensor, "short k"], Float[Tensor, "long k"]],
+    S: Float[Tensor, " n"],
+    W: Float[Tensor, "short long"],
+    variance: Callable[[Tensor], Tensor],
+) -> tuple[Interval, Interval]:
+    """95 % intervals of the alignments, (short, long), that tuned had before independent noise N on its entries.
+
+    To first order the alignment a_i = c_ii moves by Σ_j c_ij y_ij, y_ij = (s_i x_jᵀNy_i + s_j x_iᵀNy_j)/(s_i² −
+    s_j²) on the short side. That is one linear form of N, p_iᵀNy_i + x_iᵀNq_i with p_i = Σ_j g_ij s_i x_j, q_i =
+    Σ_j g_ij s_j y_j, g_ij = c_ij/(s_i² − s_j²), so its variance is Σ_ab V_ab (p_ia y_ib + x_ia q_ib)² whatever
+    the variances V_ab of the entries are; on the long side s_i and s_j change places in p and q. Steps of floating
+    point grow with the entries, and leading vectors have theirs where the entries are large: with the mean of V in
+    place of V, intervals of leading ranks are too short.
+
+    Beyond first order a shrinks by √(1 − Σ y_ij²): the interval is a·(1 + ½ Σ Var y_ij) ± 1.96 √(variance + ½ a² Σ
+    (Var y_ij)²), in 0 … 1. What lies beyond the k ranks at hand counts with the part of x_i there, and with the mean
+    of V.
+
+    Costs 8nmk flops for n × m matrices, in blocks of the long side.
 
     Args:
-        cosines: ⟨u_i(base), ũ_j(tuned)⟩.
+        cosines: ⟨x_i(base), x_j(tuned)⟩ and ⟨y_i(base), y_j(tuned)⟩.
+        vectors: X and Y of tuned.
         S: all singular values of tuned.
-        shape: (short, long).
-        variance: of the noise in an entry, such as those of `rounding`.
-        long: whether these are vectors of the long side.
+        W: tuned, short side first.
+        variance: entries of tuned → the variance of the noise in each, such as `entry_variance`.
     """
-    n, m = shape
-    k = len(cosines)
-    v = (variance * _weights(S[:n], k)).clamp(max=1.0)
-    inside, beyond = v[:, :k], v[:, k:].sum(dim=1)
-    if long:
-        beyond = beyond + variance * (m - n) / S[:k].square()
-    squares = cosines.square()
-    left_over = (1 - squares.sum(dim=1)).clamp(min=0)
-    dimension = (m if long else n) - k
-    spread = (inside * squares).sum(dim=1) + (left_over * beyond / dimension if dimension else 0.0)
-    a = cosines.diagonal().abs()
-    every = inside.sum(dim=1) + beyond
-    middle = a * (1 + every / 2)
-    half = 1.959964 * (spread + a.square() * inside.square().sum(dim=1) / 2).sqrt()
-    return (middle - half).clamp(0, 1), (middle + half).clamp(0, 1)
+    X, Y = vectors
+    (n, k), m = X.shape, len(Y)
+    inverse = _inverse_gap(S, k)[:, :k]
+    a, b = S[:k, None], S[None, :k]
+    forms = []  # for each side p and q as columns
+    for c, (into, out) in zip(cosines, ((a, b), (b, a)), strict=True):
+        g = c * inverse
+        forms.append((X @ (g * into).mT, Y @ (g * out).mT))
+    x2, y2 = X.square(), Y.square()
+    across = X.new_zeros(n, k)  # V Y²
+    crossed = [X.new_zeros(n, k) for _ in forms]  # V (y ∘ q)
+    spread = [X.new_zeros(k) for _ in forms]
+    whole, every = X.new_zeros(k), 0.0  # Σ_b (V ᵀx²)_b: the variance of ‖Nᵀx_i‖
+    step = max(1, _BLOCK // n)
+    for start in range(0, m, step):
+        rows = slice(start, start + step)
+        V = variance(W[:, rows])
+        every += float(V.sum())
+        along = V.mT @ x2
+        whole += along.sum(dim=0)
+        across += V @ y2[rows]
+        for i, (_, q) in enumerate(forms):
+            spread[i] += (along * q[rows].square()).sum(dim=0)
+            crossed[i] += V @ (Y[rows] * q[rows])
+    within = x2.mT @ across  # Var x_iᵀNy_j
+    mean = every / (n * m)
+    far = mean * _weights(S, k)[:, k:].sum(dim=1)
+    outside = (whole - within.sum(dim=1)).clamp(min=0) * ((m - n) / (m - k) if m > k else 0.0) / S[:k].square()
+    found = []
+    for i, (c, (p, _)) in enumerate(zip(cosines, forms, strict=True)):
+        total = spread[i] + (p.square() * across).sum(dim=0) + 2 * (p * X * crossed[i]).sum(dim=0)
+        first, second = (within.mT, within) if i == 0 else (within, within.mT)
+        turns = ((a.square() * first + b.square() * second) * inverse.square()).clamp(max=1.0)
+        beyond = far + outside if i else far
+        dimension = (m if i else n) - k
+        left_over = (1 - c.square().sum(dim=1)).clamp(min=0)
+        total = total + (left_over * beyond / dimension if dimension else 0.0)
+        aligned = c.diagonal().abs()
+        middle = aligned * (1 + (turns.sum(dim=1) + beyond) / 2)
+        half = 1.959964 * (total + aligned.square() * turns.square().sum(dim=1) / 2).sqrt()
+        found.append(((middle - half).clamp(0, 1), (middle + half).clamp(0, 1)))
+    return found[0], found[1]
 
 
 # --- sampled updates ---------------------------------------------------------------------------------------------

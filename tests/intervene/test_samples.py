@@ -62,6 +62,11 @@ def test_the_paired_test_is_the_exact_one_up_to_resampling():
     assert (found["m"], found["m.change"], found["m.examples"]) == (new.mean(), new.mean() - old.mean(), 8)
 
 
+def comparable(old, new, statistic):
+    scale = {pearson: stats.zscore, spearman: stats.rankdata}.get(statistic, np.asarray)
+    return scale(old[:, 0]), scale(new[:, 0])
+
+
 @pytest.mark.parametrize("statistic", [pearson, spearman, matthews, f1])
 def test_intervals_of_correlations_are_those_of_scipy_and_the_test_is_the_exact_one(statistic):
     random = np.random.default_rng(1)
@@ -84,10 +89,26 @@ def test_intervals_of_correlations_are_those_of_scipy_and_the_test_is_the_exact_
     assert found["m.high"] == pytest.approx(other.confidence_interval.high, abs=0.35 * spread)
     assert found["m.change_high"] < 0
     exchanged = stats.permutation_test(
-        (old[:, 0], new[:, 0]), lambda p, q, axis=-1: of(q, label) - of(p, label), permutation_type="samples",
+        comparable(old, new, statistic), lambda p, q, axis=-1: of(q, label) - of(p, label), permutation_type="samples",
         n_resamples=2000, rng=4,
     )  # fmt: skip
     assert found["m.p"] == pytest.approx(exchanged.pvalue, abs=0.03)
+
+
+@pytest.mark.parametrize("statistic", [pearson, spearman])
+def test_a_correlation_that_changes_is_seen_whatever_the_scale_of_the_predictions(statistic):
+    random = np.random.default_rng(2)
+    label = random.normal(size=80)
+    old, new = label + 0.4 * random.normal(size=80), label + 0.8 * random.normal(size=80)
+    found = [
+        summarise(
+            {"m": Sample(np.stack([old, label], 1), statistic)},
+            {"m": Sample(np.stack([a * new + b, label], 1), statistic)},
+        )
+        for a, b in ((1.0, 0.0), (0.1, 7.0))
+    ]
+    assert found[0]["m.p"] == found[1]["m.p"] < 0.01
+    assert found[0]["m.change_low"] == pytest.approx(found[1]["m.change_low"])
 
 
 def test_intervals_cover_as_often_as_they_say():

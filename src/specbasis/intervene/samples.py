@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy import stats
 from torch import Tensor
 
 from specbasis.errors import InputError
@@ -156,7 +157,8 @@ def summarise(
 
     Intervals: percentile bootstrap over examples, the same resamples before and after, so that the change is
     paired. Test: two-sided paired randomisation; p = (1 + #{|change*| ≥ |change|}) / (1 + resamples), where a
-    starred change has before and after exchanged for each example with probability one half.
+    starred change has before and after exchanged for each example with probability one half. For a correlation,
+    predictions are standardised (Spearman: ranked) for each model before: it does not see their scale.
 
     Raises:
         InputError: before and after have other metrics or numbers of examples.
@@ -178,11 +180,26 @@ def summarise(
     return summary
 
 
+def _on_one_scale(values: Array, scale: Callable[[Array], Array]) -> Array:
+    """Predictions (first column) that two models made on scales of their own, made comparable.
+
+    A correlation does not see the scale, but a test that exchanges single predictions between the models would.
+    """
+    return np.stack([scale(values[:, 0]), values[:, 1]], axis=1)
+
+
+def _standardised(x: Array) -> Array:
+    spread = x.std()
+    return np.asarray((x - x.mean()) / (spread if spread > 0 else 1.0))
+
+
 def _paired(old: Sample, new: Sample, resamples: int, seed: int) -> dict[str, float | int]:
     a, b, statistic = old.values, new.values, new.statistic
     n, value, change = len(a), new.value, new.value - old.value
     if statistic is spearman:  # ranked once: resamples are then counted, not sorted
-        a, b = _dense_ranks(a, b)
+        a, b = _dense_ranks(*(_on_one_scale(x, stats.rankdata) for x in (a, b)))
+    elif statistic is pearson:
+        a, b = (_on_one_scale(x, _standardised) for x in (a, b))
     random = np.random.default_rng(seed)
     values, changes, null = [], [], []
     chunk = max(1, 2**15 // max(1, a.size))  # a few resamples at once: what fits a core's cache
