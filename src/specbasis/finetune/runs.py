@@ -315,12 +315,16 @@ def _write_json(path: Path, value: Any) -> None:
     write_whole(path, lambda target: target.write_text(text, encoding="utf-8"))
 
 
+_FULL = ("No space left", "Disk quota exceeded", "inline_container")
+"""What is in the message on a full disk; the last is torch.save's, which sees only that less was written."""
+
+
 @contextmanager
 def _one_line_on_a_full_disk(folder: Path) -> Iterator[None]:
     """Turn what each library makes of a full disk into one line that names the folder."""
     try:
         yield
     except Exception as error:
-        if isinstance(error, InputError) or "No space left" not in str(error):
+        if isinstance(error, InputError) or not any(sign in str(error) for sign in _FULL):
             raise
         raise InputError(f"{folder}: no space left on the disk; free some, and the same command goes on") from error

@@ -35,7 +35,7 @@ class LeanGather(TorchFunctionMode):
 def _gather(input: Tensor, dim: int, index: Tensor, **rest: Any) -> Tensor:
     if rest or not (torch.is_grad_enabled() and input.requires_grad):
         return torch.gather(input, dim, index, **rest)
-    found: Tensor = _Gather.apply(input, dim, index)
+    found: Tensor = _Gather.apply(input, dim, index)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -47,7 +47,7 @@ class _Gather(torch.autograd.Function):
         return torch.gather(values, dim, index)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (index,) = ctx.saved_tensors
         return grad.new_zeros(ctx.shape).scatter_add_(ctx.dim, index, grad), None, None
