@@ -1,9 +1,10 @@
 """What an intervention costs beside the judging of it, and what a grid of 200 edits holds in memory.
 
-    python benchmarks/interventions.py TUNED BASE [--sentences 300] [--edits 200]
+    python benchmarks/interventions.py TUNED BASE [--sentences 300] [--edits 200] [--turns 5]
 
 TUNED and BASE are folders of a BERT-like encoder, such as a sentence encoder and its finetune. Judging is a forward
-pass over sentences of 32 tokens. Processor time is compared, which other programs on the machine change little.
+pass over sentences of 32 tokens. An edit is made, measured (its size is in every row) and taken back. Processor time
+is compared, in turns of one judging and one edit, so that what other programs on the machine do hits both.
 Memory is the growth of what the process holds for itself (anonymous pages: files that are mapped, which the kernel
 can drop at any time, do not count), the largest value seen while the grid runs, its live model included, over what
 there was before it. A model was loaded, judged and dropped before, so that libraries do not count.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import tempfile
 import threading
 import time
@@ -24,8 +26,17 @@ from torch import nn
 from specbasis import Edit, Subject, edited, intervene, matrix_edits
 from specbasis.cache import Cache
 from specbasis.checkpoint import open_checkpoint
-from specbasis.intervene.grid import Grid, _Stage, admitted
+from specbasis.intervene.grid import Grid, _Size, _Stage, admitted
 from specbasis.intervene.live import state
+
+
+EDITS = (
+    *(Edit("swap", ranks) for ranks in (1, 30, 200, "all")),
+    *(Edit(kind, ranks) for kind in ("random", "random_complement", "zero") for ranks in (30, 200)),
+    Edit("random", "all"),
+    Edit("noise", 30),
+    Edit("noise", "all"),
+)
 
 
 def anonymous() -> int:
@@ -76,6 +87,7 @@ def main() -> None:
     parser.add_argument("base")
     parser.add_argument("--sentences", type=int, default=300)
     parser.add_argument("--edits", type=int, default=200)
+    parser.add_argument("--turns", type=int, default=5)
     given = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -88,24 +100,25 @@ def cost(given: argparse.Namespace, folder: str) -> None:
     subject = Subject(given.tuned, judge, load)
     stage = _Stage(Grid(given.base, {"tuned": subject}, f"{folder}/factors", 10**11, 0), "tuned")
     base = open_checkpoint(given.base)
-    started = time.process_time()
-    for _ in range(3):
-        judge(stage.model)
-    judging = (time.process_time() - started) / 3
-    print(f"judging {given.sentences} sentences of 32 tokens: {judging:.2f} s of processor time")
+    print(f"judging {given.sentences} sentences of 32 tokens; medians of {given.turns} turns of processor time")
     for roles in ("ffn", "attention"):
-        for edit in (Edit("swap", 1), Edit("swap", 30), Edit("swap", "all"), Edit("random", 30), Edit("zero", 30)):
-            edits = matrix_edits(edit, state(stage.model), base, admits=admitted(roles, ""), factors=stage.factors)
-            for first in (True, False):  # the first time decomposes
+        for edit in EDITS:
+            places = matrix_edits(edit, state(stage.model), base, admits=admitted(roles, ""), factors=stage.factors)
+            edits = {ref: _Size().of(one) for ref, one in places.items()}  # as a grid does
+            with edited(stage.model, edits, originals=stage.originals):
+                pass  # decomposes
+            shares = []
+            for _ in range(given.turns):
                 started = time.process_time()
+                judge(stage.model)
+                judged = time.process_time()
                 with edited(stage.model, edits, originals=stage.originals):
                     pass
-                spent = time.process_time() - started
-                if not first:
-                    share = spent / judging
-                    print(
-                        f"{edit.kind} {edit.ranks} of {roles}: {len(edits)} matrices, {spent:.3f} s = {share:.1%}"
-                    )
+                shares.append(((time.process_time() - judged) / (judged - started), judged - started))
+            share, judging = (statistics.median(one) for one in zip(*shares, strict=True))
+            print(
+                f"{roles:9} {edit.kind:17} {edit.ranks!s:3}: {len(edits)} matrices, {share:5.1%} of {judging:.2f} s"
+            )
 
 
 def memory(given: argparse.Namespace, folder: str) -> None:

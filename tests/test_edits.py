@@ -9,6 +9,7 @@ from specbasis import InputError, decompose
 from specbasis.edits import (
     KINDS,
     Edit,
+    _random_orthonormal,
     keep,
     mask,
     noise_like,
@@ -140,6 +141,37 @@ def test_random_vectors_in_the_complement_keep_an_svd_and_plain_ones_do_not(shap
         torch.testing.assert_close(part.S[:5], s.S[:5], rtol=0, atol=rounding(shape, float(s.S[0])))
     assert torch.equal(kept, randomise(T, s, 5, seed=3, complement=True))
     assert not torch.equal(kept, randomise(T, s, 5, seed=4, complement=True))
+
+
+@pytest.mark.parametrize(("d", "r"), [(5, 5), (7, 3), (3, 1)])
+def test_random_vectors_are_uniformly_distributed(d, r):
+    # Under Haar's measure on O(d): mean 0, every entry's square 1/d, the trace's square 1 for a whole matrix.
+    n, random = 1500, torch.Generator().manual_seed(0)
+    drawn = torch.stack([_random_orthonormal(d, r, random) for _ in range(n)])
+    gram = drawn.mT @ drawn
+    torch.testing.assert_close(gram, torch.eye(r).double().expand_as(gram), rtol=0, atol=1e-13)
+    assert float(drawn.mean(0).abs().max()) < 5 / (d * n) ** 0.5
+    assert float((drawn.square().mean(0) * d - 1).abs().max()) < 5 * (2 / n) ** 0.5
+    if d == r:
+        trace = drawn.diagonal(dim1=1, dim2=2).sum(1)
+        assert abs(float(trace.square().mean()) - 1) < 5 * (2 / n) ** 0.5
+        assert abs(float(trace.mean())) < 5 / n**0.5
+
+
+@pytest.mark.parametrize("count", [11, 16])
+@pytest.mark.parametrize("sides", ["both", "left", "right"])
+def test_where_half_of_the_ranks_are_the_same_either_way_is_right(count, sides):
+    # Some of the ranks that are replaced are replaced by themselves: the matrix is corrected or multiplied out.
+    W, T = pair(24, 16)
+    base, tuned = decompose(W), decompose(T)
+    for same in (3, 12, 16):
+        mixed = type(base)(**{**vars(base), "U": torch.cat([-tuned.U[:, :same], base.U[:, same:]], 1),
+                              "Vh": torch.cat([-tuned.Vh[:same], base.Vh[same:]])})  # fmt: skip
+        expected = naive_replace(T, mixed, tuned, range(count), sides)
+        found = replace(T, tuned, mixed, count, sides=sides)
+        torch.testing.assert_close(found, expected, rtol=0, atol=rounding(T.shape, float(tuned.S[0])))
+        if same >= count:
+            assert torch.equal(found, T.double())
 
 
 def test_in_the_complement_one_vector_of_a_short_side_can_only_change_its_sign():

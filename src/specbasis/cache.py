@@ -16,7 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from specbasis.checkpoint import open_checkpoint
+from specbasis.checkpoint import Checkpoint
+from specbasis.checkpoint.readers import file_entries
 from specbasis.errors import InputError
 from specbasis.svd import ALGORITHM, SVD, decompose
 
@@ -78,7 +79,7 @@ def mapped(path: Path) -> SVD | None:
     Its digest is not checked again; None where it is gone.
     """
     try:
-        stored = open_checkpoint(path)
+        stored = _open(path)
         return SVD(**{part: stored[part] for part in _PARTS})
     except (InputError, KeyError, OSError):
         return None
@@ -102,7 +103,7 @@ class Samples:
         if not path.exists():
             return None
         try:
-            stored = dict(open_checkpoint(path))
+            stored = dict(_open(path))
             left, right = (stored[side].clone() for side in ("left", "right"))
             os.utime(path)
         except (InputError, KeyError, OSError):
@@ -150,12 +151,17 @@ def _save(path: Path, tensors: dict[str, Tensor]) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def _open(path: Path) -> Checkpoint:
+    """One file, whatever lies beside it: a cache's folder may hold ten thousands."""
+    return Checkpoint(path.name, file_entries(path, path.name))
+
+
 def _read(path: Path) -> SVD | None:
     """An entry that is there and whole, marked as used now."""
     if not path.exists():
         return None
     try:
-        stored = dict(open_checkpoint(path))
+        stored = dict(_open(path))
         parts = {part: stored[part].clone() for part in _PARTS}
         whole = bytes(stored["digest"].tolist()).hex() == _digest(parts.values())
         if whole:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from specbasis.errors import InputError
-from specbasis.results import environment, write_whole, writing
+from specbasis.results import environment, refuse_another, write_whole, writing
 
 FORMAT = 1
 """Version of the folder's layout."""
@@ -252,12 +252,7 @@ def _write_manifest(folder: Path, config: dict[str, Any]) -> None:
     manifest: dict[str, Any] = {"cells": FORMAT, "config": config, "runs": []}
     if (folder / "manifest.json").exists():
         manifest = _manifest(folder)
-        names = {**manifest["config"], **config}
-        differing = [name for name in names if manifest["config"].get(name) != config.get(name)]
-        if differing:
-            raise InputError(
-                f"{folder}: holds another grid (its {', '.join(differing)} differ); choose another folder"
-            )
+        refuse_another(folder, "grid", manifest["config"], config)
     manifest["runs"].append(environment())
     text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
     write_whole(folder / "manifest.json", lambda path: path.write_text(text, encoding="utf-8"))

@@ -13,6 +13,7 @@ import platform
 import re
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -110,6 +111,34 @@ class Results:
         return pa.concat_tables(tables).unify_dictionaries().combine_chunks()
 
 
+def refuse_another(folder: Path, kind: str, held: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Check that what a folder holds was made with the settings that are wanted.
+
+    Raises:
+        InputError: some differ; the message names them with both values, those within another as ``outer.inner``.
+    """
+    there, here = _flat(held), _flat(wanted)
+    differing = [
+        f"{name}: {_short(there.get(name))} there, {_short(here.get(name))} here"
+        for name in {**there, **here}
+        if there.get(name) != here.get(name)
+    ]
+    if differing:
+        raise InputError(f"{folder}: holds another {kind} ({'; '.join(differing)}); choose another folder")
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        inner = _flat(value) if isinstance(value, Mapping) else {}
+        found |= {f"{name}.{key}": one for key, one in inner.items()} or {name: value}
+    return found
+
+
+def _short(value: Any) -> str:
+    return textwrap.shorten(str(value), 60, placeholder=" …") if value is not None else "none"
+
+
 def create(folder: Path, config: Mapping[str, Any]) -> Results:
     """Begin, or continue, the results of one configuration in a folder.
 
@@ -121,13 +150,7 @@ def create(folder: Path, config: Mapping[str, Any]) -> Results:
     manifest: dict[str, Any] = {}
     if (folder / "manifest.json").exists():
         manifest = load(folder).manifest
-        differing = [
-            key for key in {**manifest["config"], **config} if manifest["config"].get(key) != config.get(key)
-        ]
-        if differing:
-            raise InputError(
-                f"{folder}: holds another comparison (its {', '.join(differing)} differ); choose another folder"
-            )
+        refuse_another(folder, "comparison", manifest["config"], config)
     elif folder.exists() and any(not _is_temporary(path) for path in folder.iterdir()):
         raise InputError(f"{folder}: is not empty and holds no results; choose a new folder")
     results = Results(folder, manifest | {"format": FORMAT, "config": dict(config)})

@@ -51,7 +51,7 @@ MNLI_TEXT = [
 
 
 def glue(root, train=24, dev=12):
-    """All eight tasks, as the official archive has them, with quotes that do not balance."""
+    """All nine tasks, as the official archive has them, with quotes that do not balance."""
     for file, count, offset in (("train", train, 0), ("dev", dev, 100)):
         one = sentiment(count, offset)
         pairs = [(text, f"a {text}", label) for text, label in one]
@@ -72,6 +72,8 @@ def glue(root, train=24, dev=12):
         qnli = [(i, a, b, word[label]) for i, (a, b, label) in enumerate(pairs)]
         lines(root / f"QNLI/{file}.tsv", [("index", "question", "sentence", "label"), *qnli])
         lines(root / f"RTE/{file}.tsv", [("index", "sentence1", "sentence2", "label"), *qnli])
+        wnli = [(i, a, b, label) for i, (a, b, label) in enumerate(pairs)]
+        lines(root / f"WNLI/{file}.tsv", [("index", "sentence1", "sentence2", "label"), *wnli])
         three = ("entailment", "neutral", "contradiction")
         annotators = ["label1"] if file == "train" else [f"label{i}" for i in range(1, 6)]
         mnli = [

@@ -4,6 +4,7 @@ import errno
 import pickle
 import re
 import shutil
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import peft
@@ -14,7 +15,9 @@ from torch import nn
 
 from specbasis.adapter import SpectralConfig
 from specbasis.errors import InputError
+from specbasis.finetune.methods import attach
 from specbasis.finetune.prefix import Cut, NoPrefixError, PrefixCache, Uncut, find_cut, narrowed, store
+from specbasis.finetune.prefix import cut as cutting
 from specbasis.finetune.prefix.probe import record
 
 SMALL = {
@@ -239,6 +242,29 @@ def test_adapters_of_peft_train_on_a_cached_prefix(config, tmp_path):
     assert all(close(a, b, 1e-4) for a, b in zip(got[1], want[1], strict=True))
     if BERT_FFN in config.target_modules:  # the same prefix: methods share its rows
         assert cache.cut.digest == bare.digest
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["svft", "svft-banded", "svft-random", "svft-top-k", "speclora", "lora-xs", "psoft", "houlsby", "pfeiffer"],
+)
+def test_methods_of_the_laboratory_train_on_a_cached_prefix(method, tmp_path):
+    roles = ["ffn.up", "ffn.down"] if method != "pfeiffer" else ["ffn.down"]
+    model = attach(make(train=False), method, roles=roles, blocks=[2]).model.eval()
+    generator = torch.Generator().manual_seed(3)
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # they start at zero
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    cache = built(model, tmp_path)
+    want = gradients(model, collate(examples()))
+    batch = cache.collator(collate)(examples())
+    with cache.suffix(model):
+        got = gradients(model, batch)
+        calls, _ = record(model, batch)
+    assert close(got[0], want[0])
+    assert all(close(a, b, 1e-4) for a, b in zip(got[1], want[1], strict=True))
+    assert not close(got[0], gradients(make(), collate(examples()))[0])  # the method does something
+    assert not any(re.search(r"layer\.[01]\.\w+", call.module) for call in calls)
 
 
 def test_trainer_trains_saves_and_evaluates_on_a_cached_prefix(tmp_path):
@@ -511,6 +537,38 @@ def test_weights_below_the_cut_are_parked_and_come_back(tmp_path):
     frozen = r"embeddings\.|layer\.[01]\.|layer\.2\.attention\."
     assert moved == {name for name in pointers if re.search(frozen, name)}
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_an_attention_above_the_cut_keeps_no_scores_with_relative_positions(tmp_path, monkeypatch):
+    model = make("deberta_v2", train=False)
+    for name, module in model.named_modules():
+        if re.search(r"layer\.1\.output\.dense$|^classifier$", name):
+            module.requires_grad_(True)
+    cache = built(model, tmp_path, "deberta_v2")
+    want = gradients(model, collate(examples("deberta_v2")))
+    batch = cache.collator(collate)(examples("deberta_v2"))
+
+    def saved(context):
+        """Shapes that are kept for the backward pass, and what comes out."""
+        shapes = []
+
+        def pack(tensor):
+            shapes.append(tuple(tensor.shape))
+            return tensor
+
+        with context, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            return shapes, gradients(model, batch)
+
+    length, positions = batch["input_ids"].shape[1], 2 * DEBERTA["position_buckets"]
+    scores = (7 * SMALL["num_attention_heads"], length, positions)
+    lean, got = saved(cache.suffix(model))
+    monkeypatch.setattr(cutting, "LeanGather", nullcontext)
+    plain, again = saved(cache.suffix(model))
+    assert plain.count(scores) == lean.count(scores) + 2  # of content with position, and of position with content
+    for found in (got, again):
+        assert close(found[0], want[0])
+        assert all(close(a, b) for a, b in zip(found[1], want[1], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(got[1], again[1], strict=True))
 
 
 # --- the first position -------------------------------------------------------------------------------------------

@@ -69,6 +69,34 @@ def test_rows_that_the_official_qqp_file_breaks_are_dropped_and_told(tmp_path):
     assert data.notes == ("train.tsv: 1 rows with missing columns dropped, which occur in the official file",)
 
 
+def test_mrpc_is_read_from_the_original_corpus_and_the_official_list_of_dev_pairs(tmp_path):
+    lab.glue(tmp_path)
+    folder = tmp_path / "MRPC"
+    rows = [f'{i % 2}\t{i}\t{i + 50}\the said "{i}\tshe said {i}' for i in range(10)]
+    header = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String"
+    (folder / "msr_paraphrase_train.txt").write_text("\r\n".join([header, *rows, ""]), encoding="utf-8", newline="")
+    assert len(load_task("mrpc", data_dir=tmp_path).train) == 24  # train.tsv goes first
+    (folder / "train.tsv").unlink()
+    with pytest.raises(InputError, match=r"neither train\.tsv nor dev_ids\.tsv, GLUE's list"):
+        load_task("mrpc", data_dir=tmp_path)
+    (folder / "dev_ids.tsv").write_text("1\t2\n", encoding="utf-8")
+    with pytest.raises(InputError, match="names 0 of the 10 pairs"):
+        load_task("mrpc", data_dir=tmp_path)
+    (folder / "dev_ids.tsv").write_text("3\t53\n8\t58\n", encoding="utf-8")
+    data = load_task("mrpc", data_dir=tmp_path)
+    assert data.dev["dev"].inputs == [('he said "3', "she said 3"), ('he said "8', "she said 8")]
+    assert data.dev["dev"].labels == [1.0, 0.0]
+    assert len(data.train) == 8
+
+
+def test_a_file_that_ends_inside_of_a_line_is_noted(tmp_path):
+    lab.glue(tmp_path)
+    assert load_task("cola", data_dir=tmp_path).notes == ()
+    edit(tmp_path / "CoLA/train.tsv", lambda s: s[:-4])
+    (note,) = load_task("cola", data_dir=tmp_path).notes
+    assert note == "train.tsv: its last line has no end; if the file is cut off, get it again"
+
+
 def edit(path, change):
     path.write_text(change(path.read_text(encoding="utf-8")), encoding="utf-8")
 
@@ -171,6 +199,7 @@ def test_a_dev_table_and_regression(tmp_path):
         (["review"], "stars", 'review,stars\n"an open quote,1\n', "not a readable CSV"),
         (["review"], "stars", "review,stars\na,b,1\n", "line 2: 3 columns, the header has 2"),
         (["review"], "stars", "review,stars\na,1\nb,1\n", "stars has one value only"),
+        (["review"], "stars", "review,stars\na,1\nb,\nc,2\n", "line 3: stars is ''; want the name of a class"),
         (["review"], "stars", "review,stars\n" + "".join(f"a,{i}\n" for i in range(1200)), "or say --regression"),
     ],
 )
@@ -180,6 +209,27 @@ def test_a_table_that_cannot_be_used_is_told_in_one_line(text, label, content, m
         path.write_text(content, encoding="utf-8")
     with pytest.raises(InputError, match=message):
         load_task(path, text=text, label=label)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"a": "x", "b": 1}, {"a": "y"}], "line 2: b is None; want the name of a class"),
+        ([{"a": "x", "b": [1]}, {"a": "y", "b": [0]}], r"line 1: b is \[1\]; want the name of a class"),
+        ([{"a": "x", "b": float("nan")}, {"a": "y", "b": 0}], "line 1: b is nan; want the name of a class"),
+        ([{"a": ["x"], "b": 1}, {"a": ["y"], "b": 0}], r"line 1: a is \['x'\]; want a text"),
+        ([{"a": "x\ud800", "b": 1}, {"a": "y", "b": 0}], "line 1: a holds half a character"),
+        ("", "own.json: is empty"),
+    ],
+)
+def test_a_cell_that_holds_nothing_or_too_much_is_refused(rows, message, tmp_path):
+    (tmp_path / "own.json").write_text(json.dumps(rows) if rows else "", encoding="utf-8")
+    with pytest.raises(InputError, match=message):
+        load_task(tmp_path / "own.json", text=["a"], label="b")
+    held = [{"a": "x", "b": 0}, {"a": "y", "b": 1}]
+    (tmp_path / "held.json").write_text(json.dumps(held), encoding="utf-8")
+    with pytest.raises(InputError, match=r"own\.json"):
+        load_task(tmp_path / "held.json", dev=tmp_path / "own.json", text=["a"], label="b")
 
 
 def test_a_dev_label_that_train_lacks_is_refused(tmp_path):

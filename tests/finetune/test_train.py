@@ -1,10 +1,12 @@
 """A finetune end to end on a pico model: the folder, the figures, resuming, and what is refused."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from transformers import TrainerCallback
 import specbasis
 from specbasis.cli import main
 from specbasis.errors import InputError
-from specbasis.finetune import load
+from specbasis.finetune import load, train
 from specbasis.finetune.base import load_base
 from specbasis.finetune.forgetting import pretraining_loss
 from specbasis.finetune.tasks import load_task
@@ -24,7 +26,7 @@ from tests.finetune import lab
 def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("lab")
     lab.pico_bert(place / "base", sentence_encoder=True)
-    lab.glue(place / "glue", train=64, dev=20)
+    lab.glue(place / "glue", train=64, dev=21)
     return place
 
 
@@ -114,17 +116,21 @@ def test_a_finished_run_is_returned_and_another_one_refused(place, tmp_path):
     before = (tmp_path / "run/metrics.json").stat().st_mtime_ns
     assert run(place, tmp_path / "run", epochs=1).metrics == first.metrics
     assert (tmp_path / "run/metrics.json").stat().st_mtime_ns == before
-    with pytest.raises(InputError, match=r"holds another run \(its seed differ\)"):
+    with pytest.raises(InputError, match=r"holds another run \(seed: \d+ there, \d+ here\)"):
         run(place, tmp_path / "run", epochs=1, seed=1)
 
 
-def test_the_cached_prefix_changes_time_not_what_is_learned(place, tmp_path):
-    # Dropout below the cut is off with the cache, so it is off in both.
-    base = tmp_path / "quiet/base"
+def without_dropout(place, base):
+    """The same base, whose runs can be compared weight by weight."""
     shutil.copytree(place / "base", base)
     config = json.loads((base / "config.json").read_text())
     config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     (base / "config.json").write_text(json.dumps(config))
+    return base
+
+
+def test_the_cached_prefix_changes_time_not_what_is_learned(place, tmp_path):
+    base = without_dropout(place, tmp_path / "base")  # the cache turns it off below the cut
     found = [
         specbasis.finetune(
             base, "sst2", out=tmp_path / name, data_dir=place / "glue", blocks=[2], epochs=3, learning_rate=1e-2,
@@ -137,6 +143,37 @@ def test_the_cached_prefix_changes_time_not_what_is_learned(place, tmp_path):
     plain, cached = weights(tmp_path / "plain"), weights(tmp_path / "cached")
     for name, value in plain.items():
         torch.testing.assert_close(cached[name], value, rtol=0, atol=1e-5, msg=name)
+
+
+class Widths(TrainerCallback):
+    """Notes at how many positions the last block's feed-forward layer runs."""
+
+    def __init__(self):
+        self.found = set()
+
+    def on_train_begin(self, args, state, control, model, **kwargs):
+        (layer,) = (m for name, m in model.named_modules() if name.endswith("layer.2.intermediate"))
+        self.handle = layer.register_forward_hook(lambda _, inputs, __: self.found.add(inputs[0].shape[1]))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.handle.remove()
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_without_a_cache_the_last_block_runs_on_the_first_position_and_learns_the_same(
+    method, place, tmp_path, monkeypatch
+):
+    base = without_dropout(place, tmp_path / "base")
+    options = {"data_dir": place / "glue", "epochs": 1, "learning_rate": 1e-2}
+    narrow, wide = Widths(), Widths()
+    specbasis.finetune(base, "sst2", method, out=tmp_path / "narrow", callbacks=[narrow], **options)
+    monkeypatch.setattr(train, "narrowed", nullcontext)
+    specbasis.finetune(base, "sst2", method, out=tmp_path / "wide", callbacks=[wide], **options)
+    assert narrow.found == {1}
+    assert min(wide.found) > 1
+    other = weights(tmp_path / "wide")
+    for name, value in weights(tmp_path / "narrow").items():
+        torch.testing.assert_close(value, other[name], rtol=0, atol=1e-5, msg=name)
 
 
 def test_where_there_is_no_frozen_prefix_the_run_says_why_and_goes_on(place, tmp_path):
@@ -207,11 +244,59 @@ def test_a_folder_of_images_is_a_task(tmp_path):
         ({"warm_up": 1}, "got 'warm_up'; want fields of Protocol"),
         ({"rank": 400}, "got rank = 400; the smallest adapted matrix has 16 singular values"),
         ({"blocks": [9]}, r"got block \[9\]"),
+        ({"seed": -1}, "got seed = -1; want a number in 0"),
+        ({"max_length": 2}, "got max_length = 2; want more than 2"),
+        ({"examples": 0}, "got examples = 0; want at least 1"),
+        ({"learning_rate": math.nan}, "got learning_rate = nan; want a positive number"),
+        ({"weight_decay": -1.0}, "got weight_decay = -1.0; want 0 or a positive number"),
+        ({"report_to": "paper"}, "got report_to = 'paper'; want none, or what is installed"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(options, message, place, tmp_path):
     with pytest.raises(InputError, match=message):
         run(place, tmp_path / "run", **{"epochs": 1, **options})
+
+
+def test_a_run_that_failed_before_it_trained_gives_its_folder_to_the_next(place, tmp_path):
+    with pytest.raises(InputError, match="got rank = 400"):
+        run(place, tmp_path / "run", epochs=1, rank=400)
+    assert run(place, tmp_path / "run", epochs=1, rank=4).metrics["steps"] == 4
+
+
+def test_a_base_without_its_tokenizer_or_with_damaged_weights_is_refused(place, tmp_path):
+    shutil.copytree(place / "base", tmp_path / "bare")
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt"):
+        (tmp_path / "bare" / name).unlink()
+    shutil.copytree(place / "base", tmp_path / "damaged")
+    weights = tmp_path / "damaged/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    for base, message in (
+        (tmp_path / "bare", "its tokenizer knows no words; are the tokenizer's files"),
+        (tmp_path / "damaged", "transformers cannot load it: Error while deserializing header"),
+        (tmp_path / "nowhere", "nowhere: no such file or folder"),
+    ):
+        with pytest.raises(InputError, match=message):
+            specbasis.finetune(base, "sst2", out=tmp_path / "run", data_dir=place / "glue", epochs=1)
+
+
+def test_texts_are_cut_where_the_positions_of_the_base_end(tmp_path):
+    import transformers
+
+    task = load_task("sst2", data_dir=lab.glue(tmp_path / "glue")).task
+    base = lab.pico_bert(tmp_path / "bert")
+    assert load_base(base, task, max_length=500).max_length == 32
+    transformers.RobertaModel(
+        transformers.RobertaConfig(
+            vocab_size=len(lab.WORDS), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+            intermediate_size=32, max_position_embeddings=32, pad_token_id=1,
+        )
+    ).save_pretrained(tmp_path / "roberta")  # fmt: skip
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(base / name, tmp_path / "roberta")
+    loaded = load_base(tmp_path / "roberta", task, max_length=500)
+    assert loaded.max_length == 30  # its positions count from behind the padding
+    ids = torch.full((1, loaded.max_length), 5)
+    assert loaded.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.isfinite().all()
 
 
 def test_a_base_that_is_none_is_refused(place, tmp_path):
@@ -226,8 +311,6 @@ def test_a_folder_that_holds_something_else_is_left_alone(place, tmp_path):
 
 
 def test_a_full_disk_is_one_line_and_the_run_goes_on_later(place, tmp_path, monkeypatch):
-    from specbasis.finetune import train
-
     real = train.save_file
 
     def full(*_, **__):
@@ -306,15 +389,26 @@ def test_finetune_as_typed_runs_and_refuses_in_one_line(place, tmp_path, monkeyp
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_with_the_double_batch(place, tmp_path):
+@pytest.mark.parametrize(("method", "cached"), [("spectral", True), ("lora", False), ("full", False)])
+def test_two_processes_train_as_one_with_the_double_batch(method, cached, place, tmp_path):
     words = ["finetune", place / "base", "--task", "sst2", "--data-dir", place / "glue", "--out", tmp_path / "run"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "specbasis"]
+    words += ["--method", method, "--epochs", 1, *(["--cache-prefix", tmp_path / "cache"] if cached else [])]
+    # What the launcher starts on several GPUs; the variable makes the processes take the CPU.
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     done = subprocess.run(
-        [*launch, *map(str, words), "--epochs", "1"],
+        [*launch, "-m", "specbasis", *map(str, words)],
         capture_output=True, text=True, check=False, env={**os.environ, "ACCELERATE_USE_CPU": "true"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
     assert metrics["steps"] == 2  # 64 examples, 2 × 16 a step
     assert metrics["train_loss"][0] == pytest.approx(0.693, abs=0.05)  # a mean, not a sum over the processes
+    assert (metrics["prefix_cache"] is not None) is cached
     assert done.stdout.count("dev: accuracy") == 1
+    # Every example of the dev set is scored once, whichever process had it.
+    model, tokenizer = load(tmp_path / "run")
+    dev = load_task("sst2", data_dir=place / "glue").dev["dev"]
+    with torch.inference_mode():
+        logits = model(**tokenizer([text for (text,) in dev.inputs], padding=True, return_tensors="pt")).logits
+    right = (logits.argmax(-1) == torch.tensor(dev.labels).long()).float().mean()
+    assert metrics["dev"]["accuracy"] == pytest.approx(float(right))

@@ -1,5 +1,6 @@
 """Evaluators against what transformers says example by example, and ANARCII's task against its own decoding."""
 
+import json
 import pickle
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 from specbasis import InputError
-from specbasis.intervene import Classification, Numbering, Text, judge
+from specbasis.intervene import Classification, Harness, Numbering, Text, judge
 from specbasis.intervene.evaluators import germline_domains
 from tests.intervene.models import bert
 
@@ -113,6 +114,47 @@ def test_a_folder_of_images(tmp_path):
             pixels = processor(Image.open(tmp_path / "images" / label / f"{i}.png"), return_tensors="pt")
             right.append(config.id2label[int(model(**pixels).logits.argmax())] == label)
     assert found.value == np.mean(right)
+
+
+CATS = """task: cats
+dataset_path: json
+dataset_kwargs: {data_files: {validation: FILE}}
+validation_split: validation
+output_type: multiple_choice
+doc_to_text: "{{q}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: gold
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+
+
+@pytest.mark.slow  # the harness takes ten seconds to import and to index its tasks
+def test_a_task_of_the_harness_is_scored_example_by_example(tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval")
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    words = tokenizer(tmp_path / "gpt")  # names no first token, which the harness itself does not take
+    torch.manual_seed(0)
+    size = {"vocab_size": len(WORDS), "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 32}
+    GPT2LMHeadModel(GPT2Config(**size, bos_token_id=5, eos_token_id=5)).save_pretrained(tmp_path / "gpt")
+    asked = [("the cat sat", ("on", "far"), 0), ("a dog", ("ran", "mat"), 1), ("the mat", ("sat", "and"), 1)]
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks/cats.jsonl").write_text(
+        "".join(json.dumps({"q": q, "choices": c, "gold": g}) + "\n" for q, c, g in asked)
+    )
+    (tmp_path / "tasks/cats.yaml").write_text(CATS.replace("FILE", str(tmp_path / "tasks/cats.jsonl")))
+    evaluate = Harness("cats", include=str(tmp_path / "tasks"))
+    model = evaluate.load(str(tmp_path / "gpt"))
+    found = evaluate(model)
+    right = []
+    for question, choices, gold in asked:
+        ids = [words(f"{question} {choice}", return_tensors="pt").input_ids for choice in choices]
+        logs = [model(each).logits.log_softmax(-1)[0, -2, each[0, -1]].item() for each in ids]
+        right.append(int(np.argmax(logs)) == gold)
+    assert list(found) == ["cats.acc"]
+    assert found["cats.acc"].values[:, 0].tolist() == right
+    assert "_manager" not in vars(pickle.loads(pickle.dumps(evaluate)))
 
 
 def greedy(model: nn.Module, source, length):

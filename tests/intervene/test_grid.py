@@ -116,6 +116,17 @@ def test_a_grid_resumes_and_its_models_are_decomposed_once(models, tmp_path, mon
     assert Cache.decompose is real
 
 
+def test_workers_side_by_side_give_the_same_rows(models, tmp_path):
+    options = {"ranks": (1, "all"), "seeds": 1}
+    alone = run(models, tmp_path / "alone", **options)
+    together = run(models, tmp_path / "together", workers=2, **options)
+    assert all(row.error is None for row in together)
+    seconds = ("edit_seconds", "evaluate_seconds", "summarise_seconds")
+    values = [[{k: v for k, v in row.values.items() if k not in seconds} for row in rows] for rows in (alone, together)]
+    assert [row.cell for row in alone] == [row.cell for row in together]
+    assert values[0] == values[1]
+
+
 def test_an_evaluator_that_fails_marks_its_cells_and_the_grid_goes_on(models, tmp_path):
     calls = []
 

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from specbasis import Edit, InputError, decompose, edited, matrix_edits
+from specbasis import Edit, InputError, decompose, edited, matrix_edits, open_checkpoint
 from specbasis.architecture import model_map
 from specbasis.edits import mask, replace
 from specbasis.intervene.live import state
+from specbasis.intervene.stored import write_edited
 from tests.intervene.models import Tied, bert, bits
 
 
@@ -58,6 +59,35 @@ def test_fused_columns_of_a_conv1d_and_tied_weights():
     assert torch.equal(changed[:, 24:], model.inner.transformer.h[0].attn.c_attn.weight[:, 24:])
     assert bits(model) == before
     assert torch.equal(model(ids), logits)
+
+
+def test_a_family_that_transformers_stores_under_other_names(tmp_path):
+    from transformers import ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(0)
+    size = {"image_size": 8, "patch_size": 4, "hidden_size": 12, "intermediate_size": 24}
+    model = ViTForImageClassification(ViTConfig(**size, num_hidden_layers=2, num_attention_heads=2)).eval()
+    model.save_pretrained(tmp_path / "base")
+    base = open_checkpoint(tmp_path / "base")
+    assert set(state(model)) == set(base)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "tuned")
+    before = bits(model)
+    write_edited(tmp_path / "base", tmp_path / "tuned", Edit("swap", 4), tmp_path / "new", admits=ffn)
+    edits = matrix_edits(Edit("swap", 4), state(model), base, admits=ffn)
+    assert len(edits) == 4
+    with edited(model, edits):
+        assert bits(model) == bits(ViTForImageClassification.from_pretrained(tmp_path / "new"))
+        assert bits(model) != before
+    assert bits(model) == before
+    weight = next(name for name, p in model.named_parameters() if p.shape == (24, 12))
+    stored = next(name for name, tensor in base.items() if tensor.shape == (24, 12))
+    for name in (weight, stored):  # by its name in the module and in the file
+        with edited(model, {name: lambda W: 2 * W}):
+            assert bits(model)[weight] != before[weight]
+        assert bits(model) == before
 
 
 def test_an_exception_in_the_body_and_a_bad_edit_leave_the_model_as_it_was():

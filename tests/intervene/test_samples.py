@@ -62,6 +62,55 @@ def test_the_paired_test_is_the_exact_one_up_to_resampling():
     assert (found["m"], found["m.change"], found["m.examples"]) == (new.mean(), new.mean() - old.mean(), 8)
 
 
+def comparable(old, new, statistic):
+    scale = {pearson: stats.zscore, spearman: stats.rankdata}.get(statistic, np.asarray)
+    return scale(old[:, 0]), scale(new[:, 0])
+
+
+@pytest.mark.parametrize("statistic", [pearson, spearman, matthews, f1])
+def test_intervals_of_correlations_are_those_of_scipy_and_the_test_is_the_exact_one(statistic):
+    random = np.random.default_rng(1)
+    n = 60
+    label = random.integers(0, 2, n).astype(float) if statistic in (matthews, f1) else random.normal(size=n).round(1)
+    old, new = (
+        np.stack([(label + scale * random.normal(size=n) > 0.5) if statistic in (matthews, f1)
+                  else (label + scale * random.normal(size=n)).round(1), label], axis=1).astype(float)
+        for scale in (0.3, 1.0)
+    )  # fmt: skip
+    found = summarise({"m": Sample(old, statistic)}, {"m": Sample(new, statistic)}, resamples=2000)
+
+    def of(p, t, axis=-1):  # what scipy wants; the statistics themselves are compared above
+        return statistic(np.stack(np.broadcast_arrays(p, t), axis=-1))
+
+    other = stats.bootstrap(tuple(new.T), of, paired=True, n_resamples=2000, method="percentile", rng=3)
+    spread = other.standard_error
+    # Two ends of an interval from 2000 resamples each: one standard error of a 2.5 % quantile is 0.06 spreads.
+    assert found["m.low"] == pytest.approx(other.confidence_interval.low, abs=0.35 * spread)
+    assert found["m.high"] == pytest.approx(other.confidence_interval.high, abs=0.35 * spread)
+    assert found["m.change_high"] < 0
+    exchanged = stats.permutation_test(
+        comparable(old, new, statistic), lambda p, q, axis=-1: of(q, label) - of(p, label), permutation_type="samples",
+        n_resamples=2000, rng=4,
+    )  # fmt: skip
+    assert found["m.p"] == pytest.approx(exchanged.pvalue, abs=0.03)
+
+
+@pytest.mark.parametrize("statistic", [pearson, spearman])
+def test_a_correlation_that_changes_is_seen_whatever_the_scale_of_the_predictions(statistic):
+    random = np.random.default_rng(2)
+    label = random.normal(size=80)
+    old, new = label + 0.4 * random.normal(size=80), label + 0.8 * random.normal(size=80)
+    found = [
+        summarise(
+            {"m": Sample(np.stack([old, label], 1), statistic)},
+            {"m": Sample(np.stack([a * new + b, label], 1), statistic)},
+        )
+        for a, b in ((1.0, 0.0), (0.1, 7.0))
+    ]
+    assert found[0]["m.p"] == found[1]["m.p"] < 0.01
+    assert found[0]["m.change_low"] == pytest.approx(found[1]["m.change_low"])
+
+
 def test_intervals_cover_as_often_as_they_say():
     covered = 0
     for seed in range(200):

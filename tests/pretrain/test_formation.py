@@ -136,7 +136,15 @@ def test_a_claim_is_what_its_definition_says(grid):
         if c.setting.startswith("from pretrained") and c.group == "final FFN" and c.measure.startswith(at_the_end)
     ]  # fmt: skip
     assert claim.each == pytest.approx(differences, abs=1e-5)
-    assert len(markdown(found).splitlines()) == len(found) + 2
+    of_random = [r for r in rows if r.cell["phase"] == "post" and r.cell["task"] == "random_labels"]
+    losses = [np.mean([r.values["log"][-1]["loss"] for r in of_random if r.cell["seed"] == s]) for s in (0, 1)]
+    (claim,) = [
+        c for c in found
+        if c.measure == "training loss at the end" and c.setting == "random_labels from pretrained weights"
+    ]  # fmt: skip
+    assert claim.each == pytest.approx(losses, abs=1e-5)
+    table = [line for line in markdown(found).splitlines() if line.startswith("|")]
+    assert len(table) == len(found) + 2
 
 
 def test_intervals_are_students():

@@ -87,6 +87,9 @@ def test_a_search_chooses_on_train_and_its_factor_holds_for_the_methods_that_sha
     assert factors == {"spectral": 3.0}
     assert what.cell("sst2", "spectral-random", 42, factors).learning_rate == pytest.approx(3e-4)
     assert what.cell("sst2", "spectral", 42, {}).learning_rate == pytest.approx(1e-4)
+    text = markdown(what, [], factors, "pico")
+    assert "| Spectral | 3* |" in text
+    assert "with * is the smallest or the greatest that was tried" in text
 
 
 @pytest.mark.parametrize(
@@ -95,6 +98,7 @@ def test_a_search_chooses_on_train_and_its_factor_holds_for_the_methods_that_sha
         ({"methods": ["lorra"]}, "got method 'lorra'"),
         ({"methods": ["spectral@x"]}, "want NAME or NAME@RANK"),
         ({"tasks": ["snli"]}, "got task 'snli'"),
+        ({"tasks": ["wnli"]}, "the paper has no epochs for WNLI; say --epochs wnli=NUMBER"),
         ({"seeds": []}, "got no seeds"),
     ],
 )
@@ -136,6 +140,23 @@ def test_controls_run_resume_and_are_rebuilt_from_rows_alone(place, tmp_path, mo
     shown = typed(place, *words, "scratch,probe", "--no-run")
     assert shown.exit_code == 0
     assert re.search(r"\| Full, random start \| [\d,]+ \| \d+\.\d\d ± \d+\.\d\d \|", shown.output)
+
+
+def test_models_are_kept_where_they_are_asked_for_and_it_is_said_where_they_are_not(place, tmp_path):
+    out = tmp_path / "rows"
+    words = ["table1", "--out", out, "--tasks", "sst2", "--epochs", "1", "--seeds", "3,4", "--methods"]
+    done = typed(place, *words, "bitfit,probe", "--keep", "lora")
+    assert isinstance(done.exception, InputError)
+    assert "--keep got 'lora'; want some of this grid's methods: bitfit, probe" in str(done.exception)
+    assert typed(place, *words, "probe").exit_code == 0
+    done = typed(place, *words, "bitfit,probe", "--keep", "bitfit,probe")
+    assert done.exit_code == 0, done.output
+    kept = tmp_path / "rows-models/bitfit-sst2"
+    assert f"kept: {kept}" in done.output
+    assert (kept / "trained.safetensors").is_file()
+    assert "not kept: probe on sst2, whose row is older than --keep" in done.output
+    done = typed(place, *words[:-3], "--seeds", "x")
+    assert "--seeds got 'x'; want numbers" in str(done.exception)
 
 
 def test_figure_5_is_written_with_its_axes(place, tmp_path):

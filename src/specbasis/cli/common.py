@@ -44,13 +44,13 @@ def words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
-def numbers(text: str) -> list[int]:
-    """Block numbers from a list with ranges: "0,10-11" is 0, 10, 11."""
+def numbers(text: str, flag: str = "--blocks") -> list[int]:
+    """Numbers from a list with ranges, of blocks or what the flag names: "0,10-11" is 0, 10, 11."""
     numbers: list[int] = []
     for word in words(text):
         found = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", word, re.ASCII)
         first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
         if first > last:
-            raise InputError(f"--blocks got {word!r}; want numbers and ascending ranges, such as 0,10-11")
+            raise InputError(f"{flag} got {word!r}; want numbers and ascending ranges, such as 0,10-11")
         numbers += range(first, last + 1)
     return numbers

@@ -14,8 +14,8 @@ from specbasis.cli.reproduce import reproduce_app
 from specbasis.errors import InputError
 from specbasis.finetune import Finetuned
 from specbasis.finetune import finetune as run_finetune
-from specbasis.finetune.grid import SCRATCH, Search, Setting, stored
-from specbasis.finetune.tasks import task_named
+from specbasis.finetune.grid import SCRATCH, Search, Setting, kept_model, stored
+from specbasis.finetune.tasks import GLUE, task_named
 from specbasis.recipes import fig5, table1
 
 BASE = Annotated[str, typer.Argument(metavar="BASE", help="pretrained: folder, hub:org/name, timm:name, pkg:…")]
@@ -33,7 +33,7 @@ def finetune(
     base: BASE,
     out: Annotated[Path, typer.Option("--out", help="folder of the run; the same command continues it")],
     task: Annotated[
-        str, typer.Option(help="cola sst2 mrpc stsb qqp mnli qnli rte; or a table, or a folder of images")
+        str, typer.Option(help="cola sst2 mrpc stsb qqp mnli qnli rte wnli; or a table, or a folder of images")
     ],
     method: Annotated[str, typer.Option(help="spectral, lora, pissa, bitfit, full, probe …")] = "spectral",
     seed: Annotated[int, typer.Option(help="of head, order, dropout and the method's random parts")] = 42,
@@ -168,12 +168,13 @@ def _comparison(
         name,
         tasks=words(given["tasks"]),
         methods=words(given["methods"]),
-        seeds=numbers(given["seeds"]),
+        seeds=numbers(given["seeds"], "--seeds"),
         epochs=_by_task(given["epochs"], "--epochs", float),
         examples=_by_task(given["examples"], "--examples", int),
         search=_search(search, search_task),
     )
     setting = _setting(base, out, given, what.seeds)
+    kept = _kept(words(given["keep"]), what.methods)
     if no_run:
         searched = stored(what.search_cells(), out)
         factors = what.factors(searched)
@@ -184,6 +185,11 @@ def _comparison(
     path = table1.write(what, rows, factors, setting.config()["base"], out)
     line(path.read_text(encoding="utf-8"))
     line(f"table: {path}")
+    for method, task in [(method, task) for method in kept for task in what.tasks]:
+        folder = kept_model(setting, method, task)
+        there = (folder / "method.json").is_file()
+        missing = f"not kept: {method} on {task}, whose row is older than --keep, or missing"
+        line(f"kept: {folder}" if there else missing)
     _exit_on_failures([row for row in rows if row.error is not None])
 
 
@@ -210,7 +216,7 @@ def _figure_verb(name: str) -> Callable[..., None]:
             ranks=ranks,
             blocks=blocks,
             task=task,
-            seeds=numbers(seeds),
+            seeds=numbers(seeds, "--seeds"),
             epochs=epochs,
             learning_rate=learning_rate,
             examples=examples,
@@ -240,20 +246,23 @@ for _name, _about in (
 
 
 def _setting(base: str, out: Path, given: dict[str, Any], seeds: Sequence[int]) -> Setting:
-    from specbasis.finetune.methods import method_named
-
-    keep = words(given.get("keep", ""))
-    for method in keep:
-        method_named(method)
     return Setting(
         base,
         None if given["data_dir"] is None else str(given["data_dir"]),
         {"group_by_length": True} if given["group_by_length"] else {},
         None if given["cache_prefix"] is None else str(given["cache_prefix"]),
         models=str(out.with_name(f"{out.name}-models")),
-        keep=(SCRATCH, *keep),
+        keep=(SCRATCH, *words(given.get("keep", ""))),
         first_seed=seeds[0],
     )
+
+
+def _kept(asked: Sequence[str], methods: Sequence[str]) -> list[str]:
+    """The methods of a grid, at each of their ranks, whose models are asked for."""
+    absent = [name for name in asked if name not in {method.partition("@")[0] for method in methods}]
+    if absent:
+        raise InputError(f"--keep got {absent[0]!r}; want some of this grid's methods: {', '.join(methods)}")
+    return [method for method in methods if method.partition("@")[0] in asked]
 
 
 def _search(text: str, task: str) -> Search | None:
@@ -280,7 +289,7 @@ def _by_task(text: str, flag: str, kind: type[_Number]) -> dict[str, _Number]:
             number = kind(0)
         if number <= 0:
             raise InputError(f"{flag} got {word!r}; want a number, or TASK=NUMBER")
-        found |= {task_named(name).name: number} if equals else dict.fromkeys(table1.EPOCHS, number)
+        found |= {task_named(name).name: number} if equals else dict.fromkeys(GLUE, number)
     return found
 
 

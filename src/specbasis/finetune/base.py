@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -36,12 +40,21 @@ class Base:
     max_length: int
 
     def encode(self, split: Split) -> Examples:
-        """The inputs of every example; texts are tokenised here, images are read when they are asked for."""
+        """The inputs of every example; texts are tokenised here, images are read when they are asked for.
+
+        Raises:
+            InputError: the greatest length leaves no room for a text.
+        """
         if self.task.images:
             return Images(split, self.processor)
         if not split.inputs:
             return Texts([], [], self.task)
         columns = list(zip(*split.inputs, strict=True))
+        added = self.processor.num_special_tokens_to_add(pair=len(columns) > 1)
+        if self.max_length <= added:
+            raise InputError(
+                f"got max_length = {self.max_length}; want more than {added}: the tokenizer adds so many tokens"
+            )
         encoded = self.processor(*map(list, columns), truncation=True, max_length=self.max_length)
         names = [name for name in encoded if name in self.processor.model_input_names]
         return Texts(
@@ -143,12 +156,43 @@ def load_base(base: str | Path, task: Task, *, max_length: int = 256, scratch: b
             else kind.from_pretrained(**address, **weights, ignore_mismatched_sizes=True)
         ),
     )
+    if not task.images and len(processor) <= len(set(processor.all_special_ids)):
+        raise InputError(
+            f"{base}: its tokenizer knows no words; are the tokenizer's files (tokenizer.json, vocab.txt …) beside "
+            "the weights?"
+        )
     if not task.images and processor.pad_token is None:
         processor.pad_token = processor.eos_token or processor.unk_token
+        if processor.pad_token is None:
+            raise InputError(f"{base}: its tokenizer has no token to pad with, nor one for ends or unknown words")
     if not task.images and model.config.pad_token_id is None:
         model.config.pad_token_id = processor.pad_token_id
-    longest = getattr(config, "max_position_embeddings", None) or max_length
-    return Base(model, processor, address, task, min(max_length, int(longest)))
+    return Base(model, processor, address, task, min(max_length, _longest(model, processor)))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No loading reports and bars of transformers, as it was afterwards."""
+    from transformers import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _longest(model: nn.Module, processor: Any) -> int:
+    """Tokens that a model takes: positions of its own, and what its tokenizer was made for."""
+    positions = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == positions]
+    # RoBERTa counts from behind the padding.
+    taken = [m.padding_idx + 1 for m in tables if m.padding_idx is not None]
+    return min(int(positions) - max(taken, default=0), int(getattr(processor, "model_max_length", sys.maxsize)))
 
 
 def encoder_of(model: nn.Module) -> nn.Module:
@@ -162,7 +206,10 @@ def encoder_of(model: nn.Module) -> nn.Module:
 
 def _address(base: str | Path) -> dict[str, Any]:
     text = str(base)
-    if not text.startswith("pkg:") and not Path(text).expanduser().exists():
+    there = text.startswith("pkg:") or Path(text).expanduser().exists()
+    if not there and (isinstance(base, Path) or text.startswith(("/", ".", "~"))):
+        raise InputError(f"{text}: no such file or folder")
+    if not there:
         found = hub.parse_address(text)
         return {"pretrained_model_name_or_path": found.repository} | {
             key: value for key, value in (("revision", found.revision), ("subfolder", found.subfolder)) if value
@@ -174,10 +221,13 @@ def _address(base: str | Path) -> dict[str, Any]:
     return {"pretrained_model_name_or_path": str(file.parent)}
 
 
+_FAILURES = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError)
+
+
 def _loading(base: str | Path, load: Callable[[], Any]) -> Any:
     try:
         return load()
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (*_FAILURES, SafetensorError, UnpicklingError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"{base}: transformers cannot load it: {first}") from error
 

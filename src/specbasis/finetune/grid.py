@@ -106,7 +106,7 @@ def run_cell(cell: Mapping[str, Any], setting: Setting) -> dict[str, Any]:
     one = Cell.of(cell)
     data = _data(one.task, setting.data_dir, one.examples, one.selection)
     protocol = Protocol(epochs=one.epochs, learning_rate=one.learning_rate, **setting.protocol)
-    checkpoint = str(_kept(setting, SCRATCH, one.task)) if one.checkpoint == SCRATCH else one.checkpoint
+    checkpoint = str(kept_model(setting, SCRATCH, one.task)) if one.checkpoint == SCRATCH else one.checkpoint
     if one.checkpoint == SCRATCH and not Path(str(checkpoint)).is_dir():
         raise InputError(f"no model of {one.task} from scratch yet; run its cell of method {SCRATCH} first")
     with tempfile.TemporaryDirectory() as scratch:
@@ -114,7 +114,7 @@ def run_cell(cell: Mapping[str, Any], setting: Setting) -> dict[str, Any]:
             one.method in setting.keep and one.seed == setting.first_seed and setting.models and not one.selection
         )
         name = one.method if one.rank is None else f"{one.method}@{one.rank}"
-        folder = _kept(setting, name, one.task) if kept else Path(scratch)
+        folder = kept_model(setting, name, one.task) if kept else Path(scratch)
         return train.run(
             setting.base,
             data,
@@ -219,7 +219,8 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
-def _kept(setting: Setting, method: str, task: str) -> Path:
+def kept_model(setting: Setting, method: str, task: str) -> Path:
+    """Where the model of a method (NAME or NAME@RANK) on a task is left; its ``method.json`` is written last."""
     if setting.models is None:
         raise InputError("a grid with models that are kept wants a folder for them")
     return Path(setting.models) / f"{method}-{task}"

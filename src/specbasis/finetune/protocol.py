@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,8 +51,10 @@ class Protocol:
     def __post_init__(self) -> None:
         positive = {"epochs": self.epochs, "learning_rate": self.learning_rate, "batch_size": self.batch_size}
         for name, value in (*positive.items(), ("max_length", self.max_length)):
-            if value is not None and value <= 0:
+            if value is not None and not 0 < value < math.inf:
                 raise InputError(f"got {name} = {value}; want a positive number")
+        if not 0 <= self.weight_decay < math.inf:
+            raise InputError(f"got weight_decay = {self.weight_decay}; want 0 or a positive number")
         for name, given, known in (
             ("precision", self.precision, PRECISIONS),
             ("select", self.select, SELECTIONS),

@@ -18,12 +18,14 @@ from typing import TYPE_CHECKING, Any
 from specbasis.errors import InputError
 from specbasis.finetune.protocol import Placement, Protocol
 from specbasis.finetune.tasks import Task, TaskData, load_task, selection_size, subset
-from specbasis.results import environment, write_whole, writing
+from specbasis.results import environment, refuse_another, write_whole, writing
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
 METRICS, MANIFEST, CARD, CHECKPOINTS = "metrics.json", "manifest.json", "README.md", "checkpoints"
+LOGS = "runs"
+"""Where transformers puts TensorBoard's files, below its own output."""
 HELD_BACK = 128
 """How many held-back texts are taken where the user gives none."""
 
@@ -98,7 +100,8 @@ def finetune(
         cache_prefix: folder in which the activations below the first trained module are kept, computed once.
         held_back: texts, or a file with one a line, for the loss before and after (`forgetting`); by default the
             premises of RTE's dev set where GLUE is at hand, else the texts of the task's own dev set.
-        report_to: "tensorboard", "wandb", "trackio", … as transformers has it.
+        report_to: "tensorboard", "wandb", "trackio", … as transformers has it; several with commas. TensorBoard's
+            files are in ``OUT/runs`` when the run is finished.
         callbacks: of transformers' Trainer, beside the method's own.
         protocol: fields of `Protocol`.
 
@@ -108,6 +111,8 @@ def finetune(
     from specbasis.finetune.methods import method_named
     from specbasis.finetune.train import is_main_process, run
 
+    _check_numbers(seed, examples)
+    _check_report(report_to)
     known = {field.name for field in dataclasses.fields(Protocol)}
     if set(protocol) - known:
         raise InputError(
@@ -166,6 +171,25 @@ def finetune(
     return Finetuned(folder, metrics)
 
 
+def _check_numbers(seed: int, examples: int | None) -> None:
+    if not 0 <= seed < 2**32:
+        raise InputError(f"got seed = {seed}; want a number in 0 … 2³² − 1")
+    if examples is not None and examples < 1:
+        raise InputError(f"got examples = {examples}; want at least 1, or none given for all of train")
+
+
+def _check_report(report_to: str) -> None:
+    from transformers.integrations import get_available_reporting_integrations
+
+    there = get_available_reporting_integrations()
+    unknown = [name for name in report_to.split(",") if name not in (*there, "all", "none")]
+    if unknown:
+        raise InputError(
+            f"got report_to = {unknown[0]!r}; want none, or what is installed of what transformers reports to: "
+            f"{', '.join(there) or 'nothing is (pip install tensorboard)'}"
+        )
+
+
 def resolved(
     protocol: Protocol, method: str, data: TaskData, examples: int | None = None
 ) -> tuple[Protocol, TaskData]:
@@ -194,7 +218,7 @@ def load(folder: str | Path, base: str | Path | None = None) -> tuple[Any, Any]:
     Raises:
         InputError: the folder holds no finished run, or the base cannot be loaded.
     """
-    from specbasis.finetune.base import load_base
+    from specbasis.finetune.base import load_base, quiet
     from specbasis.finetune.methods import load as load_method
 
     place = Path(folder)
@@ -207,8 +231,9 @@ def load(folder: str | Path, base: str | Path | None = None) -> tuple[Any, Any]:
         ) from error
     if not (place / METRICS).is_file():
         raise InputError(f"{place}: the run is not finished; the same command goes on")
-    loaded = load_base(base or config["base"], task, max_length=config["protocol"]["max_length"])
-    return load_method(place, loaded.model).model.eval(), loaded.processor
+    with quiet():
+        loaded = load_base(base or config["base"], task, max_length=config["protocol"]["max_length"])
+        return load_method(place, loaded.model).model.eval(), loaded.processor
 
 
 def held_back_texts(
@@ -245,7 +270,7 @@ def _begin(folder: Path, config: Mapping[str, Any]) -> Finetuned | None:
     """The run of this folder if it is finished; else a manifest is in the folder when this returns.
 
     Raises:
-        InputError: the folder holds another run, or anything else.
+        InputError: the folder holds another run, or anything else. A run that had nothing to keep yet gives way.
     """
     plain = json.loads(json.dumps(config))
     path = folder / MANIFEST
@@ -256,11 +281,10 @@ def _begin(folder: Path, config: Mapping[str, Any]) -> Finetuned | None:
             held = json.loads(path.read_text(encoding="utf-8"))["config"]
         except (ValueError, KeyError, OSError) as error:
             raise InputError(f"{path}: damaged ({error}); choose another folder") from error
-        differing = [name for name in {**held, **plain} if held.get(name) != plain.get(name)]
-        if differing:
-            raise InputError(
-                f"{folder}: holds another run (its {', '.join(differing)} differ); choose another folder"
-            )
+        if any(other.is_file() and other != path for other in folder.rglob("*")):
+            refuse_another(folder, "run", held, plain)
+        elif held != plain:
+            path.unlink()
         if (folder / METRICS).is_file():
             return Finetuned(folder, json.loads((folder / METRICS).read_text(encoding="utf-8")))
     elif folder.exists() and any(folder.iterdir()):
@@ -279,6 +303,9 @@ def _finish(folder: Path, config: Mapping[str, Any], metrics: Mapping[str, Any],
     write_whole(
         folder / CARD, lambda path: path.write_text(model_card(config, metrics, data.task), encoding="utf-8")
     )
+    logs = folder / CHECKPOINTS / LOGS
+    if logs.is_dir():
+        logs.rename(folder / LOGS)
     _write_json(folder / METRICS, metrics)
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 

@@ -32,6 +32,8 @@ class Layout:
         header: column names of a file without a header line; empty where the first line names them.
         dev: name of each dev set, and its file.
         drops_short: rows with missing columns occur inside of the official file, and are dropped (QQP).
+        undivided: the original corpus's file, of train and dev together, which serves where ``train.tsv`` is not.
+        pair: columns of its pairs' names; the official list, ``dev_ids.tsv``, says which pairs are dev.
     """
 
     texts: tuple[str, ...]
@@ -39,6 +41,8 @@ class Layout:
     header: tuple[str, ...] = ()
     dev: Mapping[str, str] = field(default_factory=lambda: {"dev": "dev.tsv"})
     drops_short: bool = False
+    undivided: str = ""
+    pair: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,12 @@ GLUE = {
             "MRPC",
             ("accuracy", "f1"),
             ("0", "1"),
-            Layout(("#1 String", "#2 String"), "Quality"),
+            Layout(
+                ("#1 String", "#2 String"),
+                "Quality",
+                undivided="msr_paraphrase_train.txt",
+                pair=("#1 ID", "#2 ID"),
+            ),
             (_PAIR, "label"),
         ),
         Task("stsb", "STS-B", CORRELATIONS, (), Layout(_PAIR, "score"), (_PAIR, "label")),
@@ -137,9 +146,10 @@ GLUE = {
             (("question", "sentence"), "label"),
         ),
         Task("rte", "RTE", ("accuracy",), _ENTAILMENT, Layout(_PAIR, "label"), (_PAIR, "label")),
+        Task("wnli", "WNLI", ("accuracy",), ("0", "1"), Layout(_PAIR, "label"), (_PAIR, "label")),
     )
 }
-"""The eight tasks of Yu et al. 2026, Tab. 1, by name. Metrics as in Wang et al. 2019 (GLUE), Tab. 1."""
+"""GLUE by name: the eight tasks of Yu et al. 2026, Tab. 1, and WNLI. Metrics: Wang et al. 2019 (GLUE), Tab. 1."""
 
 _HUB_DEV = {"mnli": {"matched": "validation_matched", "mismatched": "validation_mismatched"}}
 
@@ -291,7 +301,9 @@ def _content_key(split: Split, index: int) -> bytes:
 _FOLDERS = {"cola": "CoLA", "sst2": "SST-2", "mrpc": "MRPC", "stsb": "STS-B", "qqp": "QQP", "mnli": "MNLI"} | {
     "qnli": "QNLI",
     "rte": "RTE",
+    "wnli": "WNLI",
 }
+_DEV_IDS = ("dev_ids.tsv", "mrpc_dev_ids.tsv")
 
 
 def _glue_folder(task: Task, root: Path) -> TaskData:
@@ -305,7 +317,11 @@ def _glue_folder(task: Task, root: Path) -> TaskData:
         raise InputError(f"{root}: holds no folder {_FOLDERS[task.name]}; want {folder}/train.tsv")
     files = {"train": "train.tsv", **task.layout.dev}
     notes: list[str] = []
-    splits = {name: _official(task, folder / file, notes) for name, file in files.items()}
+    undivided = folder / task.layout.undivided
+    if task.layout.undivided and undivided.is_file() and not (folder / files["train"]).exists():
+        splits = _divided(task, undivided, notes)
+    else:
+        splits = {name: _official(task, folder / file, notes) for name, file in files.items()}
     return TaskData(task, splits.pop("train"), splits, notes=tuple(notes))
 
 
@@ -317,8 +333,35 @@ def _official(task: Task, path: Path, notes: list[str]) -> Split:
     return _examples(rows, str(path), layout.texts, layout.label, _classes(task.labels), task.regression)
 
 
+def _divided(task: Task, path: Path, notes: list[str]) -> dict[str, Split]:
+    """Train and dev from the original corpus's one file and the official list of the pairs that are dev."""
+    layout = task.layout
+    assert layout is not None
+    listed = next((path.with_name(name) for name in _DEV_IDS if path.with_name(name).is_file()), None)
+    if listed is None:
+        raise InputError(
+            f"{path.parent}: holds {path.name}, but neither train.tsv nor {_DEV_IDS[0]}, GLUE's list of the pairs "
+            "that are the dev set; put it there"
+        )
+    pairs = {tuple(line.split("\t")) for _, line in _lines(listed)}
+    rows = list(_tsv_rows(path, layout, notes))
+    _want_columns(rows[0][1] if rows else (), layout.pair, str(path))
+    held = [tuple(row[name] for name in layout.pair) in pairs for _, row in rows]
+    if not any(held) or all(held):
+        raise InputError(
+            f"{listed}: names {sum(held)} of the {len(rows)} pairs of {path.name}; want GLUE's own list"
+        )
+    return {
+        name: _examples(
+            (row for row, dev in zip(rows, held, strict=True) if dev == wanted),
+            *(str(path), layout.texts, layout.label, _classes(task.labels), task.regression),
+        )
+        for name, wanted in (("train", False), ("dev", True))
+    }
+
+
 def _tsv_rows(path: Path, layout: Layout, notes: list[str]) -> Iterator[tuple[int, Row]]:
-    lines = _lines(path)
+    lines = _lines(path, notes)
     header = layout.header or tuple(next(lines, (0, ""))[1].split("\t"))
     _want_columns(header, (*layout.texts, layout.label), str(path))
     short, last = 0, 0
@@ -390,7 +433,7 @@ def _own_task(path: Path, dev: Path | None, text: tuple[str, ...], label: str, r
     if len(text) > 2:
         raise InputError(f"got {len(text)} columns of text ({', '.join(text)}); want one or two")
     rows = list(_table(path, (*text, label)))
-    names = () if regression else _class_names((row.get(label) for _, row in rows), str(path), label)
+    names = () if regression else _class_names(rows, str(path), label)
     task = Task(
         path.stem,
         path.stem,
@@ -418,9 +461,17 @@ def _with_dev(task: Task, train: Split, dev: Split | None) -> TaskData:
     )
 
 
-def _class_names(values: Iterable[Any], where: str, label: str) -> tuple[str, ...]:
+def _class_names(rows: Iterable[tuple[int, Row]], where: str, label: str) -> tuple[str, ...]:
     """Names of the classes, numbers in numerical order."""
-    names = {_as_text(value) for value in values}
+    names = set()
+    for number, row in rows:
+        value = row.get(label)
+        if not _is_plain(value) or value == "":
+            raise InputError(
+                f"{where}, line {number}: {label} is {_shown(value)}; want the name of a class; leave rows without "
+                "a label out"
+            )
+        names.add(_as_text(value))
     if len(names) > 1000:
         raise InputError(f"{where}: {label} has {len(names)} different values; want classes, or say --regression")
     if len(names) < 2:
@@ -502,7 +553,12 @@ def _json_object(path: Path, number: int, line: str) -> Row:
 def _json_rows(path: Path) -> Iterator[tuple[int, Row]]:
     """A list of objects; or an object a line, which is often called .json too."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
+        if not text.strip():
+            raise InputError(f"{path}: is empty")
+        value = json.loads(text)
+    except InputError:
+        raise
     except (ValueError, OSError) as error:
         try:
             yield from list(_jsonl_rows(path))
@@ -598,15 +654,19 @@ def _text_of(row: Row, column: str, where: str, number: int) -> str:
     value = row.get(column)
     if value is None:
         raise InputError(f"{where}, line {number}: no {column}; want a text")
-    return _as_text(value)
+    if not _is_plain(value):
+        raise InputError(f"{where}, line {number}: {column} is {_shown(value)}; want a text")
+    text = _as_text(value)
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise InputError(f"{where}, line {number}: {column} holds half a character of UTF-16; want whole ones")
+    return text
 
 
 def _class_of(value: Any, classes: Mapping[Any, int], where: str, number: int, label: str) -> float:
-    found = classes.get(value if value in classes else _as_text(value))
+    found = classes.get(value if type(value) is int and value in classes else _as_text(value))
     if found is None:
-        raise InputError(
-            f"{where}, line {number}: {label} is {_shown(value)}; want one of {', '.join(map(str, classes))}"
-        )
+        some = ", ".join(map(str, list(classes)[:12])) + (" …" if len(classes) > 12 else "")
+        raise InputError(f"{where}, line {number}: {label} is {_shown(value)}; want one of {some}")
     return float(found)
 
 
@@ -618,6 +678,11 @@ def _number_of(value: Any, where: str, number: int, label: str) -> float:
     if not math.isfinite(found):
         raise InputError(f"{where}, line {number}: {label} is {_shown(value)}; want a number")
     return found
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a cell holds one value: no list, no object, no bytes, and no NaN, which stands for nothing."""
+    return value is not None and not isinstance(value, list | dict | bytes) and value == value
 
 
 def _as_text(value: Any) -> str:
@@ -643,16 +708,23 @@ def _want_columns(there: Iterable[str], wanted: Sequence[str], where: str) -> No
         )
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines that are not empty, ended by a line feed alone: texts hold other separators of Unicode."""
+def _lines(path: Path, notes: list[str] | None = None) -> Iterator[tuple[int, str]]:
+    """Lines that are not empty, ended by a line feed alone: texts hold other separators of Unicode.
+
+    Args:
+        path: of the file.
+        notes: where it is said that the last line has no end, as in a file that was cut off.
+    """
     try:
         with path.open(encoding="utf-8-sig", newline="\n") as file:
-            empty = True
+            empty, line = True, "\n"
             for number, line in enumerate(file, 1):
                 text = line.rstrip("\r\n")
                 if text:
                     empty = False
                     yield number, text
+        if notes is not None and not line.endswith("\n"):
+            notes.append(f"{path.name}: its last line has no end; if the file is cut off, get it again")
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (UnicodeDecodeError, OSError) as error:

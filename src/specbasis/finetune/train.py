@@ -16,18 +16,17 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers import logging as transformers_logging
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from specbasis.checkpoint import open_checkpoint
 from specbasis.errors import InputError
-from specbasis.finetune.base import Base, load_base
+from specbasis.finetune.base import Base, load_base, quiet
 from specbasis.finetune.costs import Stopwatch, peak_memory, weights_bytes
 from specbasis.finetune.forgetting import Pretraining, pretraining_loss
 from specbasis.finetune.methods import Attached, attach
 from specbasis.finetune.metrics import scores
-from specbasis.finetune.prefix import NoPrefixError, PrefixCache, Uncut, find_cut
+from specbasis.finetune.prefix import NoPrefixError, PrefixCache, Uncut, find_cut, narrowed
 from specbasis.finetune.protocol import Placement, Protocol
 from specbasis.finetune.tasks import Split, Task, TaskData
 
@@ -68,7 +67,7 @@ def run(
         resumable: write a checkpoint at the end of every epoch, and go on from the last.
         scratch: begin from random weights instead of the base's.
     """
-    with _quiet():
+    with quiet():
         pretraining, before = _pretraining(str(base), data.task, tuple(held_back[1]))
         with peak_memory() as peak:
             set_seed(seed)
@@ -114,20 +113,6 @@ def run(
             "prefix_cache": ready.cache,
             "notes": [*data.notes, *ready.notes],
         }
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No loading reports and bars of transformers, as it was afterwards."""
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 @functools.lru_cache(maxsize=4)
@@ -258,7 +243,10 @@ def _ready(
     report_to: str,
     resumable: bool,
 ) -> Iterator[_Ready]:
-    """A Trainer; inside, the model runs from the cached activations of its frozen prefix where there is a cache."""
+    """A Trainer; inside, the model runs from the cached activations of its frozen prefix where there is a cache.
+
+    With or without it, a model that reads the first position alone does not run its last block on the others.
+    """
     best = protocol.select == "best"
     train, notes, about = base.encode(data.train), [], None
     collate: Callable[[list[Any]], Any] = base.collator()
@@ -277,6 +265,8 @@ def _ready(
                 else:
                     collate, about = cache.collator(collate), cache.manifest()
                     stack.enter_context(cache.suffix(attached.model))
+        if about is None:  # what runs from a cache is narrowed already
+            stack.enter_context(narrowed(attached.model))
         trainer = _Trainer(
             model=attached.model,
             args=args,
@@ -319,7 +309,7 @@ def _arguments(
         metric_for_best_model="score" if best else None,
         greater_is_better=True if best else None,
         logging_strategy="epoch",
-        report_to=report_to,
+        report_to=report_to.split(","),
         disable_tqdm=not sys.stderr.isatty(),
         remove_unused_columns=False,
         label_names=["labels"],

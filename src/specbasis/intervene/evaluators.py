@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from functools import cached_property
+from io import StringIO
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -129,11 +131,7 @@ class Classification:
         )
 
     def __call__(self, model: nn.Module) -> dict[str, Sample | float]:
-        """The task's metrics, from prediction and label of every example.
-
-        Spearman's correlation, which stands beside Pearson's, is a number without examples: sorting every resample
-        takes longer than judging does.
-        """
+        """The task's metrics, from prediction and label of every example."""
         task, split = self._data
         labels = np.asarray(split.labels, dtype=np.float64)
         order = [] if task.regression else _label_order(model, task)
@@ -145,8 +143,7 @@ class Classification:
                 outputs = logits[:, 0] if task.regression else logits[:, order].argmax(-1)
                 predictions[indices] = outputs.numpy()
         values = np.stack([predictions, labels], axis=1)
-        samples = {name: Sample(values, STATISTICS[name]) for name in task.metrics}
-        return {name: sample.value if name == "spearman" else sample for name, sample in samples.items()}
+        return {name: Sample(values, STATISTICS[name]) for name in task.metrics}
 
     def _encoded(self, model: nn.Module) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
         """Batches of examples of like length, with their indices; texts are kept, images are read each time."""
@@ -503,6 +500,20 @@ class Harness:
     include: str | None = None
     metric: str = ""
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_manager"}
+
+    @cached_property
+    def _manager(self) -> Any:
+        """The harness's index of its tasks, which takes seconds to read."""
+        try:
+            from lm_eval.tasks import TaskManager
+        except ImportError as error:
+            raise InputError(
+                "harness tasks need lm-evaluation-harness: pip install 'specbasis[harness]'"
+            ) from error
+        return TaskManager(include_path=self.include)
+
     def load(self, source: str) -> nn.Module:
         """A causal language model of transformers."""
         import transformers
@@ -511,30 +522,34 @@ class Harness:
 
     def __call__(self, model: nn.Module) -> dict[str, Sample | float]:
         """``TASK.METRIC`` for every task and metric."""
-        try:
-            from lm_eval import simple_evaluate
-            from lm_eval.models.huggingface import HFLM
-            from lm_eval.tasks import TaskManager
-        except ImportError as error:
-            raise InputError(
-                "harness tasks need lm-evaluation-harness: pip install 'specbasis[harness]'"
-            ) from error
+        manager = self._manager
         import transformers
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
 
         tokenizer = transformers.AutoTokenizer.from_pretrained(_place(model), trust_remote_code=False)
-        found = simple_evaluate(
-            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=16),
-            tasks=self.tasks.split(","),
-            limit=self.limit,
-            bootstrap_iters=0,
-            log_samples=True,
-            task_manager=TaskManager(include_path=self.include),
-        )
+        known: Any = model
+        # What stands before a text of which every token counts; the harness fails where the tokenizer names nothing.
+        first = [tokenizer.bos_token_id, tokenizer.eos_token_id, known.config.bos_token_id, tokenizer.cls_token_id, 0]
+        with redirect_stderr(StringIO()):  # its bars, once for every edit, would run over the grid's own
+            found = simple_evaluate(
+                HFLM(
+                    pretrained=model,
+                    tokenizer=tokenizer,
+                    batch_size=16,
+                    prefix_token_id=next(token for token in first if token is not None),
+                ),
+                tasks=self.tasks.split(","),
+                limit=self.limit,
+                bootstrap_iters=0,
+                log_samples=True,
+                task_manager=manager,
+            )
         scores: dict[str, Sample | float] = {}
         for task, results in found["results"].items():
             for key, value in results.items():
                 metric, _, _ = key.partition(",")
-                if isinstance(value, int | float) and not metric.endswith("_stderr"):
+                if isinstance(value, int | float) and not metric.endswith(("_stderr", "sample_len")):
                     each = [sample.get(metric) for sample in found["samples"].get(task, [])]
                     whole = each and all(isinstance(one, int | float) for one in each)
                     scores[f"{task}.{metric}"] = Sample(np.array(each, float)[:, None]) if whole else float(value)

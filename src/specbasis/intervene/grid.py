@@ -381,9 +381,9 @@ class _Size:
         """The same edit, whose size is added up when it is made."""
 
         def measured(W: Tensor) -> Tensor:
-            new, old = edit(W), W.to(torch.float64)
-            self._change += float(torch.linalg.vector_norm(new - old)) ** 2
-            self._whole += float(torch.linalg.vector_norm(old)) ** 2
+            new = edit(W)
+            self._change += float(torch.linalg.vector_norm(new - W)) ** 2
+            self._whole += float(torch.linalg.vector_norm(W, dtype=torch.float64)) ** 2
             return new
 
         return measured

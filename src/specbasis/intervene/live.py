@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from types import FrameType
 from typing import TypeVar
 
@@ -39,8 +40,8 @@ def edited(
 
     Args:
         model: the live model; its parameters keep their identity, so optimisers and references stay valid.
-        edits: matrix → what it is to be. The matrix is named as `specbasis.architecture.model_map` of the model's
-            state_dict names it, or given as its `MatrixRef`. A function gets the stored matrix (out, in) and is
+        edits: matrix → what it is to be. The matrix is named as `specbasis.architecture.model_map` names it, of the
+            model's `state` or its state_dict, or given as its `MatrixRef`. A function gets the stored matrix (out, in) and is
             called when its turn comes, so one new matrix is in memory at a time.
         originals: where the unedited parameters can be read again, bit-equal to the model's, such as the open
             checkpoint that it was loaded from. By default the edited matrices are copied.
@@ -49,8 +50,10 @@ def edited(
         InputError: no such matrix, a wrong shape, NaN or Inf in a new matrix, two edits of the same numbers, or a
             parameter that cannot be written: not floating-point, not contiguous, or not in memory.
     """
-    stored = state(model)
-    refs = _resolved(stored, edits)
+    opened = state(model)
+    live = replace(opened, entries=open_checkpoint(_live(model)).entries)
+    stored = {**live, **opened}
+    refs = _resolved(stored, (live, opened), edits)
     done: list[tuple[MatrixRef, Tensor | None]] = []
     with _Interrupts() as interrupts:
         try:
@@ -136,15 +139,46 @@ def bound(
 
 
 def state(model: nn.Module) -> Checkpoint:
-    """A live model as a checkpoint: its own tensors under the names of its state_dict; tied ones are under each."""
-    return open_checkpoint({name: tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items()})
+    """A live model as a checkpoint: its own tensors, tied ones under each of their names.
+
+    Names are those under which its checkpoints store them: transformers 5 renames the parameters of some families as
+    it loads them. What is stored in another form altogether (experts one by one) keeps its name in the module.
+    """
+    opened = open_checkpoint(_as_stored(model, _live(model)))
+    config = getattr(model, "config", None)
+    return replace(opened, config=config.to_dict()) if hasattr(config, "to_dict") else opened
 
 
-def _resolved(stored: Checkpoint, edits: Mapping[str | MatrixRef, New]) -> dict[MatrixRef, New]:
+def _live(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items()}
+
+
+def _as_stored(model: nn.Module, live: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors under transformers' names on disk, where each of these still is memory of the model."""
+    try:
+        from transformers import PreTrainedModel
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # an older version, which stores what it has, or none
+        return live
+    if not isinstance(model, PreTrainedModel):
+        return live
+    own = {tensor.data_ptr(): tensor for tensor in live.values()}
+    stored = {
+        name: tensor
+        for name, tensor in revert_weight_conversion(model, live).items()
+        if tensor.data_ptr() in own and tensor.shape == own[tensor.data_ptr()].shape
+    }
+    kept = {tensor.data_ptr() for tensor in stored.values()}
+    return stored | {name: tensor for name, tensor in live.items() if tensor.data_ptr() not in kept}
+
+
+def _resolved(
+    stored: Mapping[str, Tensor], opened: Sequence[Checkpoint], edits: Mapping[str | MatrixRef, New]
+) -> dict[MatrixRef, New]:
     """The matrices that are meant, checked before anything is written."""
     by_name: dict[str, MatrixRef] = {}
     if any(isinstance(matrix, str) for matrix in edits):
-        by_name = {ref.key.name: ref for ref in model_map(stored).matrices}
+        by_name = {ref.key.name: ref for names in opened for ref in model_map(names).matrices}
     refs: dict[MatrixRef, New] = {}
     places: dict[tuple[object, ...], str] = {}
     for matrix, new in edits.items():

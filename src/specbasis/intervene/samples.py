@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy import stats
 from torch import Tensor
 
 from specbasis.errors import InputError
@@ -46,21 +47,26 @@ def pearson(values: Array) -> Array:
 
 def spearman(values: Array) -> Array:
     """Rank correlation of the two columns, tied values at their mean rank."""
-    return pearson(np.stack([_mean_ranks(values[..., column]) for column in range(2)], axis=-1))
+    codes = values if np.issubdtype(values.dtype, np.integer) else _dense_ranks(values)[0]
+    return pearson(np.stack([_mean_ranks(codes[..., column]) for column in range(2)], axis=-1))
 
 
-def _mean_ranks(values: Array) -> Array:
-    """Ranks along the last axis, equal values at the mean of theirs, for every resample at once."""
-    flat = values.reshape(-1, values.shape[-1])
-    order = flat.argsort(axis=-1)
-    ascending = np.take_along_axis(flat, order, -1)
-    first = np.concatenate([np.ones((len(flat), 1), bool), ascending[:, 1:] != ascending[:, :-1]], axis=1)
-    group = first.cumsum(-1) - 1 + np.arange(len(flat))[:, None] * flat.shape[1]
-    place = np.broadcast_to(np.arange(flat.shape[1], dtype=np.float64), flat.shape)
-    sums, sizes = np.bincount(group.ravel(), place.ravel()), np.bincount(group.ravel())
-    ranks = np.empty_like(flat)
-    np.put_along_axis(ranks, order, (sums / np.maximum(sizes, 1))[group], -1)
-    return ranks.reshape(values.shape)
+def _dense_ranks(*samples: Array) -> list[npt.NDArray[np.int64]]:
+    """Each column's values as whole numbers from 0 in the same order, the same ones in all samples."""
+    flat = np.concatenate([sample.reshape(-1, sample.shape[-1]) for sample in samples])
+    codes = np.stack([np.unique(column, return_inverse=True)[1] for column in flat.T], axis=1)
+    ends = np.cumsum([sample.size // sample.shape[-1] for sample in samples])[:-1]
+    return [part.reshape(sample.shape) for part, sample in zip(np.split(codes, ends), samples, strict=True)]
+
+
+def _mean_ranks(codes: npt.NDArray[np.int64]) -> Array:
+    """Ranks along the last axis, equal values at the mean of theirs. Dense ranks are counted: nothing is sorted."""
+    flat = codes.reshape(-1, codes.shape[-1])
+    kinds = int(flat.max()) + 1
+    places = flat + kinds * np.arange(len(flat))[:, None]
+    counts = np.bincount(places.ravel(), minlength=len(flat) * kinds).reshape(len(flat), kinds)
+    ranks: Array = (counts.cumsum(1) - (counts - 1) / 2).ravel()[places]
+    return ranks.reshape(codes.shape)
 
 
 def f1(values: Array) -> Array:
@@ -151,7 +157,8 @@ def summarise(
 
     Intervals: percentile bootstrap over examples, the same resamples before and after, so that the change is
     paired. Test: two-sided paired randomisation; p = (1 + #{|change*| ≥ |change|}) / (1 + resamples), where a
-    starred change has before and after exchanged for each example with probability one half.
+    starred change has before and after exchanged for each example with probability one half. For a correlation,
+    predictions are standardised (Spearman: ranked) for each model before: it does not see their scale.
 
     Raises:
         InputError: before and after have other metrics or numbers of examples.
@@ -173,12 +180,29 @@ def summarise(
     return summary
 
 
+def _on_one_scale(values: Array, scale: Callable[[Array], Array]) -> Array:
+    """Predictions (first column) that two models made on scales of their own, made comparable.
+
+    A correlation does not see the scale, but a test that exchanges single predictions between the models would.
+    """
+    return np.stack([scale(values[:, 0]), values[:, 1]], axis=1)
+
+
+def _standardised(x: Array) -> Array:
+    spread = x.std()
+    return np.asarray((x - x.mean()) / (spread if spread > 0 else 1.0))
+
+
 def _paired(old: Sample, new: Sample, resamples: int, seed: int) -> dict[str, float | int]:
     a, b, statistic = old.values, new.values, new.statistic
     n, value, change = len(a), new.value, new.value - old.value
+    if statistic is spearman:  # ranked once: resamples are then counted, not sorted
+        a, b = _dense_ranks(*(_on_one_scale(x, stats.rankdata) for x in (a, b)))
+    elif statistic is pearson:
+        a, b = (_on_one_scale(x, _standardised) for x in (a, b))
     random = np.random.default_rng(seed)
     values, changes, null = [], [], []
-    chunk = max(1, 2**21 // max(1, a.size))  # a few resamples at once, 16 MB each time
+    chunk = max(1, 2**15 // max(1, a.size))  # a few resamples at once: what fits a core's cache
     for start in range(0, resamples, chunk):
         count = min(chunk, resamples - start)
         drawn = random.integers(n, size=(count, n))

@@ -36,7 +36,7 @@ from specbasis.pretrain.mae import (
     new_mae,
     save_model,
 )
-from specbasis.results import environment, write_whole, writing
+from specbasis.results import environment, refuse_another, write_whole, writing
 
 RECONSTRUCT, CLASSIFY = "reconstruct", "classify"
 
@@ -271,11 +271,7 @@ class _Job:
             self._write(environment() | {"config": config, "steps": self.total, "state": None, "done": False})
             return False
         about = _about(self.folder)
-        differing = [name for name in config if about["config"].get(name) != config[name]]
-        if differing:
-            raise InputError(
-                f"{self.folder}: holds another training (its {', '.join(differing)} differ); choose another folder"
-            )
+        refuse_another(self.folder, "training", about["config"], config)
         return bool(about["done"])
 
     def update(self, **changes: Any) -> None:

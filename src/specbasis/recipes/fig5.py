@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -90,7 +91,8 @@ def panel(
     """A panel for a model of this many singular values in its feed-forward matrices, and this many blocks.
 
     - ``fig5a``: intervals [0, m), m = 50, 100, … 700, or up to the model's limit, in the last two blocks.
-    - ``fig5b``: [0, 200) in two neighbouring blocks, from the first to the last.
+    - ``fig5b``: [0, 200) in two neighbouring blocks, from the first to the last; an odd number of blocks has one
+      pair more, the last.
     - ``fig5c``: [k, k + 200), k = 0, 50, … to the last ranks, in the last two blocks.
 
     Raises:
@@ -104,6 +106,7 @@ def panel(
         axis, points = "rank budget m", [Point(m, str(m), (0, m), last) for m in most]
     elif name == "fig5b":
         pairs = [(first, first + 1) for first in range(0, blocks - 1, 2)]
+        pairs += [last] if len(last) == 2 and last not in pairs else []
         axis = "blocks that are adapted"
         points = [Point(i, f"{a + 1}, {b + 1}", (0, width), (a, b)) for i, (a, b) in enumerate(pairs)]
     elif name == "fig5c":
@@ -181,8 +184,8 @@ def write(what: Panel, rows: Sequence[Row], base: str, out: str | Path) -> list[
     folder = Path(out)
     table = folder / f"{what.name}.md"
     write_whole(table, lambda path: path.write_text(markdown(what, rows, base), encoding="utf-8"))
-    points = [(point, scores) for point, scores in curve(what, rows) if scores]
-    return [table, *(_figure(what, points, base, folder) if points else [])]
+    points = curve(what, rows)
+    return [table, *(_figure(what, points, base, folder) if any(scores for _, scores in points) else [])]
 
 
 def _figure(
@@ -195,7 +198,10 @@ def _figure(
 
     figure, axes = plt.subplots(figsize=(4.6, 3.2), layout="constrained")
     x = [point.x for point, _ in points]
-    found = [mean_and_spread([100 * score for score in scores.values()]) for _, scores in points]
+    found = [  # nothing where nothing ran: the line has a gap there
+        mean_and_spread([100 * score for score in scores.values()]) if scores else (math.nan, None)
+        for _, scores in points
+    ]
     spread = [deviation or 0.0 for _, deviation in found]
     axes.errorbar(x, [mean for mean, _ in found], yerr=spread, marker="o", capsize=3, color="#1f5fa8")
     for point, scores in points:
@@ -206,10 +212,11 @@ def _figure(
     axes.tick_params(axis="x", labelsize=8)
     axes.set_xlabel(what.axis)
     axes.set_ylabel(f"{_metric(what)} (%)" if len(_metric(what)) < 30 else "mean correlation (%)")
-    seeds = max(len(scores) for _, scores in points)
+    counts = sorted({len(scores) for _, scores in points if scores})
+    shown = str(counts[0]) if len(counts) == 1 else f"{counts[0]}–{counts[-1]}"
+    seeds = f"{shown} seed" + ("" if counts[-1] == 1 else "s")
     axes.set_title(
-        f"{what.name}: {base.rpartition('/')[2]}, {GLUE[what.task].title}; bars: standard deviation of "
-        f"{seeds} seeds",
+        f"{what.name}: {base.rpartition('/')[2]}, {GLUE[what.task].title}; bars: standard deviation, {seeds}",
         fontsize=8,
     )
     axes.grid(alpha=0.3)

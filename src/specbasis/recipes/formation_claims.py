@@ -31,7 +31,7 @@ class Claim:
     Attributes:
         claim: letter and short text.
         setting: which cells.
-        group: one of `GROUPS`.
+        group: one of `GROUPS`, or "the model".
         measure: what the effect is of.
         effect: mean over seeds.
         low, high: 95 % interval of the mean over seeds (Student's t); NaN with one seed.
@@ -85,7 +85,7 @@ def claims(rows: Iterable[Row]) -> list[Claim]:
         InputError: no cell of the grid has ended.
     """
     grid = Grid([row for row in rows if row.error is None])
-    found = [claim for part in (_stages, _scale, _labels, _scratch, _between_seeds, _null) for claim in part(grid)]
+    found = [claim for part in _PARTS for claim in part(grid)]
     if not found:
         raise InputError("no cell of this grid that a claim needs has ended; run more of it")
     return found
@@ -99,6 +99,8 @@ def as_rows(found: Sequence[Claim]) -> list[dict[str, Any]]:
 def markdown(found: Sequence[Claim]) -> str:
     """Claims as a table."""
     lines = [
+        "Each interval holds with 95 % for itself: of twenty, one misses by chance.",
+        "",
         "| claim | setting | matrices | effect | 95 % interval | seeds | verdict |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -179,6 +181,15 @@ class Grid:
             found[row.cell["seed"]].append(row)
         return dict(found)
 
+    def trainings(self) -> list[tuple[str, str, dict[int, list[Row]]]]:
+        """(phase, what was trained, seed → rows) of everything that was trained."""
+        kinds = dict.fromkeys(_kind(row) for row in self.rows if row.cell["phase"] != "between")
+        found: dict[tuple[str, str], dict[int, list[Row]]] = {kind: defaultdict(list) for kind in kinds}
+        for row in self.rows:
+            if row.cell["phase"] != "between":
+                found[_kind(row)][row.cell["seed"]].append(row)
+        return [(phase, task, dict(rows)) for (phase, task), rows in found.items()]
+
     def families(self) -> list[tuple[str, list[tuple[int, int]]]]:
         """Sets of pretrainings, (images, steps), that differ in their images: with equal steps, and with equal
         epochs.
@@ -195,6 +206,11 @@ class Grid:
                 taken |= set(same)
                 found.append((f"equal epochs ({', '.join(str(s) for _, s in same)} steps)", same))
         return found
+
+
+def _kind(row: Row) -> tuple[str, str]:
+    cell = row.cell
+    return cell["phase"], cell.get("task") or f"pretraining, {cell['images']} images, {cell['steps']} steps"
 
 
 def members(row: Row, group: str) -> list[dict[str, Any]]:
@@ -400,3 +416,28 @@ def _null(grid: Grid) -> list[Claim]:
                 measure = "alignment at the end − that of a Gaussian update as large"
                 found += _claim("(e) beyond a random update", f"{task} from {start} weights", group, measure, each)
     return found
+
+
+# --- what was learned ---------------------------------------------------------------------------------------------
+
+
+def _learned(grid: Grid) -> list[Claim]:
+    """Whether a training did what it was for: its losses, and the accuracy of a classification, at the end."""
+    found: list[Claim] = []
+    for phase, task, rows in grid.trainings():
+        start = {"pretrain": "", "post": " from pretrained weights", "scratch": " from random weights"}[phase]
+        for name, measure in (
+            ("loss", "training loss"),
+            ("validation", "validation loss"),
+            ("accuracy", "validation accuracy"),
+        ):
+            each = [
+                float(np.mean([row.values["log"][-1][name] for row in of]))
+                for of in rows.values()
+                if all(name in row.values["log"][-1] for row in of)
+            ]
+            found += _claim("(f) what was learned", f"{task}{start}", "the model", f"{measure} at the end", each)
+    return found
+
+
+_PARTS = (_stages, _scale, _labels, _scratch, _between_seeds, _null, _learned)

@@ -47,7 +47,7 @@ def _fig4(grid: Grid) -> Figure:
     largest = sizes[-1]
     runs = grid.of("pretrain", images=largest[0], steps=largest[1])
     tables = [np.mean([one["between"] for one in row.values["ffn"].values()], axis=0) for row in runs]
-    title = f"A  pretraining on {_count(largest[0])} images ({len(runs)} seeds)"
+    title = f"A  pretraining on {_count(largest[0])} images ({_seeds(len(runs))})"
     heat_map(figure, axes[0], np.mean(tables, axis=0), runs[0].values["steps"], title)
     for ax, letter, task in ((axes[1], "B", "true_labels"), (axes[2], "C", "same_task")):
         _after(ax, grid, task, [sizes[0], sizes[-1]], GROUPS[0])
@@ -60,14 +60,7 @@ def _fig9(grid: Grid) -> Figure:
     figure = Figure(figsize=(12.5, 7.2), layout="constrained")
     figure.suptitle("True against random labels, from pretrained (solid) and random (dotted) weights")
     for axes, group in zip(figure.subplots(2, 2), GROUPS, strict=True):
-        for i, task in enumerate(("true_labels", "random_labels")):
-            for phase, dash in (("post", "solid"), ("scratch", (0, (1, 1.5)))):
-                rows = grid.of(phase, task=task)
-                start = "pretrained" if phase == "post" else "random"
-                _line(axes[0], rows, group, COLORS[i], f"{TITLES[task].split(', ')[1]}, {start} weights", dash)
-                _by_size(axes[1], rows, group, COLORS[i], dash)
-        _finish(axes[0], grid, group, f"{group}: by step")
-        axes[1].set(title=f"{group}: by size of the update", xlabel="‖delta‖/‖W‖", ylim=(-0.02, 1.03))
+        _starts(axes, grid, group, ("true_labels", "random_labels"))
     return figure
 
 
@@ -90,14 +83,7 @@ def _scratch(grid: Grid) -> Figure:
     figure = Figure(figsize=(12.5, 7.2), layout="constrained")
     figure.suptitle("Alignment of the start with the weights on the way; ends of two seeds")
     for axes, group in zip(figure.subplots(2, 3), GROUPS, strict=True):
-        for i, task in enumerate(("same_task", "true_labels")):
-            for phase, dash in (("post", "solid"), ("scratch", (0, (1, 1.5)))):
-                rows = grid.of(phase, task=task)
-                start = "pretrained" if phase == "post" else "random weights"
-                _line(axes[0], rows, group, COLORS[i], f"{TITLES[task]}; {start}", dash)
-                _by_size(axes[1], rows, group, COLORS[i], dash)
-        _finish(axes[0], grid, group, f"{group}: by step")
-        axes[1].set(title=f"{group}: by size of the update", xlabel="‖delta‖/‖W‖", ylim=(-0.02, 1.03))
+        _starts(axes, grid, group, ("same_task", "true_labels"))
         _bars(axes[2], grid, group)
     return figure
 
@@ -110,6 +96,24 @@ FIGURES: dict[str, Callable[[Grid], Figure]] = {"fig4": _fig4, "fig9": _fig9, "f
 
 def _sizes(grid: Grid) -> list[tuple[int, int]]:
     return sorted({(row.cell["images"], row.cell["steps"]) for row in grid.of("pretrain")})
+
+
+def _starts(axes: Sequence[Axes], grid: Grid, group: str, tasks: Sequence[str]) -> None:
+    """Two tasks, each from pretrained (solid) and from random (dotted) weights: by step, and by size of the
+    update.
+    """
+    for color, task in zip(COLORS, tasks, strict=False):
+        for phase, start, dash in (("post", "pretrained", "solid"), ("scratch", "random weights", (0, (1, 1.5)))):
+            rows = grid.of(phase, task=task)
+            _line(axes[0], rows, group, color, f"{TITLES[task]}; {start}", dash)
+            _by_size(axes[1], rows, group, color, dash)
+    _finish(axes[0], grid, group, f"{group}: by step")
+    axes[1].set(
+        title=f"{group}: by size of the update, a line a cell",
+        xlabel="‖delta‖/‖W‖",
+        ylabel="alignment with the start",
+        ylim=(-0.02, 1.03),
+    )
 
 
 def _after(ax: Axes, grid: Grid, task: str, sizes: Sequence[tuple[int, int]], group: str) -> None:
@@ -129,7 +133,8 @@ def _line(ax: Axes, rows: Sequence[Row], group: str, color: str, title: str, das
     seeds = [np.mean(each, axis=0) for each in by_seed.values()]
     x = rows[0].values["steps"]
     ends = np.array([interval([float(curve[t]) for curve in seeds]) for t in range(len(x))])
-    ax.plot(x, ends[:, 0], color=color, ls=dash, label=f"{title} ({len(seeds)} seeds)", marker="o", ms=2.5, lw=1.4)
+    label = f"{title} ({_seeds(len(seeds))})"
+    ax.plot(x, ends[:, 0], color=color, ls=dash, label=label, marker="o", ms=2.5, lw=1.4)
     ax.fill_between(x, ends[:, 1].clip(0, 1), ends[:, 2].clip(0, 1), color=color, alpha=0.12, lw=0)
 
 
@@ -172,6 +177,10 @@ def _bars(ax: Axes, grid: Grid, group: str) -> None:
     ax.axhline(_chance(grid, group), color=QUIET, lw=0.9, ls=(0, (4, 3)), zorder=1)
     ax.set_xticks(range(len(names)), names, rotation=60, fontsize=6, ha="right")
     ax.set(title=f"{group}: two seeds (dashed: chance)", ylim=(-0.02, 1.03))
+
+
+def _seeds(n: int) -> str:
+    return f"{n} seed" if n == 1 else f"{n} seeds"
 
 
 def _count(n: int) -> str:

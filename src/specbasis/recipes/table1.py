@@ -161,7 +161,8 @@ def comparison(
     """
     from specbasis.finetune.methods import method_named
 
-    names = tuple(task_named(task).name for task in tasks) or (tuple(GLUE) if name == "table1" else ("sst2",))
+    paper = tuple(task for task in GLUE if task in EPOCHS)
+    names = tuple(task_named(task).name for task in tasks) or (paper if name == "table1" else ("sst2",))
     chosen = tuple(methods) or (COMPARED if name == "table1" else CONTROLS)
     for method in chosen:
         first, at, rank = method.partition("@")
@@ -171,7 +172,11 @@ def comparison(
             method_named(first)
     if not seeds:
         raise InputError("got no seeds; want at least one")
-    return Comparison(name, names, chosen, tuple(seeds), {**EPOCHS, **(epochs or {})}, dict(examples or {}), search)
+    passes = {**EPOCHS, **(epochs or {})}
+    unknown = [task for task in names if task not in passes]
+    if unknown:
+        raise InputError(f"the paper has no epochs for {GLUE[unknown[0]].title}; say --epochs {unknown[0]}=NUMBER")
+    return Comparison(name, names, chosen, tuple(seeds), passes, dict(examples or {}), search)
 
 
 def run(
@@ -386,7 +391,8 @@ def _rates(what: Comparison, factors: Mapping[str, float]) -> list[str]:
             f"Each method's own times a factor, chosen on {GLUE[what.search.task].title} alone: "
             f"{what.search.examples} examples, {what.search.epochs:g} epochs, seed {what.search.seed}, scored on "
             f"{what.search.selection} other examples of train. Tried: "
-            f"{', '.join(f'{f:g}' for f in what.search.factors)}."
+            f"{', '.join(f'{f:g}' for f in what.search.factors)}. A factor with * is the smallest or the greatest "
+            "that was tried: a better one may lie beyond."
         )
     body = [
         [
@@ -403,7 +409,9 @@ def _factor(what: Comparison, factors: Mapping[str, float], method: str) -> str:
     source = rate_from(method.partition("@")[0])
     if source not in factors:
         return "1" if what.search is None else "1 (not searched yet)"
-    return f"{factors[source]:g}" + ("" if source == method else f" ({_title(source)}'s)")
+    tried = () if what.search is None else what.search.factors
+    edge = "*" if len(tried) > 1 and factors[source] in (min(tried), max(tried)) else ""
+    return f"{factors[source]:g}{edge}" + ("" if source == method else f" ({_title(source)}'s)")
 
 
 def _rate(what: Comparison, factors: Mapping[str, float], task: str, method: str) -> float:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from specbasis.finetune.prefix.gather import LeanGather
 from specbasis.finetune.prefix.narrow import search_narrow, slicing
 from specbasis.finetune.prefix.probe import (
     Call,
@@ -139,7 +140,7 @@ class Cut:
             InputError: the model is not one in which the cut was found.
         """
         suffix = Suffix(model, self.actions, [value.dtype for value in self.kept], self.before)
-        with suffix.running(park), slicing(model, self.narrow):
+        with suffix.running(park), slicing(model, self.narrow), LeanGather():
             yield model
 
 
