@@ -3,8 +3,8 @@
     python benchmarks/bench_nulls.py                 real small matrices (ANARCII) and matrices shaped like BERT's
     python benchmarks/bench_nulls.py --turns 15      more turns, on a busy machine
 
-The bar is 1.3. Each turn runs the two one after the other, in changing order; the least of all turns is what a quiet
-machine takes.
+The bar is 1.3. Each turn runs the two one after the other, in changing order; the least of all turns is what a
+quiet machine takes.
 """
 
 from __future__ import annotations

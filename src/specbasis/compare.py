@@ -19,7 +19,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 from loky import cpu_count
-from numpy.typing import NDArray
 from torch import Tensor
 
 from specbasis import engine as engines

@@ -131,7 +131,9 @@ def own_means(rows: pa.Table, pair: str, names: Iterable[str]) -> list[dict[str,
         for name in names:
             part = _of(here, name)
             kept = ~(part["index"] >= TOP)  # not a number: a figure of the whole matrix
-            means = [part["value"][kept & (part["matrix"] == m)].mean() for m in dict.fromkeys(part["matrix"][kept])]
+            means = [
+                part["value"][kept & (part["matrix"] == m)].mean() for m in dict.fromkeys(part["matrix"][kept])
+            ]
             line[name] = float(np.mean(means)) if means else math.nan
         lines.append(line)
     return lines

@@ -196,7 +196,10 @@ def print_comparison(comparison: specbasis.Comparison) -> None:
             line(every, style="italic dim")
         if comparison.own[pair]:
             STDOUT.print(_own_table(comparison.own[pair]))
-            line("own measures: means over matrices, of the leading 10 ranks where they have ranks", style="italic dim")
+            line(
+                "own measures: means over matrices, of the leading 10 ranks where they have ranks",
+                style="italic dim",
+            )
         for note in about["notes"]:
             line(f"note: {note}")
         for reason, names in by_reason(about["skipped"]).items():
