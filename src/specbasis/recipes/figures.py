@@ -731,8 +731,13 @@ def figure16(material: Material) -> tuple[Figure, Table]:
         )
         column[1].set(title=f"{name}: leading ranks", xlabel="number of ranks", ylabel="explained variance (%)")
         column[1].set_xlim(1, 200)
+        told = "solid tuned, dotted base, dashed random entries"
         if 0 < drawn <= 8:
-            column[0].legend(fontsize=6, title="solid tuned, dotted base, dashed random entries", title_fontsize=6)
+            column[0].legend(fontsize=6, title=told, title_fontsize=6)
+        elif drawn:
+            column[0].text(
+                0.98, 0.03, f"{drawn} matrices: {told}", transform=column[0].transAxes, size=6, ha="right"
+            )
     return figure, table
 
 
