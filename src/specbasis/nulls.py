@@ -39,7 +39,7 @@ _STEPS = 60
 """Steps of the root finder, at most; ten are usual."""
 
 _CLOSE = 1e-7
-"""Last relative step of the root finder: it converges quadratically, and the tail's exponent is flat at the root."""
+"""Last relative step of the root finder: it converges quadratically, and the exponent is flat at the root."""
 
 _SINGLES = 8
 """Weights of a sum of χ² that are kept one by one; the others are lumped by their mean and variance."""
