@@ -505,7 +505,7 @@ def intervals(
     place of V, intervals of leading ranks are too short.
 
     Beyond first order a shrinks by √(1 − Σ y_ij²): the interval is a·(1 + ½ Σ Var y_ij) ± 1.96 √(variance + ½ a² Σ
-    (Var y_ij)²), in 0 … 1. What lies beyond the k ranks at hand counts with the part of x_i there, and with the mean
+    (Var y_ij)²), in 0 … 1. What lies beyond the k ranks at hand counts with the part of x_i there, with the mean
     of V.
 
     Costs 8nmk flops for n × m matrices, in blocks of the long side.
