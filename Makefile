@@ -15,6 +15,7 @@ bench: $(VENV)/dev.stamp  ## time, accuracy and memory against other tools (DIFF
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/bench_adapter.py
 	$(BIN)/python benchmarks/bench_finetune.py
 	$(BIN)/python benchmarks/scale.py
+	$(BIN)/python benchmarks/bench_nulls.py
 	$(BIN)/python benchmarks/bench_pretrain.py
 
 .PHONY: demo test check format lint types slow bench clean

@@ -1,6 +1,7 @@
 """Decompositions on disk: the same as without, bit for bit, and never a damaged one."""
 
 import os
+import time
 
 import pytest
 import torch
@@ -112,3 +113,16 @@ def test_a_disk_that_fills_keeps_nothing_of_a_file(tmp_path, monkeypatch, what, 
     with pytest.warns(UserWarning, match=f"{what} cannot be kept here"):
         keep(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_samples_count_against_the_limit_when_they_are_written(tmp_path):
+    W, T = torch.randn(6, 8), torch.randn(6, 8)
+    found = (torch.rand(50, 6), torch.rand(50, 6))
+    size = 2 * 50 * 6 * 4
+    kept = Samples(tmp_path, limit=2 * size + 2000)
+    for draws, kind in enumerate(("gaussian", "permuted", "rotated", "rounding"), 50):
+        kept.write(W, T, kind, draws, 6, found)
+        time.sleep(0.01)  # times of use are told apart
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= kept.limit
+    assert kept._path(W, T, "rounding", 53, 6).exists()
+    assert not kept._path(W, T, "gaussian", 50, 6).exists()

@@ -140,3 +140,20 @@ def test_own_measures_that_cannot_be_are_one_line(tmp_path, states):
 def test_nulls_need_the_whole_spectrum(states):
     with pytest.raises(InputError, match="nulls need the whole spectrum"):
         specbasis.compare(*states, nulls=True, approximate=True)
+
+
+def test_own_measures_stand_in_the_terminal_by_role(tmp_path, capsys):
+    from specbasis.cli.compare import print_comparison
+
+    base = bert_state(1)
+    result = specbasis.compare(base, finetuned(base), measures=[gap_ratio, normed], out=tmp_path / "out")
+    *roles, whole = result.own[result.pairs[0]]
+    ratios = [r["value"] for r in result.rows.to_pylist() if r["measure"] == "gap_ratio"]
+    assert whole["gap_ratio"] == pytest.approx(sum(ratios) / len(ratios))
+    query = values(result, "normed_base", "query")[:10]
+    line = next(line for line in roles if line["role"] == "attention.query")
+    assert line["normed_base"] == pytest.approx(sum(query) / len(query))
+    print_comparison(specbasis.load(tmp_path / "out"))
+    told = capsys.readouterr().out
+    assert "gap_ratio" in told
+    assert f"{whole['gap_ratio']:.4g}" in told

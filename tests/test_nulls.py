@@ -181,7 +181,13 @@ def test_rounding_is_what_casting_does():
 
 @pytest.mark.parametrize(
     ("turn", "noise", "k"),
-    [(0.0, "bfloat16", 16), (0.3, "gaussian", 16), (0.3, "bfloat16", 16), (0.3, "float16", 16), (0.3, "bfloat16", 10)],
+    [
+        (0.0, "bfloat16", 16),
+        (0.3, "gaussian", 16),
+        (0.3, "bfloat16", 16),
+        (0.3, "float16", 16),
+        (0.3, "bfloat16", 10),
+    ],
 )
 def test_intervals_cover_the_alignment_before_rounding(turn, noise, k):
     """Known rotation: base turned by a random rotation; 1 800 draws of noise times ranks and more."""
@@ -196,15 +202,14 @@ def test_intervals_cover_the_alignment_before_rounding(turn, noise, k):
         clean = (Ut * S) @ Vt.mT
         if noise == "gaussian":
             T = clean + 1e-3 * gaussian(n, m, seed + 5000)
-            variance = torch.ones_like
-            scale = 1e-6
+            variance = partial(torch.full_like, fill_value=1e-6)
         else:
             T = clean.to(getattr(torch, noise))
-            variance, scale = partial(nulls.entry_variance, form=noise), 1.0
+            variance = partial(nulls.entry_variance, form=noise)
         t = decompose(T.double())
         X, Y = t.U[:, :k], t.Vh[:k].mT
         cosines = (U[:, :k].mT @ X, V[:, :k].mT @ Y)
-        found = nulls.intervals(cosines, (X, Y), t.spectrum, T.double(), lambda W: scale * variance(W))
+        found = nulls.intervals(cosines, (X, Y), t.spectrum, T.double(), variance)
         for side, (low, high), B, C in zip(covered, found, (U, V), (Ut, Vt), strict=True):
             truth = (B * C).sum(0).abs().clamp(max=1.0)[:k]
             covered[side].append((low <= truth) & (truth <= high))

@@ -21,6 +21,9 @@ from specbasis.checkpoint.readers import file_entries
 from specbasis.errors import InputError
 from specbasis.svd import ALGORITHM, SVD, decompose
 
+LIMIT = 20 * 10**9
+"""Bytes that the entries of a folder, decompositions and samples, may take together."""
+
 _PARTS = ("U", "S", "Vh", "spectrum", "spectrum_error", "residual", "gap")
 
 
@@ -38,7 +41,7 @@ class Cache:
     """
 
     folder: Path
-    limit: int = 20 * 10**9
+    limit: int = LIMIT
 
     def decompose(self, W: Float[Tensor, "out in"], ranks: int | None = None, *, name: str = "matrix") -> SVD:
         """What `specbasis.decompose` gives, from the folder where it is there.
@@ -65,24 +68,9 @@ class Cache:
         digest = torch.frombuffer(bytearray.fromhex(_digest(parts.values())), dtype=torch.uint8)
         try:
             _save(path, {**parts, "digest": digest})
-            self._evict()
+            _evict(self.folder, self.limit)
         except (OSError, SafetensorError) as error:
             warnings.warn(f"{self.folder}: decompositions cannot be kept here ({error})", stacklevel=2)
-
-    def _evict(self) -> None:
-        """Remove what was used longest ago until the rest fits."""
-        entries = []
-        for path in self.folder.glob("*.safetensors"):
-            try:
-                entries.append((path.stat().st_mtime_ns, path.stat().st_size, path))
-            except OSError:  # removed by another process
-                continue
-        total = sum(size for _, size, _ in entries)
-        for _, size, path in sorted(entries):
-            if total <= self.limit:
-                break
-            path.unlink(missing_ok=True)
-            total -= size
 
 
 def mapped(path: Path) -> SVD | None:
@@ -99,9 +87,15 @@ def mapped(path: Path) -> SVD | None:
 
 @dataclass(frozen=True)
 class Samples:
-    """Alignments with sampled updates, kept in the same folder by content, kind, draws and ranks."""
+    """Alignments with sampled updates, kept in the same folder by content, kind, draws and ranks.
+
+    Attributes:
+        folder: that of `Cache`.
+        limit: bytes that the folder's entries may take together.
+    """
 
     folder: Path
+    limit: int = LIMIT
 
     def read(self, W: Tensor, T: Tensor, kind: str, draws: int, k: int) -> tuple[Tensor, Tensor] | None:
         """(left, right), (draws, k), where they are there and whole."""
@@ -121,11 +115,28 @@ class Samples:
         sides = {side: x.cpu().contiguous() for side, x in zip(("left", "right"), found, strict=True)}
         try:
             _save(self._path(W, T, kind, draws, k), sides)
+            _evict(self.folder, self.limit)
         except (OSError, SafetensorError) as error:
             warnings.warn(f"{self.folder}: samples cannot be kept here ({error})", stacklevel=2)
 
     def _path(self, W: Tensor, T: Tensor, kind: str, draws: int, k: int) -> Path:
         return self.folder / f"{_digest([W, T])}-{ALGORITHM}-{kind}-{draws}-{k}.safetensors"
+
+
+def _evict(folder: Path, limit: int) -> None:
+    """Remove what was used longest ago until the rest fits."""
+    entries = []
+    for path in folder.glob("*.safetensors"):
+        try:
+            entries.append((path.stat().st_mtime_ns, path.stat().st_size, path))
+        except OSError:  # removed by another process
+            continue
+    total = sum(size for _, size, _ in entries)
+    for _, size, path in sorted(entries):
+        if total <= limit:
+            break
+        path.unlink(missing_ok=True)
+        total -= size
 
 
 def _save(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -19,7 +19,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 from loky import cpu_count
-from numpy.typing import NDArray
 from torch import Tensor
 
 from specbasis import engine as engines
@@ -48,7 +47,7 @@ from specbasis.nulls import FORMATS, KINDS, Rounding, draw
 from specbasis.nulls import rounding as rounding_of
 from specbasis.plan import Work, makespan, matrix_work, parse_bytes, rates
 from specbasis.results import Results
-from specbasis.summary import SIDES, RoleSummary, Verdict, judge, summarise
+from specbasis.summary import SIDES, RoleSummary, Verdict, judge, own_means, summarise
 from specbasis.svd import ALGORITHM, SVD, HalfSVD, approximate_svd, cosines, half_svd, low_rank_svd
 
 if TYPE_CHECKING:
@@ -196,6 +195,12 @@ class Comparison:
         """For each pair: what a user of it should know, problems first; see `specbasis.findings`."""
         return {label: find(self.rows, label, self.failed) for label in self.pairs}
 
+    @cached_property
+    def own(self) -> dict[str, list[dict[str, Any]]]:
+        """For each pair: a user's own measures by role; empty without any. See `specbasis.summary.own_means`."""
+        names = [measure["name"] for measure in self.manifest.get("measures", [])]
+        return {label: own_means(self.rows, label, names) if names else [] for label in self.pairs}
+
     @property
     def failed(self) -> list[dict[str, str]]:
         """Matrices that could not be decomposed: pair, matrix, error."""
@@ -214,7 +219,7 @@ class Comparison:
         """Verdicts, findings and summaries as plain data for JSON; null for what is not a finite number.
 
         Keys: base, folder, failed, and pairs, which has for each label verdict, findings and summaries with the
-        fields of `Verdict`, `Finding` and `RoleSummary`.
+        fields of `Verdict`, `Finding` and `RoleSummary`, and own, the user's own measures by role.
         """
         found = {
             label: {
@@ -222,6 +227,7 @@ class Comparison:
                 "verdict": asdict(self.verdicts[label]),
                 "findings": [asdict(finding) for finding in self.findings[label]],
                 "summaries": [asdict(line) for line in self.summaries[label]],
+                "own": self.own[label],
             }
             for label in self.pairs
         }

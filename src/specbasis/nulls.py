@@ -39,7 +39,7 @@ _STEPS = 60
 """Steps of the root finder, at most; ten are usual."""
 
 _CLOSE = 1e-7
-"""Last relative step of the root finder: it converges quadratically, and the tail's exponent is flat at the root."""
+"""Last relative step of the root finder: it converges quadratically, and the exponent is flat at the root."""
 
 _SINGLES = 8
 """Weights of a sum of χ² that are kept one by one; the others are lumped by their mean and variance."""
@@ -505,7 +505,7 @@ def intervals(
     place of V, intervals of leading ranks are too short.
 
     Beyond first order a shrinks by √(1 − Σ y_ij²): the interval is a·(1 + ½ Σ Var y_ij) ± 1.96 √(variance + ½ a² Σ
-    (Var y_ij)²), in 0 … 1. What lies beyond the k ranks at hand counts with the part of x_i there, and with the mean
+    (Var y_ij)²), in 0 … 1. What lies beyond the k ranks at hand counts with the part of x_i there, with the mean
     of V.
 
     Costs 8nmk flops for n × m matrices, in blocks of the long side.

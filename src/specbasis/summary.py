@@ -54,6 +54,10 @@ _NEEDED = ("matrix", "role", "out_features", "in_features", "measure", "index", 
 Columns = dict[str, NDArray[Any]]
 
 
+TOP = 10
+"""Leading ranks over which a user's own measure of each rank is averaged."""
+
+
 @dataclass(frozen=True)
 class RoleSummary:
     """Means over the matrices of one role in one pair.
@@ -110,6 +114,29 @@ def summarise(rows: pa.Table, pair: str) -> list[RoleSummary]:
     present = set(mine["role"])
     lines = [_line(role, _where(mine, mine["role"] == role)) for role in ROLES if role in present]
     return [*lines, _line("all", mine)]
+
+
+def own_means(rows: pa.Table, pair: str, names: Iterable[str]) -> list[dict[str, Any]]:
+    """A user's own measures: for each of `ROLES` and over all matrices, the mean over matrices of each.
+
+    Of a measure with a figure for each rank the leading 10 are averaged within a matrix first. Keys: role, and the
+    measures' names; NaN where a role has none.
+    """
+    names = list(names)
+    mine = _columns(rows, pair, names)
+    lines = []
+    for role in (*(role for role in ROLES if role in set(mine["role"])), "all"):
+        here = mine if role == "all" else _where(mine, mine["role"] == role)
+        line: dict[str, Any] = {"role": role}
+        for name in names:
+            part = _of(here, name)
+            kept = ~(part["index"] >= TOP)  # not a number: a figure of the whole matrix
+            means = [
+                part["value"][kept & (part["matrix"] == m)].mean() for m in dict.fromkeys(part["matrix"][kept])
+            ]
+            line[name] = float(np.mean(means)) if means else math.nan
+        lines.append(line)
+    return lines
 
 
 def judge(rows: pa.Table, pair: str) -> Verdict:

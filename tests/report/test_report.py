@@ -17,7 +17,7 @@ import specbasis
 from specbasis.compare import Comparison
 from specbasis.errors import InputError
 from specbasis.report.data import bands, read_pairs
-from specbasis.report.figures import OF_PAIR, OVER_PAIRS, draw
+from specbasis.report.figures import OF_PAIR, OVER_PAIRS, WHERE_TAKEN, draw
 from specbasis.report.tables import cells, summary_html
 
 from .conftest import CASES
@@ -31,7 +31,10 @@ def test_the_folder_holds_the_page_and_every_figure_in_both_formats(
     page = comparison.report(tmp_path / "new" / "page.html")
     assert page == tmp_path / "new" / "page.html"
     figures = sorted((tmp_path / "new" / "figures").iterdir())
-    assert len(figures) == 2 * (len(OVER_PAIRS) + len(comparison.pairs) * len(OF_PAIR))
+    asked = sum(
+        taken(pair) for pair in read_pairs(comparison.rows, comparison.pairs) for _, taken in WHERE_TAKEN.values()
+    )
+    assert len(figures) == 2 * (len(OVER_PAIRS) + len(comparison.pairs) * len(OF_PAIR) + asked)
     for path in figures:
         if path.suffix == ".png":
             with Image.open(path) as image:

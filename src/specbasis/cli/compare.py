@@ -19,7 +19,7 @@ from specbasis.cli.common import OUT, STDERR, STDOUT, STREAM, line, numbers, pro
 from specbasis.compare import Plan
 from specbasis.findings import CHECKS, kinds
 from specbasis.plan import human_bytes, rates
-from specbasis.report.tables import SEVERITIES, by_reason, cells, over_all_ranks
+from specbasis.report.tables import SEVERITIES, by_reason, cells, number, over_all_ranks
 from specbasis.summary import RoleSummary, named_parts
 
 BASE = Annotated[
@@ -194,6 +194,12 @@ def print_comparison(comparison: specbasis.Comparison) -> None:
         line("L left, R right; ?: unresolved ranks, left out of the means", style="italic dim")
         if every := over_all_ranks(comparison.summaries[pair][-1]):
             line(every, style="italic dim")
+        if comparison.own[pair]:
+            STDOUT.print(_own_table(comparison.own[pair]))
+            line(
+                "own measures: means over matrices, of the leading 10 ranks where they have ranks",
+                style="italic dim",
+            )
         for note in about["notes"]:
             line(f"note: {note}")
         for reason, names in by_reason(about["skipped"]).items():
@@ -243,6 +249,18 @@ def _summary_table(pair: str, lines: list[RoleSummary]) -> Table:
         role, matrices, *sides, rsd, update, unresolved = cells(summary)
         both = (f"{left} {right}" for left, right in zip(sides[::2], sides[1::2], strict=True))
         table.add_row(role, matrices, *both, rsd, update, unresolved)
+    return table
+
+
+def _own_table(lines: Sequence[dict[str, Any]]) -> Table:
+    """A user's own measures, one line per role."""
+    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    for heading in lines[0]:
+        table.add_column(heading, justify="left" if heading == "role" else "right", overflow="fold")
+    for values in lines:
+        if values is lines[-1]:
+            table.add_section()
+        table.add_row(*(v if isinstance(v, str) else number(v, ".4g") for v in values.values()))
     return table
 
 

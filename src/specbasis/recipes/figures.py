@@ -417,7 +417,7 @@ def figure2(material: Material) -> tuple[Figure, Table]:
             _alignment_panel(ax, models, masks, side, 30, table, {"panel": "A, B", "modality": modality})
             ax.set_title(_title(modality, side))
         _heat(figure, row[2], models, masks, 30, modality, table)
-    axes[0][0].legend(fontsize=7, loc="lower left")
+        row[0].legend(fontsize=7, loc="lower left")  # what the band is differs between modalities
     return figure, table
 
 
@@ -501,7 +501,14 @@ ATTENTION = ("attention.query", "attention.key", "attention.value", "attention.o
 
 def attention(material: Material) -> tuple[Figure, Table]:
     """Alignment of the query, key, value and output projections by rank, left above right."""
-    groups = material.groups
+    groups: dict[str, Sequence[Model]] = {}
+    for modality, models in material.groups.items():
+        if any(_chosen(m, role, material.notes).any() for m in models for role in ATTENTION):
+            groups[modality] = models
+        else:
+            names = ", ".join(m.name for m in models)
+            material.notes.append(f"{names}: no attention projections, so not drawn")
+    groups = groups or dict(material.groups)
     figure, axes = _panels(2 * len(groups), 4, "Alignment of the attention projections", (2.9, 2.3))
     table: Table = []
     for g, (modality, models) in enumerate(groups.items()):
@@ -514,7 +521,7 @@ def attention(material: Material) -> tuple[Figure, Table]:
                     continue
                 about = {"modality": modality, "role": role}
                 _alignment_panel(ax, [m for m, _ in some], [k for _, k in some], side, 200, table, about)
-    axes[0][0].legend(fontsize=6, loc="best")
+        axes[2 * g][0].legend(fontsize=6, loc="lower left")  # what the band is differs between modalities
     return figure, table
 
 
@@ -724,8 +731,13 @@ def figure16(material: Material) -> tuple[Figure, Table]:
         )
         column[1].set(title=f"{name}: leading ranks", xlabel="number of ranks", ylabel="explained variance (%)")
         column[1].set_xlim(1, 200)
+        told = "solid tuned, dotted base, dashed random entries"
         if 0 < drawn <= 8:
-            column[0].legend(fontsize=6, title="solid tuned, dotted base, dashed random entries", title_fontsize=6)
+            column[0].legend(fontsize=6, title=told, title_fontsize=6)
+        elif drawn:
+            column[0].text(
+                0.98, 0.03, f"{drawn} matrices: {told}", transform=column[0].transAxes, size=6, ha="right"
+            )
     return figure, table
 
 
