@@ -201,7 +201,7 @@ def test_a_users_table_is_a_task(place, tmp_path):
     body = "".join(f'"{text[:-2]}",{"yes" if label else "no"}\n' for text, label in lab.sentiment(40))
     (tmp_path / "own.csv").write_text(f"text,liked\n{body}", encoding="utf-8")
     found = specbasis.finetune(
-        place / "base", tmp_path / "own.csv", "lora", out=tmp_path / "run", text=["text"], label="liked", epochs=10,
+        place / "base", tmp_path / "own.csv", "lora", out=tmp_path / "run", text=["text"], label="liked", epochs=20,
         learning_rate=1e-2,
     )  # fmt: skip
     assert found.score == 1.0

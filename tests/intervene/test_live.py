@@ -187,6 +187,8 @@ torch.set_num_threads(1)
 model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(20)))
 before = [p.detach().clone() for p in model.parameters()]
 names = {f"{i}.weight": (lambda W: W.double() * 2) for i in range(20)}
+with edited(model, names):  # what is imported on the way is there from here on
+    pass
 left, seen, formers = 0, 0, set()
 def strike(*_):  # three interrupts, close together, at any bytecode
     global left
