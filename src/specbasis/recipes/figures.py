@@ -627,7 +627,7 @@ def figure3(material: Material) -> tuple[Figure, Table]:
             ax.plot(x, value[shown], color=COLORS[(0, 1, 6)[i]], ls=DASHES[i], label=label)
         _logarithmic(ax, "y")
         ax.set(xlabel="rank i", ylabel="singular value")
-        told = f"{point['matrix'][-34:]}\nratio {point['ratio']:.2g}, alignment {point['alignment']:.2f}"
+        told = f"{_end(point['matrix'], 34)}\nratio {point['ratio']:.2g}, alignment {point['alignment']:.2f}"
         ax.set_title(f"{panel}\n{told}", size=7)
         ax.legend(fontsize=7)
     return figure, table
@@ -660,7 +660,7 @@ def figure6(material: Material) -> tuple[Figure, Table]:
         medians = [np.array(_quantiles(values, (0.5,))) for values in each]
         shown = QUANTILES * 100
         for i, (m, median) in enumerate(zip(models, medians, strict=True)):
-            ax.plot(shown, median[0], color=COLORS[i % 8], lw=1.2, label=m.name[-40:])
+            ax.plot(shown, median[0], color=COLORS[i % 8], lw=1.2, label=_end(m.name, 40))
             table += [
                 {"modality": modality, "pair": m.name, "quantile": float(q), "median_change_percent": float(v)}
                 for q, v in zip(QUANTILES, median[0], strict=True)
@@ -713,7 +713,7 @@ def figure16(material: Material) -> tuple[Figure, Table]:
                     series = m.pair.figures(f"explained_variance_{which}")
                     value = 100 * series.value[series.start[i] : series.start[i + 1]]
                     x = np.arange(1, len(value) + 1)
-                    label = m.name[-30:] if which == "tuned" else None
+                    label = _end(m.name, 30) if which == "tuned" else None
                     column[0].plot(100 * x / len(x), value, color=color, ls=dash, lw=1.3, label=label)
                     column[1].plot(x[:200], value[:200], color=color, ls=dash, lw=1.3)
                     table += [
@@ -763,13 +763,14 @@ def random_variance(n: int, m: int) -> tuple[Floats, Floats]:
 
 def figure20(material: Material) -> tuple[Figure, Table]:
     """Singular values of base and of the update, FFN matrices of the last block, one panel for each model."""
-    from specbasis.report.figures import COLORS, QUIET
+    from specbasis.report.figures import COLORS
 
     shown = material.models[:12]
     if len(material.models) > len(shown):
         material.notes.append(f"the first {len(shown)} of {len(material.models)} models are drawn")
     across = min(4, len(shown))
-    figure, axes = _panels(math.ceil(len(shown) / across), across, "Spectra of base and of the update", (3.1, 2.5))
+    title = "Spectra of base and of the update; dotted: S₁ of random entries of its norm"
+    figure, axes = _panels(math.ceil(len(shown) / across), across, title, (3.1, 2.5))
     table: Table = []
     for ax in axes.flat[len(shown) :]:
         ax.set_visible(False)
@@ -796,10 +797,14 @@ def figure20(material: Material) -> tuple[Figure, Table]:
             )
         _logarithmic(ax, "y")
         ax.set(xlabel="rank i", ylabel="singular value")
-        ax.set_title(m.name[-36:], size=8)
-        ax.text(0.02, 0.02, "dotted: S₁ of random entries of Δ's norm", transform=ax.transAxes, size=6, color=QUIET)
+        ax.set_title(_end(m.name, 36), size=8)
         ax.legend(fontsize=6)
     return figure, table
+
+
+def _end(name: str, length: int) -> str:
+    """The end of a name, which tells it from others; what is left out is marked."""
+    return name if len(name) <= length else "…" + name[1 - length :]
 
 
 def figure18(material: Material) -> tuple[Figure, Table]:

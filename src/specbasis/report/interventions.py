@@ -245,7 +245,7 @@ def _sharing(table: Sequence[Shared], here: Sequence[Shared], roles: str, ranks:
             values[tuned.index(row.tuned), sources.index(row.source)] = np.nan if value is None else value
         most = float(np.nanmax(np.abs(values))) if np.isfinite(values).any() else 1.0
         ax.imshow(
-            values, cmap=colors, vmin=-max(most, 1e-9) if colors == "RdBu" else 0, vmax=max(most, 1e-9), alpha=0.45
+            values, cmap=colors, vmin=-max(most, 1e-9) if colors == "RdBu" else 0, vmax=max(most, 1e-9), alpha=0.3
         )
         for row in here:
             value = of(row)
