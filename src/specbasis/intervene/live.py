@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -155,6 +156,8 @@ def _live(model: nn.Module) -> dict[str, Tensor]:
 
 def _as_stored(model: nn.Module, live: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same tensors under transformers' names on disk, where each of these still is memory of the model."""
+    if "transformers" not in sys.modules:  # then this is no model of theirs, and importing it takes seconds
+        return live
     try:
         from transformers import PreTrainedModel
         from transformers.core_model_loading import revert_weight_conversion
