@@ -183,11 +183,10 @@ class Grid:
 
     def trainings(self) -> list[tuple[str, str, dict[int, list[Row]]]]:
         """(phase, what was trained, seed → rows) of everything that was trained."""
-        kinds = dict.fromkeys(_kind(row) for row in self.rows if row.cell["phase"] != "between")
-        found: dict[tuple[str, str], dict[int, list[Row]]] = {kind: defaultdict(list) for kind in kinds}
+        found: dict[tuple[str, str], dict[int, list[Row]]] = defaultdict(lambda: defaultdict(list))
         for row in self.rows:
             if row.cell["phase"] != "between":
-                found[_kind(row)][row.cell["seed"]].append(row)
+                found[row.cell["phase"], _trained(row)][row.cell["seed"]].append(row)
         return [(phase, task, dict(rows)) for (phase, task), rows in found.items()]
 
     def families(self) -> list[tuple[str, list[tuple[int, int]]]]:
@@ -208,9 +207,10 @@ class Grid:
         return found
 
 
-def _kind(row: Row) -> tuple[str, str]:
+def _trained(row: Row) -> str:
+    """What was trained: the task, or which pretraining."""
     cell = row.cell
-    return cell["phase"], cell.get("task") or f"pretraining, {cell['images']} images, {cell['steps']} steps"
+    return cell.get("task") or f"pretraining, {cell['images']} images, {cell['steps']} steps"
 
 
 def members(row: Row, group: str) -> list[dict[str, Any]]:
@@ -388,12 +388,7 @@ def _between_seeds(grid: Grid) -> list[Claim]:
         settings: dict[str, list[float]] = defaultdict(list)
         for row in grid.of("between"):
             of = members(row, group)
-            task = row.cell.get("task")
-            name = (
-                f"{task} from scratch"
-                if task
-                else f"pretraining, {row.cell['images']} images, {row.cell['steps']} steps"
-            )
+            name = _trained(row) + (" from scratch" if "task" in row.cell else "")
             settings[name].append(float(np.mean([one["first"][-1] - one["chance"] for one in of])))
         for name, each in settings.items():
             found += _claim("(d) between two seeds", name, group, "alignment − chance (pairs share seeds)", each)
