@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from specbasis.finetune.metrics import scores
+from specbasis.finetune.metrics import Predictions
 from specbasis.finetune.tasks import GLUE
 
 
@@ -14,17 +14,17 @@ def test_classification_metrics_are_their_definitions():
     guess = outputs.argmax(1)
     tp, tn = ((guess == 1) & (labels == 1)).sum(), ((guess == 0) & (labels == 0)).sum()
     fp, fn = ((guess == 1) & (labels == 0)).sum(), ((guess == 0) & (labels == 1)).sum()
-    mrpc = scores(GLUE["mrpc"], outputs, labels)
+    mrpc = Predictions.of(GLUE["mrpc"], outputs, labels).scores(GLUE["mrpc"])
     assert mrpc == pytest.approx({"accuracy": (tp + tn) / 200, "f1": 2 * tp / (2 * tp + fp + fn)})
     matthews = (tp * tn - fp * fn) / np.sqrt(float((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)))
-    assert scores(GLUE["cola"], outputs, labels)["matthews"] == pytest.approx(matthews)
+    assert Predictions.of(GLUE["cola"], outputs, labels).scores(GLUE["cola"])["matthews"] == pytest.approx(matthews)
 
 
 def test_correlations_are_their_definitions_and_their_mean_is_the_score():
     rng = np.random.default_rng(1)
     labels = rng.permutation(50).astype(float)
     outputs = (labels**3 + rng.normal(size=50)).reshape(-1, 1)
-    found = scores(GLUE["stsb"], outputs, labels)
+    found = Predictions.of(GLUE["stsb"], outputs, labels).scores(GLUE["stsb"])
     ranks = outputs[:, 0].argsort().argsort()
     assert found["pearson"] == pytest.approx(np.corrcoef(outputs[:, 0], labels)[0, 1])
     assert found["spearman"] == pytest.approx(np.corrcoef(ranks, labels)[0, 1])
@@ -33,5 +33,19 @@ def test_correlations_are_their_definitions_and_their_mean_is_the_score():
 
 def test_predictions_that_are_all_the_same_score_zero():
     labels = np.array([0.0, 1.0, 1.0])
-    assert scores(GLUE["cola"], np.array([[0.0, 1.0]] * 3), labels) == {"matthews": 0.0}
-    assert scores(GLUE["stsb"], np.ones((3, 1)), labels) == {"pearson": 0.0, "spearman": 0.0}
+    cola, stsb = GLUE["cola"], GLUE["stsb"]
+    assert Predictions.of(cola, np.array([[0.0, 1.0]] * 3), labels).scores(cola) == {"matthews": 0.0}
+    assert Predictions.of(stsb, np.ones((3, 1)), labels).scores(stsb) == {"pearson": 0.0, "spearman": 0.0}
+
+
+def test_packed_predictions_come_back_with_the_same_scores():
+    rng = np.random.default_rng(2)
+    labels = rng.integers(0, 2, 30).astype(float)
+    said = Predictions.of(GLUE["cola"], rng.normal(size=(30, 2)), labels)
+    packed = said.packed()
+    assert all(isinstance(text, str) and len(text) == 30 for text in packed.values())
+    assert Predictions.unpacked(packed).scores(GLUE["cola"]) == said.scores(GLUE["cola"])
+    values = Predictions.of(GLUE["stsb"], rng.normal(size=(30, 1)), rng.uniform(0, 5, 30))
+    back = Predictions.unpacked(values.packed())
+    np.testing.assert_allclose(back.predicted, values.predicted, rtol=5e-5)
+    np.testing.assert_allclose(back.labels, values.labels, rtol=5e-5)

@@ -77,19 +77,53 @@ def test_mean_spread_and_paired_test_are_those_of_scipy_and_missing_runs_stay_em
     assert "| Our method | 0.36 M | 95.53 | 84.12 |" in text
 
 
+def searched(what, scores):
+    """Rows of a search in which each factor times the method's own 1e-4 scored so much."""
+    found = []
+    while len(cells := what.search_cells(found)) > len(found):
+        found = [row(cell, scores[round(cell.learning_rate / 1e-4, 6)]) for cell in cells]
+    return found
+
+
 def test_a_search_chooses_on_train_and_its_factor_holds_for_the_methods_that_share_it():
-    search = Search((1.0, 3.0), "sst2")
-    what = comparison("controls", methods=["spectral", "spectral-random"], search=search)
-    searched = what.search_cells()
-    assert {(cell.method, cell.seed, cell.selection) for cell in searched} == {("spectral", 0, 1000)}
-    assert what.factors([row(searched[0], 0.7)]) == {}  # not complete yet
-    factors = what.factors([row(searched[0], 0.7), row(searched[1], 0.8)])
+    what = comparison("controls", methods=["spectral", "spectral-random"], search=Search((1.0, 3.0, 9.0), "sst2"))
+    cells = what.search_cells()
+    assert {(cell.method, cell.seed, cell.selection) for cell in cells} == {("spectral", 0, 1000)}
+    assert what.factors([row(cell, 0.7) for cell in cells[:2]]) == {}  # not complete yet
+    rows = searched(what, {1: 0.7, 3: 0.8, 9: 0.75})
+    factors = what.factors(rows)
     assert factors == {"spectral": 3.0}
+    assert len(rows) == 3
     assert what.cell("sst2", "spectral-random", 42, factors).learning_rate == pytest.approx(3e-4)
     assert what.cell("sst2", "spectral", 42, {}).learning_rate == pytest.approx(1e-4)
-    text = markdown(what, [], factors, "pico")
-    assert "| Spectral | 3* |" in text
-    assert "with * is the smallest or the greatest that was tried" in text
+    text = markdown(what, rows, factors, "pico")
+    assert "| Spectral | 1, 3, 9 | 3 | 0.0003 |" in text
+    assert "| – | 3 (Spectral's) | 0.0003 |" in text
+
+
+@pytest.mark.parametrize(
+    ("scores", "best", "tried"),
+    [
+        ({1: 0.7, 4: 0.8, 16: 0.9, 64: 0.8}, "16", "1, 4, 16, 64"),
+        ({1: 0.9, 4: 0.8, 0.25: 0.9, 0.0625: 0.9, 0.015625: 0.9}, "0.015625*", "0.015625, 0.0625, 0.25, 1, 4"),
+        ({1: 0.7, 4: 0.8, 16: 0.8}, "4", "1, 4, 16"),
+        ({1: 0.1, 4: 0.2, 16: 0.3, 64: 0.4, 256: 0.5}, "256*", "1, 4, 16, 64, 256"),
+    ],
+)
+def test_a_search_goes_beyond_an_end_that_is_best_but_not_for_ever(scores, best, tried):
+    what = comparison("controls", methods=["spectral"], search=Search((4.0, 1.0), "sst2"))
+    rows = searched(what, scores)
+    factors = what.factors(rows)
+    assert f"| {tried} | {best} |" in markdown(what, rows, factors, "pico")
+
+
+def test_a_failed_run_of_a_search_leaves_the_method_unsearched_and_ends():
+    what = comparison("controls", methods=["spectral"], search=Search((1.0, 4.0), "sst2"))
+    cells = what.search_cells()
+    rows = [row(cells[0], 0.7), row(cells[1], 0.0, error="RuntimeError: no")]
+    assert what.search_cells(rows) == cells
+    assert what.factors(rows) == {}
+    assert "1 (not searched yet)" in markdown(what, rows, {}, "pico")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from specbasis.cells import Progress, Row
+from specbasis.cells import Progress, Row, read_cells
 from specbasis.cli.common import STDERR, line, numbers, progress, words
 from specbasis.cli.reproduce import reproduce_app
 from specbasis.errors import InputError
@@ -176,7 +176,7 @@ def _comparison(
     setting = _setting(base, out, given, what.seeds)
     kept = _kept(words(given["keep"]), what.methods)
     if no_run:
-        searched = stored(what.search_cells(), out)
+        searched = stored(what.search_cells(read_cells(out)), out)
         factors = what.factors(searched)
         rows = [*searched, *stored(what.cells(factors), out)]
     else:

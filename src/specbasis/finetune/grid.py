@@ -18,6 +18,9 @@ from specbasis.finetune.tasks import TaskData, load_task, subset
 SCRATCH = "scratch"
 """As a cell's method: full finetuning from random weights. As its checkpoint: the model which that left."""
 
+BEYOND = 3
+"""How many factors a search of learning rates tries beyond those that it was given."""
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -115,7 +118,7 @@ def run_cell(cell: Mapping[str, Any], setting: Setting) -> dict[str, Any]:
         )
         name = one.method if one.rank is None else f"{one.method}@{one.rank}"
         folder = kept_model(setting, name, one.task) if kept else Path(scratch)
-        return train.run(
+        values = train.run(
             setting.base,
             data,
             "full" if one.method == SCRATCH else one.method,
@@ -128,6 +131,9 @@ def run_cell(cell: Mapping[str, Any], setting: Setting) -> dict[str, Any]:
             resumable=False,
             scratch=one.method == SCRATCH,
         )
+    if one.selection:  # a run of the search: its score is all that is wanted
+        del values["predictions"]
+    return values
 
 
 def run_grid(
@@ -152,8 +158,9 @@ def stored(cells: Iterable[Cell], out: str | Path) -> list[Row]:
 class Search:
     """How each method's learning rate is chosen: on a part of train, with a seed of its own.
 
-    Every factor times the method's own rate is tried on one task, on few examples; the factor with the best
-    score on the selection part holds for the method on every task.
+    Every factor times the method's own rate is tried on one task, on few examples. While the best is the smallest
+    or the greatest that was tried, the next one beyond it is tried too, in the same ratio, `BEYOND` times at most.
+    The factor with the best score on the selection part holds for the method on every task.
 
     Attributes:
         factors: what the method's own learning rate is multiplied by.
@@ -171,33 +178,42 @@ class Search:
     epochs: float = 2
     seed: int = 0
 
-    def cells(self, method: str, rank: int | None = None) -> list[Cell]:
-        """The runs of a method's search."""
-        return [
-            Cell(
-                self.task,
-                method,
-                self.seed,
-                self.epochs,
-                scaled_rate(method, self.task, factor),
-                examples=self.examples,
-                selection=self.selection,
-                rank=rank,
-            )
-            for factor in self.factors
-        ]
+    def cells(self, method: str, rows: Iterable[Row] = ()) -> list[Cell]:
+        """The runs of a method's search, as far as they are known from the rows that are there."""
+        return [self._cell(method, factor) for factor in self.tried(method, rows)]
 
-    def factor(self, method: str, rows: Sequence[Row]) -> float | None:
+    def tried(self, method: str, rows: Iterable[Row] = ()) -> list[float]:
+        """The factors of these runs, ascending."""
+        rows, tried = list(rows), sorted(set(self.factors))
+        if len(tried) < 2:
+            return tried
+        smaller, greater = tried[0] / tried[1], tried[-1] / tried[-2]
+        for _ in range(BEYOND):
+            best = self._best(method, tried, rows)
+            if best == tried[0]:
+                tried = [best * smaller, *tried]
+            elif best == tried[-1]:
+                tried = [*tried, best * greater]
+            else:
+                break
+        return tried
+
+    def factor(self, method: str, rows: Iterable[Row]) -> float | None:
         """The best factor of a method, by the rows of its search; None until all of them are there."""
-        found = {
-            row.cell["learning_rate"]: row.values["score"]
-            for row in rows
-            if row.error is None and Cell.of(row.cell) in self.cells(method)
-        }
-        rates = {scaled_rate(method, self.task, factor): factor for factor in self.factors}
-        if set(rates) - set(found):
+        rows = list(rows)
+        return self._best(method, self.tried(method, rows), rows)
+
+    def _best(self, method: str, factors: Sequence[float], rows: Iterable[Row]) -> float | None:
+        """The best of some factors; of equal ones the smallest. None where one has no score yet."""
+        scores = {Cell.of(row.cell): row.values["score"] for row in rows if row.error is None}
+        cells = [self._cell(method, factor) for factor in factors]
+        if not all(cell in scores for cell in cells):
             return None
-        return rates[max(found, key=lambda rate: (found[rate], -rate))]
+        return max(zip(factors, cells, strict=True), key=lambda one: (scores[one[1]], -one[0]))[0]
+
+    def _cell(self, method: str, factor: float) -> Cell:
+        rate = scaled_rate(method, self.task, factor)
+        return Cell(self.task, method, self.seed, self.epochs, rate, self.examples, self.selection)
 
 
 def scaled_rate(method: str, task: str, factor: float = 1.0) -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,20 +14,49 @@ from specbasis.finetune.tasks import Task
 Array = npt.NDArray[np.float64]
 
 
-def scores(task: Task, outputs: Array, labels: Array) -> dict[str, float]:
-    """The task's official metrics.
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """What a model said of each example, beside what is so; both in the order of the examples.
 
-    Args:
-        task: what is scored.
-        outputs: logits [example, class], or predictions [example] or [example, 1] for regression.
-        labels: index of the class, or the value, of each example.
-
-    Returns:
-        A value in [-1, 1] for each of ``task.metrics``; a correlation of constant predictions is 0, as scikit-learn
-        has it for Matthews'.
+    Attributes:
+        predicted: index of the class, or the value.
+        labels: likewise.
     """
-    predictions = outputs.reshape(len(labels)) if task.regression else outputs.argmax(-1)
-    return {name: METRICS[name](predictions, labels) for name in task.metrics}
+
+    predicted: Array
+    labels: Array
+
+    @classmethod
+    def of(cls, task: Task, outputs: Array, labels: Array) -> Predictions:
+        """From logits [example, class], or values [example] or [example, 1] for regression."""
+        found = outputs.reshape(len(labels)) if task.regression else outputs.argmax(-1)
+        return cls(np.asarray(found, dtype=np.float64), np.asarray(labels, dtype=np.float64))
+
+    def take(self, order: Sequence[int]) -> Predictions:
+        """Those of some examples, in this order."""
+        return Predictions(self.predicted[order], self.labels[order])
+
+    def scores(self, task: Task) -> dict[str, float]:
+        """The task's official metrics, each in [-1, 1].
+
+        A correlation of constant predictions is 0, as scikit-learn has it for Matthews'.
+        """
+        return {name: METRICS[name](self.predicted, self.labels) for name in task.metrics}
+
+    def packed(self) -> dict[str, str | list[float]]:
+        """For a row of JSON: a digit an example, or for values a list of numbers (five digits)."""
+        return {"predicted": _packed(self.predicted), "labels": _packed(self.labels)}
+
+    @classmethod
+    def unpacked(cls, row: Mapping[str, Any]) -> Predictions:
+        """The inverse of `packed`."""
+        return cls(*(np.array([float(value) for value in row[name]]) for name in ("predicted", "labels")))
+
+
+def _packed(values: Array) -> str | list[float]:
+    if set(values.tolist()) <= set(range(10)):
+        return "".join(f"{value:.0f}" for value in values)
+    return [float(f"{value:.5g}") for value in values]
 
 
 def _accuracy(predictions: Array, labels: Array) -> float:

@@ -1,4 +1,4 @@
-"""A finetune and its folder: adapter, `metrics.json`, `manifest.json` and model card.
+"""A finetune and its folder: adapter, `metrics.json`, `predictions.csv`, `manifest.json` and model card.
 
 A run is (base, task, method, seed, protocol, placement). While it is under way its folder holds `checkpoints/` with
 what is trained, so that a run that was killed goes on; `metrics.json` is written last and says that it is finished.
@@ -6,6 +6,7 @@ what is trained, so that a run that was killed goes on; `metrics.json` is writte
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import shutil
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specbasis.errors import InputError
+from specbasis.finetune.metrics import Predictions
 from specbasis.finetune.protocol import Placement, Protocol
 from specbasis.finetune.tasks import Task, TaskData, load_task, selection_size, subset
 from specbasis.results import environment, refuse_another, write_whole, writing
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import TrainerCallback
 
 METRICS, MANIFEST, CARD, CHECKPOINTS = "metrics.json", "manifest.json", "README.md", "checkpoints"
+PREDICTIONS = "predictions.csv"
 LOGS = "runs"
 """Where transformers puts TensorBoard's files, below its own output."""
 HELD_BACK = 128
@@ -74,7 +77,7 @@ def finetune(
     callbacks: Sequence[TrainerCallback] = (),
     **protocol: Any,
 ) -> Finetuned:
-    """Finetune a base on a task by a method, and write adapter, metrics, manifest and model card.
+    """Finetune a base on a task by a method, and write adapter, metrics, predictions, manifest and model card.
 
     The same call goes on where a killed run stopped, and returns a finished run as it is.
 
@@ -166,7 +169,9 @@ def finetune(
             report_to=report_to,
             callbacks=callbacks,
         )
+        said = metrics.pop("predictions")
         if is_main_process():
+            _write_predictions(folder / PREDICTIONS, said, data.task)
             _finish(folder, config, metrics, data)
     return Finetuned(folder, metrics)
 
@@ -308,6 +313,22 @@ def _finish(folder: Path, config: Mapping[str, Any], metrics: Mapping[str, Any],
         logs.rename(folder / LOGS)
     _write_json(folder / METRICS, metrics)
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+
+
+def _write_predictions(path: Path, said: Mapping[str, Mapping[str, Any]], task: Task) -> None:
+    """A line for each example that was scored: set, place in it from 0, label, prediction."""
+
+    def write(target: Path) -> None:
+        with target.open("w", encoding="utf-8", newline="") as file:
+            table = csv.writer(file, lineterminator="\n")
+            table.writerow(("set", "example", "label", "predicted"))
+            for name, packed in said.items():
+                one = Predictions.unpacked(packed)
+                for example, values in enumerate(zip(one.labels.tolist(), one.predicted.tolist(), strict=True)):
+                    shown = values if task.regression else [task.labels[int(value)] for value in values]
+                    table.writerow((name, example, *shown))
+
+    write_whole(path, write)
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -25,7 +26,7 @@ from specbasis.finetune.base import Base, load_base, quiet
 from specbasis.finetune.costs import Stopwatch, peak_memory, weights_bytes
 from specbasis.finetune.forgetting import Pretraining, pretraining_loss
 from specbasis.finetune.methods import Attached, attach
-from specbasis.finetune.metrics import scores
+from specbasis.finetune.metrics import Predictions
 from specbasis.finetune.prefix import NoPrefixError, PrefixCache, Uncut, find_cut, narrowed
 from specbasis.finetune.protocol import Placement, Protocol
 from specbasis.finetune.tasks import Split, Task, TaskData
@@ -82,14 +83,17 @@ def run(
                 set_seed(seed)
                 ready.trainer.train(resume_from_checkpoint=_last_checkpoint(folder) if resumable else None)
                 memory = peak()
-                found = {name: ready.score(split) for name, split in _scored(data).items()}
+                said = {name: ready.predict(split) for name, split in _scored(data).items()}
         after = pretraining.loss(attached.model)
         if is_main_process():
+            if not resumable:
+                shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
             attached.save(folder)
             if (folder / "config.json").is_file():  # a whole model, which loads without its base
                 loaded.processor.save_pretrained(folder)
         counts = attached.counts
         trainer = ready.trainer
+        found = {name: one.scores(data.task) for name, one in said.items()}
         return {
             "score": data.task.score(next(iter(found.values()))),
             **found,
@@ -112,6 +116,7 @@ def run(
             },
             "prefix_cache": ready.cache,
             "notes": [*data.notes, *ready.notes],
+            "predictions": {name: one.packed() for name, one in said.items()},
         }
 
 
@@ -224,11 +229,12 @@ class _Ready:
     cache: Mapping[str, Any] | None
     notes: Sequence[str]
 
-    def score(self, split: Split) -> dict[str, float]:
-        """The metrics on examples, taken longest first: less padding, and the same metrics."""
+    def predict(self, split: Split) -> Predictions:
+        """What the model says of examples, in their order; they run longest first, which needs less padding."""
         order = sorted(range(len(split)), key=lambda i: -sum(map(len, split.inputs[i])))
         found = self.trainer.predict(self.base.encode(split.take(order)))
-        return scores(self.base.task, _logits(found.predictions), np.asarray(found.label_ids, dtype=np.float64))
+        said = Predictions.of(self.base.task, _logits(found.predictions), np.asarray(found.label_ids))
+        return said.take(np.argsort(order).tolist())
 
 
 @contextmanager
@@ -320,7 +326,7 @@ def _arguments(
 
 def _computed(task: Task) -> Callable[[EvalPrediction], dict[str, float]]:
     def compute(found: EvalPrediction) -> dict[str, float]:
-        values = scores(task, _logits(found.predictions), np.asarray(found.label_ids, dtype=np.float64))
+        values = Predictions.of(task, _logits(found.predictions), np.asarray(found.label_ids)).scores(task)
         return {**values, "score": task.score(values)}
 
     return compute

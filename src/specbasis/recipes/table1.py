@@ -17,6 +17,7 @@ from typing import Any
 from specbasis.cells import Progress, Row
 from specbasis.errors import InputError
 from specbasis.finetune.grid import (
+    BEYOND,
     SCRATCH,
     Cell,
     Search,
@@ -125,18 +126,21 @@ class Comparison:
             checkpoint=SCRATCH if name == "spectral-scratch" else None,
         )
 
-    def search_cells(self) -> list[Cell]:
-        """The runs that choose the learning rates."""
-        names = dict.fromkeys(rate_from(method.partition("@")[0]) for method in self.methods)
-        return [] if self.search is None else [cell for name in names for cell in self.search.cells(name)]
+    def search_cells(self, rows: Sequence[Row] = ()) -> list[Cell]:
+        """The runs that choose the learning rates, as far as they are known from the rows that are there."""
+        return (
+            [] if self.search is None else [c for name in self._searched() for c in self.search.cells(name, rows)]
+        )
 
     def factors(self, rows: Sequence[Row]) -> dict[str, float]:
         """The factor of each method whose search is complete."""
         if self.search is None:
             return {}
-        names = {cell.method for cell in self.search_cells()}
-        found = {name: self.search.factor(name, rows) for name in names}
+        found = {name: self.search.factor(name, rows) for name in self._searched()}
         return {name: factor for name, factor in found.items() if factor is not None}
+
+    def _searched(self) -> list[str]:
+        return list(dict.fromkeys(rate_from(method.partition("@")[0]) for method in self.methods))
 
 
 def rate_from(method: str) -> str:
@@ -183,7 +187,9 @@ def run(
     what: Comparison, setting: Setting, out: str | Path, progress: Callable[[Progress], None] | None = None
 ) -> tuple[list[Row], dict[str, float]]:
     """Run the search, then the runs; returns all rows of the two, and the factors."""
-    searched = run_grid(what.search_cells(), setting, out, progress) if what.search else []
+    searched: list[Row] = []
+    while len(cells := what.search_cells(searched)) > len(searched):  # each round may ask for rates beyond its own
+        searched = run_grid(cells, setting, out, progress)
     factors = what.factors(searched)
     return [*searched, *run_grid(what.cells(factors), setting, out, progress)], factors
 
@@ -323,7 +329,7 @@ def markdown(what: Comparison, rows: Sequence[Row], factors: Mapping[str, float]
             *_grid(["method", *titles], [[_title(m), *(_delta(found[t, m]) for t in what.tasks)] for m in others]),
         ]
     parts += ["", "## Cost", "", *_cost(what, found)]
-    parts += ["", "## Learning rates", "", *_rates(what, factors)]
+    parts += ["", "## Learning rates", "", *_rates(what, rows, factors)]
     parts += ["", *_paper(what)]
     if failed:
         parts += ["", "## Failed", "", *(f"- {_cell_name(row.cell)}: {row.error}" for row in failed)]
@@ -383,35 +389,39 @@ def _number(value: float | None, form: str, unit: float = 1.0) -> str:
     return "–" if value is None else form.format(value / unit)
 
 
-def _rates(what: Comparison, factors: Mapping[str, float]) -> list[str]:
+def _rates(what: Comparison, rows: Sequence[Row], factors: Mapping[str, float]) -> list[str]:
+    titles = [GLUE[task].title for task in what.tasks]
+    rates = [[f"{_rate(what, factors, task, method):g}" for task in what.tasks] for method in what.methods]
     if what.search is None:
         text = "Each method's own, as published (Tab. 5 for the spectral ones)."
-    else:
-        text = (
-            f"Each method's own times a factor, chosen on {GLUE[what.search.task].title} alone: "
-            f"{what.search.examples} examples, {what.search.epochs:g} epochs, seed {what.search.seed}, scored on "
-            f"{what.search.selection} other examples of train. Tried: "
-            f"{', '.join(f'{f:g}' for f in what.search.factors)}. A factor with * is the smallest or the greatest "
-            "that was tried: a better one may lie beyond."
-        )
+        body = [[_title(method), *each] for method, each in zip(what.methods, rates, strict=True)]
+        return [text, "", *_grid(["method", *titles], body)]
+    text = (
+        f"Each method's own times a factor, chosen on {GLUE[what.search.task].title} alone: "
+        f"{what.search.examples} examples, {what.search.epochs:g} epochs, seed {what.search.seed}, scored on "
+        f"{what.search.selection} other examples of train. Tried: "
+        f"{', '.join(f'{f:g}' for f in what.search.factors)}, and while the best was at an end, up to {BEYOND} "
+        "beyond it. A factor with * is still at an end: a better one may lie beyond."
+    )
     body = [
-        [
-            _title(method),
-            _factor(what, factors, method),
-            *(f"{_rate(what, factors, task, method):g}" for task in what.tasks),
-        ]
-        for method in what.methods
+        [_title(method), *_factor(what, what.search, rows, factors, method), *each]
+        for method, each in zip(what.methods, rates, strict=True)
     ]
-    return [text, "", *_grid(["method", "factor", *(GLUE[task].title for task in what.tasks)], body)]
+    return [text, "", *_grid(["method", "tried", "factor", *titles], body)]
 
 
-def _factor(what: Comparison, factors: Mapping[str, float], method: str) -> str:
+def _factor(
+    what: Comparison, search: Search, rows: Sequence[Row], factors: Mapping[str, float], method: str
+) -> tuple[str, str]:
+    """What was tried, and what was chosen."""
     source = rate_from(method.partition("@")[0])
     if source not in factors:
-        return "1" if what.search is None else "1 (not searched yet)"
-    tried = () if what.search is None else what.search.factors
-    edge = "*" if len(tried) > 1 and factors[source] in (min(tried), max(tried)) else ""
-    return f"{factors[source]:g}{edge}" + ("" if source == method else f" ({_title(source)}'s)")
+        return "–", "1 (not searched yet)"
+    if source != method:
+        return "–", f"{factors[source]:g} ({_title(source)}'s)"
+    tried = search.tried(source, rows)
+    edge = "*" if len(tried) > 1 and factors[source] in (tried[0], tried[-1]) else ""
+    return ", ".join(f"{factor:g}" for factor in tried), f"{factors[source]:g}{edge}"
 
 
 def _rate(what: Comparison, factors: Mapping[str, float], task: str, method: str) -> float:
