@@ -1,5 +1,6 @@
 """A finetune end to end on a pico model: the folder, the figures, resuming, and what is refused."""
 
+import csv
 import json
 import math
 import os
@@ -63,6 +64,12 @@ def test_a_run_learns_and_leaves_everything_that_it_promises(place, tmp_path):
     assert metrics["forgetting"]["text"] == "premises of RTE's dev set"
     assert metrics["forgetting"]["after"] != metrics["forgetting"]["before"]
     assert not (tmp_path / "run/checkpoints").exists()
+    with (tmp_path / "run/predictions.csv").open(newline="") as file:
+        said = list(csv.DictReader(file))
+    dev = load_task("sst2", data_dir=place / "glue").dev["dev"]
+    assert [int(line["example"]) for line in said] == list(range(len(dev)))
+    assert [int(line["label"]) for line in said] == dev.labels  # in the order of the file
+    assert all(line["predicted"] == line["label"] and line["set"] == "dev" for line in said)
     card = (tmp_path / "run/README.md").read_text()
     assert "# SST-2" in card
     assert "| dev | 1.0000 |" in card

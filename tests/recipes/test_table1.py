@@ -1,6 +1,8 @@
 """Tab. 1 and the controls: which runs there are, what the table says of rows, and a real grid on a pico model."""
 
+import itertools
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,13 +15,16 @@ from specbasis.errors import InputError
 from specbasis.finetune import train
 from specbasis.finetune.grid import Search
 from specbasis.finetune.methods import METHODS, TABLE_5
+from specbasis.finetune.metrics import Predictions
+from specbasis.finetune.tasks import GLUE
 from specbasis.recipes import table1
 from specbasis.recipes.table1 import comparison, lines, markdown, printed
 from tests.finetune import lab
 
 
-def row(cell, score, error=None):
+def row(cell, score, error=None, predictions=None):
     values = {
+        **({"predictions": predictions} if predictions else {}),
         "score": score,
         "parameters": {"adapter": 90000, "head": 770, "total": 10**7},
         "peak_memory_bytes": 2e8,
@@ -75,6 +80,43 @@ def test_mean_spread_and_paired_test_are_those_of_scipy_and_missing_runs_stay_em
     assert f"| LoRA-K | 90,000 | 85.67 ± {100 * np.std(lora, ddof=1):.2f} | – |" in text
     assert "RuntimeError: out of memory" in text
     assert "| Our method | 0.36 M | 95.53 | 84.12 |" in text
+
+
+def said(task, quality, seed):
+    """A row's predictions that are right more often the higher the quality."""
+    random = np.random.default_rng(seed)
+    if GLUE[task].regression:
+        labels = np.random.default_rng(0).uniform(0, 5, 80)
+        one = Predictions(labels * quality + random.normal(size=80), labels)
+    else:
+        labels = np.random.default_rng(0).integers(0, 2, 80).astype(float)
+        one = Predictions(np.where(random.random(80) < quality, labels, 1 - labels), labels)
+    return {"dev": one.packed()}, GLUE[task].score(one.scores(GLUE[task]))
+
+
+@pytest.mark.parametrize("task", ["sst2", "cola", "stsb"])
+def test_the_interval_of_a_difference_is_a_paired_bootstrap_over_the_dev_set(task):
+    what = comparison("table1", tasks=[task], methods=["spectral", "lora"], seeds=[1, 2])
+    rows, each = [], {"spectral": [], "lora": []}
+    for (method, quality), seed in itertools.product((("spectral", 0.7), ("lora", 0.9)), (1, 2)):
+        predictions, score = said(task, quality, seed)
+        rows.append(row(what.cell(task, method, seed, {}), score, predictions=predictions))
+        each[method].append(Predictions.unpacked(predictions["dev"]))
+
+    def difference(index):
+        ours, theirs = (
+            [GLUE[task].score(one.take(index).scores(GLUE[task])) for one in each[name]] for name in each
+        )
+        return np.mean(theirs) - np.mean(ours)
+
+    line = lines(what, rows, {})[1]
+    oracle = stats.bootstrap(
+        (np.arange(80),), difference, vectorized=False, method="percentile", n_resamples=2000, rng=1
+    ).confidence_interval
+    np.testing.assert_allclose(line.interval, [oracle.low, oracle.high], atol=0.03)
+    assert f"{100 * line.difference:+.2f} [{100 * line.interval[0]:+.2f}, " in markdown(what, rows, {}, "pico")
+    without = {name: value for name, value in rows[-1].values.items() if name != "predictions"}
+    assert lines(what, [*rows[:3], replace(rows[3], values=without)], {})[1].interval is None
 
 
 def searched(what, scores):
