@@ -18,8 +18,13 @@ from specbasis.finetune.methods import METHODS, TABLE_5
 from specbasis.finetune.metrics import Predictions
 from specbasis.finetune.tasks import GLUE
 from specbasis.recipes import table1
-from specbasis.recipes.table1 import comparison, lines, markdown, printed
+from specbasis.recipes.table1 import comparison, lines
+from specbasis.recipes.table1_page import markdown, printed, write
 from tests.finetune import lab
+
+
+def page(what, rows, factors):
+    return markdown(what, lines(what, rows, factors), rows, factors, "pico")
 
 
 def row(cell, score, error=None, predictions=None):
@@ -70,11 +75,11 @@ def test_mean_spread_and_paired_test_are_those_of_scipy_and_missing_runs_stay_em
     line = found["sst2", "lora"]
     assert line.mean == pytest.approx(np.mean(lora))
     assert line.spread == pytest.approx(np.std(lora, ddof=1))
-    assert line.difference == pytest.approx(np.mean(lora) - np.mean(ours))
-    assert line.p == pytest.approx(stats.ttest_rel(lora, ours).pvalue)
-    assert found["sst2", "full"].difference == pytest.approx(0.9 - 0.83)  # on the one seed that both have
-    assert found["sst2", "full"].p is None
-    text = markdown(what, rows, {}, "pico")
+    assert line.difference.mean == pytest.approx(np.mean(lora) - np.mean(ours))
+    assert line.difference.p == pytest.approx(stats.ttest_rel(lora, ours).pvalue)
+    assert found["sst2", "full"].difference.mean == pytest.approx(0.9 - 0.83)  # on the one seed that both have
+    assert found["sst2", "full"].difference.p is None
+    text = page(what, rows, {})
     assert "7 of 18 runs" in text
     assert "| Full FT | 90,000 | 90.00 (1) | – |" in text
     assert f"| LoRA-K | 90,000 | 85.67 ± {100 * np.std(lora, ddof=1):.2f} | – |" in text
@@ -95,7 +100,7 @@ def said(task, quality, seed):
 
 
 @pytest.mark.parametrize("task", ["sst2", "cola", "stsb"])
-def test_the_interval_of_a_difference_is_a_paired_bootstrap_over_the_dev_set(task):
+def test_the_interval_of_a_difference_is_a_paired_bootstrap_over_the_dev_set(task, tmp_path):
     what = comparison("table1", tasks=[task], methods=["spectral", "lora"], seeds=[1, 2])
     rows, each = [], {"spectral": [], "lora": []}
     for (method, quality), seed in itertools.product((("spectral", 0.7), ("lora", 0.9)), (1, 2)):
@@ -113,10 +118,15 @@ def test_the_interval_of_a_difference_is_a_paired_bootstrap_over_the_dev_set(tas
     oracle = stats.bootstrap(
         (np.arange(80),), difference, vectorized=False, method="percentile", n_resamples=2000, rng=1
     ).confidence_interval
-    np.testing.assert_allclose(line.interval, [oracle.low, oracle.high], atol=0.03)
-    assert f"{100 * line.difference:+.2f} [{100 * line.interval[0]:+.2f}, " in markdown(what, rows, {}, "pico")
+    np.testing.assert_allclose(line.difference.interval, [oracle.low, oracle.high], atol=0.03)
+    assert f"{100 * line.difference.mean:+.2f} [{100 * line.difference.interval[0]:+.2f}, " in page(what, rows, {})
+    one = Predictions.unpacked(rows[0].values["predictions"]["dev"])
+    chance = max(one.labels.mean(), 1 - one.labels.mean()) if task == "sst2" else 0.0
+    assert f"| Always the most frequent class | – | {100 * chance:.2f} |" in page(what, rows, {})
+    written = write(what, rows, {}, "pico", tmp_path)
+    assert [path.name for path in written] == ["table1.md", "table1.png", "table1.svg"]
     without = {name: value for name, value in rows[-1].values.items() if name != "predictions"}
-    assert lines(what, [*rows[:3], replace(rows[3], values=without)], {})[1].interval is None
+    assert lines(what, [*rows[:3], replace(rows[3], values=without)], {})[1].difference.interval is None
 
 
 def searched(what, scores):
@@ -138,7 +148,7 @@ def test_a_search_chooses_on_train_and_its_factor_holds_for_the_methods_that_sha
     assert len(rows) == 3
     assert what.cell("sst2", "spectral-random", 42, factors).learning_rate == pytest.approx(3e-4)
     assert what.cell("sst2", "spectral", 42, {}).learning_rate == pytest.approx(1e-4)
-    text = markdown(what, rows, factors, "pico")
+    text = page(what, rows, factors)
     assert "| Spectral | 1, 3, 9 | 3 | 0.0003 |" in text
     assert "| – | 3 (Spectral's) | 0.0003 |" in text
 
@@ -156,7 +166,7 @@ def test_a_search_goes_beyond_an_end_that_is_best_but_not_for_ever(scores, best,
     what = comparison("controls", methods=["spectral"], search=Search((4.0, 1.0), "sst2"))
     rows = searched(what, scores)
     factors = what.factors(rows)
-    assert f"| {tried} | {best} |" in markdown(what, rows, factors, "pico")
+    assert f"| {tried} | {best} |" in page(what, rows, factors)
 
 
 def test_a_failed_run_of_a_search_leaves_the_method_unsearched_and_ends():
@@ -165,7 +175,7 @@ def test_a_failed_run_of_a_search_leaves_the_method_unsearched_and_ends():
     rows = [row(cells[0], 0.7), row(cells[1], 0.0, error="RuntimeError: no")]
     assert what.search_cells(rows) == cells
     assert what.factors(rows) == {}
-    assert "1 (not searched yet)" in markdown(what, rows, {}, "pico")
+    assert "1 (not searched yet)" in page(what, rows, {})
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from specbasis.finetune import Finetuned
 from specbasis.finetune import finetune as run_finetune
 from specbasis.finetune.grid import SCRATCH, Search, Setting, kept_model, stored
 from specbasis.finetune.tasks import GLUE, task_named
-from specbasis.recipes import fig5, table1
+from specbasis.recipes import fig5, table1, table1_page
 
 BASE = Annotated[str, typer.Argument(metavar="BASE", help="pretrained: folder, hub:org/name, timm:name, pkg:…")]
 DATA_DIR = Annotated[
@@ -182,9 +182,10 @@ def _comparison(
     else:
         with progress() as told:
             rows, factors = table1.run(what, setting, out, _told(told))
-    path = table1.write(what, rows, factors, setting.config()["base"], out)
-    line(path.read_text(encoding="utf-8"))
-    line(f"table: {path}")
+    paths = table1_page.write(what, rows, factors, setting.config()["base"], out)
+    line(paths[0].read_text(encoding="utf-8"))
+    for path in paths:
+        line(f"written: {path}")
     for method, task in [(method, task) for method in kept for task in what.tasks]:
         folder = kept_model(setting, method, task)
         there = (folder / "method.json").is_file()

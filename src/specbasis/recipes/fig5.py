@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from specbasis.cells import Progress, Row
 from specbasis.errors import InputError
-from specbasis.finetune.grid import Cell, Setting, by_seed, mean_and_spread, run_grid, scaled_rate
+from specbasis.finetune.grid import Cell, Setting, mean_and_spread, run_grid
 from specbasis.finetune.tasks import GLUE, task_named
+from specbasis.recipes.differences import MEANING, Run, difference, runs
 from specbasis.results import write_whole
 
 LEARNING_RATE, EPOCHS, TASK = 1e-4, 3.0, "mnli"
@@ -121,11 +120,6 @@ def panel(
     return Panel(name, axis, tuple(points), task_named(task).name, tuple(seeds), epochs, learning_rate, examples)
 
 
-def spectral_rate(task: str, factor: float) -> float:
-    """The spectral method's learning rate for a task, times a factor that a search found."""
-    return scaled_rate("spectral", task, factor)
-
-
 def run(
     what: Panel, setting: Setting, out: str | Path, progress: Callable[[Progress], None] | None = None
 ) -> list[Row]:
@@ -133,47 +127,46 @@ def run(
     return run_grid(what.cells(), setting, out, progress)
 
 
-def curve(what: Panel, rows: Sequence[Row]) -> list[tuple[Point, dict[int, float]]]:
-    """The scores of each point by seed; empty where nothing ran yet."""
-    return [
-        (point, {seed: run["score"] for seed, run in _runs(what, rows, point).items()}) for point in what.points
-    ]
+def curve(what: Panel, rows: Sequence[Row]) -> list[tuple[Point, dict[int, Run]]]:
+    """The runs of each point by seed; empty where nothing ran yet."""
+    return [(point, runs(rows, [what.cell(point, seed) for seed in what.seeds])) for point in what.points]
 
 
-def _runs(what: Panel, rows: Sequence[Row], point: Point) -> dict[int, Mapping[str, Any]]:
-    return by_seed(rows, [what.cell(point, seed) for seed in what.seeds])
-
-
-def markdown(what: Panel, rows: Sequence[Row], base: str) -> str:
+def markdown(what: Panel, points: Sequence[tuple[Point, Mapping[int, Run]]], base: str) -> str:
     """The panel's numbers as Markdown."""
-    metric = _metric(what)
-    body = []
-    for point, scores in curve(what, rows):
-        parameters = [run["parameters"]["adapter"] for run in _runs(what, rows, point).values()]
-        mean, spread = mean_and_spread(list(scores.values())) if scores else (None, None)
-        shown = "–" if mean is None else f"{100 * mean:.2f}" + ("" if spread is None else f" ± {100 * spread:.2f}")
-        size = f"{parameters[0]:,}" if parameters else "–"
-        body.append(
-            f"| {point.label} | {point.interval[0]} … {point.interval[1]} | {size} | {shown} | {len(scores)} |"
-        )
+    first = points[0][1]
+    chance = next((run.chance for _, found in points for run in found.values() if run.chance is not None), None)
     return "\n".join(
         [
             f"# {what.name}: {base} on {GLUE[what.task].title}",
             "",
-            f"{metric} in percent on the dev set, mean ± standard deviation over seeds "
+            f"{metric_of(what)} in percent on the dev set, mean ± standard deviation over seeds "
             f"{', '.join(map(str, what.seeds))}; {what.epochs:g} epochs"
             + (f" of {what.examples} examples" if what.examples else "")
-            + f", learning rate {what.learning_rate:g}.",
+            + f", learning rate {what.learning_rate:g}."
+            + ("" if chance is None else f" Always the most frequent class: {100 * chance:.2f}."),
             "",
-            f"| {what.axis} | ranks | parameters | score | seeds |",
-            "|---|---|---:|---:|---:|",
-            *body,
+            f"Difference: to the first line, in points; {MEANING}",
+            "",
+            f"| {what.axis} | ranks | parameters | score | difference | seeds |",
+            "|---|---|---:|---:|---:|---:|",
+            *(_line(point, found, first if i else {}) for i, (point, found) in enumerate(points)),
             "",
         ]
     )
 
 
-def _metric(what: Panel) -> str:
+def _line(point: Point, found: Mapping[int, Run], first: Mapping[int, Run]) -> str:
+    mean, spread = mean_and_spread([run.score for run in found.values()]) if found else (None, None)
+    shown = "–" if mean is None else f"{100 * mean:.2f}" + ("" if spread is None else f" ± {100 * spread:.2f}")
+    size = f"{next(iter(found.values())).values['parameters']['adapter']:,}" if found else "–"
+    moved = difference(found, first)
+    ranks = f"{point.interval[0]} … {point.interval[1]}"
+    return f"| {point.label} | {ranks} | {size} | {shown} | {moved.shown if moved else '–'} | {len(found)} |"
+
+
+def metric_of(what: Panel) -> str:
+    """What the score of the panel's task is."""
     return {"matthews": "Matthews' correlation", "pearson": "Mean of Pearson's and Spearman's correlation"}.get(
         GLUE[what.task].metrics[0], "Accuracy"
     )
@@ -181,52 +174,12 @@ def _metric(what: Panel) -> str:
 
 def write(what: Panel, rows: Sequence[Row], base: str, out: str | Path) -> list[Path]:
     """Write ``NAME.md``, and ``NAME.svg`` and ``.png`` where anything ran, into the folder of the rows."""
-    folder = Path(out)
-    table = folder / f"{what.name}.md"
-    write_whole(table, lambda path: path.write_text(markdown(what, rows, base), encoding="utf-8"))
-    points = curve(what, rows)
-    return [table, *(_figure(what, points, base, folder) if any(scores for _, scores in points) else [])]
+    table, points = Path(out) / f"{what.name}.md", curve(what, rows)
+    text = markdown(what, points, base)
+    write_whole(table, lambda path: path.write_text(text, encoding="utf-8"))
+    if not any(found for _, found in points):
+        return [table]
+    from specbasis.recipes.finetune_figures import write_panel
 
-
-def _figure(
-    what: Panel, points: Sequence[tuple[Point, Mapping[int, float]]], base: str, folder: Path
-) -> list[Path]:
-    import matplotlib as mpl
-
-    mpl.use("agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(4.6, 3.2), layout="constrained")
-    x = [point.x for point, _ in points]
-    found = [  # nothing where nothing ran: the line has a gap there
-        mean_and_spread([100 * score for score in scores.values()]) if scores else (math.nan, None)
-        for _, scores in points
-    ]
-    spread = [deviation or 0.0 for _, deviation in found]
-    axes.errorbar(x, [mean for mean, _ in found], yerr=spread, marker="o", capsize=3, color="#1f5fa8")
-    for point, scores in points:
-        axes.plot(
-            [point.x] * len(scores), [100 * s for s in scores.values()], ".", color="0.6", markersize=4, zorder=0
-        )
-    axes.set_xticks([point.x for point in what.points], [point.label for point in what.points])
-    axes.tick_params(axis="x", labelsize=8)
-    axes.set_xlabel(what.axis)
-    axes.set_ylabel(f"{_metric(what)} (%)" if len(_metric(what)) < 30 else "mean correlation (%)")
-    counts = sorted({len(scores) for _, scores in points if scores})
-    shown = str(counts[0]) if len(counts) == 1 else f"{counts[0]}–{counts[-1]}"
-    seeds = f"{shown} seed" + ("" if counts[-1] == 1 else "s")
-    axes.set_title(
-        f"{what.name}: {base.rpartition('/')[2]}, {GLUE[what.task].title}; bars: standard deviation, {seeds}",
-        fontsize=8,
-    )
-    axes.grid(alpha=0.3)
-    paths = [folder / f"{what.name}.{kind}" for kind in ("svg", "png")]
-    for path in paths:
-        write_whole(path, lambda target, kind=path.suffix[1:]: figure.savefig(target, format=kind, dpi=150))
-    plt.close(figure)
-    return paths
-
-
-def with_seeds(what: Panel, seeds: Sequence[int]) -> Panel:
-    """The same panel over other seeds."""
-    return replace(what, seeds=tuple(seeds))
+    scores = [(point, [run.score for run in found.values()]) for point, found in points]
+    return [table, *write_panel(table.with_suffix(".png"), what, scores, base)]

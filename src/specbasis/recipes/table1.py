@@ -1,38 +1,29 @@
 """Tab. 1: the spectral adapter against every other method on GLUE; and the controls that the table lacks.
 
-A configuration says which runs there are; the table is made of the rows of those that ended, and shows what is
-missing.
+A configuration says which runs there are; lines are made of the rows of those that ended, and `table1_page` shows
+them, and what is missing.
 """
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from specbasis.cells import Progress, Row
 from specbasis.errors import InputError
 from specbasis.finetune.grid import (
-    BEYOND,
     SCRATCH,
     Cell,
     Search,
     Setting,
-    by_seed,
     mean_and_spread,
     run_grid,
     scaled_rate,
 )
-from specbasis.finetune.metrics import Array, Predictions
-from specbasis.finetune.tasks import GLUE, Task, task_named
-from specbasis.intervene.evaluators import STATISTICS
-from specbasis.results import write_whole
+from specbasis.finetune.tasks import GLUE, task_named
+from specbasis.recipes.differences import Difference, Run, difference, runs
 
 BASE = "microsoft/deberta-v3-base"
 OURS = "spectral"
@@ -198,8 +189,6 @@ def run(
     return [*searched, *run_grid(what.cells(factors), setting, out, progress)], factors
 
 
-RESAMPLES = 2000
-"""Of a dev set, for an interval."""
 FIGURES = {
     "adapter": ("parameters", "adapter"),
     "head": ("parameters", "head"),
@@ -213,7 +202,7 @@ FIGURES = {
 """What a line shows beside the score, and where a run has it."""
 
 
-# --- the table ----------------------------------------------------------------------------------------------------
+# --- lines --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -224,9 +213,9 @@ class Line:
         task, method: which.
         seeds: those that ran.
         mean, spread: of the score; spread is the standard deviation over seeds, None for one.
-        difference: mean of (score − spectral's) over the seeds that both have; None for the spectral method itself.
-        p: of Student's paired t-test on these differences, two-sided; None for fewer than two, or no difference.
-        interval: 95 % interval of the difference over examples of the dev set, seeds as they are (`resampled`).
+        difference: to the spectral method; None for itself, and where no seed is common to both.
+        chance: score of the class that is most frequent in the dev set, or 0 for a correlation; None where the
+            rows have no predictions.
         values: means of the other figures over the seeds.
     """
 
@@ -235,9 +224,8 @@ class Line:
     seeds: tuple[int, ...]
     mean: float | None = None
     spread: float | None = None
-    difference: float | None = None
-    p: float | None = None
-    interval: tuple[float, float] | None = None
+    difference: Difference | None = None
+    chance: float | None = None
     values: Mapping[str, float | None] = field(default_factory=dict)
 
 
@@ -252,73 +240,26 @@ def lines(what: Comparison, rows: Sequence[Row], factors: Mapping[str, float]) -
     return found
 
 
-@dataclass(frozen=True, eq=False)
-class _Run:
-    """The values of a row, and its scores on the resampled dev set; None where the row has no predictions."""
-
-    values: Mapping[str, Any]
-    resampled: Array | None
-
-    @property
-    def score(self) -> float:
-        return float(self.values["score"])
-
-
 def _runs(
     what: Comparison, rows: Sequence[Row], factors: Mapping[str, float], task: str, method: str
-) -> dict[int, _Run]:
-    found = by_seed(rows, [what.cell(task, method, seed, factors) for seed in what.seeds])
-    return {seed: _Run(values, _resampled(task, values)) for seed, values in found.items()}
+) -> dict[int, Run]:
+    return runs(rows, [what.cell(task, method, seed, factors) for seed in what.seeds])
 
 
-def _line(task: str, method: str, runs: Mapping[int, _Run], reference: Mapping[int, _Run]) -> Line:
-    if not runs:
+def _line(task: str, method: str, found: Mapping[int, Run], reference: Mapping[int, Run]) -> Line:
+    if not found:
         return Line(task, method, ())
-    mean, spread = mean_and_spread([run.score for run in runs.values()])
-    common = [seed for seed in runs if seed in reference] if method != OURS else []
-    differences = [runs[seed].score - reference[seed].score for seed in common]
+    mean, spread = mean_and_spread([run.score for run in found.values()])
     return Line(
         task,
         method,
-        tuple(runs),
+        tuple(found),
         mean,
         spread,
-        mean_and_spread(differences)[0] if differences else None,
-        paired_p(differences),
-        _interval([(runs[seed].resampled, reference[seed].resampled) for seed in common]),
-        {name: _mean([_at(run.values, path) for run in runs.values()]) for name, path in FIGURES.items()},
+        None if method == OURS else difference(found, reference),
+        next(iter(found.values())).chance,
+        {name: _mean([_at(run.values, path) for run in found.values()]) for name, path in FIGURES.items()},
     )
-
-
-def _resampled(task: str, values: Mapping[str, Any]) -> Array | None:
-    said = values.get("predictions")
-    return resampled(GLUE[task], Predictions.unpacked(next(iter(said.values())))) if said else None
-
-
-def resampled(task: Task, said: Predictions, resamples: int = RESAMPLES, seed: int = 0) -> Array:
-    """The score of a run on a dev set of which examples are drawn with replacement, for each resample.
-
-    Two runs on the same dev set meet the same resamples, so their difference is paired. Costs the statistic on
-    resamples × examples values; several resamples at once, within 2²⁰ numbers.
-
-    Source: Efron & Tibshirani 1993, §13.3 (percentile interval). Not in Yu et al. 2026.
-    """
-    values = np.stack([said.predicted, said.labels], axis=1)
-    random = np.random.default_rng(seed)
-    chunk, found = max(1, 2**19 // len(values)), []
-    for start in range(0, resamples, chunk):
-        drawn = values[random.integers(len(values), size=(min(chunk, resamples - start), len(values)))]
-        found.append(task.score({name: STATISTICS[name](drawn) for name in task.metrics}))
-    return np.concatenate(found)
-
-
-def _interval(pairs: Sequence[tuple[Array | None, Array | None]]) -> tuple[float, float] | None:
-    """Of the mean over seeds of score − the spectral method's."""
-    differences = [a - b for a, b in pairs if a is not None and b is not None]
-    if not differences or len(differences) < len(pairs):
-        return None
-    low, high = np.quantile(np.mean(differences, axis=0), (0.025, 0.975))
-    return float(low), float(high)
 
 
 def _at(run: Mapping[str, Any], path: Sequence[str]) -> float | None:
@@ -328,200 +269,6 @@ def _at(run: Mapping[str, Any], path: Sequence[str]) -> float | None:
     return None if found is None else float(found)
 
 
-def paired_p(differences: Sequence[float]) -> float | None:
-    """Two-sided p of Student's t-test that the mean of paired differences is zero; None where it cannot be said."""
-    if len(differences) < 2 or len(set(differences)) == 1:
-        return None
-    from scipy.stats import ttest_1samp
-
-    return float(ttest_1samp(differences, 0.0).pvalue)
-
-
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return mean_and_spread(known)[0] if known else None
-
-
-@cache
-def printed() -> Mapping[str, Any]:
-    """Tab. 1 as the paper prints it: {"base", "tasks", "row": [{"method", "parameters", "scores", "average"}]}.
-
-    Source: Yu et al. 2026, Tab. 1.
-    """
-    return tomllib.loads(files("specbasis").joinpath("recipes/table1.toml").read_text(encoding="utf-8"))
-
-
-def markdown(what: Comparison, rows: Sequence[Row], factors: Mapping[str, float], base: str) -> str:
-    """The table, what it cost, and the paper's own numbers, as Markdown."""
-    found = {(line.task, line.method): line for line in lines(what, rows, factors)}
-    titles = [GLUE[task].title for task in what.tasks]
-    wanted, ran = len(found) * len(what.seeds), sum(len(line.seeds) for line in found.values())
-    failed = [row for row in rows if row.error is not None]
-    parts = [
-        f"# {what.name}: {base}",
-        "",
-        f"{ran} of {wanted} runs; seeds {', '.join(map(str, what.seeds))}. Scores in percent: mean ± standard "
-        "deviation over seeds on the dev set, which chose nothing; – is a run that is missing, (n) fewer "
-        "seeds than "
-        f"{len(what.seeds)}.",
-        "",
-        *_grid(["method", "parameters", *titles], [_score_row(what, found, method) for method in what.methods]),
-    ]
-    others = [method for method in what.methods if method != OURS]
-    if OURS in what.methods and others:
-        parts += [
-            "",
-            "## Difference to the spectral method",
-            "",
-            "Mean over the seeds that both have, in points; [95 % interval over the examples of the dev set, these "
-            f"seeds; {RESAMPLES} paired resamples]; p of Student's paired t-test over the seeds, on this dev set, "
-            "two-sided. Neither is corrected for the number of comparisons.",
-            "",
-            *_grid(["method", *titles], [[_title(m), *(_delta(found[t, m]) for t in what.tasks)] for m in others]),
-        ]
-    parts += ["", "## Cost", "", *_cost(what, found)]
-    parts += ["", "## Learning rates", "", *_rates(what, rows, factors)]
-    parts += ["", *_paper(what)]
-    if failed:
-        parts += ["", "## Failed", "", *(f"- {_cell_name(row.cell)}: {row.error}" for row in failed)]
-    return "\n".join([*parts, ""])
-
-
-def _score_row(what: Comparison, found: Mapping[tuple[str, str], Line], method: str) -> list[str]:
-    adapters = [line.values["adapter"] for (_, m), line in found.items() if m == method and line.seeds]
-    size = f"{adapters[0]:,.0f}" if adapters and adapters[0] is not None else "–"
-    return [_title(method), size, *(_score(found[task, method], len(what.seeds)) for task in what.tasks)]
-
-
-def _score(line: Line, seeds: int) -> str:
-    if line.mean is None:
-        return "–"
-    spread = "" if line.spread is None else f" ± {100 * line.spread:.2f}"
-    return f"{100 * line.mean:.2f}{spread}" + ("" if len(line.seeds) == seeds else f" ({len(line.seeds)})")
-
-
-def _delta(line: Line) -> str:
-    if line.difference is None:
-        return "–"
-    interval = "" if line.interval is None else " [{:+.2f}, {:+.2f}]".format(*(100 * end for end in line.interval))
-    return f"{100 * line.difference:+.2f}{interval}" + ("" if line.p is None else f" (p = {line.p:.2g})")
-
-
-def _cost(what: Comparison, found: Mapping[tuple[str, str], Line]) -> list[str]:
-    headings = [
-        "task",
-        "method",
-        "parameters: method",
-        "head",
-        "peak memory (MB)",
-        "epoch (CPU s)",
-        "epoch (wall s)",
-        "files (MB)",
-        "held-back loss before → after",
-    ]
-    body = [
-        [
-            GLUE[task].title,
-            _title(method),
-            _number(line.values.get("adapter"), "{:,.0f}"),
-            _number(line.values.get("head"), "{:,.0f}"),
-            _number(line.values.get("memory"), "{:.0f}", 1e6),
-            _number(line.values.get("seconds"), "{:.1f}"),
-            _number(line.values.get("wall"), "{:.1f}"),
-            _number(line.values.get("bytes"), "{:.2f}", 1e6),
-            f"{_number(line.values.get('before'), '{:.3f}')} → {_number(line.values.get('after'), '{:.3f}')}",
-        ]
-        for (task, method), line in found.items()
-        if line.seeds
-    ]
-    return _grid(headings, body)
-
-
-def _number(value: float | None, form: str, unit: float = 1.0) -> str:
-    return "–" if value is None else form.format(value / unit)
-
-
-def _rates(what: Comparison, rows: Sequence[Row], factors: Mapping[str, float]) -> list[str]:
-    titles = [GLUE[task].title for task in what.tasks]
-    rates = [[f"{_rate(what, factors, task, method):g}" for task in what.tasks] for method in what.methods]
-    if what.search is None:
-        text = "Each method's own, as published (Tab. 5 for the spectral ones)."
-        body = [[_title(method), *each] for method, each in zip(what.methods, rates, strict=True)]
-        return [text, "", *_grid(["method", *titles], body)]
-    text = (
-        f"Each method's own times a factor, chosen on {GLUE[what.search.task].title} alone: "
-        f"{what.search.examples} examples, {what.search.epochs:g} epochs, seed {what.search.seed}, scored on "
-        f"{what.search.selection} other examples of train. Tried: "
-        f"{', '.join(f'{f:g}' for f in what.search.factors)}, and while the best was at an end, up to {BEYOND} "
-        "beyond it. A factor with * is still at an end: a better one may lie beyond."
-    )
-    body = [
-        [_title(method), *_factor(what, what.search, rows, factors, method), *each]
-        for method, each in zip(what.methods, rates, strict=True)
-    ]
-    return [text, "", *_grid(["method", "tried", "factor", *titles], body)]
-
-
-def _factor(
-    what: Comparison, search: Search, rows: Sequence[Row], factors: Mapping[str, float], method: str
-) -> tuple[str, str]:
-    """What was tried, and what was chosen."""
-    source = rate_from(method.partition("@")[0])
-    if source not in factors:
-        return "–", "1 (not searched yet)"
-    if source != method:
-        return "–", f"{factors[source]:g} ({_title(source)}'s)"
-    tried = search.tried(source, rows)
-    edge = "*" if len(tried) > 1 and factors[source] in (tried[0], tried[-1]) else ""
-    return ", ".join(f"{factor:g}" for factor in tried), f"{factors[source]:g}{edge}"
-
-
-def _rate(what: Comparison, factors: Mapping[str, float], task: str, method: str) -> float:
-    return what.cell(task, method, what.seeds[0], factors).learning_rate
-
-
-def _paper(what: Comparison) -> list[str]:
-    table = printed()
-    shown = [task for task in what.tasks if task in table["tasks"]]
-    named = {method.partition("@")[0] for method in what.methods}
-    body = [
-        [
-            row["printed"],
-            f"{row['parameters']:g} M",
-            *(f"{row['scores'][table['tasks'].index(task)]:.2f}" for task in shown),
-        ]
-        for row in table["row"]
-        if row["method"] in named
-    ]
-    if not body:
-        return []
-    return [
-        f"## As the paper prints it ({table['base']}, one seed; Yu et al. 2026, Tab. 1)",
-        "",
-        *_grid(["method", "parameters", *(GLUE[task].title for task in shown)], body),
-    ]
-
-
-def _title(method: str) -> str:
-    from specbasis.finetune.methods import METHODS
-
-    name, _, rank = method.partition("@")
-    title = "Full, random start" if name == SCRATCH else METHODS[name].title
-    return f"{title}, K = {rank}" if rank else title
-
-
-def _cell_name(cell: Mapping[str, Any]) -> str:
-    return " ".join(f"{name}={value}" for name, value in cell.items())
-
-
-def _grid(headings: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
-    rule = ["---", *("---:" for _ in headings[1:])]
-    return [f"| {' | '.join(row)} |" for row in (headings, rule, *body)]
-
-
-def write(what: Comparison, rows: Sequence[Row], factors: Mapping[str, float], base: str, out: str | Path) -> Path:
-    """Write ``NAME.md`` into the folder of the rows."""
-    path = Path(out) / f"{what.name}.md"
-    text = markdown(what, rows, factors, base)
-    write_whole(path, lambda target: target.write_text(text, encoding="utf-8"))
-    return path

@@ -1,0 +1,93 @@
+"""The figures of grids that finetune: differences between methods, and the panels of Fig. 5."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from specbasis.finetune.grid import mean_and_spread
+from specbasis.finetune.tasks import GLUE
+from specbasis.pretrain.figures import write_figure
+from specbasis.recipes.fig5 import Panel, Point, metric_of
+from specbasis.recipes.table1 import Comparison, Line
+from specbasis.recipes.table1_page import title_of
+from specbasis.report.figures import COLORS, QUIET
+
+
+def write_differences(path: Path, what: Comparison, compared: Sequence[Line], base: str) -> list[Path]:
+    """Draw every method's difference to the spectral one as PNG and SVG."""
+    return write_figure(path, lambda: _differences(what, compared, base))
+
+
+def write_panel(path: Path, what: Panel, points: Sequence[tuple[Point, Sequence[float]]], base: str) -> list[Path]:
+    """Draw a panel of Fig. 5 as PNG and SVG."""
+    return write_figure(path, lambda: _panel(what, points, base))
+
+
+def _differences(what: Comparison, compared: Sequence[Line], base: str) -> Figure:
+    """Score of every method − the spectral method's, in points: mean, its interval over the dev set, and seeds."""
+    tasks = [task for task in what.tasks if any(line.task == task for line in compared)]
+    methods = [method for method in what.methods if any(line.method == method for line in compared)]
+    place = {method: -i for i, method in enumerate(methods)}
+    size = (2.4 + 2.6 * len(tasks), 1.5 + 0.24 * len(methods))
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
+    for ax, task in zip(panels, tasks, strict=True):
+        ax.axvline(0, color=QUIET, linewidth=1)
+        for line in compared:
+            if line.task == task:
+                _draw(ax, line, place[line.method])
+        ax.set_title(f"{GLUE[task].title}")
+        ax.set_xlabel("points")
+        ax.grid(visible=False, axis="y")
+    sizes = {line.method: line.values.get("adapter") for line in compared}
+    panels[0].set_yticks(list(place.values()), [f"{title_of(m)} · {_thousands(sizes[m])}" for m in methods])
+    figure.suptitle(f"{base.rpartition('/')[2] or base}: score − the spectral adapter's", fontsize=9)
+    bar = Line2D([], [], color=COLORS[0], marker="o", markersize=4, label="mean, 95 % interval over the dev set")
+    dot = Line2D([], [], color=QUIET, marker=".", linestyle="none", label="one seed")
+    figure.legend(handles=[bar, dot], loc="outside lower center", ncols=2, fontsize=8)
+    return figure
+
+
+def _draw(ax: Any, line: Line, y: float) -> None:
+    if line.difference is None:
+        return
+    if line.difference.interval is not None:
+        ax.plot([100 * end for end in line.difference.interval], [y, y], color=COLORS[0], linewidth=1.5)
+    ax.plot(100 * line.difference.mean, y, "o", color=COLORS[0], markersize=4)
+    seeds = [100 * one for one in line.difference.each]
+    ax.plot(seeds, [y - 0.22] * len(seeds), ".", color=QUIET, markersize=3)
+
+
+def _thousands(parameters: float | None) -> str:
+    return "–" if parameters is None else f"{parameters / 1e3:,.0f}k"
+
+
+def _panel(what: Panel, points: Sequence[tuple[Point, Sequence[float]]], base: str) -> Figure:
+    figure = Figure(figsize=(5.0, 3.3), layout="constrained")
+    axes = figure.subplots()
+    x = [point.x for point, _ in points]
+    found = [  # nothing where nothing ran: the line has a gap there
+        mean_and_spread([100 * score for score in scores]) if scores else (math.nan, None) for _, scores in points
+    ]
+    spread = [deviation or 0.0 for _, deviation in found]
+    axes.errorbar(x, [mean for mean, _ in found], yerr=spread, marker="o", capsize=3, color=COLORS[0])
+    for point, scores in points:
+        axes.plot([point.x] * len(scores), [100 * s for s in scores], ".", color=QUIET, markersize=4)
+    axes.set_xticks([point.x for point in what.points], [point.label for point in what.points])
+    axes.tick_params(axis="x", labelsize=8)
+    axes.set_xlabel(what.axis)
+    axes.set_ylabel(f"{metric_of(what)} (%)" if len(metric_of(what)) < 30 else "mean correlation (%)")
+    counts = sorted({len(scores) for _, scores in points if scores})
+    shown = str(counts[0]) if len(counts) == 1 else f"{counts[0]}–{counts[-1]}"
+    seeds = f"{shown} seed" + ("" if counts[-1] == 1 else "s")
+    axes.set_title(
+        f"{what.name}: {base.rpartition('/')[2]}, {GLUE[what.task].title}; bars: standard deviation, {seeds}",
+        fontsize=8,
+    )
+    return figure
