@@ -48,7 +48,7 @@ def test_a_line_has_a_gap_where_nothing_ran(tmp_path, monkeypatch):
     assert x == [50, 100, 150, 200]
     assert y == pytest.approx([65.0, math.nan, 65.0, 60.0], nan_ok=True)
     assert spread == pytest.approx([math.sqrt(50), 0.0, math.sqrt(50), 0.0])
-    assert titles == ["fig5a: base, MNLI; bars: standard deviation, 1–2 seeds"]
+    assert titles == ["fig5a: MNLI, org/base\nbars: standard deviation, 1–2 seeds"]
     text = paths[0].read_text(encoding="utf-8")
     assert "| 50 | 0 … 50 | 1 | 65.00 ± 7.07 | – | 2 |" in text
     assert "| 100 | 0 … 100 | – | – | – | 0 |" in text

@@ -42,15 +42,16 @@ def _differences(what: Comparison, compared: Sequence[Line], base: str) -> Figur
         for line in compared:
             if line.task == task:
                 _draw(ax, line, place[line.method])
-        ax.set_title(f"{GLUE[task].title}")
-        ax.set_xlabel("points")
+        ax.set_title(GLUE[task].title)
+        ax.set_xlabel("score − spectral adapter's (points)")
         ax.grid(visible=False, axis="y")
     sizes = {line.method: line.values.get("adapter") for line in compared}
-    panels[0].set_yticks(list(place.values()), [f"{title_of(m)} · {_thousands(sizes[m])}" for m in methods])
-    figure.suptitle(f"{base.rpartition('/')[2] or base}: score − the spectral adapter's", fontsize=9)
-    bar = Line2D([], [], color=COLORS[0], marker="o", markersize=4, label="mean, 95 % interval over the dev set")
-    dot = Line2D([], [], color=QUIET, marker=".", linestyle="none", label="one seed")
-    figure.legend(handles=[bar, dot], loc="outside lower center", ncols=2, fontsize=8)
+    panels[0].set_yticks(list(place.values()), [f"{title_of(m)} · {_count(sizes[m])}" for m in methods])
+    figure.suptitle(f"{what.name}: {base}", fontsize=9)
+    bar = Line2D([], [], color=COLORS[0], marker="o", markersize=4)
+    dot = Line2D([], [], color=QUIET, marker=".", linestyle="none")
+    labels = ["mean of the seeds, 95 % interval over the dev set", "one seed"]
+    figure.legend([bar, dot], labels, loc="outside lower center", ncols=2, fontsize=8)
     return figure
 
 
@@ -64,8 +65,10 @@ def _draw(ax: Any, line: Line, y: float) -> None:
     ax.plot(seeds, [y - 0.22] * len(seeds), ".", color=QUIET, markersize=3)
 
 
-def _thousands(parameters: float | None) -> str:
-    return "–" if parameters is None else f"{parameters / 1e3:,.0f}k"
+def _count(parameters: float | None) -> str:
+    if parameters is None:
+        return "–"
+    return f"{parameters / 1e6:.1f}M" if parameters >= 1e6 else f"{parameters / 1e3:.0f}k"
 
 
 def _panel(what: Panel, points: Sequence[tuple[Point, Sequence[float]]], base: str) -> Figure:
@@ -86,8 +89,6 @@ def _panel(what: Panel, points: Sequence[tuple[Point, Sequence[float]]], base: s
     counts = sorted({len(scores) for _, scores in points if scores})
     shown = str(counts[0]) if len(counts) == 1 else f"{counts[0]}–{counts[-1]}"
     seeds = f"{shown} seed" + ("" if counts[-1] == 1 else "s")
-    axes.set_title(
-        f"{what.name}: {base.rpartition('/')[2]}, {GLUE[what.task].title}; bars: standard deviation, {seeds}",
-        fontsize=8,
-    )
+    title = f"{what.name}: {GLUE[what.task].title}, {base}\nbars: standard deviation, {seeds}"
+    axes.set_title(title, fontsize=8, fontweight="normal")
     return figure
