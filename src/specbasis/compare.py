@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import hashlib
 import math
 import tempfile
 import time
@@ -27,7 +26,7 @@ from specbasis.architecture import ROLES, STRUCTURAL, MatrixKey, MatrixPair, Mat
 from specbasis.cache import Cache, Samples
 from specbasis.cells import Progress
 from specbasis.certify import OwnMeasure, digest, table
-from specbasis.checkpoint import Checkpoint, content_sha256, open_checkpoint, open_tuned, sha256
+from specbasis.checkpoint import Checkpoint, joined_sha256, open_checkpoint, open_tuned, sha256
 from specbasis.entries import read_entries
 from specbasis.errors import InputError, NonFiniteError
 from specbasis.findings import Finding, as_json, find
@@ -958,11 +957,7 @@ def _provenance(checkpoint: Checkpoint, known: Mapping[str, Any]) -> dict[str, A
         earlier = known.get(str(path), {})
         same = {key: earlier.get(key) for key in entry} == entry
         files.append(entry | {"sha256": earlier["sha256"] if same else sha256(path)})
-    digests = [file["sha256"] for file in files]
-    digests += [f"{name} {digest}" for name, digest in sorted(checkpoint.digests.items())]
-    if not digests:
-        digests = [content_sha256(checkpoint)]
-    whole = digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
+    whole = joined_sha256(checkpoint, [file["sha256"] for file in files])
     found = {"source": checkpoint.source, "sha256": whole, "files": files}
     remote = {"revision": checkpoint.revision, "digests": dict(checkpoint.digests), "notes": list(checkpoint.notes)}
     return found | {name: value for name, value in remote.items() if value}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -16,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from specbasis.checkpoint import Checkpoint, content_sha256, open_checkpoint, sha256
+from specbasis.checkpoint import Checkpoint, content_sha256, open_checkpoint, sha256, weights_sha256
 from specbasis.checkpoint.entry import inside
 from specbasis.errors import InputError
 
@@ -242,6 +243,15 @@ def test_digests(tmp_path):
     assert content_sha256(b) == content_sha256(open_checkpoint(tensors()))
     assert content_sha256(b) != content_sha256(open_checkpoint(tensors(1)))
     assert content_sha256(a.select(sorted(a))) == content_sha256(b.select(sorted(b)))
+    assert weights_sha256(a) == sha256(a.files[0])  # what sha256sum says
+    assert weights_sha256(open_checkpoint(tensors())) == content_sha256(b)
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    sharded(shards, tensors())
+    whole = open_checkpoint(shards)
+    assert len(whole.files) > 1
+    expected = hashlib.sha256("\n".join(sha256(path) for path in whole.files).encode()).hexdigest()
+    assert weights_sha256(whole) == expected
 
 
 def test_float8_with_its_scales_beside_it_is_no_plain_float(tmp_path):

@@ -1,6 +1,7 @@
 """A finetune end to end on a pico model: the folder, the figures, resuming, and what is refused."""
 
 import csv
+import hashlib
 import json
 import math
 import os
@@ -75,6 +76,8 @@ def test_a_run_learns_and_leaves_everything_that_it_promises(place, tmp_path):
     assert "| dev | 1.0000 |" in card
     manifest = json.loads((tmp_path / "run/manifest.json").read_text())
     assert manifest["config"]["protocol"]["batch_size"] == 16
+    weights_of_base = (place / "base/model.safetensors").read_bytes()
+    assert manifest["config"]["base_sha256"] == hashlib.sha256(weights_of_base).hexdigest()
 
     model, tokenizer = load(tmp_path / "run")
     data = load_task("sst2", data_dir=place / "glue").dev["dev"]
@@ -279,7 +282,7 @@ def test_a_base_without_its_tokenizer_or_with_damaged_weights_is_refused(place, 
     weights.write_bytes(weights.read_bytes()[:1000])
     for base, message in (
         (tmp_path / "bare", "its tokenizer knows no words; are the tokenizer's files"),
-        (tmp_path / "damaged", "transformers cannot load it: Error while deserializing header"),
+        (tmp_path / "damaged", "truncated or corrupted safetensors file"),
         (tmp_path / "nowhere", "nowhere: no such file or folder"),
     ):
         with pytest.raises(InputError, match=message):
@@ -307,8 +310,14 @@ def test_texts_are_cut_where_the_positions_of_the_base_end(tmp_path):
 
 
 def test_a_base_that_is_none_is_refused(place, tmp_path):
-    with pytest.raises(InputError, match=r"holds no config\.json"):
-        specbasis.finetune(place / "glue", "sst2", out=tmp_path / "run", data_dir=place / "glue")
+    (tmp_path / "weights").mkdir()
+    shutil.copy(place / "base/model.safetensors", tmp_path / "weights")
+    for base, message in (
+        (tmp_path / "weights", r"holds no config\.json"),
+        (place / "glue", "no weights in this folder"),
+    ):
+        with pytest.raises(InputError, match=message):
+            specbasis.finetune(base, "sst2", out=tmp_path / "run", data_dir=place / "glue")
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(place, tmp_path):

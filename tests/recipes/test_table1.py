@@ -1,6 +1,8 @@
 """Tab. 1 and the controls: which runs there are, what the table says of rows, and a real grid on a pico model."""
 
+import hashlib
 import itertools
+import json
 import re
 from dataclasses import replace
 
@@ -213,6 +215,9 @@ def test_controls_run_resume_and_are_rebuilt_from_rows_alone(place, tmp_path, mo
     assert done.exit_code == 0, done.output
     assert (tmp_path / "rows-models/scratch-sst2/model.safetensors").is_file()
     assert len(read_cells(out)) == 6
+    config = json.loads((out / "manifest.json").read_text())["config"]
+    assert config["base"].endswith("/base")
+    assert config["base_sha256"] == hashlib.sha256((place / "base/model.safetensors").read_bytes()).hexdigest()
     before = (out / "rows.jsonl").read_bytes()
 
     def never(*_, **__):

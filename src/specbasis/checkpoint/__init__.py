@@ -10,7 +10,7 @@ chosen by name (choice), and each file is opened by kind (readers).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -23,7 +23,16 @@ from specbasis.checkpoint.places import locate
 from specbasis.checkpoint.readers import tensor_entries
 from specbasis.errors import InputError
 
-__all__ = ["Checkpoint", "Entry", "content_sha256", "open_checkpoint", "open_tuned", "sha256"]
+__all__ = [
+    "Checkpoint",
+    "Entry",
+    "content_sha256",
+    "joined_sha256",
+    "open_checkpoint",
+    "open_tuned",
+    "sha256",
+    "weights_sha256",
+]
 
 
 def open_checkpoint(source: str | Path | Mapping[str, Tensor], *, stream: bool = False) -> Checkpoint:
@@ -88,3 +97,19 @@ def content_sha256(checkpoint: Checkpoint) -> str:
         digest.update(f"{name} {entry.shape} {entry.dtype}\n".encode())
         digest.update(checkpoint[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def weights_sha256(checkpoint: Checkpoint) -> str:
+    """SHA-256 of a checkpoint's weights: of its file, of several files' digests, or of the tensors without files.
+
+    Costs one reading of the files. Of a checkpoint that is streamed from the Hub the Hub's own digests count.
+    """
+    return joined_sha256(checkpoint, [sha256(path) for path in checkpoint.files])
+
+
+def joined_sha256(checkpoint: Checkpoint, files: Sequence[str]) -> str:
+    """`weights_sha256`, where the digests of the files are known."""
+    digests = [*files, *(f"{name} {digest}" for name, digest in sorted(checkpoint.digests.items()))]
+    if not digests:
+        return content_sha256(checkpoint)
+    return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()

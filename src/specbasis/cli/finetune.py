@@ -182,7 +182,7 @@ def _comparison(
     else:
         with progress() as told:
             rows, factors = table1.run(what, setting, out, _told(told))
-    paths = table1_page.write(what, rows, factors, setting.config()["base"], out)
+    paths = table1_page.write(what, rows, factors, setting.base_name, out)
     line(paths[0].read_text(encoding="utf-8"))
     for path in paths:
         line(f"written: {path}")
@@ -229,7 +229,7 @@ def _figure_verb(name: str) -> Callable[..., None]:
         else:
             with progress() as told:
                 rows = fig5.run(what, setting, out, _told(told))
-        paths = fig5.write(what, rows, setting.config()["base"], out)
+        paths = fig5.write(what, rows, setting.base_name, out)
         line(paths[0].read_text(encoding="utf-8"))
         for path in paths:
             line(f"written: {path}")

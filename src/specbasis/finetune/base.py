@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from specbasis.checkpoint import hub
+from specbasis.checkpoint import hub, open_checkpoint, weights_sha256
 from specbasis.checkpoint.places import locate
 from specbasis.errors import InputError
 from specbasis.finetune.tasks import Split, Task
@@ -202,6 +202,15 @@ def encoder_of(model: nn.Module) -> nn.Module:
     prefix = getattr(inner, "base_model_prefix", "")
     found = getattr(inner, prefix, None) if prefix else None
     return found if isinstance(found, nn.Module) else inner
+
+
+def base_sha256(base: str | Path) -> str:
+    """SHA-256 of a base's weights, for manifests; see `weights_sha256`.
+
+    Raises:
+        InputError: nothing there, or weights that cannot be read as data.
+    """
+    return weights_sha256(open_checkpoint(base))
 
 
 def _address(base: str | Path) -> dict[str, Any]:

@@ -91,11 +91,22 @@ class Setting:
     keep: Sequence[str] = (SCRATCH,)
     first_seed: int = 42
 
+    @property
+    def base_name(self) -> str:
+        """The base as tables and manifests call it: without this machine's path."""
+        local = Path(self.base)
+        return "/".join(local.absolute().parts[-2:]) if local.exists() else self.base
+
     def config(self) -> dict[str, Any]:
         """What the manifest of a grid says: all that decides the values."""
-        local = Path(self.base)
-        base = "/".join(local.absolute().parts[-2:]) if local.exists() else self.base
-        return {"base": base, "protocol": dict(self.protocol), "prefix_cached": self.cache_prefix is not None}
+        from specbasis.finetune.base import base_sha256
+
+        return {
+            "base": self.base_name,
+            "base_sha256": base_sha256(self.base),
+            "protocol": dict(self.protocol),
+            "prefix_cached": self.cache_prefix is not None,
+        }
 
 
 def run_cell(cell: Mapping[str, Any], setting: Setting) -> dict[str, Any]:

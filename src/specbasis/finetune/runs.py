@@ -111,6 +111,7 @@ def finetune(
     Raises:
         InputError: an argument does not fit, the data are damaged, the folder holds another run, the disk is full.
     """
+    from specbasis.finetune.base import base_sha256
     from specbasis.finetune.methods import method_named
     from specbasis.finetune.train import is_main_process, run
 
@@ -139,6 +140,7 @@ def finetune(
     how, data = resolved(how, chosen.name, data, examples)
     config = {
         "base": str(base),
+        "base_sha256": base_sha256(base),
         "task": data.task.name,
         "head": {name: getattr(data.task, name) for name in ("name", "title", "metrics", "labels", "images")},
         "data": data.digest,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import time
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from specbasis.architecture import Admits, MatrixRef
 from specbasis.cache import Cache, mapped
 from specbasis.cells import Progress, Row, read_cells, run_cells
-from specbasis.checkpoint import Checkpoint, open_checkpoint, sha256
+from specbasis.checkpoint import Checkpoint, open_checkpoint, weights_sha256
 from specbasis.edits import KINDS, Edit
 from specbasis.errors import InputError
 from specbasis.intervene.evaluators import describe
@@ -254,10 +253,10 @@ class Grid:
         return {
             "experiment": "intervene",
             "algorithm": ALGORITHM,
-            "base": _digest(open_checkpoint(self.base)),
+            "base": weights_sha256(open_checkpoint(self.base)),
             "subjects": {
                 label: {
-                    "weights": _digest(open_checkpoint(subject.source)),
+                    "weights": weights_sha256(open_checkpoint(subject.source)),
                     "evaluate": describe(subject.evaluate),
                     "metric": subject.metric or getattr(subject.evaluate, "metric", ""),
                 }
@@ -420,9 +419,3 @@ def kinds_text() -> str:
 
 def _place(ref: MatrixRef) -> tuple[object, ...]:
     return (ref.parameter, ref.rows, ref.columns, ref.groups, ref.expert)
-
-
-def _digest(checkpoint: Checkpoint) -> str:
-    parts = [sha256(path) for path in checkpoint.files]
-    parts += [f"{name} {digest}" for name, digest in sorted(checkpoint.digests.items())]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
