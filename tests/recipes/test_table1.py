@@ -15,7 +15,7 @@ from specbasis.cells import Row, read_cells
 from specbasis.cli import app
 from specbasis.errors import InputError
 from specbasis.finetune import train
-from specbasis.finetune.grid import Search
+from specbasis.finetune.grid import Search, scaled_rate
 from specbasis.finetune.methods import METHODS, TABLE_5
 from specbasis.finetune.metrics import Predictions
 from specbasis.finetune.tasks import GLUE
@@ -132,52 +132,65 @@ def test_the_interval_of_a_difference_is_a_paired_bootstrap_over_the_dev_set(tas
 
 
 def searched(what, scores):
-    """Rows of a search in which each factor times the method's own 1e-4 scored so much."""
+    """Rows of a search in which each factor times the method's own rate scored so much, by task."""
     found = []
     while len(cells := what.search_cells(found)) > len(found):
-        found = [row(cell, scores[round(cell.learning_rate / 1e-4, 6)]) for cell in cells]
+        found = [row(c, scores[c.task][round(c.learning_rate / scaled_rate(c.method, c.task), 6)]) for c in cells]
     return found
 
 
-def test_a_search_chooses_on_train_and_its_factor_holds_for_the_methods_that_share_it():
-    what = comparison("controls", methods=["spectral", "spectral-random"], search=Search((1.0, 3.0, 9.0), "sst2"))
+def test_a_search_chooses_on_train_of_each_task_for_the_methods_that_share_it():
+    methods, tasks = ["spectral", "spectral-random"], ["sst2", "rte"]
+    what = comparison("controls", methods=methods, tasks=tasks, search=Search((1.0, 3.0, 9.0)))
     cells = what.search_cells()
-    assert {(cell.method, cell.seed, cell.selection) for cell in cells} == {("spectral", 0, 1000)}
+    assert {(c.task, c.method, c.seed, c.examples, c.selection) for c in cells} == {
+        ("sst2", "spectral", 0, 2000, 1000),
+        ("rte", "spectral", 0, 1660, 830),  # RTE's train holds 2490
+    }
     assert what.factors([row(cell, 0.7) for cell in cells[:2]]) == {}  # not complete yet
-    rows = searched(what, {1: 0.7, 3: 0.8, 9: 0.75})
+    rows = searched(what, {"sst2": {1: 0.7, 3: 0.8, 9: 0.75}, "rte": {1: 0.5, 3: 0.5, 9: 0.6, 27: 0.5}})
     factors = what.factors(rows)
-    assert factors == {"spectral": 3.0}
-    assert len(rows) == 3
+    assert factors == {("sst2", "spectral"): 3.0, ("rte", "spectral"): 9.0}
+    assert len(rows) == 3 + 4
     assert what.cell("sst2", "spectral-random", 42, factors).learning_rate == pytest.approx(3e-4)
+    assert what.cell("rte", "spectral-random", 42, factors).learning_rate == pytest.approx(9 * 2e-4)
     assert what.cell("sst2", "spectral", 42, {}).learning_rate == pytest.approx(1e-4)
     text = page(what, rows, factors)
-    assert "| Spectral | 1, 3, 9 | 3 | 0.0003 |" in text
-    assert "| – | 3 (Spectral's) | 0.0003 |" in text
+    assert "| Spectral | 0.0003 (×3) | 0.0018 (×9) |" in text
+    assert "(factor of Spectral) | 0.0003 (×3) |" in text
+    assert "2000 (RTE 1660) examples, 2 epochs, seed 0, scored on 1000 (RTE 830) others" in text
+
+
+def test_one_task_can_be_searched_for_all():
+    what = comparison("table1", methods=["spectral"], tasks=["sst2", "rte"], search=Search((1.0, 3.0, 9.0), "sst2"))
+    rows = searched(what, {"sst2": {1: 0.7, 3: 0.8, 9: 0.75}})
+    assert len(rows) == 3
+    assert what.factors(rows) == {("sst2", "spectral"): 3.0, ("rte", "spectral"): 3.0}
 
 
 @pytest.mark.parametrize(
-    ("scores", "best", "tried"),
+    ("scores", "best", "runs"),
     [
-        ({1: 0.7, 4: 0.8, 16: 0.9, 64: 0.8}, "16", "1, 4, 16, 64"),
-        ({1: 0.9, 4: 0.8, 0.25: 0.9, 0.0625: 0.9, 0.015625: 0.9}, "0.015625*", "0.015625, 0.0625, 0.25, 1, 4"),
-        ({1: 0.7, 4: 0.8, 16: 0.8}, "4", "1, 4, 16"),
-        ({1: 0.1, 4: 0.2, 16: 0.3, 64: 0.4, 256: 0.5}, "256*", "1, 4, 16, 64, 256"),
+        ({1: 0.7, 4: 0.8, 16: 0.9, 64: 0.8}, "0.0016 (×16)", 4),
+        ({1: 0.9, 4: 0.8, 0.25: 0.9, 0.0625: 0.9, 0.015625: 0.9}, "1.5625e-06 (×0.015625*)", 5),
+        ({1: 0.7, 4: 0.8, 16: 0.8}, "0.0004 (×4)", 3),
+        ({1: 0.1, 4: 0.2, 16: 0.3, 64: 0.4, 256: 0.5}, "0.0256 (×256*)", 5),
     ],
 )
-def test_a_search_goes_beyond_an_end_that_is_best_but_not_for_ever(scores, best, tried):
-    what = comparison("controls", methods=["spectral"], search=Search((4.0, 1.0), "sst2"))
-    rows = searched(what, scores)
-    factors = what.factors(rows)
-    assert f"| {tried} | {best} |" in page(what, rows, factors)
+def test_a_search_goes_beyond_an_end_that_is_best_but_not_for_ever(scores, best, runs):
+    what = comparison("controls", methods=["spectral"], search=Search((4.0, 1.0)))
+    rows = searched(what, {"sst2": scores})
+    assert len(rows) == runs
+    assert f"| Spectral | {best} |" in page(what, rows, what.factors(rows))
 
 
 def test_a_failed_run_of_a_search_leaves_the_method_unsearched_and_ends():
-    what = comparison("controls", methods=["spectral"], search=Search((1.0, 4.0), "sst2"))
+    what = comparison("controls", methods=["spectral"], search=Search((1.0, 4.0)))
     cells = what.search_cells()
     rows = [row(cells[0], 0.7), row(cells[1], 0.0, error="RuntimeError: no")]
     assert what.search_cells(rows) == cells
     assert what.factors(rows) == {}
-    assert "1 (not searched yet)" in page(what, rows, {})
+    assert "0.0001 (not searched yet)" in page(what, rows, {})
 
 
 @pytest.mark.parametrize(

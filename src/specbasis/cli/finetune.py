@@ -121,9 +121,11 @@ EPOCHS = Annotated[str, typer.Option(help="for all tasks, or for some: 3, or sst
 EXAMPLES = Annotated[str, typer.Option(help="train on a fixed part: 8000, or sst2=8000; default: all")]
 ONLY_TABLE = Annotated[bool, typer.Option("--no-run", help="rebuild table or figure from the rows that are there")]
 SEARCH = Annotated[
-    str, typer.Option(help="factors on each method's learning rate, tried on a part of train: 1,2.5,10")
+    str, typer.Option(help="factors on each method's learning rate, tried on a part of train: 1,4,16")
 ]
-SEARCH_TASK = Annotated[str, typer.Option(help="task on which learning rates are searched")]
+SEARCH_TASK = Annotated[
+    str, typer.Option(help="task on which learning rates are searched for all; default: each on its own")
+]
 TASKS = Annotated[str, typer.Option(help="e.g. sst2,rte; default: the paper's")]
 METHODS = Annotated[str, typer.Option(help="e.g. spectral,spectral@300,lora; default: all")]
 KEEP = Annotated[
@@ -142,7 +144,7 @@ def _comparison_verb(name: str) -> Callable[..., None]:
         epochs: EPOCHS = "",
         examples: EXAMPLES = "",
         search: SEARCH = "",
-        search_task: SEARCH_TASK = "sst2",
+        search_task: SEARCH_TASK = "",
         keep: KEEP = "",
         group_by_length: GROUPED = False,
         cache_prefix: CACHE = None,
@@ -272,8 +274,8 @@ def _search(text: str, task: str) -> Search | None:
     except ValueError:
         factors = (0.0,)
     if any(factor <= 0 for factor in factors):
-        raise InputError(f"--search got {text!r}; want positive factors, such as 1,2.5,10")
-    return Search(factors, task_named(task).name) if factors else None
+        raise InputError(f"--search got {text!r}; want positive factors, such as 1,4,16")
+    return Search(factors, task_named(task).name if task else None) if factors else None
 
 
 _Number = TypeVar("_Number", int, float)

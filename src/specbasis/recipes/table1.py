@@ -75,6 +75,10 @@ RATE_FROM = {
 """Methods that take over the factor which the search found for another."""
 
 
+Factors = Mapping[tuple[str, str], float]
+"""(task, method) → what the method's own learning rate is multiplied by."""
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Methods on tasks over seeds.
@@ -98,7 +102,7 @@ class Comparison:
     examples: Mapping[str, int] = field(default_factory=dict)
     search: Search | None = None
 
-    def cells(self, factors: Mapping[str, float], seeds: Sequence[int] | None = None) -> list[Cell]:
+    def cells(self, factors: Factors, seeds: Sequence[int] | None = None) -> list[Cell]:
         """The runs, seeds outermost."""
         return [
             self.cell(task, method, seed, factors)
@@ -107,7 +111,7 @@ class Comparison:
             for method in self.methods
         ]
 
-    def cell(self, task: str, method: str, seed: int, factors: Mapping[str, float]) -> Cell:
+    def cell(self, task: str, method: str, seed: int, factors: Factors) -> Cell:
         """One run."""
         name, _, rank = method.partition("@")
         return Cell(
@@ -115,7 +119,7 @@ class Comparison:
             name,
             seed,
             self.epochs[task],
-            scaled_rate(name, task, factors.get(rate_from(name), 1.0)),
+            scaled_rate(name, task, factors.get((task, rate_from(name)), 1.0)),
             self.examples.get(task),
             rank=int(rank) if rank else None,
             checkpoint=SCRATCH if name == "spectral-scratch" else None,
@@ -123,19 +127,21 @@ class Comparison:
 
     def search_cells(self, rows: Sequence[Row] = ()) -> list[Cell]:
         """The runs that choose the learning rates, as far as they are known from the rows that are there."""
-        return (
-            [] if self.search is None else [c for name in self._searched() for c in self.search.cells(name, rows)]
-        )
+        if self.search is None:
+            return []
+        found = [cell for task, name in self._searched() for cell in self.search.cells(task, name, rows)]
+        return list(dict.fromkeys(found))
 
-    def factors(self, rows: Sequence[Row]) -> dict[str, float]:
-        """The factor of each method whose search is complete."""
+    def factors(self, rows: Sequence[Row]) -> Factors:
+        """The factor of each method whose search on a task is complete."""
         if self.search is None:
             return {}
-        found = {name: self.search.factor(name, rows) for name in self._searched()}
-        return {name: factor for name, factor in found.items() if factor is not None}
+        found = {(task, name): self.search.factor(task, name, rows) for task, name in self._searched()}
+        return {key: factor for key, factor in found.items() if factor is not None}
 
-    def _searched(self) -> list[str]:
-        return list(dict.fromkeys(rate_from(method.partition("@")[0]) for method in self.methods))
+    def _searched(self) -> list[tuple[str, str]]:
+        names = dict.fromkeys(rate_from(method.partition("@")[0]) for method in self.methods)
+        return [(task, name) for task in self.tasks for name in names]
 
 
 def rate_from(method: str) -> str:
@@ -180,7 +186,7 @@ def comparison(
 
 def run(
     what: Comparison, setting: Setting, out: str | Path, progress: Callable[[Progress], None] | None = None
-) -> tuple[list[Row], dict[str, float]]:
+) -> tuple[list[Row], Factors]:
     """Run the search, then the runs; returns all rows of the two, and the factors."""
     searched: list[Row] = []
     while len(cells := what.search_cells(searched)) > len(searched):  # each round may ask for rates beyond its own
@@ -229,7 +235,7 @@ class Line:
     values: Mapping[str, float | None] = field(default_factory=dict)
 
 
-def lines(what: Comparison, rows: Sequence[Row], factors: Mapping[str, float]) -> list[Line]:
+def lines(what: Comparison, rows: Sequence[Row], factors: Factors) -> list[Line]:
     """Every line of the table, those without a run yet too."""
     found = []
     for task in what.tasks:
@@ -240,9 +246,7 @@ def lines(what: Comparison, rows: Sequence[Row], factors: Mapping[str, float]) -
     return found
 
 
-def _runs(
-    what: Comparison, rows: Sequence[Row], factors: Mapping[str, float], task: str, method: str
-) -> dict[int, Run]:
+def _runs(what: Comparison, rows: Sequence[Row], factors: Factors, task: str, method: str) -> dict[int, Run]:
     return runs(rows, [what.cell(task, method, seed, factors) for seed in what.seeds])
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from specbasis.cells import Row
-from specbasis.finetune.grid import BEYOND, SCRATCH, Search
+from specbasis.finetune.grid import BEYOND, SCRATCH, search_sizes
 from specbasis.finetune.tasks import GLUE
 from specbasis.recipes.differences import MEANING
-from specbasis.recipes.table1 import OURS, Comparison, Line, lines, rate_from
+from specbasis.recipes.table1 import OURS, Comparison, Factors, Line, lines, rate_from
 from specbasis.results import write_whole
 
 
@@ -26,9 +26,7 @@ def printed() -> Mapping[str, Any]:
     return tomllib.loads(files("specbasis").joinpath("recipes/table1.toml").read_text(encoding="utf-8"))
 
 
-def write(
-    what: Comparison, rows: Sequence[Row], factors: Mapping[str, float], base: str, out: str | Path
-) -> list[Path]:
+def write(what: Comparison, rows: Sequence[Row], factors: Factors, base: str, out: str | Path) -> list[Path]:
     """Write ``NAME.md`` into the folder of the rows, and ``NAME.png`` and ``.svg`` where there are differences."""
     path, found = Path(out) / f"{what.name}.md", lines(what, rows, factors)
     text = markdown(what, found, rows, factors, base)
@@ -41,9 +39,7 @@ def write(
     return [path, *write_differences(path.with_suffix(".png"), what, compared, base)]
 
 
-def markdown(
-    what: Comparison, every: Sequence[Line], rows: Sequence[Row], factors: Mapping[str, float], base: str
-) -> str:
+def markdown(what: Comparison, every: Sequence[Line], rows: Sequence[Row], factors: Factors, base: str) -> str:
     """The table, what it cost, and the paper's own numbers, as Markdown."""
     found = {(line.task, line.method): line for line in every}
     titles = [GLUE[task].title for task in what.tasks]
@@ -140,43 +136,48 @@ def _number(value: float | None, form: str, unit: float = 1.0) -> str:
     return "–" if value is None else form.format(value / unit)
 
 
-def _rates(what: Comparison, rows: Sequence[Row], factors: Mapping[str, float]) -> list[str]:
-    titles = [GLUE[task].title for task in what.tasks]
-    rates = [[f"{_rate(what, factors, task, method):g}" for task in what.tasks] for method in what.methods]
+def _rates(what: Comparison, rows: Sequence[Row], factors: Factors) -> list[str]:
     if what.search is None:
         text = "Each method's own, as published (Tab. 5 for the spectral ones)."
-        body = [[title_of(method), *each] for method, each in zip(what.methods, rates, strict=True)]
-        return [text, "", *_grid(["method", *titles], body)]
-    text = (
-        f"Each method's own times a factor, chosen on {GLUE[what.search.task].title} alone: "
-        f"{what.search.examples} examples, {what.search.epochs:g} epochs, seed {what.search.seed}, scored on "
-        f"{what.search.selection} other examples of train. Tried: "
-        f"{', '.join(f'{f:g}' for f in what.search.factors)}, and while the best was at an end, up to {BEYOND} "
-        "beyond it. A factor with * is still at an end: a better one may lie beyond."
-    )
+    else:
+        where = "each task" if what.search.task is None else GLUE[what.search.task].title
+        sizes = {task: search_sizes(what.search.task or task) for task in what.tasks}
+        tried = ", ".join(f"{factor:g}" for factor in what.search.factors)
+        text = (
+            f"Each method's own times a factor, chosen on a part of train of {where} alone: {_by_task(sizes, 0)} "
+            f"examples, {what.search.epochs:g} epochs, seed {what.search.seed}, scored on {_by_task(sizes, 1)} others. "
+            f"Tried: {tried}, and while the best was at an end, up to {BEYOND} beyond it. A factor with * is still at "
+            "an end: a better one may lie beyond."
+        )
     body = [
-        [title_of(method), *_factor(what, what.search, rows, factors, method), *each]
-        for method, each in zip(what.methods, rates, strict=True)
+        [_searched_as(what, method), *(_rate(what, rows, factors, task, method) for task in what.tasks)]
+        for method in what.methods
     ]
-    return [text, "", *_grid(["method", "tried", "factor", *titles], body)]
+    return [text, "", *_grid(["method", *(GLUE[task].title for task in what.tasks)], body)]
 
 
-def _factor(
-    what: Comparison, search: Search, rows: Sequence[Row], factors: Mapping[str, float], method: str
-) -> tuple[str, str]:
-    """What was tried, and what was chosen."""
+def _by_task(sizes: Mapping[str, tuple[int, int]], part: int) -> str:
+    """The size of most tasks, and in parentheses the others."""
+    most = max(size[part] for size in sizes.values())
+    others = [f"{GLUE[task].title} {size[part]}" for task, size in sizes.items() if size[part] != most]
+    return f"{most}" + (f" ({', '.join(others)})" if others else "")
+
+
+def _searched_as(what: Comparison, method: str) -> str:
     source = rate_from(method.partition("@")[0])
-    if source not in factors:
-        return "–", "1 (not searched yet)"
-    if source != method:
-        return "–", f"{factors[source]:g} ({title_of(source)}'s)"
-    tried = search.tried(source, rows)
-    edge = "*" if len(tried) > 1 and factors[source] in (tried[0], tried[-1]) else ""
-    return ", ".join(f"{factor:g}" for factor in tried), f"{factors[source]:g}{edge}"
+    return title_of(method) + (f" (factor of {title_of(source)})" if what.search and source != method else "")
 
 
-def _rate(what: Comparison, factors: Mapping[str, float], task: str, method: str) -> float:
-    return what.cell(task, method, what.seeds[0], factors).learning_rate
+def _rate(what: Comparison, rows: Sequence[Row], factors: Factors, task: str, method: str) -> str:
+    rate = f"{what.cell(task, method, what.seeds[0], factors).learning_rate:g}"
+    if what.search is None:
+        return rate
+    source = rate_from(method.partition("@")[0])
+    if (task, source) not in factors:
+        return f"{rate} (not searched yet)"
+    factor, tried = factors[task, source], what.search.tried(task, source, rows)
+    edge = "*" if len(tried) > 1 and factor in (tried[0], tried[-1]) else ""
+    return f"{rate} (×{factor:g}{edge})"
 
 
 def _paper(what: Comparison) -> list[str]:
