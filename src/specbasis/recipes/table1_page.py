@@ -144,10 +144,10 @@ def _rates(what: Comparison, rows: Sequence[Row], factors: Factors) -> list[str]
         sizes = {task: search_sizes(what.search.task or task) for task in what.tasks}
         tried = ", ".join(f"{factor:g}" for factor in what.search.factors)
         text = (
-            f"Each method's own times a factor, chosen on a part of train of {where} alone: {_by_task(sizes, 0)} "
-            f"examples, {what.search.epochs:g} epochs, seed {what.search.seed}, scored on {_by_task(sizes, 1)} others. "
-            f"Tried: {tried}, and while the best was at an end, up to {BEYOND} beyond it. A factor with * is still at "
-            "an end: a better one may lie beyond."
+            f"Each method's own times a factor, chosen on a part of train of {where} alone: "
+            f"{_by_task(sizes, 0)} examples, {what.search.epochs:g} epochs, seed {what.search.seed}, scored on "
+            f"{_by_task(sizes, 1)} others. Tried: {tried}, and while the best was at an end, up to "
+            f"{BEYOND} beyond it. A factor with * is still at an end: a better one may lie beyond."
         )
     body = [
         [_searched_as(what, method), *(_rate(what, rows, factors, task, method) for task in what.tasks)]
