@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from statistics import mode
 from typing import Any
 
 from specbasis.cells import Row
@@ -158,7 +159,7 @@ def _rates(what: Comparison, rows: Sequence[Row], factors: Factors) -> list[str]
 
 def _by_task(sizes: Mapping[str, tuple[int, int]], part: int) -> str:
     """The size of most tasks, and in parentheses the others."""
-    most = max(size[part] for size in sizes.values())
+    most = mode(size[part] for size in sizes.values())
     others = [f"{GLUE[task].title} {size[part]}" for task, size in sizes.items() if size[part] != most]
     return f"{most}" + (f" ({', '.join(others)})" if others else "")
 
