@@ -273,6 +273,15 @@ def test_a_run_that_failed_before_it_trained_gives_its_folder_to_the_next(place,
     assert run(place, tmp_path / "run", epochs=1, rank=4).metrics["steps"] == 4
 
 
+@pytest.mark.parametrize("task", ["sst2", "stsb"])
+def test_a_training_that_diverged_has_a_score_and_says_so(place, tmp_path, task):
+    found = run(place, tmp_path / "run", "full", task=task, epochs=1, learning_rate=1e30)
+    assert math.isfinite(found.score)
+    assert any(note.startswith("diverged: ") for note in found.metrics["notes"])
+    for name in ("predictions.csv", "metrics.json"):
+        assert "nan" not in (tmp_path / "run" / name).read_text().lower()
+
+
 def test_a_base_without_its_tokenizer_or_with_damaged_weights_is_refused(place, tmp_path):
     shutil.copytree(place / "base", tmp_path / "bare")
     for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt"):

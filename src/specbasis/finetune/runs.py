@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specbasis.errors import InputError
+from specbasis.findings import as_json
 from specbasis.finetune.metrics import Predictions
 from specbasis.finetune.protocol import Placement, Protocol
 from specbasis.finetune.tasks import Task, TaskData, load_task, selection_size, subset
@@ -172,6 +173,7 @@ def finetune(
             callbacks=callbacks,
         )
         said = metrics.pop("predictions")
+        metrics = as_json(metrics)
         if is_main_process():
             _write_predictions(folder / PREDICTIONS, said, data.task)
             _finish(folder, config, metrics, data)

@@ -220,20 +220,26 @@ class _Ready:
         base: whose inputs it takes.
         collate: makes batches, with the cached activations where there are any.
         cache: what a report says about the prefix cache; None without one.
-        notes: what is to be said about it.
+        notes: what is to be said about the run.
     """
 
     trainer: _Trainer
     base: Base
     collate: Callable[[list[Any]], Any]
     cache: Mapping[str, Any] | None
-    notes: Sequence[str]
+    notes: list[str]
 
     def predict(self, split: Split) -> Predictions:
         """What the model says of examples, in their order; they run longest first, which needs less padding."""
         order = sorted(range(len(split)), key=lambda i: -sum(map(len, split.inputs[i])))
         found = self.trainer.predict(self.base.encode(split.take(order)))
-        said = Predictions.of(self.base.task, _logits(found.predictions), np.asarray(found.label_ids))
+        logits = _logits(found.predictions)
+        lost = int((~np.isfinite(logits).reshape(len(split), -1).all(1)).sum())
+        if lost:
+            self.notes.append(f"diverged: {lost} of {len(split)} outputs are not finite, and count as 0")
+        said = Predictions.of(
+            self.base.task, np.nan_to_num(logits, posinf=0, neginf=0), np.asarray(found.label_ids)
+        )
         return said.take(np.argsort(order).tolist())
 
 
