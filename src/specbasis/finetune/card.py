@@ -74,7 +74,5 @@ def model_card(config: Mapping[str, Any], metrics: Mapping[str, Any], task: Task
 def _forgetting(found: Mapping[str, Any]) -> str:
     if not found["definition"]:
         return f"Forgetting is not measured: {found['reason']}."
-    return (
-        f"Loss on held-back text ({found['definition']}, {found['text']}): {found['before']:.4f} before, "
-        f"{found['after']:.4f} after."
-    )
+    before, after = ("not finite" if found[when] is None else f"{found[when]:.4f}" for when in ("before", "after"))
+    return f"Loss on held-back text ({found['definition']}, {found['text']}): {before} before, {after} after."
