@@ -77,10 +77,12 @@ def test_mean_spread_and_paired_test_are_those_of_scipy_and_missing_runs_stay_em
     line = found["sst2", "lora"]
     assert line.mean == pytest.approx(np.mean(lora))
     assert line.spread == pytest.approx(np.std(lora, ddof=1))
-    assert line.difference.mean == pytest.approx(np.mean(lora) - np.mean(ours))
-    assert line.difference.p == pytest.approx(stats.ttest_rel(lora, ours).pvalue)
-    assert found["sst2", "full"].difference.mean == pytest.approx(0.9 - 0.83)  # on the one seed that both have
-    assert found["sst2", "full"].difference.p is None
+    assert line.differences["spectral"].mean == pytest.approx(np.mean(lora) - np.mean(ours))
+    assert line.differences["spectral"].p == pytest.approx(stats.ttest_rel(lora, ours).pvalue)
+    assert found["sst2", "full"].differences["spectral"].mean == pytest.approx(
+        0.9 - 0.83
+    )  # on the one seed that both have
+    assert found["sst2", "full"].differences["spectral"].p is None
     text = page(what, rows, {})
     assert "7 of 18 runs" in text
     assert "| Full FT | 90,000 | 90.00 (1) | – |" in text
@@ -120,15 +122,33 @@ def test_the_interval_of_a_difference_is_a_paired_bootstrap_over_the_dev_set(tas
     oracle = stats.bootstrap(
         (np.arange(80),), difference, vectorized=False, method="percentile", n_resamples=2000, rng=1
     ).confidence_interval
-    np.testing.assert_allclose(line.difference.interval, [oracle.low, oracle.high], atol=0.03)
-    assert f"{100 * line.difference.mean:+.2f} [{100 * line.difference.interval[0]:+.2f}, " in page(what, rows, {})
+    np.testing.assert_allclose(line.differences["spectral"].interval, [oracle.low, oracle.high], atol=0.03)
+    assert (
+        f"{100 * line.differences['spectral'].mean:+.2f} [{100 * line.differences['spectral'].interval[0]:+.2f}, "
+        in page(what, rows, {})
+    )
     one = Predictions.unpacked(rows[0].values["predictions"]["dev"])
     chance = max(one.labels.mean(), 1 - one.labels.mean()) if task == "sst2" else 0.0
     assert f"| Always the most frequent class | – | {100 * chance:.2f} |" in page(what, rows, {})
     written = write(what, rows, {}, "pico", tmp_path)
     assert [path.name for path in written] == ["table1.md", "table1.png", "table1.svg"]
     without = {name: value for name, value in rows[-1].values.items() if name != "predictions"}
-    assert lines(what, [*rows[:3], replace(rows[3], values=without)], {})[1].difference.interval is None
+    assert (
+        lines(what, [*rows[:3], replace(rows[3], values=without)], {})[1].differences["spectral"].interval is None
+    )
+
+
+def test_every_rank_of_the_spectral_method_is_a_reference():
+    what = comparison("table1", tasks=["rte"], methods=["spectral", "spectral@300", "lora"])
+    scores = {"spectral": 0.5, "spectral@300": 0.6, "lora": 0.65}
+    rows = [row(what.cell("rte", method, 42, {}), score) for method, score in scores.items()]
+    found = {line.method: line.differences for line in lines(what, rows, {})}
+    assert {name: one.mean for name, one in found["lora"].items()} == pytest.approx(
+        {"spectral": 0.15, "spectral@300": 0.05}
+    )
+    assert list(found["spectral"]) == ["spectral@300"]
+    text = page(what, rows, {})
+    assert text.index("## Difference to: Spectral\n") < text.index("## Difference to: Spectral, K = 300\n")
 
 
 def searched(what, scores):

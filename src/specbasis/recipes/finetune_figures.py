@@ -13,8 +13,9 @@ from matplotlib.lines import Line2D
 from specbasis.finetune.grid import mean_and_spread
 from specbasis.finetune.tasks import GLUE
 from specbasis.pretrain.figures import write_figure
+from specbasis.recipes.differences import Difference
 from specbasis.recipes.fig5 import Panel, Point, metric_of
-from specbasis.recipes.table1 import Comparison, Line
+from specbasis.recipes.table1 import Comparison, Line, ours
 from specbasis.recipes.table1_page import title_of
 from specbasis.report.figures import COLORS, QUIET
 
@@ -33,36 +34,39 @@ def _differences(what: Comparison, compared: Sequence[Line], base: str) -> Figur
     """Score of every method − the spectral method's, in points: mean, its interval over the dev set, and seeds."""
     tasks = [task for task in what.tasks if any(line.task == task for line in compared)]
     methods = [method for method in what.methods if any(line.method == method for line in compared)]
+    references = ours(what.methods)
     place = {method: -i for i, method in enumerate(methods)}
-    size = (2.4 + 2.6 * len(tasks), 1.5 + 0.24 * len(methods))
+    size = (2.4 + 2.6 * len(tasks), 1.5 + 0.34 * len(methods))
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
     for ax, task in zip(panels, tasks, strict=True):
         ax.axvline(0, color=QUIET, linewidth=1)
         for line in compared:
-            if line.task == task:
-                _draw(ax, line, place[line.method])
+            for i, name in enumerate(references):
+                if line.task == task and name in line.differences:
+                    _draw(ax, line.differences[name], place[line.method] - 0.4 * i, COLORS[i])
         ax.set_title(GLUE[task].title)
         ax.set_xlabel("score − spectral adapter's (points)")
         ax.grid(visible=False, axis="y")
     sizes = {line.method: line.values.get("adapter") for line in compared}
-    panels[0].set_yticks(list(place.values()), [f"{title_of(m)} · {_count(sizes[m])}" for m in methods])
+    panels[0].set_yticks(
+        [y - 0.2 * (len(references) - 1) for y in place.values()],
+        [f"{title_of(m)} · {_count(sizes[m])}" for m in methods],
+    )
     figure.suptitle(f"{what.name}: {base}", fontsize=9)
-    bar = Line2D([], [], color=COLORS[0], marker="o", markersize=4)
+    bars = [Line2D([], [], color=COLORS[i], marker="o", markersize=4) for i in range(len(references))]
+    labels = [f"− {title_of(name)}: mean of the seeds, 95 % interval over the dev set" for name in references]
     dot = Line2D([], [], color=QUIET, marker=".", linestyle="none")
-    labels = ["mean of the seeds, 95 % interval over the dev set", "one seed"]
-    figure.legend([bar, dot], labels, loc="outside lower center", ncols=2, fontsize=8)
+    figure.legend([*bars, dot], [*labels, "one seed"], loc="outside lower center", fontsize=8)
     return figure
 
 
-def _draw(ax: Any, line: Line, y: float) -> None:
-    if line.difference is None:
-        return
-    if line.difference.interval is not None:
-        ax.plot([100 * end for end in line.difference.interval], [y, y], color=COLORS[0], linewidth=1.5)
-    ax.plot(100 * line.difference.mean, y, "o", color=COLORS[0], markersize=4)
-    seeds = [100 * one for one in line.difference.each]
-    ax.plot(seeds, [y - 0.22] * len(seeds), ".", color=QUIET, markersize=3)
+def _draw(ax: Any, found: Difference, y: float, color: str) -> None:
+    if found.interval is not None:
+        ax.plot([100 * end for end in found.interval], [y, y], color=color, linewidth=1.5)
+    ax.plot(100 * found.mean, y, "o", color=color, markersize=4)
+    seeds = [100 * one for one in found.each]
+    ax.plot(seeds, [y - 0.16] * len(seeds), ".", color=QUIET, markersize=3)
 
 
 def _count(parameters: float | None) -> str:

@@ -6,7 +6,7 @@ them, and what is missing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -219,7 +219,8 @@ class Line:
         task, method: which.
         seeds: those that ran.
         mean, spread: of the score; spread is the standard deviation over seeds, None for one.
-        difference: to the spectral method; None for itself, and where no seed is common to both.
+        differences: to the spectral method, by its name (``spectral``, ``spectral@300``) among the methods; without
+            itself, and what has no seed in common.
         chance: score of the class that is most frequent in the dev set, or 0 for a correlation; None where the
             rows have no predictions.
         values: means of the other figures over the seeds.
@@ -230,7 +231,7 @@ class Line:
     seeds: tuple[int, ...]
     mean: float | None = None
     spread: float | None = None
-    difference: Difference | None = None
+    differences: Mapping[str, Difference] = field(default_factory=dict)
     chance: float | None = None
     values: Mapping[str, float | None] = field(default_factory=dict)
 
@@ -239,28 +240,33 @@ def lines(what: Comparison, rows: Sequence[Row], factors: Factors) -> list[Line]
     """Every line of the table, those without a run yet too."""
     found = []
     for task in what.tasks:
-        reference = _runs(what, rows, factors, task, OURS)
-        found += [
-            _line(task, method, _runs(what, rows, factors, task, method), reference) for method in what.methods
-        ]
+        ran = {method: _runs(what, rows, factors, task, method) for method in what.methods}
+        found += [_line(task, method, ran) for method in what.methods]
     return found
+
+
+def ours(methods: Iterable[str]) -> list[str]:
+    """Those of the methods that are the spectral one, at any rank: what the others are compared with."""
+    return [method for method in methods if method.partition("@")[0] == OURS]
 
 
 def _runs(what: Comparison, rows: Sequence[Row], factors: Factors, task: str, method: str) -> dict[int, Run]:
     return runs(rows, [what.cell(task, method, seed, factors) for seed in what.seeds])
 
 
-def _line(task: str, method: str, found: Mapping[int, Run], reference: Mapping[int, Run]) -> Line:
+def _line(task: str, method: str, ran: Mapping[str, Mapping[int, Run]]) -> Line:
+    found = ran[method]
     if not found:
         return Line(task, method, ())
     mean, spread = mean_and_spread([run.score for run in found.values()])
+    to = {name: difference(found, ran[name]) for name in ours(ran) if name != method}
     return Line(
         task,
         method,
         tuple(found),
         mean,
         spread,
-        None if method == OURS else difference(found, reference),
+        {name: one for name, one in to.items() if one is not None},
         next(iter(found.values())).chance,
         {name: _mean([_at(run.values, path) for run in found.values()]) for name, path in FIGURES.items()},
     )

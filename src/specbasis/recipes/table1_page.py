@@ -14,7 +14,7 @@ from specbasis.cells import Row
 from specbasis.finetune.grid import BEYOND, SCRATCH, search_sizes
 from specbasis.finetune.tasks import GLUE
 from specbasis.recipes.differences import MEANING
-from specbasis.recipes.table1 import OURS, Comparison, Factors, Line, lines, rate_from
+from specbasis.recipes.table1 import Comparison, Factors, Line, lines, ours, rate_from
 from specbasis.results import write_whole
 
 
@@ -32,7 +32,7 @@ def write(what: Comparison, rows: Sequence[Row], factors: Factors, base: str, ou
     path, found = Path(out) / f"{what.name}.md", lines(what, rows, factors)
     text = markdown(what, found, rows, factors, base)
     write_whole(path, lambda target: target.write_text(text, encoding="utf-8"))
-    compared = [line for line in found if line.difference]
+    compared = [line for line in found if line.differences]
     if not compared:
         return [path]
     from specbasis.recipes.finetune_figures import write_differences
@@ -58,15 +58,15 @@ def markdown(what: Comparison, every: Sequence[Line], rows: Sequence[Row], facto
             [*(_score_row(what, found, method) for method in what.methods), _chance_row(what, every)],
         ),
     ]
-    others = [method for method in what.methods if method != OURS]
-    if OURS in what.methods and others:
+    for reference in ours(what.methods):
+        others = [method for method in what.methods if method != reference]
         parts += [
             "",
-            "## Difference to the spectral method",
+            f"## Difference to: {title_of(reference)}",
             "",
             f"Mean over the seeds that both have, in points; {MEANING}",
             "",
-            *_grid(["method", *titles], [_difference_row(what, found, method) for method in others]),
+            *_grid(["method", *titles], [_difference_row(what, found, method, reference) for method in others]),
         ]
     parts += ["", "## Cost", "", *_cost(what, found)]
     parts += ["", "## Learning rates", "", *_rates(what, rows, factors)]
@@ -82,8 +82,10 @@ def _score_row(what: Comparison, found: Mapping[tuple[str, str], Line], method: 
     return [title_of(method), size, *(_score(found[task, method], len(what.seeds)) for task in what.tasks)]
 
 
-def _difference_row(what: Comparison, found: Mapping[tuple[str, str], Line], method: str) -> list[str]:
-    each = [found[task, method].difference for task in what.tasks]
+def _difference_row(
+    what: Comparison, found: Mapping[tuple[str, str], Line], method: str, reference: str
+) -> list[str]:
+    each = [found[task, method].differences.get(reference) for task in what.tasks]
     return [title_of(method), *("–" if one is None else one.shown for one in each)]
 
 
