@@ -87,6 +87,8 @@ def _panel(what: Panel, points: Sequence[tuple[Point, Sequence[float]]], base: s
     for point, scores in points:
         axes.plot([point.x] * len(scores), [100 * s for s in scores], ".", color=QUIET, markersize=4)
     axes.set_xticks([point.x for point in what.points], [point.label for point in what.points])
+    margin = 0.05 * (what.points[-1].x - what.points[0].x) or 1.0
+    axes.set_xlim(what.points[0].x - margin, what.points[-1].x + margin)
     axes.tick_params(axis="x", labelsize=8)
     axes.set_xlabel(what.axis)
     axes.set_ylabel(f"{metric_of(what)} (%)" if len(metric_of(what)) < 30 else "mean correlation (%)")
