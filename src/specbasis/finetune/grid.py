@@ -98,13 +98,18 @@ class Setting:
         local = Path(self.base)
         return "/".join(local.absolute().parts[-2:]) if local.exists() else self.base
 
-    def config(self) -> dict[str, Any]:
-        """What the manifest of a grid says: all that decides the values."""
+    @functools.cached_property
+    def base_sha256(self) -> str:
+        """Of the base's weights, which are read once for all lists of cells of a command."""
         from specbasis.finetune.base import base_sha256
 
+        return base_sha256(self.base)
+
+    def config(self) -> dict[str, Any]:
+        """What the manifest of a grid says: all that decides the values."""
         return {
             "base": self.base_name,
-            "base_sha256": base_sha256(self.base),
+            "base_sha256": self.base_sha256,
             "protocol": dict(self.protocol),
             "prefix_cached": self.cache_prefix is not None,
         }

@@ -67,6 +67,13 @@ def runs(rows: Iterable[Row], cells: Sequence[Cell]) -> dict[int, Run]:
     return {seed: Run(GLUE[cells[0].task], values) for seed, values in by_seed(rows, cells).items()}
 
 
+def percent(mean: float | None, spread: float | None) -> str:
+    """A mean ± its standard deviation over seeds, in percent; – where nothing ran."""
+    if mean is None:
+        return "–"
+    return f"{100 * mean:.2f}" + ("" if spread is None else f" ± {100 * spread:.2f}")
+
+
 def resampled(task: Task, said: Predictions, resamples: int = RESAMPLES, seed: int = 0) -> Array:
     """The score of a run on a dev set of which examples are drawn with replacement, for each resample.
 

@@ -10,7 +10,7 @@ from specbasis.cells import Progress, Row
 from specbasis.errors import InputError
 from specbasis.finetune.grid import Cell, Setting, mean_and_spread, run_grid
 from specbasis.finetune.tasks import GLUE, task_named
-from specbasis.recipes.differences import MEANING, Run, difference, runs
+from specbasis.recipes.differences import MEANING, Run, difference, percent, runs
 from specbasis.results import write_whole
 
 LEARNING_RATE, EPOCHS, TASK = 1e-4, 3.0, "mnli"
@@ -158,11 +158,10 @@ def markdown(what: Panel, points: Sequence[tuple[Point, Mapping[int, Run]]], bas
 
 def _line(point: Point, found: Mapping[int, Run], first: Mapping[int, Run]) -> str:
     mean, spread = mean_and_spread([run.score for run in found.values()]) if found else (None, None)
-    shown = "–" if mean is None else f"{100 * mean:.2f}" + ("" if spread is None else f" ± {100 * spread:.2f}")
     size = f"{next(iter(found.values())).values['parameters']['adapter']:,}" if found else "–"
     moved = difference(found, first)
-    ranks = f"{point.interval[0]} … {point.interval[1]}"
-    return f"| {point.label} | {ranks} | {size} | {shown} | {moved.shown if moved else '–'} | {len(found)} |"
+    ranks, score = f"{point.interval[0]} … {point.interval[1]}", percent(mean, spread)
+    return f"| {point.label} | {ranks} | {size} | {score} | {moved.shown if moved else '–'} | {len(found)} |"
 
 
 def metric_of(what: Panel) -> str:

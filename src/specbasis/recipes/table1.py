@@ -102,11 +102,11 @@ class Comparison:
     examples: Mapping[str, int] = field(default_factory=dict)
     search: Search | None = None
 
-    def cells(self, factors: Factors, seeds: Sequence[int] | None = None) -> list[Cell]:
+    def cells(self, factors: Factors) -> list[Cell]:
         """The runs, seeds outermost."""
         return [
             self.cell(task, method, seed, factors)
-            for seed in (self.seeds if seeds is None else seeds)
+            for seed in self.seeds
             for task in self.tasks
             for method in self.methods
         ]
@@ -119,7 +119,7 @@ class Comparison:
             name,
             seed,
             self.epochs[task],
-            scaled_rate(name, task, factors.get((task, rate_from(name)), 1.0)),
+            scaled_rate(name, task, factors.get((task, rate_from(method)), 1.0)),
             self.examples.get(task),
             rank=int(rank) if rank else None,
             checkpoint=SCRATCH if name == "spectral-scratch" else None,
@@ -140,13 +140,14 @@ class Comparison:
         return {key: factor for key, factor in found.items() if factor is not None}
 
     def _searched(self) -> list[tuple[str, str]]:
-        names = dict.fromkeys(rate_from(method.partition("@")[0]) for method in self.methods)
+        names = dict.fromkeys(rate_from(method) for method in self.methods)
         return [(task, name) for task in self.tasks for name in names]
 
 
 def rate_from(method: str) -> str:
-    """The method whose search chooses this one's learning rate."""
-    return RATE_FROM.get(method, method)
+    """The method whose search chooses this one's learning rate, at whatever rank."""
+    name = method.partition("@")[0]
+    return RATE_FROM.get(name, name)
 
 
 def comparison(

@@ -13,7 +13,7 @@ from typing import Any
 from specbasis.cells import Row
 from specbasis.finetune.grid import BEYOND, SCRATCH, search_sizes
 from specbasis.finetune.tasks import GLUE
-from specbasis.recipes.differences import MEANING
+from specbasis.recipes.differences import MEANING, percent
 from specbasis.recipes.table1 import Comparison, Factors, Line, lines, ours, rate_from
 from specbasis.results import write_whole
 
@@ -99,10 +99,8 @@ def _chance_row(what: Comparison, every: Sequence[Line]) -> list[str]:
 
 
 def _score(line: Line, seeds: int) -> str:
-    if line.mean is None:
-        return "–"
-    spread = "" if line.spread is None else f" ± {100 * line.spread:.2f}"
-    return f"{100 * line.mean:.2f}{spread}" + ("" if len(line.seeds) == seeds else f" ({len(line.seeds)})")
+    missing = line.seeds and len(line.seeds) < seeds
+    return percent(line.mean, line.spread) + (f" ({len(line.seeds)})" if missing else "")
 
 
 def _cost(what: Comparison, found: Mapping[tuple[str, str], Line]) -> list[str]:
@@ -167,7 +165,7 @@ def _by_task(sizes: Mapping[str, tuple[int, int]], part: int) -> str:
 
 
 def _searched_as(what: Comparison, method: str) -> str:
-    source = rate_from(method.partition("@")[0])
+    source = rate_from(method)
     return title_of(method) + (f" (factor of {title_of(source)})" if what.search and source != method else "")
 
 
@@ -175,7 +173,7 @@ def _rate(what: Comparison, rows: Sequence[Row], factors: Factors, task: str, me
     rate = f"{what.cell(task, method, what.seeds[0], factors).learning_rate:g}"
     if what.search is None:
         return rate
-    source = rate_from(method.partition("@")[0])
+    source = rate_from(method)
     if (task, source) not in factors:
         return f"{rate} (not searched yet)"
     factor, tried = factors[task, source], what.search.tried(task, source, rows)
