@@ -34,7 +34,16 @@ def test_each_cell_runs_once_failures_are_marked_and_tried_again(tmp_path):
     assert log.read_text().split() == ["1", "3", "2", "3", "5"]
     assert [row.cell["x"] for row in read_cells(out)] == [1, 3, 2, 5]
     assert all(row.commit is None or len(row.commit) >= 40 for row in rows)
-    assert len(json.loads((out / "manifest.json").read_text())["runs"]) == 2
+
+
+def test_a_manifest_has_a_run_once_until_its_command_changes(tmp_path, monkeypatch):
+    for x in (1, 2):
+        run_cells([{"x": x}], square, tmp_path / "out")
+    monkeypatch.setattr(sys, "argv", ["other", "command"])
+    run_cells([{"x": 4}], square, tmp_path / "out")
+    runs = json.loads((tmp_path / "out/manifest.json").read_text())["runs"]
+    assert len(runs) == 2
+    assert runs[0]["command"] != runs[1]["command"] == ["other", "command"]
 
 
 def test_workers_give_the_rows_of_one(tmp_path):

@@ -1,8 +1,8 @@
 """A grid of experiments: each cell runs once, and its row is on disk when it ends.
 
-A folder holds `manifest.json` (configuration, and versions, commit and machine of every run) and `rows.jsonl`, one
-line for each cell: `{"cell": …, "values": …}` or `{"cell": …, "error": …}`, with seconds, time and commit beside
-it. Tables and figures are made from rows alone.
+A folder holds `manifest.json` (configuration; versions, commit, machine and command of the runs, anew whenever one
+of these changed) and `rows.jsonl`, one line for each cell: `{"cell": …, "values": …}` or `{"cell": …, "error": …}`,
+with seconds, time and commit beside it. Tables and figures are made from rows alone.
 """
 
 from __future__ import annotations
@@ -253,6 +253,8 @@ def _write_manifest(folder: Path, config: dict[str, Any]) -> None:
     if (folder / "manifest.json").exists():
         manifest = _manifest(folder)
         refuse_another(folder, "grid", manifest["config"], config)
-    manifest["runs"].append(environment())
+    now = environment()
+    if not any({**run, "written": now["written"]} == now for run in manifest["runs"][-1:]):
+        manifest["runs"].append(now)
     text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
     write_whole(folder / "manifest.json", lambda path: path.write_text(text, encoding="utf-8"))
