@@ -186,6 +186,7 @@ def test_without_a_cache_the_last_block_runs_on_the_first_position_and_learns_th
         torch.testing.assert_close(value, other[name], rtol=0, atol=1e-5, msg=name)
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")  # users see no warning about our own words
 def test_where_there_is_no_frozen_prefix_the_run_says_why_and_goes_on(place, tmp_path):
     metrics = run(place, tmp_path / "run", "full", epochs=1, cache_prefix=tmp_path / "cache").metrics
     assert metrics["prefix_cache"] is None

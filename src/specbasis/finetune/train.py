@@ -312,8 +312,6 @@ def _arguments(
         weight_decay=protocol.weight_decay,
         bf16=protocol.precision == "bf16",
         fp16=protocol.precision == "fp16",
-        gradient_checkpointing=protocol.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if protocol.gradient_checkpointing else None,
         save_strategy="epoch" if saves else "no",
         save_total_limit=1,
         eval_strategy="epoch" if best else "no",
@@ -327,7 +325,14 @@ def _arguments(
         label_names=["labels"],
         dataloader_pin_memory=torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
+        **(_recomputing() if protocol.gradient_checkpointing else {}),
     )
+
+
+def _recomputing() -> dict[str, Any]:
+    """Gradient checkpointing, under the name that this version of transformers has for it."""
+    name = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"
+    return {f"{name}_checkpointing": True, f"{name}_checkpointing_kwargs": {"use_reentrant": False}}
 
 
 def _computed(task: Task) -> Callable[[EvalPrediction], dict[str, float]]:
