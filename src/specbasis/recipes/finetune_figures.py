@@ -72,6 +72,8 @@ def _draw(ax: Any, found: Difference, y: float, color: str) -> None:
 def _count(parameters: float | None) -> str:
     if parameters is None:
         return "–"
+    if parameters < 1e3:
+        return f"{parameters:.0f}"
     return f"{parameters / 1e6:.1f}M" if parameters >= 1e6 else f"{parameters / 1e3:.0f}k"
 
 
