@@ -33,8 +33,8 @@ from bench_adapter import TARGETS, K, Times, deberta, now, ratios, since
 from torch import Tensor, nn
 
 from specbasis.adapter import SpectralConfig
-from specbasis.finetune.prefix import Cut, PrefixCache, find_cut
-from specbasis.finetune.prefix.narrow import find_narrow, slicing
+from specbasis.finetuning.prefix import Cut, PrefixCache, find_cut
+from specbasis.finetuning.prefix.narrow import find_narrow, slicing
 
 MATRICES = r"attention\.self\.(query|key|value)_proj|attention\.output\.dense|intermediate\.dense|output\.dense"
 EVERYWHERE = rf".*\.layer\.\d+\.({MATRICES})"

@@ -17,11 +17,11 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 from transformers import Trainer, TrainingArguments
 
-from specbasis.pretrain.callback import SpectralCallback
-from specbasis.pretrain.images import Images
-from specbasis.pretrain.mae import MAE, new_mae, save_model
-from specbasis.pretrain.track import track
-from specbasis.pretrain.training import Training, train
+from specbasis.paper.images import Images
+from specbasis.paper.mae import MAE, new_mae, save_model
+from specbasis.paper.training import Training, train
+from specbasis.tracking.callback import SpectralCallback
+from specbasis.tracking.track import track
 
 
 def timed(run: Callable[[], object]) -> tuple[float, float]:

@@ -24,10 +24,10 @@ import torch
 from torch import nn
 
 from specbasis import Edit, Subject, edited, intervene, matrix_edits
-from specbasis.cache import Cache
 from specbasis.checkpoint import open_checkpoint
-from specbasis.intervene.grid import Grid, _Size, _Stage, admitted
-from specbasis.intervene.live import state
+from specbasis.interventions.grid import Grid, _Size, _Stage, admitted
+from specbasis.interventions.live import state
+from specbasis.jobs.cache import Cache
 
 EDITS = (
     *(Edit("swap", ranks) for ranks in (1, 30, 200, "all")),

@@ -23,7 +23,7 @@ import speed
 def compared(base: str, tuned: str, out: str, workers: int) -> dict[str, object]:
     """All measures at the defaults; what the planner said first."""
     import specbasis as package
-    from specbasis.compare import plan
+    from specbasis.comparison.compare import plan
 
     predicted = plan(base, tuned, workers=workers).bytes
     idle = speed.anonymous(os.getpid())

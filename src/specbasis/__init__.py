@@ -1,14 +1,14 @@
 """specbasis: what finetuning changes in the singular vectors and values of a model's weights."""
 
 from specbasis.checkpoint import open_checkpoint
-from specbasis.compare import Comparison, compare, load
-from specbasis.edits import Edit
-from specbasis.errors import InputError, NonFiniteError
-from specbasis.finetune.runs import finetune
-from specbasis.intervene import Subject, edited, intervene, matrix_edits
-from specbasis.lineage import lineage
-from specbasis.population import population
-from specbasis.svd import SVD, decompose, low_rank_svd
+from specbasis.comparison.compare import Comparison, compare, load
+from specbasis.comparison.population import population
+from specbasis.core.edits import Edit
+from specbasis.core.errors import InputError, NonFiniteError
+from specbasis.core.svd import SVD, decompose, low_rank_svd
+from specbasis.finetuning.runs import finetune
+from specbasis.interventions import Subject, edited, intervene, matrix_edits
+from specbasis.lineage.tree import lineage
 
 __version__ = "0.1.0"
 

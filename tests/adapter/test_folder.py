@@ -17,7 +17,7 @@ from peft import get_peft_model  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from specbasis.adapter import SpectralConfig, diagnostics, folder  # noqa: E402
-from specbasis.errors import InputError  # noqa: E402
+from specbasis.core.errors import InputError  # noqa: E402
 from tests.adapter.helpers import TARGETS, load_classifier, randomise, save_deberta  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -189,7 +189,7 @@ def test_info(models):
 
 def test_diagnosis_is_the_svd_of_the_merged_weight():
     from specbasis.adapter import SpectralLinear
-    from specbasis.svd import decompose
+    from specbasis.core.svd import decompose
     from tests.adapter.helpers import linear
 
     base = linear(12, 20)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F  # noqa: N812
 
 from specbasis.adapter import functional
-from specbasis.svd import decompose
+from specbasis.core.svd import decompose
 from tests.adapter.helpers import matrix
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from specbasis.adapter import SpectralLinear
-from specbasis.errors import InputError
+from specbasis.core.errors import InputError
 from tests.adapter.helpers import linear, matrix, randomise, transcription
 
 

@@ -25,7 +25,7 @@ from specbasis.adapter import (  # noqa: E402
     parameter_counts,
     peft_bridge,
 )
-from specbasis.errors import InputError  # noqa: E402
+from specbasis.core.errors import InputError  # noqa: E402
 from tests.adapter.helpers import TARGETS, linear, load_classifier, randomise, save_deberta  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -369,7 +369,7 @@ def test_a_folder_is_a_cache_of_bases(tmp_path, monkeypatch):
     options = {"rank": 4, "target_modules": ["lin0", "lin1"], "save_basis": False, "basis_file": str(tmp_path)}
     one = get_peft_model(mlp(), SpectralConfig(**options))
     assert len(list(tmp_path.iterdir())) == 2
-    monkeypatch.setattr("specbasis.cache.decompose", lambda *_, **__: pytest.fail("decomposed again"))
+    monkeypatch.setattr("specbasis.jobs.cache.decompose", lambda *_, **__: pytest.fail("decomposed again"))
     two = get_peft_model(mlp(), SpectralConfig(**options))
     for name, layer in one.base_model.spectral_layers().items():
         assert torch.equal(
@@ -541,7 +541,7 @@ def test_the_mark_on_parameters_is_the_loading_report(base):
     model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
         base, num_labels=3, output_loading_info=True
     )
-    from specbasis.adapter.heads import fresh_modules
+    from specbasis.adapter.task_heads import fresh_modules
 
     assert (
         {key.split(".")[0] for key in report["missing_keys"]}
@@ -551,7 +551,7 @@ def test_the_mark_on_parameters_is_the_loading_report(base):
 
 
 def test_a_poolers_place_below_the_backbone(tmp_path):
-    from specbasis.adapter.heads import fresh_modules
+    from specbasis.adapter.task_heads import fresh_modules
 
     config = transformers.BertConfig(
         vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=20
@@ -565,7 +565,7 @@ def test_a_poolers_place_below_the_backbone(tmp_path):
 
 
 def test_resized_embeddings_are_not_a_head(tmp_path):
-    from specbasis.adapter.heads import fresh_modules
+    from specbasis.adapter.task_heads import fresh_modules
 
     config = transformers.LlamaConfig(
         vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=20

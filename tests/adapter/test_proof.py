@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from specbasis.adapter import proof as proofs
 from specbasis.adapter.proof import COLUMNS, TOLERANCE, align, check_stored, prove, sketch, weight_digest
-from specbasis.errors import InputError
-from specbasis.svd import SVD, decompose
+from specbasis.core.errors import InputError
+from specbasis.core.svd import SVD, decompose
 from tests.adapter.helpers import matrix
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from specbasis.checkpoint import Checkpoint, content_sha256, open_checkpoint, sha256, weights_sha256
 from specbasis.checkpoint.entry import inside
-from specbasis.errors import InputError
+from specbasis.core.errors import InputError
 
 
 def tensors(seed=0):

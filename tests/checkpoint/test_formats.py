@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from specbasis.checkpoint import open_checkpoint
-from specbasis.errors import InputError
+from specbasis.core.errors import InputError
 
 
 def matrix(rows=64, columns=96, seed=0):

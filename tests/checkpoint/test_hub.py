@@ -20,7 +20,7 @@ from safetensors.torch import save, save_file
 from specbasis.checkpoint import content_sha256, open_checkpoint, open_tuned
 from specbasis.checkpoint.hub import RETRIES, Address, parse_address
 from specbasis.checkpoint.readers import _parse_header
-from specbasis.errors import InputError
+from specbasis.core.errors import InputError
 
 pytest.importorskip("huggingface_hub")
 

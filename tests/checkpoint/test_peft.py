@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from specbasis.checkpoint import open_checkpoint, open_tuned
-from specbasis.errors import InputError
-from specbasis.svd import decompose, low_rank_svd
+from specbasis.core.errors import InputError
+from specbasis.core.svd import decompose, low_rank_svd
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")

@@ -4,7 +4,7 @@ import mpmath
 import numpy as np
 from torch import Tensor
 
-from specbasis.svd import SVD
+from specbasis.core.svd import SVD
 
 DIGITS = 45
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from specbasis.adapter.heads import ParameterCounts, parameter_counts
 from specbasis.adapter.layer import SpectralLinear
+from specbasis.adapter.task_heads import ParameterCounts, parameter_counts
 
 if TYPE_CHECKING:
     from specbasis.adapter.peft_bridge import SpectralConfig, SpectralModel

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from specbasis.adapter.layer import SpectralLinear, check_interval
 from specbasis.adapter.proof import weight_digest
-from specbasis.cache import Cache
 from specbasis.checkpoint import Checkpoint, open_checkpoint
-from specbasis.errors import InputError
-from specbasis.svd import SVD, decompose
+from specbasis.core.errors import InputError
+from specbasis.core.svd import SVD, decompose
+from specbasis.jobs.cache import Cache
 
 
 def save_bases(path: str | Path, layers: Mapping[str, SpectralLinear], adapter_name: str) -> None:

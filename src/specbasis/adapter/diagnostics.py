@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from specbasis.svd import decompose
+from specbasis.core.svd import decompose
 
 
 @dataclass(frozen=True, eq=False)

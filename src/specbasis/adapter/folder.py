@@ -19,8 +19,8 @@ from specbasis.adapter.diagnostics import diagnose
 from specbasis.adapter.layer import compute_basis
 from specbasis.adapter.proof import Proof, align, check_format, check_stored, weight_digest
 from specbasis.checkpoint import Checkpoint, open_checkpoint
-from specbasis.errors import InputError
-from specbasis.svd import decompose
+from specbasis.core.errors import InputError
+from specbasis.core.svd import decompose
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."

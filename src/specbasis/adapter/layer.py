@@ -18,8 +18,8 @@ from torch.nn import functional as F  # noqa: N812
 
 from specbasis.adapter import functional
 from specbasis.adapter.proof import Proof, align, check_format, check_stored, empty_proof, prove
-from specbasis.errors import InputError
-from specbasis.svd import SVD, half_svd
+from specbasis.core.errors import InputError
+from specbasis.core.svd import SVD, half_svd
 
 Scale = Literal["none", "sigma"]
 Init = Literal["zero", "normal"]

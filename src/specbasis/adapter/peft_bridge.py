@@ -40,12 +40,12 @@ from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quant
 from torch import Tensor, nn
 
 from specbasis.adapter import bases
-from specbasis.adapter.heads import fresh_modules, head_modules, says_what_was_loaded
 from specbasis.adapter.layer import SpectralLinear, find_bases, innermost
-from specbasis.architecture import model_map
+from specbasis.adapter.task_heads import fresh_modules, head_modules, says_what_was_loaded
+from specbasis.architecture.pair import model_map
 from specbasis.checkpoint import open_checkpoint
-from specbasis.errors import InputError
-from specbasis.svd import SVD
+from specbasis.core.errors import InputError
+from specbasis.core.svd import SVD
 
 NEEDS_PEFT = "0.21"
 """The oldest PEFT whose tuner interface this module speaks."""
@@ -78,7 +78,7 @@ class SpectralConfig(PeftConfig):
         any
             vector is not the trained one; the file is then little more than M.
         basis_file: a base-level basis file that many adapters share: read if it exists, written if not; or an
-            existing folder, used as a cache of decompositions (`specbasis.cache.Cache`). Not saved.
+            existing folder, used as a cache of decompositions (`specbasis.jobs.cache.Cache`). Not saved.
         modules_to_save: modules trained and saved whole. A task head and pooler that the base checkpoint lacks are
             added by themselves.
         shard_basis: hold U and Vh as parameters without gradient, which FSDP shards.

@@ -22,8 +22,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from specbasis.errors import InputError
-from specbasis.svd import SVD
+from specbasis.core.errors import InputError
+from specbasis.core.svd import SVD
 
 COLUMNS = 4
 """Columns of the sketch: 8·COLUMNS bytes for each pair of vectors."""

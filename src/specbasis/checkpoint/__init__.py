@@ -21,7 +21,7 @@ from specbasis.checkpoint.entry import Checkpoint, Entry
 from specbasis.checkpoint.peft import is_adapter, open_adapter
 from specbasis.checkpoint.places import locate
 from specbasis.checkpoint.readers import tensor_entries
-from specbasis.errors import InputError
+from specbasis.core.errors import InputError
 
 __all__ = [
     "Checkpoint",

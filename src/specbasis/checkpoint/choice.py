@@ -11,7 +11,7 @@ from typing import Any
 from specbasis.checkpoint.entry import Checkpoint, Entry, check_names, json_object, no_key, reading, shown
 from specbasis.checkpoint.places import Place
 from specbasis.checkpoint.readers import with_scale
-from specbasis.errors import InputError
+from specbasis.core.errors import InputError
 
 USUAL = tuple(
     name + ending

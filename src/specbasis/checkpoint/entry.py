@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
-from specbasis.errors import InputError
+from specbasis.core.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from urllib.parse import unquote
 
 from specbasis.checkpoint.entry import is_plain
-from specbasis.errors import InputError
+from specbasis.core.errors import InputError
 
 RETRIES = 5
 """How often a request is repeated after a failure that can pass: no connection, cut off, 408, 429, 5xx."""

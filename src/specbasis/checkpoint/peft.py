@@ -31,8 +31,8 @@ from torch import Tensor
 from specbasis.checkpoint.choice import USUAL, read_config
 from specbasis.checkpoint.entry import Checkpoint, Entry, reading
 from specbasis.checkpoint.places import Place
-from specbasis.errors import InputError
-from specbasis.svd import decompose
+from specbasis.core.errors import InputError
+from specbasis.core.svd import decompose
 
 CONFIG = "adapter_config.json"
 

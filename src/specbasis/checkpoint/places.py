@@ -18,7 +18,7 @@ from typing import Protocol
 from specbasis.checkpoint import hub
 from specbasis.checkpoint.entry import Entry, inside, is_plain, no_key, reading, shown
 from specbasis.checkpoint.readers import check_framework, file_entries, remote_entries
-from specbasis.errors import InputError
+from specbasis.core.errors import InputError
 
 
 class Place(Protocol):

@@ -31,7 +31,7 @@ from specbasis.checkpoint.entry import (
     shown,
 )
 from specbasis.checkpoint.hub import Repository
-from specbasis.errors import InputError
+from specbasis.core.errors import InputError
 
 _TENSORFLOW = ("TensorFlow", "from_tf", "tensorflow tf-keras")
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from specbasis.checkpoint.entry import Checkpoint, Entry
-from specbasis.errors import InputError
+from specbasis.core.errors import InputError
 
 SHARD_BYTES = 5 * 10**9
 """Size at which a new shard begins; transformers reads any."""

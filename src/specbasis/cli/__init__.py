@@ -19,7 +19,7 @@ from specbasis.cli.population import lineage, population
 from specbasis.cli.reproduce import reproduce_app
 from specbasis.cli.spectra import spectra
 from specbasis.cli.zoo import zoo_app
-from specbasis.errors import InputError
+from specbasis.core.errors import InputError
 
 app = typer.Typer(
     help="What finetuning changes in the singular vectors and values of a model's weights.",

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from specbasis.cells import Progress
-from specbasis.errors import InputError
+from specbasis.core.errors import InputError
+from specbasis.jobs.cells import Progress
 
 STDOUT = Console()
 STDERR = Console(stderr=True)

@@ -14,13 +14,13 @@ from rich.console import Console
 from rich.table import Table
 
 import specbasis
-from specbasis.architecture import ROLES, MatrixRef, coverage, model_map
+from specbasis.architecture.pair import ROLES, MatrixRef, coverage, model_map
 from specbasis.cli.common import OUT, STDERR, STDOUT, STREAM, line, numbers, progress, words
-from specbasis.compare import Plan
-from specbasis.findings import CHECKS, kinds
-from specbasis.plan import human_bytes, rates
-from specbasis.report.tables import SEVERITIES, by_reason, cells, number, over_all_ranks
-from specbasis.summary import RoleSummary, named_parts
+from specbasis.comparison.compare import Plan
+from specbasis.comparison.findings import CHECKS, kinds
+from specbasis.comparison.summary import RoleSummary, named_parts
+from specbasis.figures.tables import SEVERITIES, by_reason, cells, number, over_all_ranks
+from specbasis.jobs.cost import human_bytes, rates
 
 BASE = Annotated[
     str, typer.Argument(metavar="BASE", help="pretrained: file, folder, hub:org/name, timm:name, pkg:…")
@@ -84,8 +84,8 @@ def compare(
 
     Exit codes: 0 done; 1 a finding that --fail-on names; 2 an input that cannot be used, or a matrix that failed.
     """
-    from specbasis.compare import compare as run
-    from specbasis.compare import plan
+    from specbasis.comparison.compare import compare as run
+    from specbasis.comparison.compare import plan
 
     wanted = kinds(words(fail_on))
     what: dict[str, Any] = {

@@ -11,7 +11,7 @@ import typer
 from specbasis.cli.common import STDERR, line, progress
 from specbasis.cli.population import modalities
 from specbasis.cli.reproduce import reproduce_app
-from specbasis.recipes.figures import RECIPES, Recipe
+from specbasis.paper.figures import RECIPES, Recipe
 
 
 def _verb(recipe: Recipe) -> Callable[..., None]:
@@ -30,9 +30,9 @@ def _verb(recipe: Recipe) -> Callable[..., None]:
         ] = None,
         column: Annotated[str, typer.Option(help="which column of --scores, where it has several")] = "",
     ) -> None:
-        from specbasis.compare import compare
-        from specbasis.population import read_scores
-        from specbasis.recipes.figures import reproduce
+        from specbasis.comparison.compare import compare
+        from specbasis.comparison.population import read_scores
+        from specbasis.paper.figures import reproduce
 
         paths, modality = modalities(results)
         found = read_scores(scores, column)[0] if scores else None

@@ -8,15 +8,15 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from specbasis.cells import Progress, Row, read_cells
 from specbasis.cli.common import STDERR, line, numbers, progress, words
 from specbasis.cli.reproduce import reproduce_app
-from specbasis.errors import InputError
-from specbasis.finetune import Finetuned
-from specbasis.finetune import finetune as run_finetune
-from specbasis.finetune.grid import SCRATCH, Search, Setting, kept_model, stored
-from specbasis.finetune.tasks import GLUE, task_named
-from specbasis.recipes import fig5, table1, table1_page
+from specbasis.core.errors import InputError
+from specbasis.finetuning import Finetuned
+from specbasis.finetuning import finetune as run_finetune
+from specbasis.finetuning.grid import SCRATCH, Search, Setting, kept_model, stored
+from specbasis.finetuning.tasks import GLUE, task_named
+from specbasis.jobs.cells import Progress, Row, read_cells
+from specbasis.paper import fig5, table1, table1_page
 
 BASE = Annotated[str, typer.Argument(metavar="BASE", help="pretrained: folder, hub:org/name, timm:name, pkg:…")]
 DATA_DIR = Annotated[
@@ -97,7 +97,7 @@ def finetune(
         gradient_checkpointing=gradient_checkpointing,
         group_by_length=group_by_length,
     )
-    from specbasis.finetune.train import is_main_process
+    from specbasis.finetuning.train import is_main_process
 
     if not is_main_process():
         return
@@ -211,7 +211,7 @@ def _figure_verb(name: str) -> Callable[..., None]:
         no_run: ONLY_TABLE = False,
     ) -> None:
         _extras()
-        from specbasis.finetune.base import shape_of
+        from specbasis.finetuning.base import shape_of
 
         ranks, blocks = shape_of(base)
         what = fig5.panel(

@@ -11,13 +11,13 @@ import typer
 from rich import box
 from rich.table import Table
 
-from specbasis.cells import Row
 from specbasis.cli.common import STDERR, STDOUT, line, numbers, progress, words
 from specbasis.cli.reproduce import reproduce_app
-from specbasis.edits import KINDS, Edit
-from specbasis.errors import InputError
-from specbasis.intervene.live import blocks_and_roles
-from specbasis.intervene.stored import write_edited
+from specbasis.core.edits import KINDS, Edit
+from specbasis.core.errors import InputError
+from specbasis.interventions.live import blocks_and_roles
+from specbasis.interventions.stored import write_edited
+from specbasis.jobs.cells import Row
 
 _KINDS = "; ".join(f"{name}: {kind.about}" for name, kind in KINDS.items())
 
@@ -95,9 +95,9 @@ def intervene(
     figures: Annotated[bool, typer.Option(help="draw the figures and the table of sharing")] = True,
 ) -> None:
     """Judge finetunes while their singular vectors are swapped, randomised and masked, against controls."""
-    from specbasis.intervene import Subject, judge
-    from specbasis.intervene import intervene as run
-    from specbasis.intervene.report import write_figures
+    from specbasis.figures.interventions_report import write_figures
+    from specbasis.interventions import Subject, judge
+    from specbasis.interventions import intervene as run
 
     found: dict[str, Subject] = {}
     options = {
@@ -149,7 +149,7 @@ def _figure_verb(name: str, about: str) -> Callable[..., None]:
         only: Annotated[str, typer.Option(help="only these models, e.g. sst2,cola")] = "",
         out: Annotated[Path | None, typer.Option("--out", help="folder to write; default: DIR/figures")] = None,
     ) -> None:
-        from specbasis.intervene.report import write_figures
+        from specbasis.figures.interventions_report import write_figures
 
         for path in write_figures(folder, (name,), only=words(only), out=out):
             line(f"written: {path}")
@@ -186,7 +186,7 @@ def _ranks(text: str) -> int | str:
 
 def _print_grid(out: Path) -> None:
     """The change of each model's metric by kind and ranks, mean over seeds; * where every draw has p < 0.05."""
-    from specbasis.intervene.grid import BASELINE, read_grid
+    from specbasis.interventions.grid import BASELINE, read_grid
 
     rows, metrics = read_grid(out)
     for label, metric in metrics.items():

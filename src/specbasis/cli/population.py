@@ -11,8 +11,8 @@ from rich import box
 from rich.table import Table
 
 from specbasis.cli.common import STDERR, STDOUT, line, words
-from specbasis.errors import InputError
-from specbasis.report.tables import number
+from specbasis.core.errors import InputError
+from specbasis.figures.tables import number
 
 RESULTS = Annotated[
     list[str],
@@ -38,9 +38,9 @@ def population(
     """Summarise many comparisons, and correlate alignment, by depth and rank, with scores."""
     from dataclasses import asdict
 
-    from specbasis.findings import as_json
-    from specbasis.population import population as run
-    from specbasis.population import read_scores
+    from specbasis.comparison.findings import as_json
+    from specbasis.comparison.population import population as run
+    from specbasis.comparison.population import read_scores
 
     found, name = read_scores(scores, column) if scores else (None, "score")
     paths, modality = modalities(results)
@@ -93,8 +93,8 @@ def lineage(
     json: Annotated[bool, typer.Option("--json", help="print one JSON document, nothing else")] = False,
 ) -> None:
     """Draw which checkpoint was trained from which, as far as their weights alone can tell."""
-    from specbasis.lineage import lineage as run
-    from specbasis.lineage import members_of
+    from specbasis.lineage.tree import lineage as run
+    from specbasis.lineage.tree import members_of
 
     found = run(members_of(Path(models[0])) if len(models) == 1 else models, align=align)
     if json:

@@ -12,11 +12,11 @@ from rich.table import Table
 
 from specbasis.cli.common import OUT, STDERR, STDOUT, STREAM, line, numbers, progress, words
 from specbasis.cli.reproduce import reproduce_app
-from specbasis.errors import InputError
+from specbasis.core.errors import InputError
 
 if TYPE_CHECKING:
-    from specbasis.pretrain.formation import Formation
-    from specbasis.recipes.formation_claims import Claim
+    from specbasis.paper.formation_claims import Claim
+    from specbasis.paper.formation_grid import Formation
 
 DATA = Annotated[
     str,
@@ -49,8 +49,8 @@ def pretrain(
     device: DEVICE = None,
 ) -> None:
     """Train the paper's masked autoencoder, or a classifier on its encoder; the same command continues it."""
-    from specbasis.pretrain.images import open_images
-    from specbasis.pretrain.training import Training, train
+    from specbasis.paper.images import open_images
+    from specbasis.paper.training import Training, train
 
     opened = open_images(data)
     for note in opened.train.notes + opened.test.notes:
@@ -109,7 +109,7 @@ def track(
     ] = None,
 ) -> None:
     """Alignment of every checkpoint of a training to the first, the last and the one before, with a figure."""
-    from specbasis.pretrain.track import track as follow
+    from specbasis.tracking.track import track as follow
 
     with progress() as tell:
         found = follow(
@@ -193,7 +193,7 @@ def _plan(
     post_images: int | None,
     validation: int | None,
 ) -> Formation:
-    from specbasis.recipes.formation import SMALL, paper
+    from specbasis.paper.formation import SMALL, paper
 
     if size not in ("small", "paper"):
         raise InputError(f"got --size {size!r}; want small or paper")
@@ -221,9 +221,9 @@ def _counts(flag: str, text: str) -> list[int]:
 
 
 def _reproduce(figure: str, out: Path, plan: Formation, draw: bool) -> None:
-    from specbasis.cells import read_cells
-    from specbasis.pretrain.formation import run_formation
-    from specbasis.recipes.formation import cells_of, write_outcome
+    from specbasis.jobs.cells import read_cells
+    from specbasis.paper.formation import cells_of, write_outcome
+    from specbasis.paper.formation_grid import run_formation
 
     if not draw:
         with progress() as tell:

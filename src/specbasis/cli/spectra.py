@@ -13,7 +13,7 @@ from rich.table import Table
 
 import specbasis
 from specbasis.cli.common import STDOUT, STREAM, line
-from specbasis.errors import InputError
+from specbasis.core.errors import InputError
 
 
 def spectra(
@@ -22,7 +22,7 @@ def spectra(
     stream: STREAM = False,
 ) -> None:
     """Print the power-law exponent, Marchenko-Pastur spikes and ranks of every weight matrix of one model."""
-    from specbasis.spectra import spectra as found_in
+    from specbasis.comparison.spectra import spectra as found_in
 
     table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     for heading in ("matrix", "alpha", "D", "tail", "spikes", "log norm", "stable", "effective"):

@@ -8,8 +8,8 @@ import typer
 
 from specbasis.cli.common import OUT, STDERR, STREAM, line, progress, words
 from specbasis.cli.compare import print_comparison, write_report
-from specbasis.errors import InputError
-from specbasis.recipes.zoo import run_zoo, zoo
+from specbasis.core.errors import InputError
+from specbasis.paper.zoo import run_zoo, zoo
 
 zoo_app = typer.Typer(help="The pairs of models that the paper compares; without a verb it lists them.")
 

@@ -1,0 +1,1 @@
+"""Parameter name to block, role and (out, in) matrix; which matrices of two models belong together."""

@@ -1,0 +1,477 @@
+"""Many comparisons as one population: summaries, and correlations with scores that say what they could have seen.
+
+Reads the rows of results folders, and nothing else.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from specbasis.comparison.compare import Comparison, load
+from specbasis.comparison.findings import as_json
+from specbasis.comparison.summary import SIDES, summarise
+from specbasis.core.errors import InputError
+from specbasis.jobs import results as store
+
+DEPTHS = ("shallow", "middle", "deep")
+"""Thirds of each stack of blocks, from the input."""
+
+RANKS = ((1, 10), (11, 30), (31, 100), (101, 200))
+"""Ranges of 1-based ranks, both ends included, within which alignment is averaged."""
+
+LEAST = 5
+"""Fewer units than this give no correlation: its interval would span everything."""
+
+RESAMPLES = 4999
+POWER = 0.8
+LEVEL = 0.05
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One pair of the population.
+
+    Attributes:
+        name: its label, with the folder before it where two folders have the same.
+        pair: its label in its own folder.
+        comparison: the folder that it is in.
+        modality: what the models read, such as "vision"; empty where not said.
+    """
+
+    name: str
+    pair: str
+    comparison: Comparison
+    modality: str = ""
+
+    @property
+    def base(self) -> str:
+        """SHA-256 of its base: finetunes of one base are not independent of each other."""
+        return str(self.comparison.manifest["base"]["sha256"])
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """Correlation between the mean alignment of a part of the models and a score, over models.
+
+    Attributes:
+        modality, depth, ranks: the part.
+        method: "spearman" or "pearson".
+        models, clusters: how many models, and how many units are drawn and exchanged.
+        unit: what these are: "base", each with all its finetunes; "finetune" where there are fewer than `LEAST`
+            bases: then nothing is said about other bases.
+        r: the coefficient, over models.
+        low, high: 95 % interval, by a bootstrap that draws units.
+        p: permutation p-value; over the means of each base where these are the units.
+        q_bh, q_by: p adjusted for the family: Benjamini–Hochberg, and Benjamini–Yekutieli for any dependence.
+        family: how many tests the family has: all parts and modalities of this method.
+    """
+
+    modality: str
+    depth: str
+    ranks: str
+    method: str
+    models: int
+    clusters: int
+    unit: str
+    r: float
+    low: float
+    high: float
+    p: float
+    q_bh: float
+    q_by: float
+    family: int
+
+
+@dataclass(frozen=True, eq=False)
+class Population:
+    """What many pairs add up to. Tables are lists of flat dictionaries, one for each line.
+
+    Attributes:
+        members: the pairs.
+        models: one line for each pair: verdict, alignment, size of the update, what was found.
+        parts: one line for each pair and role, and for each pair and block (kind, part).
+        cells: one line for each pair, depth and range of ranks: mean alignment of both sides, resolved ranks only.
+        correlations: see `Correlation`; empty without scores.
+        score: name of the column of scores.
+        unscored: pairs without a score.
+    """
+
+    members: list[Member]
+    models: list[dict[str, Any]]
+    parts: list[dict[str, Any]]
+    cells: list[dict[str, Any]]
+    correlations: list[Correlation]
+    score: str = ""
+    unscored: tuple[str, ...] = ()
+
+    @property
+    def power(self) -> list[dict[str, Any]]:
+        """For each modality and number of clusters: the least |r| that would have been seen 4 times in 5.
+
+        Keys: modality, clusters, unit, tests, alone (at p < 0.05), family (at 0.05 / tests, the most that control
+        can ask for).
+        """
+        lines = {(c.modality, c.clusters, c.unit, c.family) for c in self.correlations if c.family}
+        return [
+            {
+                "modality": modality,
+                "clusters": clusters,
+                "unit": unit,
+                "tests": family,
+                "alone": detectable(clusters),
+                "family": detectable(clusters, LEVEL / family),
+            }
+            for modality, clusters, unit, family in sorted(lines)
+        ]
+
+    def write(self, out: str | Path) -> Path:
+        """Write models.csv, parts.csv, cells.csv, correlations.csv and population.json to a folder; returns it."""
+        out = Path(out)
+        tables = {
+            "models": self.models,
+            "parts": self.parts,
+            "cells": self.cells,
+            "correlations": [asdict(c) for c in self.correlations],
+        }
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            for name, lines in tables.items():
+                if lines:
+                    _write_csv(out / f"{name}.csv", lines)
+            whole = {"score": self.score, "unscored": self.unscored, "power": self.power} | tables
+            (out / "population.json").write_text(
+                json.dumps(as_json(whole), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
+        except OSError as error:
+            raise InputError(
+                f"{out}: cannot be written ({error.strerror or error}); choose another place"
+            ) from error
+        return out
+
+
+def population(
+    results: Sequence[str | Path | Comparison],
+    *,
+    scores: Mapping[str, float] | None = None,
+    score: str = "score",
+    modality: Mapping[str, str] | None = None,
+    ranks: Sequence[tuple[int, int]] = RANKS,
+    roles: Sequence[str] = (),
+) -> Population:
+    """Summaries over many pairs, and how the alignment of their parts goes with a score.
+
+    For each modality, third of the depth and range of ranks: mean alignment of a model against its score, Spearman
+    and Pearson, with permutation p-values adjusted over all of these tests of one method, intervals that draw whole
+    families of finetunes, and the least correlation that so many models could have shown (`Population.power`).
+
+    Args:
+        results: results folders, or comparisons; each may have many pairs.
+        scores: pair → score.
+        score: what the score is called.
+        modality: pair or folder → modality; correlations are taken within each.
+        ranks: ranges of 1-based ranks, both ends included.
+        roles: only matrices with these roles (a prefix such as "ffn" counts).
+
+    Raises:
+        InputError: a folder holds no results, or no pair has a score.
+
+    Source: Yu et al. 2026, App. J, Fig. 18; Benjamini & Hochberg 1995; Benjamini & Yekutieli 2001.
+    """
+    members = gather(results, modality or {})
+    for low, high in ranks:
+        if not 1 <= low <= high:
+            raise InputError(f"got ranks {low}-{high}; want ascending ranges from 1, such as 1-10")
+    models = [_model(member) for member in members]
+    parts = [line for member in members for line in _parts(member)]
+    cells_ = [line for member in members for line in cells(member, ranks, roles)]
+    known = {m.name: scores[key] for m in members for key in (m.name, m.pair) if scores and key in scores}
+    unscored = tuple(m.name for m in members if m.name not in known) if scores is not None else ()
+    if scores is not None and not known:
+        raise InputError(
+            f"no pair has a score: pairs are {_few([m.name for m in members])}; scores are for {_few(list(scores))}"
+        )
+    for line in models:
+        if line["pair"] in known:
+            line[score] = known[line["pair"]]
+    found = correlate(cells_, known, {m.name: m.base for m in members}) if known else []
+    return Population(members, models, parts, cells_, found, score if known else "", unscored)
+
+
+def gather(results: Sequence[str | Path | Comparison], modality: Mapping[str, str]) -> list[Member]:
+    """Every pair of some results folders, with a name of its own."""
+    if isinstance(results, str | Path | Comparison):
+        results = [results]
+    comparisons = [r if isinstance(r, Comparison) else load(r) for r in results]
+    folders = store.unique_labels([str(c.folder) for c in comparisons])
+    labels = [label for c in comparisons for label in c.pairs]
+    members = []
+    for folder, comparison in zip(folders, comparisons, strict=True):
+        for label in comparison.pairs:
+            name = label if labels.count(label) == 1 else f"{folder}/{label}"
+            keys = (name, label, folder, str(comparison.folder))
+            members.append(Member(name, label, comparison, next((modality[k] for k in keys if k in modality), "")))
+    if not members:
+        raise InputError("got no results; want folders that compare wrote")
+    return members
+
+
+def read_scores(path: Path, column: str = "") -> tuple[dict[str, float], str]:
+    """Scores from a CSV file with a column ``pair`` or ``model``, and the name of their column.
+
+    Raises:
+        InputError: no such file or column, several columns to choose from, or a score that is no number.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            lines, fields = list(reader), [name for name in reader.fieldnames or [] if name]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: cannot be read as CSV ({error})") from error
+    key = next((name for name in ("pair", "model") if name in fields), "")
+    if not key:
+        raise InputError(f"{path}: has columns {', '.join(fields) or 'none'}; want one called pair or model")
+    others = [name for name in fields if name != key]
+    if column not in others and (column or len(others) != 1):
+        raise InputError(f"{path}: which column holds the scores? there is: {', '.join(others)}; say --column NAME")
+    column = column or others[0]
+    scores = {}
+    for i, line in enumerate(lines, 2):
+        text = (line[column] or "").strip()
+        if not text:
+            continue
+        try:
+            scores[line[key]] = float(text)
+        except ValueError as error:
+            raise InputError(f"{path}, line {i}: got {text!r} in column {column}; want a number") from error
+        if not math.isfinite(scores[line[key]]):
+            raise InputError(f"{path}, line {i}: got {text!r} in column {column}; want a finite number")
+    return scores, column
+
+
+# --- tables -----------------------------------------------------------------------------------------------------
+
+
+def _model(member: Member) -> dict[str, Any]:
+    comparison, pair = member.comparison, member.pair
+    verdict, line = comparison.verdicts[pair], comparison.summaries[pair][-1]
+    return {
+        "pair": member.name,
+        "base": comparison.manifest["base"]["source"],
+        "modality": member.modality,
+        "verdict": verdict.kind,
+        "matrices": line.matrices,
+        "frozen": len(verdict.frozen),
+        "unrelated": len(verdict.unrelated),
+        **_figures(line),
+        "findings": "; ".join(finding.kind for finding in comparison.findings[pair]),
+    }
+
+
+def _figures(line: Any) -> dict[str, float]:
+    sides = {
+        f"{name}_{side}": getattr(line, name)[i]
+        for name in ("top10", "top30", "chance")
+        for i, side in enumerate(SIDES)
+    }
+    return sides | {"rsd": line.rsd, "relative_update": line.relative_update}
+
+
+def _parts(member: Member) -> list[dict[str, Any]]:
+    """A pair's lines by role and by block."""
+    rows, pair = member.comparison.rows, member.pair
+    lines = [
+        {"pair": member.name, "kind": "role", "part": line.role, "matrices": line.matrices, **_figures(line)}
+        for line in member.comparison.summaries[pair][:-1]
+    ]
+    mine = rows.filter(pc.field("pair") == pair)
+    places = sorted(
+        {
+            (stack or "", block)
+            for stack, block in zip(mine["stack"].to_pylist(), mine["block"].to_pylist(), strict=True)
+            if block is not None
+        }
+    )
+    for stack, block in places:
+        part = mine.filter((pc.field("block") == block) & (pc.field("stack") == stack))
+        line = summarise(part, pair)[-1]
+        lines.append(
+            {
+                "pair": member.name,
+                "kind": "block",
+                "part": f"{stack} {block}".strip(),
+                "matrices": line.matrices,
+                **_figures(line),
+            }
+        )
+    return lines
+
+
+def cells(
+    member: Member, ranks: Sequence[tuple[int, int]] = RANKS, roles: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """Mean alignment of a pair by third of the depth and range of ranks: over matrices, then over both sides."""
+    mine = member.comparison.rows.filter(pc.field("pair") == member.pair)
+    # Depth is counted in each stack over all of its blocks, whatever roles are asked for.
+    last: dict[str, int] = {}
+    for stack, block in zip(mine["stack"].to_pylist(), mine["block"].to_pylist(), strict=True):
+        if block is not None:
+            last[stack or ""] = max(last.get(stack or "", 0), block)
+    aligned = mine.filter(pc.is_in(pc.field("measure"), _values([f"alignment_{side}" for side in SIDES])))
+    aligned = aligned.filter((pc.field("resolved") == True) & pc.is_valid(pc.field("block")))  # noqa: E712
+    if roles:
+        keep = [any(r == role or r.startswith(role + ".") for role in roles) for r in aligned["role"].to_pylist()]
+        aligned = aligned.filter(np.array(keep, bool))
+    index, value = (aligned[name].to_numpy().astype(np.float64) for name in ("index", "value"))
+    depth = np.array(
+        [
+            min(len(DEPTHS) - 1, len(DEPTHS) * block // (last[stack or ""] + 1))
+            for stack, block in zip(aligned["stack"].to_pylist(), aligned["block"].to_pylist(), strict=True)
+        ],
+        int,
+    )
+    matrix = np.unique(np.array(aligned["matrix"].to_pylist(), dtype=str), return_inverse=True)[1]
+    side = np.array([text.endswith("right") for text in aligned["measure"].to_pylist()], bool)
+    lines = []
+    for d, name in enumerate(DEPTHS):
+        for low, high in ranks:
+            here = (depth == d) & (index + 1 >= low) & (index + 1 <= high)
+            sides = [_mean_of_means(matrix[here & which], value[here & which]) for which in (~side, side)]
+            lines.append(
+                {
+                    "pair": member.name,
+                    "modality": member.modality,
+                    "depth": name,
+                    "ranks": f"{low}-{high}",
+                    "alignment": mean(sides),
+                    "alignment_left": sides[0],
+                    "alignment_right": sides[1],
+                }
+            )
+    return lines
+
+
+def _mean_of_means(groups: NDArray[Any], values: Floats) -> float:
+    if not len(values):
+        return math.nan
+    sums, counts = np.bincount(groups, values), np.bincount(groups)
+    return float(np.mean(sums[counts > 0] / counts[counts > 0]))
+
+
+# --- correlations -----------------------------------------------------------------------------------------------
+
+
+def correlate(
+    cells_: Sequence[Mapping[str, Any]], scores: Mapping[str, float], clusters: Mapping[str, str]
+) -> list[Correlation]:
+    """Every cell's alignment against the scores, both methods, each adjusted over its own family."""
+    from scipy import stats
+
+    groups: dict[tuple[str, str, str], list[tuple[str, float]]] = {}
+    for line in cells_:
+        if line["pair"] in scores and math.isfinite(line["alignment"]):
+            groups.setdefault((line["modality"], line["depth"], line["ranks"]), []).append(
+                (line["pair"], line["alignment"])
+            )
+    found: list[Correlation] = []
+    for method in ("spearman", "pearson"):
+        tested = []
+        for place, members in groups.items():
+            x = np.array([value for _, value in members])
+            y = np.array([scores[name] for name, _ in members])
+            unit, of = units([name for name, _ in members], clusters)
+            tested.append((place, len(x), int(of.max()) + 1, unit, *_test(stats, method, x, y, of)))
+        valid = [entry for entry in tested if math.isfinite(entry[7])]
+        p = [entry[7] for entry in valid]
+        adjusted = {entry[0]: (math.nan, math.nan) for entry in tested}
+        if p:
+            bh, by = (stats.false_discovery_control(p, method=kind) for kind in ("bh", "by"))
+            adjusted |= {entry[0]: (float(a), float(b)) for entry, a, b in zip(valid, bh, by, strict=True)}
+        found += [
+            Correlation(*place, method, n, k, unit, r, low, high, p_, *adjusted[place], len(valid))
+            for place, n, k, unit, r, low, high, p_ in tested
+        ]
+    return found
+
+
+def units(names: Sequence[str], bases: Mapping[str, str]) -> tuple[str, NDArray[Any]]:
+    """What may be drawn and exchanged, and the number of each model's: bases, or finetunes where bases are few."""
+    of = np.unique([bases.get(name, name) for name in names], return_inverse=True)[1]
+    return ("base", of) if of.max(initial=-1) + 1 >= LEAST else ("finetune", np.arange(len(names)))
+
+
+def _test(stats: Any, method: str, x: Floats, y: Floats, of: NDArray[Any]) -> tuple[float, float, float, float]:
+    """(r, low, high, p) of one cell; NaN where there are fewer than `LEAST` clusters or nothing varies."""
+    nothing = (math.nan,) * 4
+    if of.max() + 1 < LEAST or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return nothing
+
+    def coefficient(a: Floats, b: Floats) -> float:
+        if method == "spearman":
+            a, b = stats.rankdata(a), stats.rankdata(b)
+        a, b = a - a.mean(), b - b.mean()
+        size = math.sqrt(float(a @ a) * float(b @ b))
+        return float(a @ b) / size if size > 0 else math.nan
+
+    members = [np.flatnonzero(of == c) for c in range(of.max() + 1)]
+
+    def of_clusters(chosen: NDArray[Any]) -> float:
+        at = np.concatenate([members[int(c)] for c in chosen])
+        return coefficient(x[at], y[at])
+
+    rng = np.random.default_rng(0)
+    drawn = [of_clusters(rng.integers(0, len(members), len(members))) for _ in range(RESAMPLES // 5)]
+    low, high = np.nanquantile(drawn, [LEVEL / 2, 1 - LEVEL / 2])
+    a, b = (np.array([v[at].mean() for at in members]) for v in (x, y))
+    if method == "spearman":
+        a, b = stats.rankdata(a), stats.rankdata(b)
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return nothing
+    way = stats.PermutationMethod(n_resamples=RESAMPLES, rng=np.random.default_rng(0))
+    return coefficient(x, y), float(low), float(high), float(stats.pearsonr(a, b, method=way).pvalue)
+
+
+def detectable(n: int, level: float = LEVEL, power: float = POWER) -> float:
+    """The least |r| that n independent models show at this level with this power; NaN for n < 4.
+
+    tanh((z_{1 − level/2} + z_power) / √(n − 3)), by Fisher's transformation, under which r is nearly normal.
+
+    Source: Fisher 1921; Cohen 1988, ch. 3.
+    """
+    from statistics import NormalDist
+
+    if n < 4:
+        return math.nan
+    z = NormalDist().inv_cdf(1 - level / 2) + NormalDist().inv_cdf(power)
+    return math.tanh(z / math.sqrt(n - 3))
+
+
+def _values(names: Sequence[str]) -> Any:
+    import pyarrow as pa
+
+    return pa.array(names)
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
+
+
+def _write_csv(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    fields = list(dict.fromkeys(key for line in lines for key in line))
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fields, lineterminator="\n")
+        writer.writeheader()
+        for line in lines:
+            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in line.items()})

@@ -1,0 +1,1 @@
+"""Mathematics of matrices: no file, no model."""

@@ -1,0 +1,232 @@
+"""What the entries of two matrices say without any decomposition: sums, equality, correspondence of rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from specbasis.core.errors import NonFiniteError
+
+FORMATS = {"bfloat16": 8, "float16": 11, "float32": 24, "float64": 53}
+"""Storage formats and their significant bits."""
+
+PROBES = 8
+"""Random vectors that measure ‖WᵀT‖_F. More: a surer `_correspondence`, which is off by a fifth as a rule."""
+
+LEAST_SIDE = 64
+"""Where a side is shorter than this, even equal matrices may exceed random orders by too little to tell."""
+
+_BLOCK = 2**17  # entries of one block of rows: they stay in a core's cache
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Sums over the entries of base W and tuned T, float64.
+
+    Attributes:
+        inner: ⟨W, T⟩_F; infinite where it is out of range, which ``cosine`` never is.
+        norms: Frobenius norms of base, tuned and delta.
+        equal: whether the two are equal throughout.
+        figures: the other figures, by the name of the measure that shows them.
+    """
+
+    inner: float
+    norms: Mapping[str, float]
+    equal: bool
+    figures: Mapping[str, float] = field(default_factory=dict)
+
+
+def read_entries(W: Tensor, T: Tensor, names: tuple[str, str] = ("base", "tuned")) -> Entries:
+    """Read two matrices of one shape once, by blocks of rows, and W a second time.
+
+    Figures:
+
+    - ``weight_cosine``: ⟨W, T⟩ / (‖W‖ ‖T‖), NaN where one is zero;
+    - ``weight_cosine_z``: `_correspondence`, of the rows or of the columns, whichever is smaller; NaN where a side
+      is shorter than `LEAST_SIDE`;
+    - ``equal_entries``: share of entries that are equal; ``equal_entries_rounded``: equal once both are rounded to
+      the coarser of the two precisions;
+    - ``precision_base``, ``precision_tuned``: significant bits of the coarsest of `FORMATS` that holds every entry;
+    - ``zero_entries_base``, ``zero_entries_tuned``: share of zeros;
+    - ``grid_levels_base``, ``grid_levels_tuned``: `_grid`, NaN where the entries lie on none;
+    - ``equal_entries_grid``: share of base's sampled groups that round to tuned's on the grid of tuned.
+
+    Costs about 12·`PROBES`·out·in flops.
+
+    Raises:
+        NonFiniteError: NaN or Inf in either.
+    """
+    out, width = W.shape
+    scale = _scale(W, T)
+    columns, rows = _probes(width), _probes(out)
+    images: list[Tensor] = [columns.new_zeros(width, PROBES), rows.new_zeros(width, PROBES)]
+    sums = [columns.new_zeros(width), columns.new_zeros(width)]
+    squares, inner, by_rows = [0.0, 0.0, 0.0], 0.0, 0.0
+    counts = dict.fromkeys(("equal", "zero_base", "zero_tuned", *_COARSE), 0)
+    held = {(side, format_): True for side in ("base", "tuned") for format_ in _COARSE}
+    step = max(1, _BLOCK // width)
+    for start in range(0, out, step):
+        a, b = (_block(X, start, step, scale) for X in (W, T))
+        flat = a.flatten(), b.flatten(), (b - a).flatten()
+        inner += float(flat[0] @ flat[1])
+        squares = [total + float(x @ x) for total, x in zip(squares, flat, strict=True)]
+        by_rows += float(a.sum(1) @ b.sum(1))
+        sums = [total + x.sum(0) for total, x in zip(sums, (a, b), strict=True)]
+        images[0] += a.mT @ (b @ columns)
+        images[1] += b.mT @ rows[start : start + step]
+        _count(W[start : start + step], T[start : start + step], counts, held)
+    for X, total, name in zip((W, T), squares, names, strict=False):
+        if not math.isfinite(total):
+            bad = int((~torch.isfinite(X)).sum())
+            raise NonFiniteError(
+                f"{name}: {bad} of {X.numel()} entries are NaN or Inf: no SVD; repair or leave it out"
+            )
+    product = math.sqrt(squares[0]) * math.sqrt(squares[1])
+    z = [
+        _correspondence(inner - by_rows / width, _centred(images[0]), width),
+        _correspondence(inner - float(sums[0] @ sums[1]) / out, _second_pass(W, images[1], scale, step), out),
+    ]
+    bits = {side: _precision(held, side) for side in ("base", "tuned")}
+    coarser = {bits: name for name, bits in FORMATS.items() if name in _COARSE}.get(min(bits.values()), "equal")
+    figures = {
+        "weight_cosine": max(-1.0, min(1.0, inner / product)) if product else math.nan,
+        "weight_cosine_z": min(z) if min(W.shape) >= LEAST_SIDE else math.nan,
+        "equal_entries": counts["equal"] / W.numel(),
+        "equal_entries_rounded": counts[coarser] / W.numel(),
+        **{f"precision_{side}": float(n) for side, n in bits.items()},
+        **{f"zero_entries_{side}": counts[f"zero_{side}"] / W.numel() for side in ("base", "tuned")},
+        **_grids(W, T),
+    }
+    norms = dict(zip(("base", "tuned", "delta"), (math.sqrt(x) / scale for x in squares), strict=True))
+    return Entries(inner / scale / scale, norms, counts["equal"] == W.numel(), figures)
+
+
+_COARSE = ("bfloat16", "float16", "float32")
+
+
+def _scale(W: Tensor, T: Tensor) -> float:
+    """A power of two that brings float64 weights to a size whose squares are in range; 1 for narrower formats."""
+    if torch.float64 not in (W.dtype, T.dtype):
+        return 1.0
+    largest = max(float(X.abs().max()) for X in (W, T))
+    # Half of the exponents are left for the sums; a subnormal largest entry cannot be scaled further than this.
+    return 2.0 ** -min(1000, math.frexp(largest)[1]) if math.isfinite(largest) and largest > 0 else 1.0
+
+
+def _block(X: Tensor, start: int, step: int, scale: float) -> Tensor:
+    block = X[start : start + step].to(torch.float64)
+    return block if scale == 1.0 else block * scale
+
+
+def _probes(n: int) -> Float[Tensor, "n p"]:
+    """Random signs with their mean taken off: the same for every matrix with this side."""
+    generator = torch.Generator().manual_seed(n)
+    G = torch.randint(0, 2, (n, PROBES), generator=generator).to(torch.float64) * 2 - 1
+    centred: Tensor = G - G.mean(0)
+    return centred
+
+
+def _centred(Z: Tensor) -> float:
+    """Squared norm of what is left of columns when their means are taken off, for one probe."""
+    return float((Z - Z.mean(0)).square().sum()) / PROBES
+
+
+def _second_pass(W: Tensor, Y: Tensor, scale: float, step: int) -> float:
+    """`_centred` of W Y, by blocks of rows."""
+    total, sums = 0.0, Y.new_zeros(PROBES)
+    for start in range(0, len(W), step):
+        Z = _block(W, start, step, scale) @ Y
+        total += float(Z.square().sum())
+        sums += Z.sum(0)
+    return (total - float(sums @ sums) / len(W)) / PROBES
+
+
+def _correspondence(inner: float, square: float, n: int) -> float:
+    """By how many standard deviations ⟨W, T⟩ exceeds that of T with its n columns (or rows) in random order.
+
+    (⟨W, T⟩ − mean) / (‖C WᵀT C‖_F / √(n − 1)), C = I − 11ᵀ/n: the exact mean and variance over all orders, but for
+    ‖·‖_F, which is measured with random vectors. Standard normal for hidden units of independent trainings,
+    whatever the spectra and the means; a finetune gives up to about √n·√(n_eff).
+
+    Source: Hoeffding 1951, A combinatorial central limit theorem.
+    """
+    return inner / math.sqrt(square / (n - 1)) if square > 0 else math.nan
+
+
+def _count(a: Tensor, b: Tensor, counts: dict[str, int], held: dict[tuple[str, str], bool]) -> None:
+    """Equal entries, zeros, and what each format holds, of one block."""
+    if not (a.is_floating_point() and b.is_floating_point()):
+        a, b = a.to(torch.float64), b.to(torch.float64)
+    equal = int((a == b).sum())
+    counts["equal"] += equal
+    for side, x in (("base", a), ("tuned", b)):
+        counts[f"zero_{side}"] += x.numel() - int(x.count_nonzero())
+        for format_ in _COARSE:
+            dtype = getattr(torch, format_)
+            if held[side, format_] and x.dtype != dtype:
+                held[side, format_] = bool((x.to(dtype).to(x.dtype) == x).all())
+    for format_ in _COARSE:
+        # The coarser of two precisions holds all entries of one side: what holds those of neither is not it.
+        if held["base", format_] or held["tuned", format_]:
+            dtype = getattr(torch, format_)
+            stored = a.dtype == b.dtype == dtype
+            counts[format_] += equal if stored else int((a.to(dtype) == b.to(dtype)).sum())
+
+
+GROUP = 32
+"""Entries that are tested together for a grid of their own: the smallest group that quantisers scale together."""
+
+GROUPS = 256
+"""Groups that are tested, spread evenly over the matrix."""
+
+LEVELS = 2**11
+"""More levels than this are no grid of a quantiser."""
+
+
+def _grids(W: Tensor, T: Tensor) -> dict[str, float]:
+    groups = [_groups(X) for X in (W, T)]
+    (levels, _), (tuned_levels, step) = (_grid(x) for x in groups)
+    fit = (groups[1] - groups[0]).abs().amax(1) <= 0.5001 * step
+    return {
+        "grid_levels_base": levels,
+        "grid_levels_tuned": tuned_levels,
+        "equal_entries_grid": math.nan if math.isnan(tuned_levels) else float(fit.double().mean()),
+    }
+
+
+def _groups(X: Tensor) -> Float[Tensor, "groups size"]:
+    """Evenly spread groups of neighbours in a row."""
+    size = min(GROUP, X.shape[1])
+    each = X.shape[1] // size
+    chosen = torch.linspace(0, len(X) * each - 1, min(GROUPS, len(X) * each)).long()
+    columns = (chosen % each)[:, None] * size + torch.arange(size)
+    return X[(chosen // each)[:, None], columns].to(torch.float64)
+
+
+def _grid(x: Float[Tensor, "groups size"]) -> tuple[float, Tensor]:
+    """Levels of the uniform grid on which the entries of most groups lie, and each group's step.
+
+    A group lies on a grid where all differences from its least entry are whole multiples of its least difference,
+    to 1 %, and no more than `LEVELS` of them. NaN where fewer than half of the groups do, or groups are too short.
+    """
+    if x.shape[1] < GROUP:
+        return math.nan, x.new_zeros(len(x))
+    ordered = x.sort(1).values
+    span = ordered[:, -1:] - ordered[:, :1]
+    gaps = ordered.diff(dim=1)
+    # The rounding of dequantised entries is no step of the grid.
+    step = torch.where(gaps > span / LEVELS, gaps, math.inf).amin(1, keepdim=True)
+    multiples = (ordered - ordered[:, :1]) / step
+    on = ((multiples - multiples.round()).abs() <= 0.01).all(1) & (span > 0).squeeze(1)
+    if not len(on) or on.double().mean() < 0.5:
+        return math.nan, step.squeeze(1)
+    return float(((span / step).squeeze(1)[on] + 1).median()), step.squeeze(1)
+
+
+def _precision(held: Mapping[tuple[str, str], bool], side: str) -> int:
+    return next((FORMATS[name] for name in _COARSE if held[side, name]), FORMATS["float64"])

@@ -1,7 +1,0 @@
-"""The finetuning laboratory: tasks, methods, and training them under one protocol."""
-
-from specbasis.finetune.protocol import Placement, Protocol
-from specbasis.finetune.runs import Finetuned, finetune, load
-from specbasis.finetune.tasks import GLUE, Task, TaskData, load_task
-
-__all__ = ["GLUE", "Finetuned", "Placement", "Protocol", "Task", "TaskData", "finetune", "load", "load_task"]

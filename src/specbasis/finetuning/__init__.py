@@ -1,0 +1,7 @@
+"""The finetuning laboratory: tasks, methods, and training them under one protocol."""
+
+from specbasis.finetuning.protocol import Placement, Protocol
+from specbasis.finetuning.runs import Finetuned, finetune, load
+from specbasis.finetuning.tasks import GLUE, Task, TaskData, load_task
+
+__all__ = ["GLUE", "Finetuned", "Placement", "Protocol", "Task", "TaskData", "finetune", "load", "load_task"]

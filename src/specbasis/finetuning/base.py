@@ -1,0 +1,258 @@
+"""The base of a finetune: the model with its new task head, and what turns examples into its inputs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from specbasis.checkpoint import hub, open_checkpoint, weights_sha256
+from specbasis.checkpoint.places import locate
+from specbasis.core.errors import InputError
+from specbasis.finetuning.tasks import Split, Task
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """A pretrained model with the head of a task.
+
+    Attributes:
+        model: a transformers model; its head is random, of the seed that was set, unless the checkpoint has one.
+        processor: tokenizer, or image processor.
+        address: arguments of ``from_pretrained`` that load the same checkpoint.
+        task: whose head it has.
+        max_length: tokens at which texts are cut.
+    """
+
+    model: Any
+    processor: Any
+    address: Mapping[str, Any]
+    task: Task
+    max_length: int
+
+    def encode(self, split: Split) -> Examples:
+        """The inputs of every example; texts are tokenised here, images are read when they are asked for.
+
+        Raises:
+            InputError: the greatest length leaves no room for a text.
+        """
+        if self.task.images:
+            return Images(split, self.processor)
+        if not split.inputs:
+            return Texts([], [], self.task)
+        columns = list(zip(*split.inputs, strict=True))
+        added = self.processor.num_special_tokens_to_add(pair=len(columns) > 1)
+        if self.max_length <= added:
+            raise InputError(
+                f"got max_length = {self.max_length}; want more than {added}: the tokenizer adds so many tokens"
+            )
+        encoded = self.processor(*map(list, columns), truncation=True, max_length=self.max_length)
+        names = [name for name in encoded if name in self.processor.model_input_names]
+        return Texts(
+            [{name: encoded[name][i] for name in names} for i in range(len(split))], split.labels, self.task
+        )
+
+    def collator(self) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
+        """Batches: padded to the longest of each batch."""
+        from transformers import DataCollatorWithPadding, default_data_collator
+
+        collate: Callable[[list[dict[str, Any]]], dict[str, Tensor]] = (
+            default_data_collator if self.task.images else DataCollatorWithPadding(self.processor)
+        )
+        return collate
+
+
+class Texts(Dataset[dict[str, Any]]):
+    """Tokenised texts with their labels.
+
+    Attributes:
+        lengths: tokens of each example.
+    """
+
+    def __init__(self, encoded: Sequence[dict[str, Any]], labels: Sequence[float], task: Task) -> None:
+        kind = float if task.regression else int
+        self.items = [{**one, "labels": kind(label)} for one, label in zip(encoded, labels, strict=True)]
+        self.lengths: list[int] | None = [len(one["input_ids"]) for one in encoded]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.items[index]
+
+
+class Images(Dataset[dict[str, Any]]):
+    """Images with their labels, read from their files one by one."""
+
+    lengths: list[int] | None = None
+
+    def __init__(self, split: Split, processor: Any) -> None:
+        self.split, self.processor = split, processor
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        from PIL import Image, UnidentifiedImageError
+
+        (path,) = self.split.inputs[index]
+        try:
+            with Image.open(path) as image:
+                pixels = self.processor(image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
+        except (OSError, UnidentifiedImageError) as error:
+            raise InputError(f"{path}: not a readable image: {error}") from error
+        return {"pixel_values": pixels, "labels": int(self.split.labels[index])}
+
+
+Examples = Texts | Images
+
+
+def load_base(base: str | Path, task: Task, *, max_length: int = 256, scratch: bool = False) -> Base:
+    """Load a pretrained model with a head for a task, in float32; a head that it lacks is drawn from torch's
+    generator.
+
+    Args:
+        base: folder, file, ``hub:org/name@revision/subfolder``, bare ``org/name``, ``timm:name`` or ``pkg:…``, of a
+            model that transformers knows.
+        task: what is to be predicted.
+        max_length: tokens at which texts are cut; less where the model takes less.
+        scratch: the same architecture with every weight drawn anew: what pretraining is compared with.
+
+    Raises:
+        InputError: nothing there, no ``config.json``, or a model that transformers cannot give such a head without
+            running code from the checkpoint.
+    """
+    import transformers
+
+    address = _address(base)
+    config = _loading(base, lambda: transformers.AutoConfig.from_pretrained(**address, trust_remote_code=False))
+    config.num_labels = max(1, len(task.labels))
+    if task.labels:
+        config.id2label = dict(enumerate(task.labels))
+        config.label2id = {name: index for index, name in enumerate(task.labels)}
+    config.problem_type = "regression" if task.regression else "single_label_classification"
+    kind = (
+        transformers.AutoModelForImageClassification
+        if task.images
+        else transformers.AutoModelForSequenceClassification
+    )
+    processors = transformers.AutoImageProcessor if task.images else transformers.AutoTokenizer
+    processor = _loading(base, lambda: processors.from_pretrained(**address, trust_remote_code=False))
+    weights: dict[str, Any] = {"config": config, "dtype": torch.float32, "trust_remote_code": False}
+    model = _loading(
+        base,
+        lambda: (
+            kind.from_config(**weights)
+            if scratch
+            else kind.from_pretrained(**address, **weights, ignore_mismatched_sizes=True)
+        ),
+    )
+    if not task.images and len(processor) <= len(set(processor.all_special_ids)):
+        raise InputError(
+            f"{base}: its tokenizer knows no words; are the tokenizer's files (tokenizer.json, vocab.txt …) beside "
+            "the weights?"
+        )
+    if not task.images and processor.pad_token is None:
+        processor.pad_token = processor.eos_token or processor.unk_token
+        if processor.pad_token is None:
+            raise InputError(f"{base}: its tokenizer has no token to pad with, nor one for ends or unknown words")
+    if not task.images and model.config.pad_token_id is None:
+        model.config.pad_token_id = processor.pad_token_id
+    return Base(model, processor, address, task, min(max_length, _longest(model, processor)))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No loading reports and bars of transformers, as it was afterwards."""
+    from transformers import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _longest(model: nn.Module, processor: Any) -> int:
+    """Tokens that a model takes: positions of its own, and what its tokenizer was made for."""
+    positions = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == positions]
+    # RoBERTa counts from behind the padding.
+    taken = [m.padding_idx + 1 for m in tables if m.padding_idx is not None]
+    return min(int(positions) - max(taken, default=0), int(getattr(processor, "model_max_length", sys.maxsize)))
+
+
+def encoder_of(model: nn.Module) -> nn.Module:
+    """The backbone below the task head, whatever method is on it."""
+    get_base = getattr(model, "get_base_model", None)
+    inner = get_base() if callable(get_base) else model
+    prefix = getattr(inner, "base_model_prefix", "")
+    found = getattr(inner, prefix, None) if prefix else None
+    return found if isinstance(found, nn.Module) else inner
+
+
+def base_sha256(base: str | Path) -> str:
+    """SHA-256 of a base's weights, for manifests; see `weights_sha256`.
+
+    Raises:
+        InputError: nothing there, or weights that cannot be read as data.
+    """
+    return weights_sha256(open_checkpoint(base))
+
+
+def _address(base: str | Path) -> dict[str, Any]:
+    text = str(base)
+    there = text.startswith("pkg:") or Path(text).expanduser().exists()
+    if not there and (isinstance(base, Path) or text.startswith(("/", ".", "~"))):
+        raise InputError(f"{text}: no such file or folder")
+    if not there:
+        found = hub.parse_address(text)
+        return {"pretrained_model_name_or_path": found.repository} | {
+            key: value for key, value in (("revision", found.revision), ("subfolder", found.subfolder)) if value
+        }
+    place, _ = locate(text)
+    if "config.json" not in place.names:
+        raise InputError(f"{text}: holds no config.json; want a folder that transformers' save_pretrained wrote")
+    (file,), _ = place.provenance(["config.json"])
+    return {"pretrained_model_name_or_path": str(file.parent)}
+
+
+_FAILURES = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError)
+
+
+def _loading(base: str | Path, load: Callable[[], Any]) -> Any:
+    try:
+        return load()
+    except (*_FAILURES, SafetensorError, UnpicklingError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{base}: transformers cannot load it: {first}") from error
+
+
+def shape_of(base: str | Path) -> tuple[int, int]:
+    """(singular values of a feed-forward matrix, number of blocks) of a base, from its configuration alone.
+
+    Raises:
+        InputError: the configuration does not say.
+    """
+    import transformers
+
+    address = _address(base)
+    config = _loading(base, lambda: transformers.AutoConfig.from_pretrained(**address, trust_remote_code=False))
+    width, blocks = getattr(config, "hidden_size", None), getattr(config, "num_hidden_layers", None)
+    if not isinstance(width, int) or not isinstance(blocks, int):
+        raise InputError(f"{base}: its configuration has no hidden_size and num_hidden_layers; want a Transformer")
+    inner = getattr(config, "intermediate_size", None)
+    return min(width, inner) if isinstance(inner, int) else width, blocks

@@ -1,0 +1,78 @@
+"""The model card of a finetune: what it is, what it scores, and how to load it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from specbasis.finetuning.methods import METHODS
+from specbasis.finetuning.tasks import Task
+
+_SHOWN = {
+    "accuracy": "accuracy",
+    "f1": "F1",
+    "matthews": "Matthews' correlation",
+    "pearson": "Pearson's r",
+    "spearman": "Spearman's ρ",
+}
+
+
+def model_card(config: Mapping[str, Any], metrics: Mapping[str, Any], task: Task) -> str:
+    """Markdown with the front matter that the Hub reads.
+
+    Args:
+        config: the run, as its manifest has it.
+        metrics: what came out, as `metrics.json` has it.
+        task: what is predicted.
+    """
+    method = METHODS[config["method"]]
+    parameters, protocol = metrics["parameters"], config["protocol"]
+    share = 100 * parameters["adapter"] / parameters["total"]
+    lines = [
+        "---",
+        f"base_model: {config['base']}",
+        "library_name: specbasis",
+        f"tags: [specbasis, {method.name}]",
+        f"metrics: [{', '.join(task.metrics)}]",
+        "---",
+        "",
+        f"# {task.title}: {config['base']} finetuned by {method.title}",
+        "",
+        f"Trained: {method.trains} ({method.source}).",
+        f"{parameters['adapter']:,} parameters of the method ({share:.2g} % of {parameters['total']:,}), and "
+        f"{parameters['head']:,} of head and pooler.",
+        "",
+        "| set | " + " | ".join(_SHOWN[name] for name in task.metrics) + " |",
+        "|---" * (1 + len(task.metrics)) + "|",
+    ]
+    for name, values in metrics.items():
+        if isinstance(values, Mapping) and set(values) == set(task.metrics):
+            lines.append(f"| {name} | " + " | ".join(f"{values[key]:.4f}" for key in task.metrics) + " |")
+    lines += [
+        "",
+        f"Seed {config['seed']}, {protocol['epochs']:g} epochs of {metrics['train_examples']:,} examples, AdamW, "
+        f"learning rate {protocol['learning_rate']:g} (linear, {protocol['warmup']:.0%} warm-up), batch "
+        f"{protocol['batch_size']}, texts cut at {protocol['max_length']} tokens, weight decay "
+        f"{protocol['weight_decay']:g}, {protocol['precision']}. The dev set chose nothing.",
+        "",
+        _forgetting(metrics["forgetting"]),
+        "",
+        "## Use",
+        "",
+        "```python",
+        "from specbasis.finetuning import load",
+        "",
+        'model, processor = load("FOLDER")',
+        "```",
+        "",
+    ]
+    if metrics["notes"]:
+        lines += ["## Notes", "", *(f"- {note}" for note in metrics["notes"]), ""]
+    return "\n".join(lines)
+
+
+def _forgetting(found: Mapping[str, Any]) -> str:
+    if not found["definition"]:
+        return f"Forgetting is not measured: {found['reason']}."
+    before, after = ("not finite" if found[when] is None else f"{found[when]:.4f}" for when in ("before", "after"))
+    return f"Loss on held-back text ({found['definition']}, {found['text']}): {before} before, {after} after."

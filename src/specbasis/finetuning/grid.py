@@ -1,0 +1,279 @@
+"""Cells of finetuning: the unit of a grid is one run, (task, method, seed, learning rate, placement)."""
+
+from __future__ import annotations
+
+import functools
+import math
+import statistics
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from specbasis.core.errors import InputError
+from specbasis.finetuning.protocol import Placement, Protocol
+from specbasis.finetuning.tasks import TaskData, load_task, subset
+from specbasis.jobs.cells import Progress, Row, read_cells, run_cells
+
+SCRATCH = "scratch"
+"""As a cell's method: full finetuning from random weights. As its checkpoint: the model which that left."""
+
+BEYOND = 3
+"""How many factors a search of learning rates tries beyond those that it was given."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What tells one run of a grid from the others; None is the default of the method.
+
+    Attributes:
+        task: name of a GLUE task.
+        method: name in `methods.METHODS`, or `SCRATCH`.
+        seed: of head, order, dropout, and the method's random parts.
+        epochs: passes over train.
+        learning_rate: at its peak.
+        examples: size of the fixed part of train that is trained on; all of it when None.
+        selection: size of the fixed part of train that is scored, in place of the dev set.
+        rank: the method's size.
+        interval: ranks [k, m).
+        blocks: blocks that are adapted.
+        checkpoint: `SCRATCH`, or the path of the model whose basis is used.
+    """
+
+    task: str
+    method: str
+    seed: int
+    epochs: float
+    learning_rate: float
+    examples: int | None = None
+    selection: int | None = None
+    rank: int | None = None
+    interval: tuple[int, int] | None = None
+    blocks: tuple[int, ...] | None = None
+    checkpoint: str | None = None
+
+    def row(self) -> dict[str, Any]:
+        """As `cells` wants it: flat, and without what is not set."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+            if value is not None
+        }
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Cell:
+        """The cell of a row."""
+        given: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in row.items()
+        }
+        return cls(**given)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all cells of a grid share.
+
+    Attributes:
+        base: the pretrained model.
+        data_dir: GLUE in its official layout; from the Hub when None.
+        protocol: fields of `train.Protocol` beside epochs and learning rate.
+        cache_prefix: folder of cached activations.
+        models: folder in which the models of `keep` are left, as ``METHOD-TASK``.
+        keep: methods whose model of the first seed is kept.
+        first_seed: that seed.
+    """
+
+    base: str
+    data_dir: str | None = None
+    protocol: Mapping[str, Any] = field(default_factory=dict)
+    cache_prefix: str | None = None
+    models: str | None = None
+    keep: Sequence[str] = (SCRATCH,)
+    first_seed: int = 42
+
+    @property
+    def base_name(self) -> str:
+        """The base as tables and manifests call it: without this machine's path."""
+        local = Path(self.base)
+        return "/".join(local.absolute().parts[-2:]) if local.exists() else self.base
+
+    @functools.cached_property
+    def base_sha256(self) -> str:
+        """Of the base's weights, which are read once for all lists of cells of a command."""
+        from specbasis.finetuning.base import base_sha256
+
+        return base_sha256(self.base)
+
+    def config(self) -> dict[str, Any]:
+        """What the manifest of a grid says: all that decides the values."""
+        return {
+            "base": self.base_name,
+            "base_sha256": self.base_sha256,
+            "protocol": dict(self.protocol),
+            "prefix_cached": self.cache_prefix is not None,
+        }
+
+
+def run_cell(cell: Mapping[str, Any], setting: Setting) -> dict[str, Any]:
+    """Run one cell: the metrics of `train.run`.
+
+    Raises:
+        InputError: the cell wants a basis from scratch, and no such model was trained yet.
+    """
+    from specbasis.finetuning import runs, train
+
+    one = Cell.of(cell)
+    data = _data(one.task, setting.data_dir, one.examples, one.selection)
+    protocol = Protocol(epochs=one.epochs, learning_rate=one.learning_rate, **setting.protocol)
+    checkpoint = str(kept_model(setting, SCRATCH, one.task)) if one.checkpoint == SCRATCH else one.checkpoint
+    if one.checkpoint == SCRATCH and not Path(str(checkpoint)).is_dir():
+        raise InputError(f"no model of {one.task} from scratch yet; run its cell of method {SCRATCH} first")
+    with tempfile.TemporaryDirectory() as scratch:
+        kept = (
+            one.method in setting.keep and one.seed == setting.first_seed and setting.models and not one.selection
+        )
+        name = one.method if one.rank is None else f"{one.method}@{one.rank}"
+        folder = kept_model(setting, name, one.task) if kept else Path(scratch)
+        values = train.run(
+            setting.base,
+            data,
+            "full" if one.method == SCRATCH else one.method,
+            one.seed,
+            protocol,
+            Placement(one.rank, one.interval, one.blocks, checkpoint=checkpoint),
+            folder,
+            cache_prefix=None if setting.cache_prefix is None else Path(setting.cache_prefix),
+            held_back=("", ()) if one.selection else runs.held_back_texts(None, data, setting.data_dir),
+            resumable=False,
+            scratch=one.method == SCRATCH,
+        )
+    if one.selection:  # a run of the search: its score is all that is wanted
+        del values["predictions"]
+    return values
+
+
+def run_grid(
+    cells: Iterable[Cell], setting: Setting, out: str | Path, progress: Callable[[Progress], None] | None = None
+) -> list[Row]:
+    """Run the cells that have no row yet; see `cells.run_cells`."""
+    run = functools.partial(run_cell, setting=setting)
+    return run_cells([cell.row() for cell in cells], run, out, config=setting.config(), progress=progress)
+
+
+def stored(cells: Iterable[Cell], out: str | Path) -> list[Row]:
+    """The rows of these cells that are in a grid's folder.
+
+    Raises:
+        InputError: no grid there.
+    """
+    wanted = set(cells)
+    return [row for row in read_cells(out) if Cell.of(row.cell) in wanted]
+
+
+@dataclass(frozen=True)
+class Search:
+    """How each method's learning rate is chosen: on a part of train, with a seed of its own.
+
+    Every factor times the method's own rate is tried on few examples of the task. While the best is the smallest or
+    the greatest that was tried, the next one beyond it is tried too, in the same ratio, `BEYOND` times at most.
+
+    Attributes:
+        factors: what the method's own learning rate is multiplied by.
+        task: on which it is searched for all tasks; each on its own when None.
+        epochs: passes.
+        seed: of the search alone.
+    """
+
+    factors: tuple[float, ...]
+    task: str | None = None
+    epochs: float = 2
+    seed: int = 0
+
+    def cells(self, task: str, method: str, rows: Iterable[Row] = ()) -> list[Cell]:
+        """The runs of a method's search, as far as they are known from the rows that are there."""
+        return [self._cell(task, method, factor) for factor in self.tried(task, method, rows)]
+
+    def tried(self, task: str, method: str, rows: Iterable[Row] = ()) -> list[float]:
+        """The factors of these runs, ascending."""
+        rows, tried = list(rows), sorted(set(self.factors))
+        if len(tried) < 2:
+            return tried
+        smaller, greater = tried[0] / tried[1], tried[-1] / tried[-2]
+        for _ in range(BEYOND):
+            best = self._best(task, method, tried, rows)
+            if best == tried[0]:
+                tried = [best * smaller, *tried]
+            elif best == tried[-1]:
+                tried = [*tried, best * greater]
+            else:
+                break
+        return tried
+
+    def factor(self, task: str, method: str, rows: Iterable[Row]) -> float | None:
+        """The best factor of a method on a task, by the rows of its search; None until all of them are there."""
+        rows = list(rows)
+        return self._best(task, method, self.tried(task, method, rows), rows)
+
+    def _best(self, task: str, method: str, factors: Sequence[float], rows: Iterable[Row]) -> float | None:
+        """The best of some factors; of equal ones the nearest to 1. None where one has no score yet."""
+        scores = {Cell.of(row.cell): row.values["score"] for row in rows if row.error is None}
+        cells = [self._cell(task, method, factor) for factor in factors]
+        if not all(cell in scores for cell in cells):
+            return None
+        return max(zip(factors, cells, strict=True), key=lambda one: (scores[one[1]], -abs(math.log(one[0]))))[0]
+
+    def _cell(self, task: str, method: str, factor: float) -> Cell:
+        where = self.task or task
+        rate = scaled_rate(method, where, factor)
+        return Cell(where, method, self.seed, self.epochs, rate, *search_sizes(where))
+
+
+SEARCH_SIZES = {"cola": (7000, 1500), "rte": (1660, 830), "wnli": (420, 210)}
+"""`search_sizes` of some tasks. CoLA: models call everything acceptable until they have seen several thousand
+sentences, and every rate would score 0. RTE and WNLI are small: two thirds and a third."""
+
+
+def search_sizes(task: str) -> tuple[int, int]:
+    """Examples of train that a search trains on, and others that it scores."""
+    return SEARCH_SIZES.get(task, (2000, 1000))
+
+
+def scaled_rate(method: str, task: str, factor: float = 1.0) -> float:
+    """A multiple of the learning rate that a method is published with (Tab. 5's for the spectral ones)."""
+    from specbasis.finetuning.methods import METHODS
+
+    rate = METHODS["full" if method == SCRATCH else method].recipe(task)[1] * factor
+    return float(f"{rate:.6g}")
+
+
+def by_seed(rows: Iterable[Row], wanted: Iterable[Cell]) -> dict[int, Mapping[str, Any]]:
+    """The values of each seed among the wanted cells, for those that ran."""
+    cells = set(wanted)
+    return {row.cell["seed"]: row.values for row in rows if row.error is None and Cell.of(row.cell) in cells}
+
+
+def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean, and standard deviation over seeds (n − 1); None for one seed."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def kept_model(setting: Setting, method: str, task: str) -> Path:
+    """Where the model of a method (NAME or NAME@RANK) on a task is left; its ``method.json`` is written last."""
+    if setting.models is None:
+        raise InputError("a grid with models that are kept wants a folder for them")
+    return Path(setting.models) / f"{method}-{task}"
+
+
+@functools.lru_cache(maxsize=8)
+def _data(task: str, data_dir: str | None, examples: int | None, selection: int | None) -> TaskData:
+    whole = _whole(task, data_dir)
+    data = subset(whole, examples=examples, selection=selection) if examples or selection else whole
+    if not selection:
+        return data
+    return TaskData(data.task, data.train, {"selection": data.selection}, notes=data.notes)
+
+
+@functools.lru_cache(maxsize=8)
+def _whole(task: str, data_dir: str | None) -> TaskData:
+    return load_task(task, data_dir=data_dir)

@@ -1,0 +1,380 @@
+"""Put a method on a model, save what it trained, and load it again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from specbasis.adapter.folder import CONFIG, WEIGHTS
+from specbasis.adapter.task_heads import ParameterCounts
+from specbasis.checkpoint import open_checkpoint
+from specbasis.core.errors import InputError
+from specbasis.finetuning.methods.build import Request, build
+from specbasis.finetuning.methods.layers import CHILD, Update, fastened, merge_updates
+from specbasis.finetuning.methods.placement import ALL_LINEAR, Site, head_modules, named_sites, sites
+from specbasis.finetuning.methods.table import METHODS, Method
+
+DESCRIPTION, TRAINED = "method.json", "trained.safetensors"
+FORMAT = 1
+_PEFT_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True, eq=False)
+class Attached:
+    """A model with a method on it, ready for transformers' Trainer.
+
+    Attributes:
+        model: exactly the method's parameters, the task head, and modules that the base checkpoint lacks require
+            gradients.
+        request: what was attached.
+        head: names of head and pooler modules in the base model.
+        base_parameters: parameters of the base model, its task head included.
+        base_fingerprint: a hash of the base's weights before the method came, without the head; see `fingerprint`.
+        callbacks: what the Trainer must call for this method (AdaLoRA's allocation); empty for the others.
+    """
+
+    model: nn.Module
+    request: Request
+    head: tuple[str, ...]
+    base_parameters: int
+    base_fingerprint: str
+    callbacks: tuple[TrainerCallback, ...] = ()
+
+    @property
+    def method(self) -> Method:
+        """The method."""
+        return self.request.method
+
+    @property
+    def counts(self) -> ParameterCounts:
+        """Parameters in training: the method's own, then head and pooler; and all of base and method together."""
+        prefix = _PEFT_PREFIX if isinstance(self.model, PeftModel) else ""
+        trained = {name: p.numel() for name, p in self.model.named_parameters() if p.requires_grad}
+        places = tuple(f"{prefix}{name}." for name in self.head)
+        head = sum(count for name, count in trained.items() if name.startswith(places))
+        own = sum(trained.values()) - head
+        added = 0 if self.method.builder == "subset" else own
+        return ParameterCounts(own, head, self.base_parameters + added)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the method's folder: a PEFT adapter where PEFT knows the method, else what was trained alone.
+
+        ``method.json`` says how to attach the method again; `load` does. Full finetuning writes the whole model as
+        ``save_pretrained`` does, so that the folder is a checkpoint like any other.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if isinstance(self.model, PeftModel):
+            self.model.save_pretrained(str(folder), save_embedding_layers=False)
+        elif _is_whole(self.request):
+            self.model.save_pretrained(folder)  # type: ignore[operator]
+        else:
+            save_file(trained_state(self.model), folder / TRAINED)
+        described = {
+            "format": FORMAT,
+            "peft": isinstance(self.model, PeftModel),
+            **self.request.arguments(),
+            "base_fingerprint": self.base_fingerprint,
+        }
+        (folder / DESCRIPTION).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+
+    def merged(self) -> nn.Module:
+        """The plain model with the method's update in its weights, summed once; this one is used up.
+
+        Raises:
+            InputError: the method is no linear update (bottleneck adapters).
+        """
+        if isinstance(self.model, PeftModel):
+            _unwrap_head(self.model)
+            merged: nn.Module = self.model.merge_and_unload()
+            return merged
+        merge_updates(self.model)
+        return self.model
+
+
+def _unwrap_head(model: PeftModel) -> None:
+    """Put trained head modules in place of PEFT's wrappers; some of its tuners cannot unload those with parts."""
+    wrappers = [
+        (name, module) for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)
+    ]
+    for name, wrapper in wrappers:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, wrapper.modules_to_save[wrapper.active_adapter])
+
+
+def _is_whole(request: Request) -> bool:
+    """Whether every parameter of the model was trained."""
+    return request.options.get("which") == "all" and not request.sites
+
+
+def attach(
+    model: nn.Module,
+    method: str | Method,
+    *,
+    rank: int | None = None,
+    interval: tuple[int, int] | None = None,
+    target_modules: Sequence[str] | None = None,
+    roles: Sequence[str] | None = None,
+    blocks: Sequence[int] | None = None,
+    seed: int = 0,
+    checkpoint: str | Path | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Attached:
+    """Put a method on a model: freeze everything, add what the method trains, and open head and missing pooler.
+
+    The model is changed in place. It computes what it computed before (PiSSA: up to the rounding of its residual).
+
+    Args:
+        model: a transformers model without adapters.
+        method: a name in `METHODS`.
+        rank: the method's size (`Method.size`); the default of the method when None.
+        interval: ranks [k, m) for the spectral methods, in place of ``rank``.
+        target_modules: names, or endings of names, of the modules to adapt, in place of roles and blocks.
+        roles: roles of the matrices to adapt; the method's own when None.
+        blocks: blocks to adapt, negative ones from the last; the method's own when neither this, nor
+            roles, nor target_modules is given, else all.
+        seed: of random initialisations and patterns. The global random state is left as it was.
+        checkpoint: the model whose singular vectors are the basis, for methods that want one.
+        options: settings of the method, on top of `Method.options`; for a PEFT method, fields of its configuration.
+
+    Raises:
+        InputError: an argument does not fit the method or the model.
+    """
+    method = method_named(method)
+    if isinstance(model, PeftModel) or hasattr(model, "peft_config") or fastened(model):
+        raise InputError(f"{type(model).__name__} has adapters already; want a model without: load the base again")
+    places = method_sites(model, method, target_modules, roles, blocks)
+    request = Request(
+        method,
+        *_size(method, places, rank, interval),
+        places,
+        seed,
+        None if checkpoint is None else str(checkpoint),
+        {**method.options, **(options or {})},
+    )
+    if (request.checkpoint is None) == bool(method.options.get("basis") == "from"):
+        wanted = "want the checkpoint of a model" if request.checkpoint is None else "leave checkpoint out"
+        raise InputError(f"{method.name}: got checkpoint = {checkpoint!r}; {wanted}")
+    head = tuple(head_modules(model))
+    total, hashed = sum(p.numel() for p in model.parameters()), fingerprint(model, head)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        built, callbacks = build(model, request, head)
+    return Attached(built, request, head, total, hashed, callbacks)
+
+
+def load(folder: str | Path, base: nn.Module) -> Attached:
+    """Attach a saved method to its base model, with the trained values.
+
+    Raises:
+        InputError: the folder holds no method, or one that does not fit the base.
+    """
+    folder = Path(folder)
+    described = _described(folder)
+    if described["peft"]:
+        return _load_peft(folder, described, base)
+    attached = attach(base, **{key: described[key] for key in _ARGUMENTS})
+    if _is_whole(attached.request):
+        stored = type(base).from_pretrained(folder)  # type: ignore[attr-defined]
+        base.load_state_dict(stored.state_dict())
+        return attached
+    _fill(attached.model, open_checkpoint(folder / TRAINED), folder)
+    _compare(folder, described, attached.base_fingerprint)
+    return attached
+
+
+def _load_peft(folder: Path, described: Mapping[str, Any], base: nn.Module) -> Attached:
+    """A PEFT adapter on its base, still in training."""
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder}: no {name}; the folder is incomplete: save the method again")
+    request, head = _request_from(described, base), tuple(head_modules(base))
+    total, hashed = sum(p.numel() for p in base.parameters()), fingerprint(base, head)
+    try:
+        model = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
+    except RuntimeError as error:  # shapes that do not fit, several lines of them
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{folder}: does not fit this base; load its own ({reason})") from None
+    _compare(folder, described, hashed)
+    return Attached(model, request, head, total, hashed)
+
+
+def _compare(folder: Path, described: Mapping[str, Any], found: str) -> None:
+    """Say so if the base is another one; a rounded base is a different base too, but a usable one."""
+    if described["base_fingerprint"] != found:
+        warnings.warn(
+            f"{folder}: this base does not hold the weights that {described['method']} was trained on (another "
+            "model, revision or dtype); results will differ",
+            stacklevel=3,
+        )
+
+
+SAMPLE = 4096
+"""Values of each parameter that a fingerprint takes in, evenly spaced."""
+
+
+def fingerprint(model: nn.Module, head: Sequence[str]) -> str:
+    """SHA-256 of names, shapes and a sample of the values of every parameter outside of the head; "" on meta."""
+    outside = tuple(f"{name}." for name in head)
+    hashed = hashlib.sha256()
+    for name, p in model.named_parameters():
+        if p.is_meta:
+            return ""
+        if not name.startswith(outside):
+            sample = p.detach().flatten()[:: max(1, p.numel() // SAMPLE)].float().cpu().numpy()
+            hashed.update(f"{name} {tuple(p.shape)} ".encode() + sample.tobytes())
+    return hashed.hexdigest()
+
+
+_ARGUMENTS = ("method", "rank", "interval", "target_modules", "seed", "checkpoint", "options")
+
+
+def _described(folder: Path) -> dict[str, Any]:
+    file = folder / DESCRIPTION
+    if not file.is_file():
+        raise InputError(f"{folder}: no {DESCRIPTION}; want a folder that a finetuning method saved")
+    try:
+        described = json.loads(file.read_text(encoding="utf-8"))
+        if described["format"] != FORMAT or not {*_ARGUMENTS, "peft", "base_fingerprint"} <= set(described):
+            raise KeyError
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{file}: damaged, or of a newer version; want format {FORMAT}") from None
+    return dict(described)
+
+
+def _request_from(described: Mapping[str, Any], base: nn.Module) -> Request:
+    method = method_named(described["method"])
+    interval = described["interval"]
+    return Request(
+        method,
+        described["rank"],
+        (int(interval[0]), int(interval[1])) if interval else None,
+        named_sites(base, described["target_modules"] or ()),
+        described["seed"],
+        described["checkpoint"],
+        described["options"],
+    )
+
+
+def _fill(model: nn.Module, stored: Mapping[str, Tensor], folder: Path) -> None:
+    """Copy stored values into what is trained, name by name, and prove that they meet the basis they belong to.
+
+    Raises:
+        InputError: the file does not fit the model, or the base has another basis.
+    """
+    current = _saved(model)
+    wrong = sorted(set(current) ^ set(stored)) or [
+        name for name in stored if current[name].shape != stored[name].shape
+    ]
+    if wrong:
+        raise InputError(
+            f"{folder}: {wrong[0]} does not fit this base; load the base that the method was trained on"
+        )
+    with torch.no_grad():
+        for name, tensor in current.items():
+            tensor.copy_(stored[name])
+    for layer in fastened(model).values():
+        child = layer.get_submodule(CHILD)
+        if isinstance(child, Update):
+            child.settle(layer)
+
+
+def _saved(model: nn.Module) -> dict[str, Tensor]:
+    """What is trained, and what the method's own modules need to find their basis again, by name."""
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    for name, layer in fastened(model).items():
+        trained |= layer.get_submodule(CHILD).state_dict(prefix=f"{name}.{CHILD}.")
+    return trained
+
+
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of what is saved of a model with a method on it, ready to be written."""
+    return {name: tensor.cpu().clone().contiguous() for name, tensor in _saved(model).items()}
+
+
+def method_named(method: str | Method) -> Method:
+    """The method of a name.
+
+    Raises:
+        InputError: there is none.
+    """
+    if isinstance(method, Method):
+        return method
+    if method not in METHODS:
+        raise InputError(f"got method {method!r}; want one of {', '.join(METHODS)}")
+    return METHODS[method]
+
+
+def method_sites(
+    model: nn.Module,
+    method: Method,
+    targets: Sequence[str] | None,
+    roles: Sequence[str] | None,
+    blocks: Sequence[int] | None,
+) -> tuple[Site, ...]:
+    """The modules that a method adapts, by name, or by role and block; the arguments are those of `attach`.
+
+    Bottleneck adapters stand behind the outputs of attention and feed-forward networks only: of the roles asked
+    for, they take those.
+    """
+    given = [name for name, value in (("roles", roles), ("blocks", blocks)) if value is not None]
+    if targets is not None:
+        if given:
+            raise InputError(f"got target_modules and {given[0]}; want one of the two")
+        return () if _is_probe(method) else named_sites(model, targets)
+    if _is_probe(method) or (not given and not method.roles):
+        return ()
+    wanted = roles or method.roles or ALL_LINEAR
+    if method.builder in ("houlsby", "pfeiffer"):
+        wanted = [role for role in wanted if role in METHODS[method.builder].roles]
+        if not wanted:
+            raise InputError(
+                f"{method.name} adapts {' and '.join(method.roles)} only; got {', '.join(roles or ())}"
+            )
+    return sites(model, wanted, blocks if given else method.blocks)
+
+
+def _is_probe(method: Method) -> bool:
+    return method.options.get("which") == "none"
+
+
+def _size(
+    method: Method, places: Sequence[Site], rank: int | None, interval: tuple[int, int] | None
+) -> tuple[int | None, tuple[int, int] | None]:
+    """(rank, interval) of a method from what was asked for and its defaults."""
+    spectral, follows = method.builder == "spectral", method.builder in ("spectral", "psoft")
+    if interval is not None and (not spectral or rank is not None):
+        wrong = f"rank = {rank} as well; want one of the two" if spectral else f"{method.name} takes rank only"
+        raise InputError(f"got interval = {tuple(interval)}; {wrong}")
+    if rank is not None and (rank < 1 or not (follows or method.size)):
+        want = "rank >= 1" if follows or method.size else "no rank: this method has no size"
+        raise InputError(f"{method.name}: got rank = {rank}; want {want}")
+    if not follows:
+        return (rank or method.size, None)
+    if interval is not None:
+        return interval[1] - interval[0], (int(interval[0]), int(interval[1]))
+    n = min(site.rank for site in places)
+    width = rank or default_width(n)
+    if width > n:
+        raise InputError(f"{method.name}: got rank = {width}; the smallest adapted matrix has {n} singular values")
+    if not spectral:
+        return width, None
+    start = {"head": 0, "middle": (n - width) // 2, "tail": n - width}[method.options.get("where", "head")]
+    return width, (start, start + width)
+
+
+def default_width(n: int) -> int:
+    """Width of the paper's interval in proportion: 300 of 768 singular values (Yu et al. 2026, §4.4)."""
+    return max(1, round(300 / 768 * n))

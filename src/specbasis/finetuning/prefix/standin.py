@@ -1,0 +1,241 @@
+"""Stand-ins for the modules of a frozen prefix: the model's own forward runs, but they return what is given."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from specbasis.core.errors import InputError
+from specbasis.finetuning.prefix.park import parking
+
+KEY = "prefix_value_"
+"""Begin of the names under which a batch brings the values of its examples."""
+
+Dim = int | Literal["batch", "tokens"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One output of one call: the module's name, which of its calls in a forward pass, which tensor it returns."""
+
+    module: str
+    number: int
+    index: int
+
+
+@dataclass(frozen=True)
+class Constant:
+    """An output that is no tensor."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
+class Blank:
+    """An output that nothing reads but for its shape, dtype and device: zeros that take no memory."""
+
+    shape: tuple[Dim, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Value:
+    """An output that comes with the batch."""
+
+    index: int
+
+
+Leaf = Constant | Blank | Value
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a call returns in place of computing: the structure and its leaves."""
+
+    spec: Any
+    leaves: tuple[Leaf, ...]
+
+
+Action = Output | None
+"""A call's output, or None: it runs, in evaluation mode."""
+
+
+def sizes(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int | None]:
+    """Number of examples, and of tokens where the input is tokens."""
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim() > 1]
+    tokens = [value for value in tensors if value.dim() == 2 and not value.is_floating_point()]
+    main = (tokens or tensors)[0]
+    return main.shape[0], main.shape[1] if tokens else None
+
+
+class Suffix:
+    """A model whose calls below a cut are replaced while a batch that brings values runs.
+
+    Only ``forward`` of the modules concerned is set, on the instance, and taken away again: parameters, names and
+    hooks stay.
+
+    Args:
+        model: the model whose call takes the batch.
+        actions: by module name, what its first, second, … call becomes.
+        dtypes: of the values that a batch brings, as the model computes them.
+        before: name of the module at the cut: what it is inside of is not checkpointed, as it holds stand-ins.
+
+    Raises:
+        InputError: the model has no module of such a name.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        actions: Mapping[str, tuple[Action, ...]],
+        dtypes: Sequence[torch.dtype],
+        before: str = "",
+    ) -> None:
+        self.model, self.actions, self.dtypes, self.before = model, actions, dtypes, before
+        self.modules = dict(model.named_modules())
+        absent = [name for name in (*actions, before) if name not in self.modules]
+        if absent:
+            raise InputError(f"the model has no module {absent[0]!r}: want the model in which the cut was found")
+        self.values: Sequence[Tensor] | None = None
+        self.counts: Counter[str] = Counter()
+        self.sizes: tuple[int, int | None] = (0, None)
+
+    @contextmanager
+    def running(self, park: Path | None = None) -> Iterator[None]:
+        """Take values from batches that bring them; let all others through the whole model.
+
+        Args:
+            park: folder for the weights that stand still, to give their memory back.
+        """
+        standing = [name for name, actions in self.actions.items() if None not in actions] if park else []
+
+        def start(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            given = [kwargs[f"{KEY}{n}"] for n in range(len(self.dtypes)) if f"{KEY}{n}" in kwargs]
+            rest = {name: value for name, value in kwargs.items() if not name.startswith(KEY)}
+            if given and getattr(module, "_is_replica", False):
+                raise InputError(
+                    "the prefix cache does not run in threads (DataParallel): start one process for each GPU with "
+                    "accelerate launch or torchrun, or train without it"
+                )
+            if given:
+                parked.out()
+                self._begin(given, args, rest)
+            else:
+                parked.back(for_good=False)
+            return args, rest
+
+        def stop(*_: Any) -> None:
+            self.values = None
+
+        with (
+            self._replaced(),
+            self._unchecked() as uncheck,
+            parking(self.model, standing, park or Path()) as parked,
+        ):
+            handles = [
+                self.model.register_forward_pre_hook(lambda *_: uncheck()),
+                self.model.register_forward_pre_hook(start, with_kwargs=True),
+                self.model.register_forward_hook(stop, always_call=True),
+            ]
+            try:
+                yield
+            finally:
+                for handle in handles:
+                    handle.remove()
+
+    @contextmanager
+    def fed(self, values: Sequence[Tensor]) -> Iterator[None]:
+        """Take these values for every call of the model."""
+
+        def start(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._begin(values, args, kwargs)
+
+        handle = self.model.register_forward_pre_hook(start, with_kwargs=True)
+        try:
+            with self._replaced():
+                yield
+        finally:
+            handle.remove()
+
+    def _begin(self, values: Sequence[Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        self.values = [value.to(dtype) for value, dtype in zip(values, self.dtypes, strict=True)]
+        self.counts.clear()
+        self.sizes = sizes(args, kwargs)
+
+    def _leaf(self, leaf: Leaf) -> Any:
+        assert self.values is not None
+        if isinstance(leaf, Constant):
+            return leaf.value
+        if isinstance(leaf, Value):
+            return self.values[leaf.index]
+        named = {"batch": self.sizes[0], "tokens": self.sizes[1]}
+        shape = [n if isinstance(n, int) else named[n] or 0 for n in leaf.shape]
+        return torch.zeros((), dtype=leaf.dtype, device=self.values[0].device).expand(shape)
+
+    def _forward(self, name: str, module: nn.Module, actions: tuple[Action, ...]) -> Callable[..., Any]:
+        original = module.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            number, self.counts[name] = self.counts[name], self.counts[name] + 1
+            if self.values is None or number >= len(actions):
+                return original(*args, **kwargs)
+            action = actions[number]
+            if action is not None:
+                return pytree.tree_unflatten([self._leaf(leaf) for leaf in action.leaves], action.spec)
+            modes = [(each, each.training) for each in module.modules()]
+            try:
+                module.eval()
+                return original(*args, **kwargs)
+            finally:
+                for each, mode in modes:
+                    each.training = mode
+
+        return forward
+
+    @contextmanager
+    def _replaced(self) -> Iterator[None]:
+        before: list[tuple[nn.Module, bool, Any]] = []
+        try:
+            for name, actions in self.actions.items():
+                module = self.modules[name]
+                replacement = self._forward(name, module, actions)
+                before.append((module, "forward" in module.__dict__, module.__dict__.get("forward")))
+                module.__dict__["forward"] = replacement
+            yield
+        finally:
+            for module, own, forward in before:
+                del module.__dict__["forward"]
+                if own:
+                    module.__dict__["forward"] = forward
+
+    @contextmanager
+    def _unchecked(self) -> Iterator[Callable[[], None]]:
+        """A function that turns gradient checkpointing off in what the cut is inside of; it comes back at the end.
+
+        A checkpointed block would call its stand-ins again in the backward pass, when the batch is gone.
+        """
+        parts = self.before.split(".")
+        around = [self.modules[".".join(parts[:n])] for n in range(1, len(parts) + 1) if self.before]
+        changed: list[nn.Module] = []
+
+        def uncheck() -> None:
+            for module in around:
+                if getattr(module, "gradient_checkpointing", False) and hasattr(module, "gradient_checkpointing"):
+                    vars(module)["gradient_checkpointing"] = False
+                    changed.append(module)
+
+        try:
+            yield uncheck
+        finally:
+            for module in changed:
+                vars(module)["gradient_checkpointing"] = True

@@ -1,0 +1,355 @@
+"""A finetune and its folder: adapter, `metrics.json`, `predictions.csv`, `manifest.json` and model card.
+
+A run is (base, task, method, seed, protocol, placement). While it is under way its folder holds `checkpoints/` with
+what is trained, so that a run that was killed goes on; `metrics.json` is written last and says that it is finished.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from specbasis.comparison.findings import as_json
+from specbasis.core.errors import InputError
+from specbasis.finetuning.metrics import Predictions
+from specbasis.finetuning.protocol import Placement, Protocol
+from specbasis.finetuning.tasks import Task, TaskData, load_task, selection_size, subset
+from specbasis.jobs.results import environment, refuse_another, write_whole, writing
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+METRICS, MANIFEST, CARD, CHECKPOINTS = "metrics.json", "manifest.json", "README.md", "checkpoints"
+PREDICTIONS = "predictions.csv"
+LOGS = "runs"
+"""Where transformers puts TensorBoard's files, below its own output."""
+HELD_BACK = 128
+"""How many held-back texts are taken where the user gives none."""
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """A finished run.
+
+    Attributes:
+        folder: where it is; see the module.
+        metrics: content of `metrics.json`.
+    """
+
+    folder: Path
+    metrics: Mapping[str, Any]
+
+    @property
+    def score(self) -> float:
+        """The task's one number on the dev set (MNLI: matched)."""
+        return float(self.metrics["score"])
+
+
+def finetune(
+    base: str | Path,
+    task: str | Path | TaskData,
+    method: str = "spectral",
+    *,
+    out: str | Path,
+    seed: int = 42,
+    data_dir: str | Path | None = None,
+    dev: str | Path | None = None,
+    text: Sequence[str] = (),
+    label: str = "",
+    regression: bool = False,
+    examples: int | None = None,
+    rank: int | None = None,
+    interval: tuple[int, int] | None = None,
+    blocks: Sequence[int] | None = None,
+    roles: Sequence[str] | None = None,
+    target_modules: Sequence[str] | None = None,
+    checkpoint: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    cache_prefix: str | Path | None = None,
+    held_back: str | Path | Sequence[str] | None = None,
+    report_to: str = "none",
+    callbacks: Sequence[TrainerCallback] = (),
+    **protocol: Any,
+) -> Finetuned:
+    """Finetune a base on a task by a method, and write adapter, metrics, predictions, manifest and model card.
+
+    The same call goes on where a killed run stopped, and returns a finished run as it is.
+
+    Args:
+        base: pretrained model: folder, ``hub:org/name``, ``timm:name``, ``pkg:…``; see `base.load_base`.
+        task: name of a GLUE task, the path of a table or of a folder of images, or examples that are read already.
+        method: name in `methods.METHODS`.
+        out: folder of the run.
+        seed: of the head, the method's random parts, the order of the examples, and dropout.
+        data_dir: GLUE in its official layout; from the Hub when None.
+        dev: dev set of a user's own task; see `tasks.load_task`, as for the next three.
+        text: columns of the one or two texts.
+        label: column of the label.
+        regression: the label is a number.
+        examples: train on a fixed part of train, of this size.
+        rank: the method's size; see `methods.attach`, as for the next six.
+        interval: ranks [k, m) of the spectral methods.
+        blocks: that are adapted.
+        roles: of the matrices that are adapted.
+        target_modules: names of the modules that are adapted.
+        checkpoint: model whose singular vectors are the basis.
+        options: settings of the method.
+        cache_prefix: folder in which the activations below the first trained module are kept, computed once.
+        held_back: texts, or a file with one a line, for the loss before and after (`forgetting`); by default the
+            premises of RTE's dev set where GLUE is at hand, else the texts of the task's own dev set.
+        report_to: "tensorboard", "wandb", "trackio", … as transformers has it; several with commas. TensorBoard's
+            files are in ``OUT/runs`` when the run is finished.
+        callbacks: of transformers' Trainer, beside the method's own.
+        protocol: fields of `Protocol`.
+
+    Raises:
+        InputError: an argument does not fit, the data are damaged, the folder holds another run, the disk is full.
+    """
+    from specbasis.finetuning.base import base_sha256
+    from specbasis.finetuning.methods import method_named
+    from specbasis.finetuning.train import is_main_process, run
+
+    _check_numbers(seed, examples)
+    _check_report(report_to)
+    known = {field.name for field in dataclasses.fields(Protocol)}
+    if set(protocol) - known:
+        raise InputError(
+            f"got {sorted(set(protocol) - known)[0]!r}; want fields of Protocol: {', '.join(sorted(known))}"
+        )
+    chosen = method_named(method)
+    how = Protocol(**protocol)
+    where = Placement(
+        rank,
+        interval,
+        None if blocks is None else tuple(blocks),
+        None if roles is None else tuple(roles),
+        None if target_modules is None else tuple(target_modules),
+        checkpoint,
+        dict(options or {}),
+    )
+    if isinstance(task, TaskData):
+        data = task
+    else:
+        data = load_task(task, data_dir=data_dir, dev=dev, text=text, label=label, regression=regression)
+    how, data = resolved(how, chosen.name, data, examples)
+    config = {
+        "base": str(base),
+        "base_sha256": base_sha256(base),
+        "task": data.task.name,
+        "head": {name: getattr(data.task, name) for name in ("name", "title", "metrics", "labels", "images")},
+        "data": data.digest,
+        "method": chosen.name,
+        "seed": seed,
+        "protocol": dataclasses.asdict(how),
+        "placement": dataclasses.asdict(where),
+        "cache_prefix": cache_prefix is not None,
+    }
+    folder = Path(out)
+    from accelerate import PartialState
+
+    with PartialState().main_process_first():  # of several processes the first one makes the folder
+        finished = _begin(folder, config)
+    if finished is not None:
+        return finished
+    with _one_line_on_a_full_disk(folder):
+        metrics = run(
+            base,
+            data,
+            chosen.name,
+            seed,
+            how,
+            where,
+            folder,
+            cache_prefix=None if cache_prefix is None else Path(cache_prefix),
+            held_back=held_back_texts(held_back, data, data_dir),
+            report_to=report_to,
+            callbacks=callbacks,
+        )
+        said = metrics.pop("predictions")
+        metrics = as_json(metrics)
+        if is_main_process():
+            _write_predictions(folder / PREDICTIONS, said, data.task)
+            _finish(folder, config, metrics, data)
+    return Finetuned(folder, metrics)
+
+
+def _check_numbers(seed: int, examples: int | None) -> None:
+    if not 0 <= seed < 2**32:
+        raise InputError(f"got seed = {seed}; want a number in 0 … 2³² − 1")
+    if examples is not None and examples < 1:
+        raise InputError(f"got examples = {examples}; want at least 1, or none given for all of train")
+
+
+def _check_report(report_to: str) -> None:
+    from transformers.integrations import get_available_reporting_integrations
+
+    there = get_available_reporting_integrations()
+    unknown = [name for name in report_to.split(",") if name not in (*there, "all", "none")]
+    if unknown:
+        raise InputError(
+            f"got report_to = {unknown[0]!r}; want none, or what is installed of what transformers reports to: "
+            f"{', '.join(there) or 'nothing is (pip install tensorboard)'}"
+        )
+
+
+def resolved(
+    protocol: Protocol, method: str, data: TaskData, examples: int | None = None
+) -> tuple[Protocol, TaskData]:
+    """The protocol with the method's own epochs and learning rate, and the data without what is chosen on."""
+    from specbasis.finetuning.methods import METHODS
+
+    epochs, learning_rate = METHODS[method].recipe(data.task.name)
+    how = dataclasses.replace(
+        protocol,
+        epochs=protocol.epochs or epochs,
+        learning_rate=protocol.learning_rate or learning_rate,
+    )
+    if len(data.selection):
+        return how, data
+    held = selection_size(len(data.train)) if how.select == "best" else None
+    return how, subset(data, examples=examples, selection=held) if held or examples else data
+
+
+def load(folder: str | Path, base: str | Path | None = None) -> tuple[Any, Any]:
+    """The finetuned model of a run's folder, in evaluation mode, and its tokenizer or image processor.
+
+    Args:
+        folder: of a finished run.
+        base: where the base is now; by default where it was.
+
+    Raises:
+        InputError: the folder holds no finished run, or the base cannot be loaded.
+    """
+    from specbasis.finetuning.base import load_base, quiet
+    from specbasis.finetuning.methods import load as load_method
+
+    place = Path(folder)
+    try:
+        config = json.loads((place / MANIFEST).read_text(encoding="utf-8"))["config"]
+        task = Task(**config["head"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{place}: holds no run (no readable {MANIFEST}); want a folder that finetune wrote"
+        ) from error
+    if not (place / METRICS).is_file():
+        raise InputError(f"{place}: the run is not finished; the same command goes on")
+    with quiet():
+        loaded = load_base(base or config["base"], task, max_length=config["protocol"]["max_length"])
+        return load_method(place, loaded.model).model.eval(), loaded.processor
+
+
+def held_back_texts(
+    given: str | Path | Sequence[str] | None, data: TaskData, data_dir: str | Path | None
+) -> tuple[str, Sequence[str]]:
+    """The texts that forgetting is measured on, and what they are.
+
+    Raises:
+        InputError: the file is not there, or holds no text.
+    """
+    if given is not None and not isinstance(given, str | Path):
+        return "given texts", list(given)
+    if given is not None:
+        try:
+            texts = [one for one in Path(given).read_text(encoding="utf-8").split("\n") if one.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{given}: not readable text: {error}") from error
+        if len(texts) < 2:
+            raise InputError(f"{given}: holds {len(texts)} texts; want one a line, at least two")
+        return str(Path(given).name), texts
+    if data.task.images:
+        return "", ()
+    if data_dir is not None and (Path(data_dir).expanduser() / "RTE" / "dev.tsv").is_file():
+        held = load_task("rte", data_dir=data_dir).dev["dev"]
+        return "premises of RTE's dev set", sorted({inputs[0] for inputs in held.inputs})[:HELD_BACK]
+    first, split = next(iter(data.dev.items()))
+    return f"texts of {data.task.title}'s {first} set", [" ".join(inputs) for inputs in split.inputs[:HELD_BACK]]
+
+
+# --- the folder -------------------------------------------------------------------------------------------------
+
+
+def _begin(folder: Path, config: Mapping[str, Any]) -> Finetuned | None:
+    """The run of this folder if it is finished; else a manifest is in the folder when this returns.
+
+    Raises:
+        InputError: the folder holds another run, or anything else. A run that had nothing to keep yet gives way.
+    """
+    plain = json.loads(json.dumps(config))
+    path = folder / MANIFEST
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: is a file; want a folder for the run")
+    if path.is_file():
+        try:
+            held = json.loads(path.read_text(encoding="utf-8"))["config"]
+        except (ValueError, KeyError, OSError) as error:
+            raise InputError(f"{path}: damaged ({error}); choose another folder") from error
+        if any(other.is_file() and other != path for other in folder.rglob("*")):
+            refuse_another(folder, "run", held, plain)
+        elif held != plain:
+            path.unlink()
+        if (folder / METRICS).is_file():
+            return Finetuned(folder, json.loads((folder / METRICS).read_text(encoding="utf-8")))
+    elif folder.exists() and any(folder.iterdir()):
+        raise InputError(f"{folder}: is not empty and holds no run; choose a new folder")
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    if not path.is_file():
+        _write_json(path, {"config": plain, "environment": environment()})
+    return None
+
+
+def _finish(folder: Path, config: Mapping[str, Any], metrics: Mapping[str, Any], data: TaskData) -> None:
+    """Card, then metrics, whose presence says that the run is finished."""
+    from specbasis.finetuning.card import model_card
+
+    write_whole(
+        folder / CARD, lambda path: path.write_text(model_card(config, metrics, data.task), encoding="utf-8")
+    )
+    logs = folder / CHECKPOINTS / LOGS
+    if logs.is_dir():
+        logs.rename(folder / LOGS)
+    _write_json(folder / METRICS, metrics)
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+
+
+def _write_predictions(path: Path, said: Mapping[str, Mapping[str, Any]], task: Task) -> None:
+    """A line for each example that was scored: set, place in it from 0, label, prediction."""
+
+    def write(target: Path) -> None:
+        with target.open("w", encoding="utf-8", newline="") as file:
+            table = csv.writer(file, lineterminator="\n")
+            table.writerow(("set", "example", "label", "predicted"))
+            for name, packed in said.items():
+                one = Predictions.unpacked(packed)
+                for example, values in enumerate(zip(one.labels.tolist(), one.predicted.tolist(), strict=True)):
+                    shown = values if task.regression else [task.labels[int(value)] for value in values]
+                    table.writerow((name, example, *shown))
+
+    write_whole(path, write)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    write_whole(path, lambda target: target.write_text(text, encoding="utf-8"))
+
+
+_FULL = ("No space left", "Disk quota exceeded", "inline_container")
+"""What is in the message on a full disk; the last is torch.save's, which sees only that less was written."""
+
+
+@contextmanager
+def _one_line_on_a_full_disk(folder: Path) -> Iterator[None]:
+    """Turn what each library makes of a full disk into one line that names the folder."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, InputError) or not any(sign in str(error) for sign in _FULL):
+            raise
+        raise InputError(f"{folder}: no space left on the disk; free some, and the same command goes on") from error

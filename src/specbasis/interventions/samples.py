@@ -1,0 +1,229 @@
+"""Scores of examples, what they add up to, and how sure one can be of it and of its change.
+
+A score is a *statistic* of the examples: their mean, a correlation, a perplexity. Intervals come from resampling
+examples, tests from swapping, for single examples, what the two models said: both hold for any statistic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy import stats
+from torch import Tensor
+
+from specbasis.core.errors import InputError
+
+Array = npt.NDArray[np.float64]
+Statistic = Callable[[Array], Array]
+"""From (…, examples, columns) to (…): it is given many resamples at once."""
+
+
+def mean(values: Array) -> Array:
+    """Mean of the first column."""
+    return np.asarray(values[..., 0].mean(-1))
+
+
+def accuracy(values: Array) -> Array:
+    """Share of the examples whose two columns, prediction and label, are equal."""
+    return np.asarray((values[..., 0] == values[..., 1]).mean(-1))
+
+
+def matthews(values: Array) -> Array:
+    """Matthews' correlation of prediction and label; for two classes the correlation of the two columns."""
+    return pearson(values)
+
+
+def pearson(values: Array) -> Array:
+    """Correlation of the two columns, prediction and label; 0 where one is constant, as Matthews' is."""
+    centred = values - values.mean(-2, keepdims=True)
+    a, b = centred[..., 0], centred[..., 1]
+    norms = np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
+    return np.asarray(np.divide((a * b).sum(-1), norms, out=np.zeros_like(norms), where=norms > 0))
+
+
+def spearman(values: Array) -> Array:
+    """Rank correlation of the two columns, tied values at their mean rank."""
+    codes = values.astype(np.int64) if np.issubdtype(values.dtype, np.integer) else _dense_ranks(values)[0]
+    return pearson(np.stack([_mean_ranks(codes[..., column]) for column in range(2)], axis=-1))
+
+
+def _dense_ranks(*samples: Array) -> list[npt.NDArray[np.int64]]:
+    """Each column's values as whole numbers from 0 in the same order, the same ones in all samples."""
+    flat = np.concatenate([sample.reshape(-1, sample.shape[-1]) for sample in samples])
+    codes = np.stack([np.unique(column, return_inverse=True)[1] for column in flat.T], axis=1)
+    ends = np.cumsum([sample.size // sample.shape[-1] for sample in samples])[:-1]
+    return [part.reshape(sample.shape) for part, sample in zip(np.split(codes, ends), samples, strict=True)]
+
+
+def _mean_ranks(codes: npt.NDArray[np.int64]) -> Array:
+    """Ranks along the last axis, equal values at the mean of theirs. Dense ranks are counted: nothing is sorted."""
+    flat = codes.reshape(-1, codes.shape[-1])
+    kinds = int(flat.max()) + 1
+    places = flat + kinds * np.arange(len(flat))[:, None]
+    counts = np.bincount(places.ravel(), minlength=len(flat) * kinds).reshape(len(flat), kinds)
+    ranks: Array = (counts.cumsum(1) - (counts - 1) / 2).ravel()[places]
+    return ranks.reshape(codes.shape)
+
+
+def f1(values: Array) -> Array:
+    """F1 of the class 1, from prediction and label; 0 where neither ever is."""
+    p, t = values[..., 0] == 1, values[..., 1] == 1
+    total = p.sum(-1) + t.sum(-1)
+    return np.asarray(np.divide(2 * (p & t).sum(-1), total, out=np.zeros(total.shape), where=total > 0))
+
+
+def ratio(values: Array) -> Array:
+    """Sum of the first column over that of the second: a loss per token, from losses and numbers of tokens."""
+    return np.asarray(values[..., 0].sum(-1) / values[..., 1].sum(-1))
+
+
+def perplexity(values: Array) -> Array:
+    """The exponential of `ratio`."""
+    return np.asarray(np.exp(ratio(values)))
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """What a model scored on each example.
+
+    Attributes:
+        values: (examples, columns).
+        statistic: what they add up to.
+        higher_is_better: False for losses.
+    """
+
+    values: Array
+    statistic: Statistic = field(default=mean)
+    higher_is_better: bool = True
+
+    @property
+    def value(self) -> float:
+        """The statistic of all examples."""
+        return float(self.statistic(self.values))
+
+
+Evaluator = Callable[[Any], Mapping[str, "float | Sample | Tensor | Array"]]
+"""From a model to its metrics: numbers, one score for each example (whose mean is the metric), or samples."""
+
+
+def as_samples(found: Mapping[str, float | Sample | Tensor | Array]) -> dict[str, Sample | float]:
+    """What an evaluator returned, checked.
+
+    Raises:
+        InputError: it is empty or no mapping, or a value is not finite: the metric's name is in the message.
+    """
+    if not isinstance(found, Mapping) or not found:
+        raise InputError(f"the evaluator returned {type(found).__name__}; want a mapping from metrics to values")
+    return {name: _as_sample(name, value) for name, value in found.items()}
+
+
+def _as_sample(name: str, value: float | Sample | Tensor | Array) -> Sample | float:
+    if isinstance(value, Sample):
+        sample = value
+    else:
+        numbers = np.asarray(value.detach().cpu() if isinstance(value, Tensor) else value, dtype=np.float64)
+        if numbers.ndim == 0:
+            _finite(name, numbers)
+            return float(numbers)
+        sample = Sample(numbers.reshape(len(numbers), -1) if numbers.size else numbers)
+    if sample.values.ndim != 2 or not len(sample.values):
+        raise InputError(f"metric {name!r}: got scores of shape {sample.values.shape}; want one row an example")
+    _finite(name, sample.values)
+    _finite(name, np.asarray(sample.value))
+    return sample
+
+
+def _finite(name: str, numbers: Array) -> None:
+    bad = int((~np.isfinite(numbers)).sum())
+    if bad:
+        raise InputError(f"metric {name!r}: {bad} of {numbers.size} values of the evaluator are NaN or Inf")
+
+
+def summarise(
+    before: Mapping[str, Sample | float],
+    after: Mapping[str, Sample | float],
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, float | int]:
+    """Each metric after an edit, its change, 95 % intervals of both, and a test of the change.
+
+    For a metric m: ``m``, ``m.low``, ``m.high``, ``m.change`` (after − before), ``m.change_low``,
+    ``m.change_high``, ``m.p``, ``m.examples``; only the value and the change where there are no examples.
+
+    Intervals: percentile bootstrap over examples, the same resamples before and after, so that the change is
+    paired. Test: two-sided paired randomisation; p = (1 + #{|change*| ≥ |change|}) / (1 + resamples), where a
+    starred change has before and after exchanged for each example with probability one half. For a correlation,
+    predictions are standardised (Spearman: ranked) for each model before: it does not see their scale.
+
+    Raises:
+        InputError: before and after have other metrics or numbers of examples.
+
+    Source: Efron & Tibshirani 1993, §13.3 (percentile interval), §15.2 (permutation test).
+    """
+    if set(before) != set(after):
+        raise InputError(f"the evaluator returned {', '.join(after)} after {', '.join(before)}; want equal names")
+    summary: dict[str, float | int] = {}
+    for name, new in after.items():
+        old = before[name]
+        if isinstance(new, float) or isinstance(old, float):
+            values = [x if isinstance(x, float) else x.value for x in (old, new)]
+            summary |= {name: values[1], f"{name}.change": values[1] - values[0]}
+            continue
+        if old.values.shape != new.values.shape:
+            raise InputError(f"metric {name!r}: {len(new.values)} examples after {len(old.values)}; want the same")
+        summary |= {f"{name}{key}": value for key, value in _paired(old, new, resamples, seed).items()}
+    return summary
+
+
+def _on_one_scale(values: Array, scale: Callable[[Array], Array]) -> Array:
+    """Predictions (first column) that two models made on scales of their own, made comparable.
+
+    A correlation does not see the scale, but a test that exchanges single predictions between the models would.
+    """
+    return np.stack([scale(values[:, 0]), values[:, 1]], axis=1)
+
+
+def _standardised(x: Array) -> Array:
+    spread = x.std()
+    return np.asarray((x - x.mean()) / (spread if spread > 0 else 1.0))
+
+
+def _paired(old: Sample, new: Sample, resamples: int, seed: int) -> dict[str, float | int]:
+    a: npt.NDArray[Any] = old.values
+    b: npt.NDArray[Any] = new.values
+    statistic = new.statistic
+    n, value, change = len(a), new.value, new.value - old.value
+    if statistic is spearman:  # ranked once: resamples are then counted, not sorted
+        a, b = _dense_ranks(*(_on_one_scale(x, stats.rankdata) for x in (a, b)))
+    elif statistic is pearson:
+        a, b = (_on_one_scale(x, _standardised) for x in (a, b))
+    random = np.random.default_rng(seed)
+    values, changes, null = [], [], []
+    chunk = max(1, 2**15 // max(1, a.size))  # a few resamples at once: what fits a core's cache
+    for start in range(0, resamples, chunk):
+        count = min(chunk, resamples - start)
+        drawn = random.integers(n, size=(count, n))
+        after = statistic(b[drawn])
+        values.append(after)
+        changes.append(after - statistic(a[drawn]))
+        exchanged = random.random((count, n, 1)) < 0.5
+        null.append(statistic(np.where(exchanged, a, b)) - statistic(np.where(exchanged, b, a)))
+    low, high = np.quantile(np.concatenate(values), (0.025, 0.975)) if values else (value, value)
+    change_low, change_high = np.quantile(np.concatenate(changes), (0.025, 0.975)) if values else (change, change)
+    # What rounding makes of equal changes must count as equal.
+    reached = int((np.abs(np.concatenate(null or [np.zeros(0)])) >= abs(change) - 1e-12).sum())
+    return {
+        "": value,
+        ".low": float(low),
+        ".high": float(high),
+        ".change": change,
+        ".change_low": float(change_low),
+        ".change_high": float(change_high),
+        ".p": (1 + reached) / (1 + resamples),
+        ".examples": n,
+    }

@@ -1,0 +1,178 @@
+"""What a comparison will cost, from shapes alone: flops, seconds, memory; and the rates of this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from specbasis.core.errors import InputError
+from specbasis.core.svd import half_svd
+from specbasis.measures.measures import MEASURES, Measure, needed
+
+EIGEN = 11.0
+"""Time of a symmetric eigensolver for one n³, in flops at the rate of a product; half of it for values alone."""
+
+BLOCK_BYTES = 32 * 2**20
+"""Size of the float64 blocks in which a matrix is read."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a computation costs.
+
+    Attributes:
+        products: flops of matrix products.
+        eigen: Σ n³ over the eigensolvers' matrices, half of it where only values are wanted.
+        bytes: peak memory beside the matrices themselves.
+    """
+
+    products: float = 0.0
+    eigen: float = 0.0
+    bytes: int = 0
+
+    @property
+    def flops(self) -> float:
+        """All of it in flops at the rate of a product."""
+        return self.products + EIGEN * self.eigen
+
+    def seconds(self, rates: Rates) -> float:
+        """Predicted time on one thread."""
+        return self.products / rates.products + self.eigen * rates.eigen
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How fast one thread of a machine is.
+
+    Attributes:
+        products: flops per second of a float64 product.
+        eigen: seconds per n³ of a symmetric eigensolver with vectors.
+    """
+
+    products: float
+    eigen: float
+
+
+def matrix_work(
+    shape: tuple[int, int],
+    measures: Sequence[str],
+    ranks: int,
+    pairs: int = 1,
+    table: Sequence[Measure] = MEASURES,
+    draws: int = 0,
+) -> Work:
+    """What comparing one matrix with some finetunes of it costs.
+
+    Gram matrix n²m, eigensolver of n³, and for k ranks of base and tuned the cheaper of a cross product n²m and of
+    back-products 2nmk, n the short side; what reads every vector of base, a few products more; each draw of a
+    random update, one decomposition and one product.
+    """
+    n, m = sorted(shape)
+    k = min(ranks, n)
+    need = needed(measures, k, table)
+    implied = 2 * k > n
+    products = eigen = 0.0
+    for which, count in need.items():
+        if count is not None:
+            times = 1 if which == "base" else pairs
+            products += times * (1.125 * n * n * m + (0 if implied or not count else 2 * n * m * k + 3 * m * k * k))
+            eigen += times * n**3 * (1.0 if count else 0.5)
+    taken = [m_ for m_ in table if m_.name in measures]
+    crossed = {m_.vectors for m_ in taken if len(m_.vectors) == 2}
+    if implied:
+        products += len(crossed) * pairs * (2 * n * n * m + 2 * n * n * k)
+    whole = any(m_.every for m_ in taken)
+    if whole:
+        products += pairs * (4 * n * n * k + 2 * n * m * k)  # intruders
+    if any(m_.every and m_.values for m_ in taken):
+        products += pairs * ((2 * n * n * m + 4 * n**3) if 3 * k > n else (8 * n * m * k + 4 * n * n * k))
+    products += pairs * draws * (1.125 * n * n * m + 2 * n * n * m)
+    eigen += pairs * draws * n**3
+    solver = 8 * (6 if whole else 5) * n * n
+    blocks = 2 * min(8 * n * m, BLOCK_BYTES)
+    held = sum(8 * (n * k + (0 if implied else m * k)) + min(8 * n * m, BLOCK_BYTES) for c in need.values() if c)
+    return Work(products, eigen, solver + blocks + held)
+
+
+@cache
+def rates() -> Rates:
+    """The rates of this machine, measured once (about a second) and kept in the user's cache folder."""
+    path = cache_folder() / "rates.json"
+    key = f"{platform.node()} {platform.machine()} torch {torch.__version__}"
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        return Rates(**known[key])
+    except (OSError, ValueError, KeyError, TypeError):
+        known = {}
+    found = _measure()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({**known, key: asdict(found)}, indent=1), encoding="utf-8")
+    except OSError:
+        pass  # a home that cannot be written: measured again next time
+    return found
+
+
+def cache_folder() -> Path:
+    """Where what can be computed again is kept: $XDG_CACHE_HOME/specbasis, ~/.cache/specbasis."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "specbasis"
+
+
+def _measure() -> Rates:
+    n = 768
+    W = torch.randn(n, n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        product = _fastest(lambda: W @ W)
+        return Rates(2 * n**3 / product, (_fastest(lambda: half_svd(W, n, implied=True)) - product) / n**3)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _fastest(work: Callable[[], object]) -> float:
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def makespan(seconds: Sequence[float], workers: int) -> float:
+    """Time until all tasks are done, longest first, each on the worker that is free first."""
+    free = [0.0] * workers
+    for task in sorted(seconds, reverse=True):
+        at = min(range(workers), key=free.__getitem__)
+        free[at] += task
+    return max(free)
+
+
+def human_bytes(size: float) -> str:
+    """1.5 GiB, 300 MiB."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes from "8GB", "1.5 GiB", "500M" or a plain number.
+
+    Raises:
+        InputError: it is none of these.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
+    if not found:
+        raise InputError(f"got memory {text!r}; want a size, such as 8GB or 500M")
+    number, unit, binary = found.groups()
+    size = int(float(number) * (1024 if binary else 1000) ** " kmgt".index(unit.lower() or " "))
+    if size < 1:
+        raise InputError(f"got memory {text!r}; want more than nothing, such as 8GB")
+    return size

@@ -1,0 +1,242 @@
+"""Run independent tasks side by side: threads, worker processes, or a Ray cluster; one loop for all of them.
+
+Every task runs on one BLAS thread, so its result is the same bit for bit whatever runs beside it and wherever.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import torch
+from threadpoolctl import threadpool_limits
+
+from specbasis.core.errors import InputError
+
+ENGINES = ("auto", "threads", "processes", "ray")
+
+SMALL_WORK = 3e12
+"""Below so many flops (about a minute) the work is done by threads: starting processes would take a share of it."""
+
+ATTEMPTS = 4
+"""How often a task is tried whose worker dies."""
+
+
+@runtime_checkable
+class Task(Protocol):
+    """What an engine needs to know of a piece of work. It is pickled: it holds names and places, not tensors."""
+
+    @property
+    def name(self) -> str:
+        """What to call it in an error."""
+
+    @property
+    def flops(self) -> float:
+        """Predicted work; longer tasks start earlier."""
+
+    @property
+    def bytes(self) -> int:
+        """Predicted peak memory."""
+
+    def run(self) -> Any:
+        """Do it."""
+
+
+T = TypeVar("T", bound=Task)
+Submit = Callable[[Task], "Future[Any]"]
+
+
+def run(
+    tasks: Sequence[T], *, workers: int, memory: int | None = None, engine: str = "auto", local: bool = False
+) -> Generator[tuple[T, Any], None, None]:
+    """Run tasks, longest first, and yield each with its result as it ends.
+
+    A task whose worker dies is tried again, alone, since lack of memory is the likely reason.
+
+    Args:
+        tasks: what to do.
+        workers: how many run at the same time.
+        memory: bytes that the running tasks together may be predicted to take; half of what is free when None. A
+            task that needs more runs alone.
+        engine: "threads" of this process; "processes", which survive the death of one of them; "ray", a Ray
+            cluster (the running one, else one on this machine); "auto": processes for long work, else threads.
+        local: the tasks cannot leave this process.
+
+    Raises:
+        InputError: a task's workers died `ATTEMPTS` times, or the engine is unknown or not installed.
+    """
+    if engine not in ENGINES:
+        raise InputError(f"got engine {engine!r}; want one of {', '.join(ENGINES)}")
+    small = sum(task.flops for task in tasks) < SMALL_WORK
+    if engine == "auto":
+        engine = "threads" if local or workers == 1 or len(tasks) < 2 or small else "processes"
+    if local and engine != "threads":
+        raise InputError(f"tensors in memory cannot reach engine {engine!r}; write them to a file, or use threads")
+    memory = free_memory() // 2 if memory is None else memory
+    start = {"threads": _threads, "processes": _processes, "ray": _ray}[engine]
+    waiting = sorted(tasks, key=lambda task: -task.flops)
+    died: Counter[int] = Counter()
+    while waiting:
+        with start(max(1, min(workers, len(waiting)))) as submit:
+            yield from _until_a_death(waiting, submit, workers, memory, died)
+
+
+def _until_a_death(
+    waiting: list[T], submit: Submit, workers: int, memory: int, died: Counter[int]
+) -> Iterator[tuple[T, Any]]:
+    """Run until nothing is waiting, or until workers die: then the tasks that they had are waiting again, first."""
+    running: dict[Future[Any], T] = {}
+    while waiting or running:
+        used = sum(task.bytes for task in running.values())
+        for task in list(waiting):
+            alone = bool(died[id(task)]) or any(died[id(other)] for other in running.values())
+            if running and (len(running) >= workers or alone or used + task.bytes > memory):
+                continue
+            waiting.remove(task)
+            used += task.bytes
+            running[submit(task)] = task
+        lost: list[T] = []
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            task = running.pop(future)
+            try:
+                result = future.result()
+            except _deaths() as error:
+                lost.append(task)
+                died[id(task)] += 1
+                if died[id(task)] >= ATTEMPTS:
+                    raise InputError(
+                        f"{task.name}: its worker died {ATTEMPTS} times, perhaps for lack of memory (predicted: "
+                        f"{task.bytes / 2**30:.1f} GiB); what is done is kept: run again where there is more"
+                    ) from error
+            else:
+                yield task, result
+        if lost:
+            waiting[:0] = [*lost, *running.values()]
+            for task in running.values():
+                died[id(task)] += 1
+            return
+
+
+@contextmanager
+def _threads(workers: int) -> Iterator[Submit]:
+    threads = torch.get_num_threads()
+    executor = ThreadPoolExecutor(workers, "specbasis", initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        with threadpool_limits(1, user_api="blas"):  # scipy's BLAS is not torch's
+            yield lambda task: executor.submit(task.run)
+    finally:
+        executor.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)  # BLAS libraries hold this number for the whole process
+
+
+@contextmanager
+def _processes(workers: int) -> Iterator[Submit]:
+    from loky import ProcessPoolExecutor
+
+    one_thread = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+    # loky takes mapped pages of weights for a leak, and would restart workers with a warning.
+    env = {**one_thread, "LOKY_MAX_MEMORY_LEAK_SIZE": "1e18"}
+    executor = ProcessPoolExecutor(workers, initializer=_leave_with, initargs=(os.getpid(),), env=env)
+    try:
+        yield lambda task: executor.submit(_run, task)
+    finally:
+        executor.shutdown(kill_workers=True)
+
+
+@contextmanager
+def _ray(workers: int) -> Iterator[Submit]:
+    ray = _import_ray()
+    own = not ray.is_initialized()
+    if own:
+        _connect(ray, workers)
+    # Ray tries a task again by itself where its worker or node is lost, and leaves the other tasks alone.
+    remote = ray.remote(max_retries=ATTEMPTS - 1, num_cpus=1)(_run)
+    try:
+        yield lambda task: remote.options(name=task.name).remote(task).future()
+    finally:
+        if own:
+            ray.shutdown()
+
+
+def _connect(ray: Any, workers: int) -> None:
+    """Join the cluster that RAY_ADDRESS names, or that runs here; start one on this machine where there is none."""
+    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    try:
+        ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), **quiet)
+    except ConnectionError:
+        ray.init(num_cpus=workers, include_dashboard=False, **quiet)
+
+
+def _import_ray() -> Any:
+    try:
+        import ray
+    except ImportError as error:
+        raise InputError("engine 'ray' needs Ray: pip install 'specbasis[ray]'") from error
+    return ray
+
+
+def _deaths() -> tuple[type[BaseException], ...]:
+    """What a future raises when its worker is no more."""
+    ray = sys.modules.get("ray")
+    if ray is None:
+        return (BrokenProcessPool,)
+    names = (
+        "WorkerCrashedError",
+        "NodeDiedError",
+        "LocalRayletDiedError",
+        "OutOfMemoryError",
+        "ObjectLostError",
+        "NodePreemptedError",
+    )
+    return (BrokenProcessPool, *(getattr(ray.exceptions, name) for name in names if hasattr(ray.exceptions, name)))
+
+
+def _leave_with(driver: int) -> None:
+    """End this worker when its driver is gone: one that is killed outright cannot end its workers itself."""
+
+    def watch() -> None:
+        while os.getppid() == driver:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _run(task: Task) -> Any:
+    """In a worker process: one thread, whatever the process was started with."""
+    torch.set_num_threads(1)
+    with threadpool_limits(1, user_api="blas"):
+        return task.run()
+
+
+def free_memory() -> int:
+    """Bytes that this process may still take: what the machine has available, or its control group leaves."""
+    found = [_available()]
+    limit, current = (_number(Path("/sys/fs/cgroup") / f"memory.{name}") for name in ("max", "current"))
+    if limit is not None and current is not None:
+        found.append(limit - current)
+    return max(0, min(found))
+
+
+def _available() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):  # not Linux: half of what is installed
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 if hasattr(os, "sysconf") else 2**32
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text(encoding="ascii"))
+    except (OSError, ValueError):  # no control groups here, or "max"
+        return None

@@ -1,0 +1,1 @@
+"""Singular value decompositions to named numbers."""

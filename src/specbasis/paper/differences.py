@@ -1,0 +1,139 @@
+"""Differences between groups of runs, one run a seed: over the seeds, and over the examples of the dev set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from specbasis.finetuning.grid import Cell, by_seed, mean_and_spread
+from specbasis.finetuning.metrics import Array, Predictions
+from specbasis.finetuning.tasks import GLUE, Task
+from specbasis.interventions.evaluators import STATISTICS
+from specbasis.jobs.cells import Row
+
+RESAMPLES = 2000
+"""Of a dev set, for an interval."""
+MEANING = (
+    f"[95 % interval over the examples of the dev set, these seeds; {RESAMPLES} paired resamples]; p of Student's "
+    "paired t-test over the seeds, on this dev set, two-sided. Neither is corrected for the number of comparisons."
+)
+"""What `Difference.shown` shows behind the mean."""
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One run of a grid.
+
+    Attributes:
+        task: its task.
+        values: of its row.
+    """
+
+    task: Task
+    values: Mapping[str, Any]
+
+    @property
+    def score(self) -> float:
+        """On the dev set."""
+        return float(self.values["score"])
+
+    @cached_property
+    def said(self) -> Predictions | None:
+        """On the (first) dev set; None where the row has no predictions."""
+        packed = self.values.get("predictions")
+        return Predictions.unpacked(next(iter(packed.values()))) if packed else None
+
+    @cached_property
+    def resampled(self) -> Array | None:
+        """See `resampled`."""
+        return None if self.said is None else resampled(self.task, self.said)
+
+    @property
+    def chance(self) -> float | None:
+        """Score of the class that is most frequent in the dev set; 0 for a correlation."""
+        if self.said is None:
+            return None
+        values, counts = np.unique(self.said.labels, return_counts=True)
+        most = Predictions(np.full(len(self.said.labels), values[counts.argmax()]), self.said.labels)
+        return self.task.score(most.scores(self.task))
+
+
+def runs(rows: Iterable[Row], cells: Sequence[Cell]) -> dict[int, Run]:
+    """The runs of some cells of one task that differ in nothing but the seed, by seed."""
+    return {seed: Run(GLUE[cells[0].task], values) for seed, values in by_seed(rows, cells).items()}
+
+
+def percent(mean: float | None, spread: float | None) -> str:
+    """A mean ± its standard deviation over seeds, in percent; – where nothing ran."""
+    if mean is None:
+        return "–"
+    return f"{100 * mean:.2f}" + ("" if spread is None else f" ± {100 * spread:.2f}")
+
+
+def resampled(task: Task, said: Predictions, resamples: int = RESAMPLES, seed: int = 0) -> Array:
+    """The score of a run on a dev set of which examples are drawn with replacement, for each resample.
+
+    Two runs on the same dev set meet the same resamples, so their difference is paired. Costs the statistic on
+    resamples × examples values, 2¹⁹ examples at once.
+
+    Source: Efron & Tibshirani 1993, §13.3 (percentile interval). Not in Yu et al. 2026.
+    """
+    values = np.stack([said.predicted, said.labels], axis=1)
+    random = np.random.default_rng(seed)
+    chunk, found = max(1, 2**19 // len(values)), []
+    for start in range(0, resamples, chunk):
+        drawn = values[random.integers(len(values), size=(min(chunk, resamples - start), len(values)))]
+        found.append(task.score({name: STATISTICS[name](drawn) for name in task.metrics}))
+    return np.concatenate(found)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Score − that of a reference, over the seeds that both have.
+
+    Attributes:
+        each: of the seeds.
+        interval: 95 % interval of the mean over examples of the dev set, the seeds as they are; None without
+            predictions.
+    """
+
+    each: tuple[float, ...]
+    interval: tuple[float, float] | None
+
+    @property
+    def mean(self) -> float:
+        """Over the seeds."""
+        return mean_and_spread(self.each)[0]
+
+    @property
+    def p(self) -> float | None:
+        """Of Student's paired t-test over seeds, two-sided; None for fewer than two, or all alike."""
+        if len(self.each) < 2 or len(set(self.each)) == 1:
+            return None
+        from scipy.stats import ttest_1samp
+
+        return float(ttest_1samp(self.each, 0.0).pvalue)
+
+    @property
+    def shown(self) -> str:
+        """In points: mean [interval] (p)."""
+        ends = "" if self.interval is None else " [{:+.2f}, {:+.2f}]".format(*(100 * end for end in self.interval))
+        return f"{100 * self.mean:+.2f}{ends}" + ("" if self.p is None else f" (p = {self.p:.2g})")
+
+
+def difference(found: Mapping[int, Run], reference: Mapping[int, Run]) -> Difference | None:
+    """Between runs and others, paired by seed and example; None where they have no seed in common."""
+    pairs = [(found[seed], reference[seed]) for seed in found if seed in reference]
+    if not pairs:
+        return None
+    drawn = [(a.resampled, b.resampled) for a, b in pairs]
+    moved = [a - b for a, b in drawn if a is not None and b is not None]
+    interval = None
+    if len(moved) == len(pairs):
+        low, high = np.quantile(np.mean(moved, axis=0), (0.025, 0.975))
+        interval = (float(low), float(high))
+    return Difference(tuple(a.score - b.score for a, b in pairs), interval)

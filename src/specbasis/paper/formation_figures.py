@@ -1,0 +1,187 @@
+"""Fig. 4, 9, 21 and training from scratch, drawn from the rows of a formation grid."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from specbasis.core.errors import InputError
+from specbasis.figures.figures import COLORS, QUIET
+from specbasis.figures.tracking import heat_map, write_figure
+from specbasis.jobs.cells import Row
+from specbasis.paper.formation_claims import GROUPS, Grid, curves, interval, members
+
+TITLES = {
+    "same_task": "same task, held-out images",
+    "second_data": "same task, second data set",
+    "true_labels": "classification, true labels",
+    "random_labels": "classification, random labels",
+}
+
+
+def write_formation_figure(name: str, rows: Sequence[Row], folder: Path) -> list[Path]:
+    """Draw one of `FIGURES` as PNG and SVG into a folder.
+
+    Raises:
+        InputError: no such figure, or none of its cells has ended.
+    """
+    if name not in FIGURES:
+        raise InputError(f"no figure {name!r}; there is: {', '.join(FIGURES)}")
+    grid = Grid([row for row in rows if row.error is None])
+    if not grid.of("pretrain"):
+        raise InputError("no pretraining of this grid has ended; run more of it")
+    return write_figure(folder / f"{name}.png", lambda: FIGURES[name](grid))
+
+
+def _fig4(grid: Grid) -> Figure:
+    """A: between the checkpoints of pretraining; B, C: after it, smallest and largest set."""
+    figure = Figure(figsize=(12.5, 3.9), layout="constrained")
+    figure.suptitle("Final block's feed-forward matrices, mean of the leading 10 ranks and both sides")
+    axes = figure.subplots(1, 3)
+    sizes = grid.families()[0][1] if grid.families() else _sizes(grid)[:1]
+    largest = sizes[-1]
+    runs = grid.of("pretrain", images=largest[0], steps=largest[1])
+    tables = [np.mean([one["between"] for one in row.values["ffn"].values()], axis=0) for row in runs]
+    title = f"A  pretraining on {_count(largest[0])} images ({_seeds(len(runs))})"
+    heat_map(figure, axes[0], np.mean(tables, axis=0), runs[0].values["steps"], title)
+    for ax, letter, task in ((axes[1], "B", "true_labels"), (axes[2], "C", "same_task")):
+        _after(ax, grid, task, [sizes[0], sizes[-1]], GROUPS[0])
+        ax.set_title(f"{letter}  {TITLES[task]}")
+    return figure
+
+
+def _fig9(grid: Grid) -> Figure:
+    """True against random labels: by step, and by size of the update."""
+    figure = Figure(figsize=(12.5, 7.2), layout="constrained")
+    figure.suptitle("True against random labels, from pretrained (solid) and random (dotted) weights")
+    for axes, group in zip(figure.subplots(2, 2), GROUPS, strict=True):
+        _starts(axes, grid, group, ("true_labels", "random_labels"))
+    return figure
+
+
+def _fig21(grid: Grid) -> Figure:
+    """Every set of pretrainings: alignment after the same task on new data and after a new task."""
+    tasks = ("same_task", "second_data", "true_labels")
+    families = grid.families() or [("one size", _sizes(grid))]
+    lines = [(name, sizes, group) for name, sizes in families for group in GROUPS]
+    figure = Figure(figsize=(12.5, 3.1 * len(lines)), layout="constrained")
+    figure.suptitle("Alignment with the pretrained weights, mean of the leading 10 ranks and both sides")
+    for axes, (name, sizes, group) in zip(figure.subplots(len(lines), 3, squeeze=False), lines, strict=True):
+        for ax, task in zip(axes, tasks, strict=True):
+            _after(ax, grid, task, sizes, group)
+            ax.set_title(f"{TITLES[task]}; {group}; {name}", fontsize=8)
+    return figure
+
+
+def _scratch(grid: Grid) -> Figure:
+    """The same training from pretrained and from random weights; and the ends of two seeds."""
+    figure = Figure(figsize=(12.5, 7.2), layout="constrained")
+    figure.suptitle("Alignment of the start with the weights on the way; ends of two seeds")
+    for axes, group in zip(figure.subplots(2, 3), GROUPS, strict=True):
+        _starts(axes, grid, group, ("same_task", "true_labels"))
+        _bars(axes[2], grid, group)
+    return figure
+
+
+FIGURES: dict[str, Callable[[Grid], Figure]] = {"fig4": _fig4, "fig9": _fig9, "fig21": _fig21, "scratch": _scratch}
+
+
+# --- parts ------------------------------------------------------------------------------------------------------
+
+
+def _sizes(grid: Grid) -> list[tuple[int, int]]:
+    return sorted({(row.cell["images"], row.cell["steps"]) for row in grid.of("pretrain")})
+
+
+def _starts(axes: Sequence[Axes], grid: Grid, group: str, tasks: Sequence[str]) -> None:
+    """Two tasks, each from pretrained (solid) and from random (dotted) weights: by step, and by size of the
+    update.
+    """
+    for color, task in zip(COLORS, tasks, strict=False):
+        for phase, start, dash in (("post", "pretrained", "solid"), ("scratch", "random weights", (0, (1, 1.5)))):
+            rows = grid.of(phase, task=task)
+            _line(axes[0], rows, group, color, f"{TITLES[task]}; {start}", dash)
+            _by_size(axes[1], rows, group, color, dash)
+    _finish(axes[0], grid, group, f"{group}: by step")
+    axes[1].set(
+        title=f"{group}: by size of the update, a line a cell",
+        xlabel="‖delta‖/‖W‖",
+        ylabel="alignment with the start",
+        ylim=(-0.02, 1.03),
+    )
+
+
+def _after(ax: Axes, grid: Grid, task: str, sizes: Sequence[tuple[int, int]], group: str) -> None:
+    for i, (images, steps) in enumerate(sizes):
+        rows = grid.of("post", task=task, images=images, steps=steps)
+        _line(ax, rows, group, COLORS[i % len(COLORS)], f"{_count(images)} images")
+    _finish(ax, grid, group, "")
+
+
+def _line(ax: Axes, rows: Sequence[Row], group: str, color: str, title: str, dash: Any = "solid") -> None:
+    """Mean over seeds of the alignment at each checkpoint (cells of one seed averaged), with its 95 % interval."""
+    by_seed: dict[int, list[Any]] = {}
+    for row in rows:
+        by_seed.setdefault(row.cell["seed"], []).append(curves(row, group).aligned.mean(axis=0))
+    if not by_seed:
+        return
+    seeds = [np.mean(each, axis=0) for each in by_seed.values()]
+    x = rows[0].values["steps"]
+    ends = np.array([interval([float(curve[t]) for curve in seeds]) for t in range(len(x))])
+    label = f"{title} ({_seeds(len(seeds))})"
+    ax.plot(x, ends[:, 0], color=color, ls=dash, label=label, marker="o", ms=2.5, lw=1.4)
+    ax.fill_between(x, ends[:, 1].clip(0, 1), ends[:, 2].clip(0, 1), color=color, alpha=0.12, lw=0)
+
+
+def _by_size(ax: Axes, rows: Sequence[Row], group: str, color: str, dash: Any) -> None:
+    """Alignment against the size of the update, a line a cell."""
+    for row in rows:
+        one = curves(row, group)
+        ax.plot(one.size.mean(axis=0), one.aligned.mean(axis=0), color=color, ls=dash, lw=1.0, alpha=0.8)
+
+
+def _finish(ax: Axes, grid: Grid, group: str, title: str) -> None:
+    ax.axhline(_chance(grid, group), color=QUIET, lw=0.9, ls=(0, (4, 3)), zorder=1, label="chance")
+    ax.set(title=title, xlabel="optimizer step", ylabel="alignment with the start", ylim=(-0.02, 1.03))
+    ax.legend(fontsize=7, loc="upper right")
+
+
+def _chance(grid: Grid, group: str) -> float:
+    return float(np.mean([one["chance"] for one in members(grid.of("pretrain")[0], group)]))
+
+
+def _bars(ax: Axes, grid: Grid, group: str) -> None:
+    """Alignment of two seeds' ends, a dot for each pair."""
+    names: list[str] = []
+    for row in grid.of("between"):
+        task = row.cell.get("task")
+        name = (
+            f"{TITLES[task]}\nfrom random weights"
+            if task
+            else f"pretraining, {row.cell['steps']} steps\n{_count(row.cell['images'])} images"
+        )
+        if name not in names:
+            names.append(name)
+        ax.plot(
+            names.index(name),
+            np.mean([one["first"][-1] for one in members(row, group)]),
+            "o",
+            color=COLORS[0],
+            ms=4,
+        )
+    ax.axhline(_chance(grid, group), color=QUIET, lw=0.9, ls=(0, (4, 3)), zorder=1)
+    ax.set_xticks(range(len(names)), names, rotation=60, fontsize=6, ha="right")
+    ax.set(title=f"{group}: two seeds (dashed: chance)", ylim=(-0.02, 1.03))
+
+
+def _seeds(n: int) -> str:
+    return f"{n} seed" if n == 1 else f"{n} seeds"
+
+
+def _count(n: int) -> str:
+    return f"{n:,}".replace(",", " ")

@@ -1,0 +1,285 @@
+"""Tab. 1: the spectral adapter against every other method on GLUE; and the controls that the table lacks.
+
+A configuration says which runs there are; lines are made of the rows of those that ended, and `table1_page` shows
+them, and what is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from specbasis.core.errors import InputError
+from specbasis.finetuning.grid import (
+    SCRATCH,
+    Cell,
+    Search,
+    Setting,
+    mean_and_spread,
+    run_grid,
+    scaled_rate,
+)
+from specbasis.finetuning.tasks import GLUE, task_named
+from specbasis.jobs.cells import Progress, Row
+from specbasis.paper.differences import Difference, Run, difference, runs
+
+BASE = "microsoft/deberta-v3-base"
+OURS = "spectral"
+EPOCHS = {"sst2": 20, "mrpc": 12, "mnli": 5, "cola": 30, "qnli": 10, "qqp": 10, "rte": 20, "stsb": 10}
+"""Epochs of each task, for every method (Yu et al. 2026, Tab. 5)."""
+COMPARED = (
+    "spectral",
+    "full",
+    "pissa",
+    "lora",
+    "lora-gaussian",
+    "adalora",
+    "dora",
+    "houlsby",
+    "pfeiffer",
+    "bitfit",
+    "svft",
+    "svft-banded",
+    "svft-random",
+    "svft-top-k",
+    "speclora",
+    "lora-xs",
+    "psoft",
+    "probe",
+)
+CONTROLS = (
+    "spectral",
+    "spectral-random",
+    SCRATCH,
+    "spectral-scratch",
+    "spectral-shuffled",
+    "spectral-middle",
+    "spectral-tail",
+    "probe",
+)
+RATE_FROM = {
+    SCRATCH: "full",
+    "lora-gaussian": "lora",
+    "dora": "lora",
+    "speclora": "lora",
+    "svft-random": "svft-banded",
+    "svft-top-k": "svft-banded",
+    "spectral-random": OURS,
+    "spectral-scratch": OURS,
+    "spectral-shuffled": OURS,
+    "spectral-middle": OURS,
+    "spectral-tail": OURS,
+}
+"""Methods that take over the factor which the search found for another."""
+
+
+Factors = Mapping[tuple[str, str], float]
+"""(task, method) → what the method's own learning rate is multiplied by."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Methods on tasks over seeds.
+
+    Attributes:
+        name: of the files: "table1", "controls".
+        tasks: names of GLUE tasks.
+        methods: names of methods, in the order in which they run and are shown; ``spectral@300`` is one at rank
+            300.
+        seeds: outermost: a grid that is under way is a table already.
+        epochs: of each task.
+        examples: size of the fixed part of train, of tasks that are cut down.
+        search: how learning rates are chosen; None: the published ones.
+    """
+
+    name: str
+    tasks: tuple[str, ...]
+    methods: tuple[str, ...]
+    seeds: tuple[int, ...] = (42,)
+    epochs: Mapping[str, float] = field(default_factory=lambda: EPOCHS)
+    examples: Mapping[str, int] = field(default_factory=dict)
+    search: Search | None = None
+
+    def cells(self, factors: Factors) -> list[Cell]:
+        """The runs, seeds outermost."""
+        return [
+            self.cell(task, method, seed, factors)
+            for seed in self.seeds
+            for task in self.tasks
+            for method in self.methods
+        ]
+
+    def cell(self, task: str, method: str, seed: int, factors: Factors) -> Cell:
+        """One run."""
+        name, _, rank = method.partition("@")
+        return Cell(
+            task,
+            name,
+            seed,
+            self.epochs[task],
+            scaled_rate(name, task, factors.get((task, rate_from(method)), 1.0)),
+            self.examples.get(task),
+            rank=int(rank) if rank else None,
+            checkpoint=SCRATCH if name == "spectral-scratch" else None,
+        )
+
+    def search_cells(self, rows: Sequence[Row] = ()) -> list[Cell]:
+        """The runs that choose the learning rates, as far as they are known from the rows that are there."""
+        if self.search is None:
+            return []
+        found = [cell for task, name in self._searched() for cell in self.search.cells(task, name, rows)]
+        return list(dict.fromkeys(found))
+
+    def factors(self, rows: Sequence[Row]) -> Factors:
+        """The factor of each method whose search on a task is complete."""
+        if self.search is None:
+            return {}
+        found = {(task, name): self.search.factor(task, name, rows) for task, name in self._searched()}
+        return {key: factor for key, factor in found.items() if factor is not None}
+
+    def _searched(self) -> list[tuple[str, str]]:
+        names = dict.fromkeys(rate_from(method) for method in self.methods)
+        return [(task, name) for task in self.tasks for name in names]
+
+
+def rate_from(method: str) -> str:
+    """The method whose search chooses this one's learning rate, at whatever rank."""
+    name = method.partition("@")[0]
+    return RATE_FROM.get(name, name)
+
+
+def comparison(
+    name: str,
+    *,
+    tasks: Sequence[str] = (),
+    methods: Sequence[str] = (),
+    seeds: Sequence[int] = (42,),
+    epochs: Mapping[str, float] | None = None,
+    examples: Mapping[str, int] | None = None,
+    search: Search | None = None,
+) -> Comparison:
+    """The configuration of ``table1`` or ``controls``; the paper's own where nothing is given.
+
+    Raises:
+        InputError: a task or a method does not exist, or no seeds.
+    """
+    from specbasis.finetuning.methods import method_named
+
+    paper = tuple(task for task in GLUE if task in EPOCHS)
+    names = tuple(task_named(task).name for task in tasks) or (paper if name == "table1" else ("sst2",))
+    chosen = tuple(methods) or (COMPARED if name == "table1" else CONTROLS)
+    for method in chosen:
+        first, at, rank = method.partition("@")
+        if at and not rank.isdigit():
+            raise InputError(f"got method {method!r}; want NAME or NAME@RANK")
+        if first != SCRATCH:
+            method_named(first)
+    if not seeds:
+        raise InputError("got no seeds; want at least one")
+    passes = {**EPOCHS, **(epochs or {})}
+    unknown = [task for task in names if task not in passes]
+    if unknown:
+        raise InputError(f"the paper has no epochs for {GLUE[unknown[0]].title}; say --epochs {unknown[0]}=NUMBER")
+    return Comparison(name, names, chosen, tuple(seeds), passes, dict(examples or {}), search)
+
+
+def run(
+    what: Comparison, setting: Setting, out: str | Path, progress: Callable[[Progress], None] | None = None
+) -> tuple[list[Row], Factors]:
+    """Run the search, then the runs; returns all rows of the two, and the factors."""
+    searched: list[Row] = []
+    while len(cells := what.search_cells(searched)) > len(searched):  # each round may ask for rates beyond its own
+        searched = run_grid(cells, setting, out, progress)
+    factors = what.factors(searched)
+    return [*searched, *run_grid(what.cells(factors), setting, out, progress)], factors
+
+
+FIGURES = {
+    "adapter": ("parameters", "adapter"),
+    "head": ("parameters", "head"),
+    "memory": ("peak_memory_bytes",),
+    "seconds": ("cpu_seconds_per_epoch",),
+    "wall": ("seconds_per_epoch",),
+    "bytes": ("file_bytes",),
+    "before": ("forgetting", "before"),
+    "after": ("forgetting", "after"),
+}
+"""What a line shows beside the score, and where a run has it."""
+
+
+# --- lines --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Line:
+    """One method on one task.
+
+    Attributes:
+        task, method: which.
+        seeds: those that ran.
+        mean, spread: of the score; spread is the standard deviation over seeds, None for one.
+        differences: to the spectral method, by its name (``spectral``, ``spectral@300``) among the methods; without
+            itself, and what has no seed in common.
+        chance: score of the class that is most frequent in the dev set, or 0 for a correlation; None where the
+            rows have no predictions.
+        values: means of the other figures over the seeds.
+    """
+
+    task: str
+    method: str
+    seeds: tuple[int, ...]
+    mean: float | None = None
+    spread: float | None = None
+    differences: Mapping[str, Difference] = field(default_factory=dict)
+    chance: float | None = None
+    values: Mapping[str, float | None] = field(default_factory=dict)
+
+
+def lines(what: Comparison, rows: Sequence[Row], factors: Factors) -> list[Line]:
+    """Every line of the table, those without a run yet too."""
+    found = []
+    for task in what.tasks:
+        ran = {method: _runs(what, rows, factors, task, method) for method in what.methods}
+        found += [_line(task, method, ran) for method in what.methods]
+    return found
+
+
+def ours(methods: Iterable[str]) -> list[str]:
+    """Those of the methods that are the spectral one, at any rank: what the others are compared with."""
+    return [method for method in methods if method.partition("@")[0] == OURS]
+
+
+def _runs(what: Comparison, rows: Sequence[Row], factors: Factors, task: str, method: str) -> dict[int, Run]:
+    return runs(rows, [what.cell(task, method, seed, factors) for seed in what.seeds])
+
+
+def _line(task: str, method: str, ran: Mapping[str, Mapping[int, Run]]) -> Line:
+    found = ran[method]
+    if not found:
+        return Line(task, method, ())
+    mean, spread = mean_and_spread([run.score for run in found.values()])
+    to = {name: difference(found, ran[name]) for name in ours(ran) if name != method}
+    return Line(
+        task,
+        method,
+        tuple(found),
+        mean,
+        spread,
+        {name: one for name, one in to.items() if one is not None},
+        next(iter(found.values())).chance,
+        {name: _mean([_at(run.values, path) for run in found.values()]) for name, path in FIGURES.items()},
+    )
+
+
+def _at(run: Mapping[str, Any], path: Sequence[str]) -> float | None:
+    found: Any = run
+    for name in path:
+        found = found[name]
+    return None if found is None else float(found)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return mean_and_spread(known)[0] if known else None

@@ -1,0 +1,1 @@
+"""A training seen through its checkpoints."""

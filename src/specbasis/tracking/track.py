@@ -1,0 +1,319 @@
+"""Follow a training over its checkpoints: every matrix decomposed once at each, and compared with the others."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from loky import cpu_count
+from numpy.typing import NDArray
+from torch import Tensor
+
+from specbasis.architecture.pair import MatrixRef
+from specbasis.checkpoint import Checkpoint
+from specbasis.comparison.compare import LARGE, Options
+from specbasis.core.errors import InputError
+from specbasis.core.svd import ALGORITHM
+from specbasis.jobs import engine as engines
+from specbasis.jobs import results as store
+from specbasis.jobs.cells import Progress
+from specbasis.jobs.cost import Work, matrix_work
+from specbasis.jobs.results import Results
+from specbasis.measures.measures import RESOLVED
+from specbasis.tracking.runs import Series, Source, open_series
+from specbasis.tracking.trajectory import SIDES, Trajectory, follow
+
+REFERENCES = ("first", "last", "previous")
+"""What each checkpoint is compared with rank by rank."""
+
+_PART = "checkpoints"
+
+
+@dataclass(frozen=True, eq=False)
+class Tracking:
+    """What `track` found.
+
+    Attributes:
+        results: the folder with rows and manifest.
+        rows: one per (checkpoint, matrix, measure, index), in the schema of `jobs.results`; ``pair`` is the
+            checkpoint. docs/pretrain.md has the measures.
+    """
+
+    results: Results
+    rows: pa.Table
+    _kept: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
+
+    @property
+    def folder(self) -> Path:
+        """Where everything is on disk."""
+        return self.results.folder
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """Checkpoints, what was passed over and why, notes, versions, configuration, timings."""
+        return self.results.manifest
+
+    @property
+    def steps(self) -> list[int]:
+        """Place of each checkpoint on the axis of training."""
+        return [about["step"] for about in self.manifest["checkpoints"]]
+
+    def figure(self, path: str | Path | None = None) -> list[Path]:
+        """Draw heat map and curves as PNG and SVG (extra ``report``); default `track.png`, `.svg` in the folder."""
+        from specbasis.figures.tracking import write_track_figure
+
+        return write_track_figure(self, Path(path) if path else self.folder / "track.png")
+
+
+def track(
+    run: Source | Sequence[Source],
+    out: str | Path | None = None,
+    *,
+    ranks: int = 32,
+    top: int = 10,
+    roles: Sequence[str] = (),
+    blocks: Sequence[int] = (),
+    name: str = "",
+    stream: bool = False,
+    approximate: bool = False,
+    workers: int | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> Tracking:
+    """Alignment of every checkpoint of a training to the first, the last and the one before, per matrix and rank.
+
+    Args:
+        run: a folder of checkpoints, a pattern of revisions on the Hub, or a list of sources; see `open_series`.
+        out: folder for rows and manifest, new or of the same checkpoints; a temporary one when None.
+        ranks: leading ranks that are followed.
+        top: leading ranks over which the alignment between all pairs of checkpoints (the heat map) is averaged.
+        roles: only these roles, such as ``["ffn"]``.
+        blocks: only these blocks.
+        name: only matrices whose name matches this pattern.
+        stream: from the Hub, read only the byte ranges that are wanted.
+        approximate: matrices whose short side is over 8192 by block Krylov iteration, each started from the
+            checkpoint before, where at most an eighth of their ranks is wanted.
+        workers: matrices at the same time, one thread each; as many as there are cores when None.
+        progress: called at the start and after each matrix.
+
+    Raises:
+        InputError: fewer than two checkpoints can be read, or ``out`` cannot be used.
+
+    Source: Yu et al. 2026, §4.3, Fig. 4A.
+    """
+    options = Options(ranks=ranks, subspace=1, roles=tuple(roles), blocks=tuple(blocks), name=name)
+    if top < 1 or (workers is not None and workers < 1):
+        raise InputError(f"got top = {top} and workers = {workers}; want at least 1 of each")
+    series = open_series(run, admits=options.filter, stream=stream)
+    kept = tempfile.TemporaryDirectory(prefix="specbasis-") if out is None else None
+    folder = Path(kept.name) if kept else Path(str(out))
+    about = [
+        {"label": label, "source": saved.source, "step": step, "identity": _identity(checkpoint)}
+        for label, saved, step, checkpoint in zip(
+            series.labels, series.saved, series.steps, series.checkpoints, strict=True
+        )
+    ]
+    config = {
+        "kind": "track",
+        "algorithm": ALGORITHM,
+        "ranks": ranks,
+        "top": top,
+        "roles": list(roles),
+        "blocks": list(blocks),
+        "name": name,
+        "approximate": approximate,
+        "checkpoints": [[one["label"], one["identity"]] for one in about],
+    }
+    results = store.create(folder, config)
+    results.manifest.update(
+        store.environment(),
+        checkpoints=about,
+        passed_over=[{"source": one.source, "reason": one.reason} for one in series.passed_over],
+        notes=list(series.notes),
+        pairs={_PART: {"matrices": list(series.matrices)}},
+        failed=[],
+        runs=results.manifest.get("runs", []),
+    )
+    results.write_manifest()
+    tasks = [
+        _Task(series, refs, ranks, top, LARGE if approximate else None)
+        for name, refs in series.matrices.items()
+        if not results.is_done(_PART, name)
+    ]
+    _run(tasks, results, workers or cpu_count(), progress or (lambda _: None))
+    return Tracking(results, results.rows(), kept)
+
+
+def load_tracking(folder: str | Path) -> Tracking:
+    """Open what an earlier `track` left in a folder.
+
+    Raises:
+        InputError: the folder holds no rows, or those of something else.
+    """
+    results = store.load(Path(folder))
+    if results.manifest["config"].get("kind") != "track":
+        raise InputError(f"{folder}: holds a comparison, no tracking; want a folder that `track` wrote")
+    return Tracking(results, results.rows())
+
+
+def _identity(checkpoint: Checkpoint) -> str:
+    """What tells a checkpoint's contents from another's: the digest that the Hub lists, or size and time of its
+    files.
+    """
+    if checkpoint.digests:
+        return ",".join(sorted(checkpoint.digests.values()))
+    return ",".join(f"{path.stat().st_size}-{path.stat().st_mtime_ns}" for path in checkpoint.files)
+
+
+def _run(tasks: Sequence[_Task], results: Results, workers: int, progress: Callable[[Progress], None]) -> None:
+    started, done, total = time.perf_counter(), 0.0, sum(task.flops for task in tasks)
+    progress(Progress(0.0, total, tasks[0].name if tasks else ""))
+    running = engines.run(tasks, workers=workers, engine="threads", local=True)
+    with closing(running):
+        for task, (rows, failed) in running:
+            done += task.flops
+            results.manifest["failed"] += [
+                {"checkpoint": task.series.labels[c], "matrix": task.name, "error": error}
+                for c, error in failed.items()
+            ]
+            if rows is not None:
+                results.write(_PART, task.name, rows)
+            progress(Progress(done, total, task.name))
+    if tasks:
+        seconds = round(time.perf_counter() - started, 3)
+        results.manifest["runs"].append({"seconds": seconds, "matrices": len(tasks), "workers": workers})
+    results.write_manifest()
+
+
+@dataclass(frozen=True, eq=False)
+class _Task:
+    """One matrix over all checkpoints."""
+
+    series: Series
+    refs: tuple[MatrixRef | None, ...]
+    ranks: int
+    top: int
+    approximate: int | None
+
+    @property
+    def ref(self) -> MatrixRef:
+        return next(ref for ref in self.refs if ref is not None)
+
+    @property
+    def name(self) -> str:
+        return self.ref.key.name
+
+    @property
+    def flops(self) -> float:
+        return self._work.flops
+
+    @property
+    def bytes(self) -> int:
+        out, into = self.ref.shape
+        return self._work.bytes + 8 * len(self.refs) * min(self.ranks, out, into) * (out + into)
+
+    @property
+    def _work(self) -> Work:
+        return matrix_work(self.ref.shape, ("alignment_left", "alignment_right"), self.ranks, len(self.refs) - 1)
+
+    def run(self) -> tuple[pa.Table | None, dict[int, str]]:
+        """The rows, and the checkpoints at which the matrix has no decomposition."""
+        count, approximate = len(self.refs), self.approximate
+        try:
+            t = follow(self._read, count, ranks=self.ranks, approximate=approximate, name=self._name)
+        except InputError as error:
+            return None, dict.fromkeys(range(count), str(error))
+        return _rows(t, self.ref, self.series.labels, self.top), t.failed
+
+    def _read(self, c: int) -> Tensor | None:
+        ref = self.refs[c]
+        return None if ref is None else ref.read(self.series.checkpoints[c])
+
+    def _name(self, c: int) -> str:
+        return f"{self.name} in {self.series.saved[c].source}"
+
+
+# --- rows -------------------------------------------------------------------------------------------------------
+
+
+def _rows(t: Trajectory, ref: MatrixRef, labels: Sequence[str], top: int) -> pa.Table:
+    """Every measure of one matrix over its checkpoints, checkpoint by checkpoint."""
+    found = list(_measures(t, top))
+    counts = [len(column.value) for column in found]
+    n = sum(counts)
+    numbers = {
+        "index": np.concatenate([_or_nan(column.index, len(column.value)) for column in found]),
+        "value": np.concatenate([column.value.numpy() for column in found]),
+        "bound": np.concatenate([_or_nan(column.bound, len(column.value)) for column in found]),
+    }
+    key = ref.key
+    constant = {
+        "matrix": key.name,
+        "stack": key.stack,
+        "block": key.block,
+        "role": key.role,
+        "out_features": t.shape[0],
+        "in_features": t.shape[1],
+    }
+    arrays: dict[str, Any] = {
+        name: pa.repeat(pa.scalar(value, type=pa.int32() if value is None else None), n)
+        for name, value in constant.items()
+    }
+    arrays["pair"] = _words([labels[t.index[column.place]] for column in found], counts)
+    arrays["measure"] = _words([column.measure for column in found], counts)
+    arrays |= {name: pa.array(values, mask=np.isnan(values)) for name, values in numbers.items()}
+    arrays["resolved"] = pa.array(numbers["bound"] <= RESOLVED, mask=np.isnan(numbers["bound"]))
+    return pa.table([arrays[name].cast(store.SCHEMA.field(name).type) for name in store.SCHEMA.names], store.SCHEMA)
+
+
+def _words(words: Sequence[str], counts: Sequence[int]) -> pa.Array:
+    """Each word so many times, stored once."""
+    different = list(dict.fromkeys(words))
+    codes = np.repeat(np.array([different.index(word) for word in words], dtype=np.int32), counts)
+    return pa.DictionaryArray.from_arrays(codes, different)
+
+
+def _or_nan(values: Any, n: int) -> NDArray[np.float64]:
+    return np.full(n, np.nan) if values is None else np.asarray(values, dtype=np.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class _Column:
+    """Figures of one measure at one checkpoint, with their index and bounds."""
+
+    place: int
+    measure: str
+    value: Tensor
+    index: Sequence[int] | None = None
+    bound: Tensor | None = None
+
+
+def _measures(t: Trajectory, top: int) -> Iterator[_Column]:
+    """Everything that is measured at each checkpoint."""
+    count, ranks = len(t.index), range(t.S.shape[1])
+    bounds, mean, size = t.alignment_bound(), t.mean_alignment(top), t.relative_distance()
+    for place in range(count):
+        yield _Column(place, "singular_value", t.S[place], ranks)
+        yield _Column(place, "relative_gap", t.relative_gap[place], ranks)
+        yield _Column(place, "norm", t.norms[place : place + 1])
+        for name in REFERENCES:
+            other = {"first": 0, "last": count - 1, "previous": place - 1}[name]
+            if other < 0:
+                continue
+            for side in SIDES:
+                aligned, bound = t.alignment(side)[other, place], bounds[other, place]
+                yield _Column(place, f"alignment_{side}_{name}", aligned, ranks, bound)
+            early, late = sorted((other, place))  # the size of the update from the earlier to the later
+            if not torch.isnan(size[early, late]):
+                yield _Column(place, f"relative_update_{name}", size[early, late : late + 1])
+        others = [other for other in range(count) if other != place]
+        yield _Column(place, "mean_alignment", mean[place, others], [t.index[other] for other in others])
+        known = [other for other in others if not torch.isnan(size[other, place])]
+        yield _Column(place, "relative_update", size[known, place], [t.index[other] for other in known])

@@ -1,0 +1,128 @@
+"""Decompositions on disk: the same as without, bit for bit, and never a damaged one."""
+
+import os
+import time
+
+import pytest
+import torch
+
+from specbasis import decompose
+from specbasis.jobs import cache as module
+from specbasis.jobs.cache import Cache, Samples
+from tests.helpers.matrices import gaussian, weight_like
+
+PARTS = ("U", "S", "Vh", "spectrum", "spectrum_error", "residual", "gap")
+
+
+def same(a, b):
+    return all(torch.equal(getattr(a, part), getattr(b, part)) for part in PARTS)
+
+
+@pytest.fixture
+def only_once(monkeypatch):
+    calls = []
+    monkeypatch.setattr(module, "decompose", lambda *a, **k: calls.append(a) or decompose(*a, **k))
+    return calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("ranks", [None, 3])
+def test_what_is_found_is_what_was_computed(tmp_path, only_once, dtype, ranks):
+    W = weight_like(12, 20).to(dtype)
+    found = [Cache(tmp_path / "c").decompose(W, ranks) for _ in range(2)]
+    assert len(only_once) == 1
+    assert all(same(d, decompose(W, ranks)) for d in found)
+
+
+def test_contents_decide_and_not_the_layout(tmp_path, only_once):
+    W = weight_like(12, 20)
+    cache = Cache(tmp_path)
+    for same_matrix in (W, W.mT.contiguous().mT, W.clone()):
+        cache.decompose(same_matrix)
+    assert len(only_once) == 1
+    for other in (W.double(), W.reshape(20, 12), W + 1e-3, W.bfloat16()):
+        cache.decompose(other)
+    cache.decompose(W, 5)
+    assert len(only_once) == 6
+
+
+def test_another_algorithm_finds_nothing(tmp_path, only_once, monkeypatch):
+    W = gaussian(6, 9)
+    Cache(tmp_path).decompose(W)
+    monkeypatch.setattr(module, "ALGORITHM", "another-1")
+    Cache(tmp_path).decompose(W)
+    assert len(only_once) == 2
+
+
+@pytest.mark.parametrize("at", [5, 300, -1, -400])
+@pytest.mark.parametrize("how", ["flipped", "cut", "emptied"])
+def test_a_damaged_entry_is_computed_anew(tmp_path, only_once, how, at):
+    W = gaussian(8, 11)
+    first = Cache(tmp_path).decompose(W)
+    (path,) = tmp_path.glob("*.safetensors")
+    data = bytearray(path.read_bytes())
+    data[at] ^= 4
+    path.write_bytes({"flipped": data, "cut": data[: at % len(data)], "emptied": b""}[how])
+    assert same(Cache(tmp_path).decompose(W), first)
+    assert len(only_once) == 2
+    assert same(Cache(tmp_path).decompose(W), first)
+    assert len(only_once) == 2
+
+
+def test_the_least_recently_used_go_first(tmp_path, only_once):
+    one, two, three = (gaussian(10, 10, seed) for seed in range(3))
+    Cache(tmp_path).decompose(one)
+    size = next(tmp_path.iterdir()).stat().st_size
+    cache = Cache(tmp_path, limit=2 * size + 10)
+    cache.decompose(two)
+    for age, path in enumerate(sorted(tmp_path.iterdir(), key=lambda p: p.stat().st_mtime_ns, reverse=True)):
+        os.utime(path, (1e9 - age, 1e9 - age))
+    cache.decompose(one)  # used: now the younger of the two
+    cache.decompose(three)
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= cache.limit
+    cache.decompose(one)
+    assert len(only_once) == 3
+    cache.decompose(two)
+    assert len(only_once) == 4
+
+
+def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path):
+    (tmp_path / "file").write_text("")
+    W = gaussian(5, 6)
+    with pytest.warns(UserWarning, match="cannot be kept"):
+        assert same(Cache(tmp_path / "file").decompose(W), decompose(W))
+
+
+W_FILLS = torch.eye(4)
+SIDES = (torch.ones(1, 2), torch.ones(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("what", "keep"),
+    [
+        ("decompositions", lambda folder: Cache(folder).decompose(W_FILLS)),
+        ("samples", lambda folder: Samples(folder).write(W_FILLS, W_FILLS, "permuted", 1, 2, SIDES)),
+    ],
+)
+def test_a_disk_that_fills_keeps_nothing_of_a_file(tmp_path, monkeypatch, what, keep):
+    def fills(tensors, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("specbasis.jobs.cache.save_file", fills)
+    with pytest.warns(UserWarning, match=f"{what} cannot be kept here"):
+        keep(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_samples_count_against_the_limit_when_they_are_written(tmp_path):
+    W, T = torch.randn(6, 8), torch.randn(6, 8)
+    found = (torch.rand(50, 6), torch.rand(50, 6))
+    size = 2 * 50 * 6 * 4
+    kept = Samples(tmp_path, limit=2 * size + 2000)
+    for draws, kind in enumerate(("gaussian", "permuted", "rotated", "rounding"), 50):
+        kept.write(W, T, kind, draws, 6, found)
+        time.sleep(0.01)  # times of use are told apart
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= kept.limit
+    assert kept._path(W, T, "rounding", 53, 6).exists()
+    assert not kept._path(W, T, "gaussian", 50, 6).exists()

@@ -1,0 +1,68 @@
+"""Every figure of the paper from rows: its files, its table, its nulls; and what is said where rows are missing."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import specbasis
+from specbasis.comparison.compare import Comparison
+from specbasis.core.errors import InputError
+from specbasis.paper.figures import RECIPES, random_variance, reproduce
+from tests.pico import bert_state, finetuned, write
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
+    folder = tmp_path_factory.mktemp("figures")
+    base = bert_state(blocks=3, width=16)
+    paths = [write(folder / f"t{i}.safetensors", finetuned(base, 0.1 * (i + 1), seed=i)) for i in range(6)]
+    return specbasis.compare(write(folder / "base.safetensors", base), paths, folder / "out", nulls=True, workers=1)
+
+
+@pytest.mark.parametrize("name", [recipe.name for recipe in RECIPES])
+def test_a_figure_has_its_files_and_its_table(compared: Comparison, tmp_path: Path, name: str) -> None:
+    scores = {f"t{i}": float(i) for i in range(6)}
+    modality = {f"t{i}": "vision" if i < 3 else "language" for i in range(6)} if name != "fig18" else {}
+    drawn = reproduce(name, [compared], tmp_path, modality=modality, scores=scores)
+    endings = {"csv", "json", "md"} if name == "tab4" else {"csv", "json", "png", "svg"}
+    assert {path.suffix[1:] for path in drawn.files} == endings
+    assert drawn.notes == ()
+    with (tmp_path / f"{name}.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert lines
+    about = json.loads((tmp_path / f"{name}.json").read_text())
+    if name == "fig10":
+        assert {line["modality"] for line in lines} == {"vision"}
+        assert len(about["models"]) == 3
+    if name == "fig2":
+        rank1 = next(line for line in lines if line["side"] == "left" and line["rank"] == "1")
+        assert float(rank1["chance"]) < float(rank1["low"]) <= float(rank1["mean"]) <= float(rank1["high"])
+        assert 0 < float(rank1["random_update"]) <= 1
+    if name == "tab4":
+        rows = compared.to_pandas()
+        line = next(x for x in lines if x["layer"] == "ffn.up" and x["model"] == "t1")
+        here = rows[(rows.pair == "t1") & (rows.block == 2) & (rows.role == "ffn.up")]
+        wanted = here[here.measure == "rsd"].value.item()
+        assert float(line["RSD"]) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_random_entries_explain_what_a_drawn_matrix_does() -> None:
+    W = np.random.default_rng(0).standard_normal((300, 700))
+    energy = np.linalg.svd(W, compute_uv=False) ** 2
+    share = np.cumsum(energy) / energy.sum()
+    q, expected = random_variance(300, 700)
+    np.testing.assert_allclose(np.interp(np.arange(1, 301) / 300, q, expected), share, atol=0.01)
+
+
+def test_rows_that_lack_a_measure_name_the_command_that_gives_it(tmp_path: Path) -> None:
+    base = bert_state(width=16)
+    few = specbasis.compare(base, finetuned(base), measures=["singular_value*"], workers=1)
+    with pytest.raises(InputError, match=r"no rows of alignment_left.*specbasis compare BASE TUNED --out DIR"):
+        reproduce("fig2", [few], tmp_path)
+    with pytest.raises(InputError, match="no figure 'fig1'"):
+        reproduce("fig1", [few], tmp_path)
+    plain = specbasis.compare(base, finetuned(base), workers=1)
+    assert "--nulls" in reproduce("fig2", [plain], tmp_path).notes[0]
