@@ -10,6 +10,7 @@ import torch
 from specbasis import compare, load
 from specbasis.checkpoint import hub
 from specbasis.core.errors import InputError
+from specbasis.figures.tracking import write_track_figure
 from specbasis.tracking import trajectory
 from specbasis.tracking.runs import open_series
 from specbasis.tracking.track import load_tracking, track
@@ -113,7 +114,7 @@ def test_rows_agree_with_compare(tmp_path):
         load(tmp_path / "out")
     again = load_tracking(tmp_path / "out")
     assert again.rows.equals(found.rows)
-    figures = found.figure()
+    figures = write_track_figure(found)
     assert [path.suffix for path in figures] == [".png", ".svg"]
     assert all(path.stat().st_size > 10_000 for path in figures)
 

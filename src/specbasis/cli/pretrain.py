@@ -109,6 +109,7 @@ def track(
     ] = None,
 ) -> None:
     """Alignment of every checkpoint of a training to the first, the last and the one before, with a figure."""
+    from specbasis.figures.tracking import write_track_figure
     from specbasis.tracking.track import track as follow
 
     with progress() as tell:
@@ -134,7 +135,7 @@ def track(
         line(f"note: {note}", style="yellow")
     for one in about["failed"]:
         line(f"failed: {one['checkpoint']}: {one['error']}", style="yellow")
-    for path in found.figure():
+    for path in write_track_figure(found):
         line(f"figure: {path}")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,9 +16,7 @@ from numpy.typing import NDArray
 from specbasis.core.subspace import chance_alignment
 from specbasis.figures.figures import COLORS, QUIET, render
 from specbasis.jobs.results import write_whole
-
-if TYPE_CHECKING:
-    from specbasis.tracking.track import Tracking
+from specbasis.tracking.track import Tracking
 
 Array = NDArray[np.float64]
 
@@ -46,12 +44,13 @@ def heat_map(figure: Figure, ax: Axes, table: Array, steps: list[int], title: st
     figure.colorbar(image, ax=ax, shrink=0.8, label="alignment")
 
 
-def write_track_figure(tracking: Tracking, path: Path) -> list[Path]:
+def write_track_figure(tracking: Tracking, path: str | Path | None = None) -> list[Path]:
     """Heat map between checkpoints; alignment to the first, the last and the one before; sizes of the updates.
 
-    Lines are medians over the matrices and leading ranks, bands their quartiles.
+    Lines are medians over the matrices and leading ranks, bands their quartiles. Written as PNG and SVG (extra
+    ``report``); as `track.png` and `track.svg` in the folder of the rows when ``path`` is None.
     """
-    return write_figure(path, lambda: _track_figure(tracking))
+    return write_figure(Path(path) if path else tracking.folder / "track.png", lambda: _track_figure(tracking))
 
 
 def _track_figure(tracking: Tracking) -> Figure:

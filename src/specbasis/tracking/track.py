@@ -66,12 +66,6 @@ class Tracking:
         """Place of each checkpoint on the axis of training."""
         return [about["step"] for about in self.manifest["checkpoints"]]
 
-    def figure(self, path: str | Path | None = None) -> list[Path]:
-        """Draw heat map and curves as PNG and SVG (extra ``report``); default `track.png`, `.svg` in the folder."""
-        from specbasis.figures.tracking import write_track_figure
-
-        return write_track_figure(self, Path(path) if path else self.folder / "track.png")
-
 
 def track(
     run: Source | Sequence[Source],
