@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from specbasis.architecture.pair import ROLES, Pairing, model_map, pair
 from specbasis.checkpoint import Checkpoint, Entry
-from specbasis.comparison.compare import Options
+from specbasis.comparison.options import Options
 from specbasis.core.errors import InputError
 
 from .test_recognition import NEOX, bert_layer, neox_layer, stored

@@ -236,7 +236,7 @@ class _Interrupts:
 
 def blocks_and_roles(roles: Sequence[str], blocks: Sequence[int], name: str = "") -> Admits | None:
     """The filter that `compare` has, by roles, blocks and name; None where everything is wanted."""
-    from specbasis.comparison.compare import Options
+    from specbasis.comparison.options import Options
 
     return Options(roles=tuple(roles), blocks=tuple(blocks), name=name).filter
 

@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from specbasis.architecture.pair import MatrixRef, model_map
 from specbasis.checkpoint import open_checkpoint
-from specbasis.comparison.compare import Options
+from specbasis.comparison.options import Options
 from specbasis.core.errors import InputError
 from specbasis.core.svd import SVD, decompose
 from specbasis.measures.measures import alignment

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from specbasis.architecture.pair import MatrixRef
 from specbasis.checkpoint import Checkpoint
-from specbasis.comparison.compare import LARGE, Options
+from specbasis.comparison.compare import LARGE
+from specbasis.comparison.options import Options
 from specbasis.core.errors import InputError
 from specbasis.core.svd import ALGORITHM
 from specbasis.jobs import engine as engines
