@@ -24,7 +24,7 @@ def printed() -> Mapping[str, Any]:
 
     Source: Yu et al. 2026, Tab. 1.
     """
-    return tomllib.loads(files("specbasis").joinpath("recipes/table1.toml").read_text(encoding="utf-8"))
+    return tomllib.loads(files("specbasis.paper").joinpath("table1.toml").read_text(encoding="utf-8"))
 
 
 def write(what: Comparison, rows: Sequence[Row], factors: Factors, base: str, out: str | Path) -> list[Path]:

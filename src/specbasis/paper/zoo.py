@@ -59,7 +59,7 @@ def zoo() -> Zoo:
 
     Source: Yu et al. 2026, Tab. 2, Tab. 3, App. A.2.
     """
-    data = tomllib.loads(files("specbasis").joinpath("recipes/zoo.toml").read_text(encoding="utf-8"))
+    data = tomllib.loads(files("specbasis.paper").joinpath("zoo.toml").read_text(encoding="utf-8"))
     return Zoo(tuple(_pair(entry) for entry in data["pair"]), tuple(data["notes"]))
 
 
