@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from specbasis.architecture import pair as architecture
+from specbasis.architecture.family import FAMILY_KEYS, MATRIX_KEYS
 
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs" / "adding-a-family.md").read_text(encoding="utf-8")
@@ -11,7 +11,7 @@ GUIDE = (ROOT / "docs" / "adding-a-family.md").read_text(encoding="utf-8")
 
 def test_the_example_is_the_file() -> None:
     shown = re.search(r"```toml\n(.*?)```", GUIDE, re.DOTALL)
-    file = ROOT / "src" / "specbasis" / "architectures" / "deberta.toml"
+    file = ROOT / "src" / "specbasis" / "architecture" / "families" / "deberta.toml"
     assert shown is not None
     assert shown[1].strip() == file.read_text(encoding="utf-8").strip()
 
@@ -19,4 +19,4 @@ def test_the_example_is_the_file() -> None:
 def test_every_key_is_explained() -> None:
     rows = [line.split("|")[1] for line in GUIDE.splitlines() if line.startswith("|")]
     explained = set(re.findall(r"`(\w+)`", "".join(rows)))
-    assert explained | {"name", "matrix"} == architecture._MATRIX_KEYS | architecture._FAMILY_KEYS
+    assert explained | {"name", "matrix"} == MATRIX_KEYS | FAMILY_KEYS

@@ -10,7 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from specbasis.architecture.pair import ROLES, STRUCTURAL, families, model_map, pair, recognise
+from specbasis.architecture.family import STRUCTURAL, families
+from specbasis.architecture.key import ROLES
+from specbasis.architecture.pair import pair
+from specbasis.architecture.recognise import model_map, recognise
 from specbasis.checkpoint import Checkpoint, Entry
 from specbasis.core.errors import InputError
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from specbasis.architecture.pair import STRUCTURAL, ModelMap, coverage, model_map
+from specbasis.architecture.family import STRUCTURAL
+from specbasis.architecture.recognise import ModelMap, coverage, model_map
 from specbasis.checkpoint import Checkpoint, Entry
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"

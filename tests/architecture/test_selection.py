@@ -9,7 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specbasis.architecture.pair import ROLES, Pairing, model_map, pair
+from specbasis.architecture.key import ROLES
+from specbasis.architecture.pair import Pairing, pair
+from specbasis.architecture.recognise import model_map
 from specbasis.checkpoint import Checkpoint, Entry
 from specbasis.comparison.options import Options
 from specbasis.core.errors import InputError

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from specbasis.architecture.pair import ModelMap, coverage, model_map
+from specbasis.architecture.recognise import ModelMap, coverage, model_map
 from specbasis.checkpoint import Checkpoint, open_checkpoint
 
 transformers = pytest.importorskip("transformers")

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from specbasis import Edit, InputError, decompose, edited, matrix_edits, open_checkpoint
-from specbasis.architecture.pair import model_map
+from specbasis.architecture.recognise import model_map
 from specbasis.core.edits import mask, replace
 from specbasis.interventions.live import state
 from specbasis.interventions.stored import write_edited

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import ViTMAEForPreTraining
 
-from specbasis.architecture.pair import model_map
+from specbasis.architecture.recognise import model_map
 from specbasis.checkpoint import open_checkpoint
 from specbasis.core.errors import InputError
 from specbasis.paper.mae import MAE, load_encoder, new_classifier, new_mae, positions

@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from specbasis.adapter import bases
 from specbasis.adapter.layer import SpectralLinear, find_bases, innermost
 from specbasis.adapter.task_heads import fresh_modules, head_modules, says_what_was_loaded
-from specbasis.architecture.pair import model_map
+from specbasis.architecture.recognise import model_map
 from specbasis.checkpoint import open_checkpoint
 from specbasis.core.errors import InputError
 from specbasis.core.svd import SVD

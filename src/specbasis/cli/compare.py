@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 import specbasis
-from specbasis.architecture.pair import ROLES, MatrixRef, coverage, model_map
+from specbasis.architecture.key import ROLES, MatrixRef
+from specbasis.architecture.recognise import coverage, model_map
 from specbasis.cli.common import OUT, STDERR, STDOUT, STREAM, line, numbers, progress, words
 from specbasis.comparison.compare import Plan
 from specbasis.comparison.findings import CHECKS, kinds

@@ -19,7 +19,9 @@ import torch
 from loky import cpu_count
 from torch import Tensor
 
-from specbasis.architecture.pair import ROLES, STRUCTURAL, MatrixPair, MatrixRef, Pairing, pair
+from specbasis.architecture.family import STRUCTURAL
+from specbasis.architecture.key import ROLES, MatrixRef
+from specbasis.architecture.pair import MatrixPair, Pairing, pair
 from specbasis.checkpoint import Checkpoint, joined_sha256, open_checkpoint, open_tuned, sha256
 from specbasis.comparison.findings import Finding, as_json, find
 from specbasis.comparison.options import Options

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from specbasis.core.errors import InputError
 
 if TYPE_CHECKING:
-    from specbasis.architecture.pair import MatrixKey, MatrixPair
+    from specbasis.architecture.key import MatrixKey
+    from specbasis.architecture.pair import MatrixPair
     from specbasis.checkpoint import Checkpoint
     from specbasis.measures.certify import OwnMeasure
     from specbasis.measures.measures import Measure
@@ -72,7 +73,7 @@ class Options:
         return tuple(m.name for m in self.table if m.name in chosen or m.name in mine)
 
     def __post_init__(self) -> None:
-        from specbasis.architecture.pair import ROLES
+        from specbasis.architecture.key import ROLES
         from specbasis.measures.measures import choose
 
         for what, given in (("ranks", self.ranks), ("subspace", self.subspace)):

@@ -17,7 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from specbasis.architecture.pair import MatrixKey, model_map
+from specbasis.architecture.key import MatrixKey
+from specbasis.architecture.recognise import model_map
 from specbasis.checkpoint import Checkpoint
 from specbasis.core.errors import InputError
 from specbasis.core.svd import half_svd

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from specbasis.architecture.pair import ROLES
+from specbasis.architecture.key import ROLES
 from specbasis.core.entries import FORMATS
 
 RELATED_COSINE = 0.05

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from specbasis.architecture.pair import ROLES
+from specbasis.architecture.key import ROLES
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]

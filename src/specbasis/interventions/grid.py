@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from specbasis.architecture.pair import Admits, MatrixRef
+from specbasis.architecture.key import Admits, MatrixRef
 from specbasis.checkpoint import Checkpoint, open_checkpoint, weights_sha256
 from specbasis.core.edits import KINDS, Edit
 from specbasis.core.errors import InputError

@@ -14,7 +14,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from specbasis.architecture.pair import Admits, MatrixKey, MatrixRef, model_map, pair
+from specbasis.architecture.key import Admits, MatrixKey, MatrixRef
+from specbasis.architecture.pair import pair
+from specbasis.architecture.recognise import model_map
 from specbasis.checkpoint import Checkpoint, open_checkpoint
 from specbasis.core.edits import Edit
 from specbasis.core.errors import InputError
@@ -41,7 +43,7 @@ def edited(
 
     Args:
         model: the live model; its parameters keep their identity, so optimisers and references stay valid.
-        edits: matrix → what it is to be. The matrix is named as `architecture.pair.model_map` names it, of the
+        edits: matrix → what it is to be. The matrix is named as `architecture.recognise.model_map` names it, of the
             model's `state` or its state_dict, or given as its `MatrixRef`. A function gets the stored matrix
             (out, in) and is called when its turn comes, so one new matrix is in memory at a time.
         originals: where the unedited parameters can be read again, bit-equal to the model's, such as the open

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from specbasis.architecture.pair import Admits, MatrixRef
+from specbasis.architecture.key import Admits, MatrixRef
 from specbasis.checkpoint import open_checkpoint, open_tuned
 from specbasis.checkpoint.writer import SHARD_BYTES, write_model
 from specbasis.core.edits import Edit

@@ -26,7 +26,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from specbasis.architecture.pair import MatrixKey, MatrixRef, pair
+from specbasis.architecture.key import MatrixKey, MatrixRef
+from specbasis.architecture.pair import pair
 from specbasis.checkpoint import Checkpoint, open_checkpoint
 from specbasis.comparison.findings import as_json
 from specbasis.comparison.summary import RELATED_COSINE, RELATED_SIGMAS, UNTESTED_COSINE, copy_form

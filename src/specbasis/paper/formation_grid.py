@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specbasis.architecture.pair import MatrixRef, model_map
+from specbasis.architecture.key import MatrixRef
+from specbasis.architecture.recognise import model_map
 from specbasis.checkpoint import open_checkpoint
 from specbasis.core.errors import InputError
 from specbasis.jobs.cells import Progress, Row, run_cells

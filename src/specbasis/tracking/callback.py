@@ -16,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from specbasis.architecture.pair import MatrixRef, model_map
+from specbasis.architecture.key import MatrixRef
+from specbasis.architecture.recognise import model_map
 from specbasis.checkpoint import open_checkpoint
 from specbasis.comparison.options import Options
 from specbasis.core.errors import InputError

@@ -15,7 +15,9 @@ from pathlib import Path
 
 import torch
 
-from specbasis.architecture.pair import Admits, MatrixPair, MatrixRef, model_map, pair
+from specbasis.architecture.key import Admits, MatrixRef
+from specbasis.architecture.pair import MatrixPair, pair
+from specbasis.architecture.recognise import model_map
 from specbasis.checkpoint import Checkpoint, open_checkpoint
 from specbasis.checkpoint.hub import list_revisions
 from specbasis.core.errors import InputError

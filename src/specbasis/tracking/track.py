@@ -17,7 +17,7 @@ from loky import cpu_count
 from numpy.typing import NDArray
 from torch import Tensor
 
-from specbasis.architecture.pair import MatrixRef
+from specbasis.architecture.key import MatrixRef
 from specbasis.checkpoint import Checkpoint
 from specbasis.comparison.compare import LARGE
 from specbasis.comparison.options import Options

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from specbasis.adapter.layer import innermost
 from specbasis.adapter.task_heads import fresh_modules
-from specbasis.architecture.pair import ROLES, MatrixRef, model_map
+from specbasis.architecture.key import ROLES, MatrixRef
+from specbasis.architecture.recognise import model_map
 from specbasis.checkpoint import open_checkpoint
 from specbasis.core.errors import InputError
 
