@@ -1,10 +1,45 @@
-"""Metrics against their definitions, written out."""
+"""Metrics against their definitions, written out, and against scikit-learn and scipy."""
 
 import numpy as np
 import pytest
+from scipy import stats
+from sklearn.metrics import f1_score, matthews_corrcoef
 
-from specbasis.finetuning.metrics import Predictions
-from specbasis.finetuning.tasks import GLUE
+from specbasis.finetuning.card import model_card
+from specbasis.finetuning.metrics import METRICS, Metric, Predictions, accuracy, f1, matthews, pearson, spearman
+from specbasis.finetuning.tasks import GLUE, Task
+from specbasis.paper.differences import resampled
+
+RNG = np.random.default_rng(0)
+CLASSES = RNG.integers(0, 2, (5, 40, 2)).astype(float)
+NUMBERS = RNG.normal(size=(5, 40, 2)).round(1)  # with ties
+
+
+@pytest.mark.parametrize(
+    ("statistic", "oracle", "values"),
+    [
+        (accuracy, lambda p, t: np.mean(p == t), CLASSES),
+        (f1, lambda p, t: f1_score(t, p), CLASSES),
+        (matthews, lambda p, t: matthews_corrcoef(t, p), CLASSES),
+        (pearson, lambda p, t: stats.pearsonr(p, t).statistic, NUMBERS),
+        (spearman, lambda p, t: stats.spearmanr(p, t).statistic, NUMBERS),
+    ],
+)
+def test_statistics_take_many_resamples_at_once(statistic, oracle, values):
+    expected = [oracle(each[:, 0], each[:, 1]) for each in values]
+    np.testing.assert_allclose(statistic(values), expected, atol=1e-12)
+    np.testing.assert_allclose(statistic(values[0]), expected[0], atol=1e-12)
+
+
+def test_constant_predictions_have_no_correlation():
+    constant = np.stack([np.ones(9), np.arange(9) % 2], axis=1)
+    assert pearson(constant) == matthews(constant) == spearman(constant) == f1(constant * 0) == 0
+
+
+def test_a_constant_whose_mean_is_rounded_has_no_correlation_either():
+    constant = np.stack([np.full(3, 0.1), np.arange(3.0)], axis=1)
+    assert constant[:, 0].mean() != 0.1
+    assert pearson(constant) == 0
 
 
 def test_classification_metrics_are_their_definitions():
@@ -49,3 +84,31 @@ def test_packed_predictions_come_back_with_the_same_scores():
     back = Predictions.unpacked(values.packed())
     np.testing.assert_allclose(back.predicted, values.predicted, rtol=5e-5)
     np.testing.assert_allclose(back.labels, values.labels, rtol=5e-5)
+
+
+def test_a_metric_that_is_added_to_the_table_is_scored_resampled_and_shown(monkeypatch):
+    def recall(values):
+        positive = values[..., 1] == 1
+        return ((values[..., 0] == 1) & positive).sum(-1) / positive.sum(-1)
+
+    monkeypatch.setitem(METRICS, "recall", Metric("share of the positives", recall))
+    task = Task("own", "Own", ("recall",), ("no", "yes"))
+    labels = np.array([1.0, 1.0, 1.0, 0.0] * 10)
+    predictions = Predictions(np.array([1.0, 0.0, 1.0, 1.0] * 10), labels)
+    scores = predictions.scores(task)
+    assert scores == {"recall": 20 / 30}
+    assert task.score(scores) == 20 / 30
+    assert resampled(task, predictions, resamples=8).shape == (8,)
+    config = {
+        "method": "lora", "base": "b", "seed": 1,
+        "protocol": {
+            "epochs": 1, "learning_rate": 0.1, "warmup": 0, "batch_size": 8, "max_length": 9, "weight_decay": 0,
+            "precision": "float32",
+        },
+    }  # fmt: skip
+    forgetting = {"definition": "", "reason": "it is a test"}
+    parameters = {"adapter": 1, "head": 1, "total": 2}
+    run = {"dev": scores, "parameters": parameters, "train_examples": 4, "forgetting": forgetting, "notes": []}
+    card = model_card(config, run, task)
+    assert "| set | share of the positives |" in card
+    assert "| dev | 0.6667 |" in card

@@ -5,45 +5,10 @@ from itertools import product
 import numpy as np
 import pytest
 from scipy import stats
-from sklearn.metrics import f1_score, matthews_corrcoef
 
 from specbasis import InputError
-from specbasis.interventions.samples import (
-    Sample,
-    accuracy,
-    as_samples,
-    f1,
-    matthews,
-    pearson,
-    perplexity,
-    spearman,
-    summarise,
-)
-
-RNG = np.random.default_rng(0)
-CLASSES = RNG.integers(0, 2, (5, 40, 2)).astype(float)
-NUMBERS = RNG.normal(size=(5, 40, 2)).round(1)  # with ties
-
-
-@pytest.mark.parametrize(
-    ("statistic", "oracle", "values"),
-    [
-        (accuracy, lambda p, t: np.mean(p == t), CLASSES),
-        (f1, lambda p, t: f1_score(t, p), CLASSES),
-        (matthews, lambda p, t: matthews_corrcoef(t, p), CLASSES),
-        (pearson, lambda p, t: stats.pearsonr(p, t).statistic, NUMBERS),
-        (spearman, lambda p, t: stats.spearmanr(p, t).statistic, NUMBERS),
-    ],
-)
-def test_statistics_take_many_resamples_at_once(statistic, oracle, values):
-    expected = [oracle(each[:, 0], each[:, 1]) for each in values]
-    np.testing.assert_allclose(statistic(values), expected, atol=1e-12)
-    np.testing.assert_allclose(statistic(values[0]), expected[0], atol=1e-12)
-
-
-def test_constant_predictions_have_no_correlation():
-    constant = np.stack([np.ones(9), np.arange(9) % 2], axis=1)
-    assert pearson(constant) == matthews(constant) == spearman(constant) == f1(constant * 0) == 0
+from specbasis.finetuning.metrics import f1, matthews, pearson, spearman
+from specbasis.interventions.samples import Sample, as_samples, perplexity, summarise
 
 
 def test_perplexity_is_of_all_tokens_together():
@@ -125,7 +90,7 @@ def test_intervals_cover_as_often_as_they_say():
 
 
 def test_no_change_has_no_evidence():
-    sample = {"m": Sample(NUMBERS[0], pearson), "plain": 0.5}
+    sample = {"m": Sample(np.random.default_rng(0).normal(size=(40, 2)), pearson), "plain": 0.5}
     found = summarise(sample, sample, resamples=200)
     assert found["m.p"] == 1
     assert found["m.change"] == found["m.change_low"] == found["m.change_high"] == found["plain.change"] == 0

@@ -6,15 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from specbasis.finetuning.methods import METHODS
+from specbasis.finetuning.metrics import METRICS
 from specbasis.finetuning.tasks import Task
-
-_SHOWN = {
-    "accuracy": "accuracy",
-    "f1": "F1",
-    "matthews": "Matthews' correlation",
-    "pearson": "Pearson's r",
-    "spearman": "Spearman's ρ",
-}
 
 
 def model_card(config: Mapping[str, Any], metrics: Mapping[str, Any], task: Task) -> str:
@@ -42,7 +35,7 @@ def model_card(config: Mapping[str, Any], metrics: Mapping[str, Any], task: Task
         f"{parameters['adapter']:,} parameters of the method ({share:.2g} % of {parameters['total']:,}), and "
         f"{parameters['head']:,} of head and pooler.",
         "",
-        "| set | " + " | ".join(_SHOWN[name] for name in task.metrics) + " |",
+        "| set | " + " | ".join(METRICS[name].title for name in task.metrics) + " |",
         "|---" * (1 + len(task.metrics)) + "|",
     ]
     for name, values in metrics.items():

@@ -21,28 +21,9 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from specbasis.core.errors import InputError
+from specbasis.finetuning.metrics import METRICS, Array
 from specbasis.finetuning.tasks import Split, Task, load_task, task_named
-from specbasis.interventions.samples import (
-    Array,
-    Sample,
-    Statistic,
-    accuracy,
-    f1,
-    matthews,
-    pearson,
-    perplexity,
-    ratio,
-    spearman,
-)
-
-STATISTICS: Mapping[str, Statistic] = {
-    "accuracy": accuracy,
-    "f1": f1,
-    "matthews": matthews,
-    "pearson": pearson,
-    "spearman": spearman,
-}
-"""GLUE's metrics by the names that its tasks have for them."""
+from specbasis.interventions.samples import Sample, perplexity, ratio
 
 TOKENS = 4096
 """Tokens of one batch, padding included. More: fewer calls; less: less padding of short texts, less memory."""
@@ -143,7 +124,7 @@ class Classification:
                 outputs = logits[:, 0] if task.regression else logits[:, order].argmax(-1)
                 predictions[indices] = outputs.numpy()
         values = np.stack([predictions, labels], axis=1)
-        return {name: Sample(values, STATISTICS[name]) for name in task.metrics}
+        return {name: Sample(values, METRICS[name].statistic) for name in task.metrics}
 
     def _encoded(self, model: nn.Module) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
         """Batches of examples of like length, with their indices; texts are kept, images are read each time."""

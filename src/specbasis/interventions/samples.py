@@ -16,64 +16,12 @@ from scipy import stats
 from torch import Tensor
 
 from specbasis.core.errors import InputError
-
-Array = npt.NDArray[np.float64]
-Statistic = Callable[[Array], Array]
-"""From (…, examples, columns) to (…): it is given many resamples at once."""
+from specbasis.finetuning.metrics import Array, Statistic, dense_ranks, pearson, spearman
 
 
 def mean(values: Array) -> Array:
     """Mean of the first column."""
     return np.asarray(values[..., 0].mean(-1))
-
-
-def accuracy(values: Array) -> Array:
-    """Share of the examples whose two columns, prediction and label, are equal."""
-    return np.asarray((values[..., 0] == values[..., 1]).mean(-1))
-
-
-def matthews(values: Array) -> Array:
-    """Matthews' correlation of prediction and label; for two classes the correlation of the two columns."""
-    return pearson(values)
-
-
-def pearson(values: Array) -> Array:
-    """Correlation of the two columns, prediction and label; 0 where one is constant, as Matthews' is."""
-    centred = values - values.mean(-2, keepdims=True)
-    a, b = centred[..., 0], centred[..., 1]
-    norms = np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
-    return np.asarray(np.divide((a * b).sum(-1), norms, out=np.zeros_like(norms), where=norms > 0))
-
-
-def spearman(values: Array) -> Array:
-    """Rank correlation of the two columns, tied values at their mean rank."""
-    codes = values.astype(np.int64) if np.issubdtype(values.dtype, np.integer) else _dense_ranks(values)[0]
-    return pearson(np.stack([_mean_ranks(codes[..., column]) for column in range(2)], axis=-1))
-
-
-def _dense_ranks(*samples: Array) -> list[npt.NDArray[np.int64]]:
-    """Each column's values as whole numbers from 0 in the same order, the same ones in all samples."""
-    flat = np.concatenate([sample.reshape(-1, sample.shape[-1]) for sample in samples])
-    codes = np.stack([np.unique(column, return_inverse=True)[1] for column in flat.T], axis=1)
-    ends = np.cumsum([sample.size // sample.shape[-1] for sample in samples])[:-1]
-    return [part.reshape(sample.shape) for part, sample in zip(np.split(codes, ends), samples, strict=True)]
-
-
-def _mean_ranks(codes: npt.NDArray[np.int64]) -> Array:
-    """Ranks along the last axis, equal values at the mean of theirs. Dense ranks are counted: nothing is sorted."""
-    flat = codes.reshape(-1, codes.shape[-1])
-    kinds = int(flat.max()) + 1
-    places = flat + kinds * np.arange(len(flat))[:, None]
-    counts = np.bincount(places.ravel(), minlength=len(flat) * kinds).reshape(len(flat), kinds)
-    ranks: Array = (counts.cumsum(1) - (counts - 1) / 2).ravel()[places]
-    return ranks.reshape(codes.shape)
-
-
-def f1(values: Array) -> Array:
-    """F1 of the class 1, from prediction and label; 0 where neither ever is."""
-    p, t = values[..., 0] == 1, values[..., 1] == 1
-    total = p.sum(-1) + t.sum(-1)
-    return np.asarray(np.divide(2 * (p & t).sum(-1), total, out=np.zeros(total.shape), where=total > 0))
 
 
 def ratio(values: Array) -> Array:
@@ -199,7 +147,7 @@ def _paired(old: Sample, new: Sample, resamples: int, seed: int) -> dict[str, fl
     statistic = new.statistic
     n, value, change = len(a), new.value, new.value - old.value
     if statistic is spearman:  # ranked once: resamples are then counted, not sorted
-        a, b = _dense_ranks(*(_on_one_scale(x, stats.rankdata) for x in (a, b)))
+        a, b = dense_ranks(*(_on_one_scale(x, stats.rankdata) for x in (a, b)))
     elif statistic is pearson:
         a, b = (_on_one_scale(x, _standardised) for x in (a, b))
     random = np.random.default_rng(seed)

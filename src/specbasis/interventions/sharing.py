@@ -164,7 +164,7 @@ def rank_correlation(table: Sequence[Shared], x: str, y: str) -> tuple[float, in
     Raises:
         InputError: fewer than three such pairs.
     """
-    from specbasis.interventions.samples import spearman
+    from specbasis.finetuning.metrics import spearman
 
     values = [(getattr(row, x), getattr(row, y)) for row in table]
     known = np.array([pair for pair in values if None not in pair], dtype=np.float64)

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 
 from specbasis.finetuning.grid import Cell, by_seed, mean_and_spread
-from specbasis.finetuning.metrics import Array, Predictions
+from specbasis.finetuning.metrics import METRICS, Array, Predictions
 from specbasis.finetuning.tasks import GLUE, Task
-from specbasis.interventions.evaluators import STATISTICS
 from specbasis.jobs.cells import Row
 
 RESAMPLES = 2000
@@ -82,12 +81,12 @@ def resampled(task: Task, said: Predictions, resamples: int = RESAMPLES, seed: i
 
     Source: Efron & Tibshirani 1993, §13.3 (percentile interval). Not in Yu et al. 2026.
     """
-    values = np.stack([said.predicted, said.labels], axis=1)
+    values = said.columns
     random = np.random.default_rng(seed)
     chunk, found = max(1, 2**19 // len(values)), []
     for start in range(0, resamples, chunk):
         drawn = values[random.integers(len(values), size=(min(chunk, resamples - start), len(values)))]
-        found.append(task.score({name: STATISTICS[name](drawn) for name in task.metrics}))
+        found.append(task.score({name: METRICS[name].statistic(drawn) for name in task.metrics}))
     return np.concatenate(found)
 
 
