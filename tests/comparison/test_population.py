@@ -2,7 +2,6 @@
 
 import csv
 import json
-import math
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 
 import specbasis
 from specbasis.comparison.compare import Comparison
-from specbasis.comparison.population import cells, correlate, detectable, gather, read_scores, units
+from specbasis.comparison.population import cells, correlate, gather, read_scores, units
 from specbasis.comparison.population import population as run
 from specbasis.core.errors import InputError
 from tests.pico import bert_state, finetuned, write
@@ -87,12 +86,6 @@ def test_finetunes_of_one_base_count_as_one_where_bases_are_many() -> None:
     names = [f"m{i}" for i in range(20)]
     assert units(names, {name: f"base {i % 5}" for i, name in enumerate(names)})[1].max() == 4
     assert units(names, dict.fromkeys(names, "one base"))[0] == "finetune"
-
-
-def test_power_is_that_of_the_exact_test() -> None:
-    """The published sample size for |r| = 0.5 at 80 % and 5 % is 29 (Cohen 1988), by Fisher's transformation."""
-    assert detectable(29) == pytest.approx(0.5, abs=0.01)
-    assert math.isnan(detectable(3))
 
 
 @pytest.mark.parametrize(

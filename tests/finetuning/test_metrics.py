@@ -5,8 +5,9 @@ import pytest
 from scipy import stats
 from sklearn.metrics import f1_score, matthews_corrcoef
 
+from specbasis.core.statistics import pearson, spearman
 from specbasis.finetuning.card import model_card
-from specbasis.finetuning.metrics import METRICS, Metric, Predictions, accuracy, f1, matthews, pearson, spearman
+from specbasis.finetuning.metrics import METRICS, Metric, Predictions, accuracy, f1, matthews
 from specbasis.finetuning.tasks import GLUE, Task
 from specbasis.paper.differences import resampled
 

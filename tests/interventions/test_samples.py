@@ -7,7 +7,8 @@ import pytest
 from scipy import stats
 
 from specbasis import InputError
-from specbasis.finetuning.metrics import f1, matthews, pearson, spearman
+from specbasis.core.statistics import pearson, spearman
+from specbasis.finetuning.metrics import f1, matthews
 from specbasis.interventions.samples import Sample, as_samples, perplexity, summarise
 
 

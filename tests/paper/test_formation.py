@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from PIL import Image
-from scipy import stats
 from typer.testing import CliRunner
 
 from specbasis.cli import app
@@ -15,7 +14,7 @@ from specbasis.core.errors import InputError
 from specbasis.jobs.cells import Row, read_cells
 from specbasis.paper import formation_grid as formation
 from specbasis.paper.formation import FIGURES, SMALL, cells_of, paper, write_outcome
-from specbasis.paper.formation_claims import Curves, at_equal_size, claims, interval, markdown, verdict
+from specbasis.paper.formation_claims import Curves, at_equal_size, claims, markdown, verdict
 from specbasis.paper.formation_grid import Formation, run_formation
 from tests.paper.pico import TINY, training
 
@@ -145,13 +144,6 @@ def test_a_claim_is_what_its_definition_says(grid):
     assert claim.each == pytest.approx(losses, abs=1e-5)
     table = [line for line in markdown(found).splitlines() if line.startswith("|")]
     assert len(table) == len(found) + 2
-
-
-def test_intervals_are_students():
-    values = [0.1, 0.4, 0.25]
-    want = stats.t.interval(0.95, 2, loc=np.mean(values), scale=stats.sem(values))
-    assert interval(values) == pytest.approx((np.mean(values), *want))
-    assert math.isnan(interval([1.0])[1])
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,15 @@ from specbasis.comparison.compare import Comparison, load
 from specbasis.comparison.findings import as_json
 from specbasis.comparison.summary import SIDES, summarise
 from specbasis.core.errors import InputError
+from specbasis.core.statistics import (
+    LEVEL,
+    METHODS,
+    adjusted,
+    correlation,
+    correlation_interval,
+    correlation_test,
+    detectable,
+)
 from specbasis.jobs import results as store
 
 DEPTHS = ("shallow", "middle", "deep")
@@ -34,8 +43,7 @@ LEAST = 5
 """Fewer units than this give no correlation: its interval would span everything."""
 
 RESAMPLES = 4999
-POWER = 0.8
-LEVEL = 0.05
+"""Of a permutation test; a fifth of them for an interval."""
 
 Floats = NDArray[np.float64]
 
@@ -377,33 +385,27 @@ def correlate(
     cells_: Sequence[Mapping[str, Any]], scores: Mapping[str, float], clusters: Mapping[str, str]
 ) -> list[Correlation]:
     """Every cell's alignment against the scores, both methods, each adjusted over its own family."""
-    from scipy import stats
-
     groups: dict[tuple[str, str, str], list[tuple[str, float]]] = {}
     for line in cells_:
         if line["pair"] in scores and math.isfinite(line["alignment"]):
             groups.setdefault((line["modality"], line["depth"], line["ranks"]), []).append(
                 (line["pair"], line["alignment"])
             )
-    found: list[Correlation] = []
-    for method in ("spearman", "pearson"):
-        tested = []
-        for place, members in groups.items():
-            x = np.array([value for _, value in members])
-            y = np.array([scores[name] for name, _ in members])
-            unit, of = units([name for name, _ in members], clusters)
-            tested.append((place, len(x), int(of.max()) + 1, unit, *_test(stats, method, x, y, of)))
-        valid = [entry for entry in tested if math.isfinite(entry[7])]
-        p = [entry[7] for entry in valid]
-        adjusted = {entry[0]: (math.nan, math.nan) for entry in tested}
-        if p:
-            bh, by = (stats.false_discovery_control(p, method=kind) for kind in ("bh", "by"))
-            adjusted |= {entry[0]: (float(a), float(b)) for entry, a, b in zip(valid, bh, by, strict=True)}
-        found += [
-            Correlation(*place, method, n, k, unit, r, low, high, p_, *adjusted[place], len(valid))
-            for place, n, k, unit, r, low, high, p_ in tested
+    correlations: list[Correlation] = []
+    for method in METHODS:
+        tests = []
+        for part, members in groups.items():
+            names, alignments = zip(*members, strict=True)
+            x, y = np.array(alignments), np.array([scores[name] for name in names])
+            unit, of = units(names, clusters)
+            tests.append((part, len(x), int(of.max()) + 1, unit, _test(method, x, y, of)))
+        p = [figures[-1] for *_, figures in tests]
+        family = int(np.isfinite(p).sum())
+        correlations += [
+            Correlation(*part, method, n, k, unit, *figures, float(bh), float(by), family)
+            for (part, n, k, unit, figures), bh, by in zip(tests, adjusted(p, "bh"), adjusted(p, "by"), strict=True)
         ]
-    return found
+    return correlations
 
 
 def units(names: Sequence[str], bases: Mapping[str, str]) -> tuple[str, NDArray[Any]]:
@@ -412,50 +414,16 @@ def units(names: Sequence[str], bases: Mapping[str, str]) -> tuple[str, NDArray[
     return ("base", of) if of.max(initial=-1) + 1 >= LEAST else ("finetune", np.arange(len(names)))
 
 
-def _test(stats: Any, method: str, x: Floats, y: Floats, of: NDArray[Any]) -> tuple[float, float, float, float]:
+def _test(method: str, x: Floats, y: Floats, of: NDArray[Any]) -> tuple[float, float, float, float]:
     """(r, low, high, p) of one cell; NaN where there are fewer than `LEAST` clusters or nothing varies."""
-    nothing = (math.nan,) * 4
-    if of.max() + 1 < LEAST or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return nothing
-
-    def coefficient(a: Floats, b: Floats) -> float:
-        if method == "spearman":
-            a, b = stats.rankdata(a), stats.rankdata(b)
-        a, b = a - a.mean(), b - b.mean()
-        size = math.sqrt(float(a @ a) * float(b @ b))
-        return float(a @ b) / size if size > 0 else math.nan
-
-    members = [np.flatnonzero(of == c) for c in range(of.max() + 1)]
-
-    def of_clusters(chosen: NDArray[Any]) -> float:
-        at = np.concatenate([members[int(c)] for c in chosen])
-        return coefficient(x[at], y[at])
-
-    rng = np.random.default_rng(0)
-    drawn = [of_clusters(rng.integers(0, len(members), len(members))) for _ in range(RESAMPLES // 5)]
-    low, high = np.nanquantile(drawn, [LEVEL / 2, 1 - LEVEL / 2])
-    a, b = (np.array([v[at].mean() for at in members]) for v in (x, y))
-    if method == "spearman":
-        a, b = stats.rankdata(a), stats.rankdata(b)
-    if np.ptp(a) == 0 or np.ptp(b) == 0:
-        return nothing
-    way = stats.PermutationMethod(n_resamples=RESAMPLES, rng=np.random.default_rng(0))
-    return coefficient(x, y), float(low), float(high), float(stats.pearsonr(a, b, method=way).pvalue)
-
-
-def detectable(n: int, level: float = LEVEL, power: float = POWER) -> float:
-    """The least |r| that n independent models show at this level with this power; NaN for n < 4.
-
-    tanh((z_{1 − level/2} + z_power) / √(n − 3)), by Fisher's transformation, under which r is nearly normal.
-
-    Source: Fisher 1921; Cohen 1988, ch. 3.
-    """
-    from statistics import NormalDist
-
-    if n < 4:
-        return math.nan
-    z = NormalDist().inv_cdf(1 - level / 2) + NormalDist().inv_cdf(power)
-    return math.tanh(z / math.sqrt(n - 3))
+    clusters = range(of.max() + 1)
+    p = math.nan
+    if len(clusters) >= LEAST:
+        a, b = (np.array([values[of == c].mean() for c in clusters]) for values in (x, y))
+        p = correlation_test(a, b, RESAMPLES, method)
+    if math.isnan(p):
+        return (math.nan,) * 4
+    return correlation(x, y, method), *correlation_interval(x, y, of, RESAMPLES // 5, method), p
 
 
 def _values(names: Sequence[str]) -> Any:

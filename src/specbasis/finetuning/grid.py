@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import statistics
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -251,11 +250,6 @@ def by_seed(rows: Iterable[Row], wanted: Iterable[Cell]) -> dict[int, Mapping[st
     """The values of each seed among the wanted cells, for those that ran."""
     cells = set(wanted)
     return {row.cell["seed"]: row.values for row in rows if row.error is None and Cell.of(row.cell) in cells}
-
-
-def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean, and standard deviation over seeds (n − 1); None for one seed."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
 def kept_model(setting: Setting, method: str, task: str) -> Path:

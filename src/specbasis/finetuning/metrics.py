@@ -7,18 +7,14 @@ long for resamples; they are what the tests compare with.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from specbasis.core.statistics import Array, Statistic, pearson, spearman
 from specbasis.finetuning.tasks import Task
-
-Array = npt.NDArray[np.float64]
-Statistic = Callable[[Array], Array]
-"""From (…, examples, columns) to (…): it is given many resamples at once."""
 
 
 def accuracy(values: Array) -> Array:
@@ -36,43 +32,6 @@ def f1(values: Array) -> Array:
 def matthews(values: Array) -> Array:
     """Matthews' correlation of prediction and label; for two classes the correlation of the two columns."""
     return pearson(values)
-
-
-def pearson(values: Array) -> Array:
-    """Correlation of the two columns, prediction and label; 0 where one is constant, as Matthews' is."""
-    centred = values - values.mean(-2, keepdims=True)
-    a, b = centred[..., 0], centred[..., 1]
-    norms = np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
-    # The mean of equal numbers is not always that number: a constant column need not have norm 0.
-    varies = (np.ptp(values, axis=-2) > 0).all(-1) & (norms > 0)
-    return np.asarray(np.divide((a * b).sum(-1), norms, out=np.zeros_like(norms), where=varies))
-
-
-def spearman(values: Array) -> Array:
-    """Rank correlation of the two columns, tied values at their mean rank."""
-    codes = values.astype(np.int64) if np.issubdtype(values.dtype, np.integer) else dense_ranks(values)[0]
-    return pearson(np.stack([_mean_ranks(codes[..., column]) for column in range(2)], axis=-1))
-
-
-def dense_ranks(*samples: Array) -> list[npt.NDArray[np.int64]]:
-    """Each column's values as whole numbers from 0 in the same order, the same ones in all samples.
-
-    `spearman` takes them as ranks: resamples of ranked values are counted, and nothing is sorted.
-    """
-    flat = np.concatenate([sample.reshape(-1, sample.shape[-1]) for sample in samples])
-    codes = np.stack([np.unique(column, return_inverse=True)[1] for column in flat.T], axis=1)
-    ends = np.cumsum([sample.size // sample.shape[-1] for sample in samples])[:-1]
-    return [part.reshape(sample.shape) for part, sample in zip(np.split(codes, ends), samples, strict=True)]
-
-
-def _mean_ranks(codes: npt.NDArray[np.int64]) -> Array:
-    """Ranks along the last axis, equal values at the mean of theirs. Dense ranks are counted: nothing is sorted."""
-    flat = codes.reshape(-1, codes.shape[-1])
-    kinds = int(flat.max()) + 1
-    places = flat + kinds * np.arange(len(flat))[:, None]
-    counts = np.bincount(places.ravel(), minlength=len(flat) * kinds).reshape(len(flat), kinds)
-    ranks: Array = (counts.cumsum(1) - (counts - 1) / 2).ravel()[places]
-    return ranks.reshape(codes.shape)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from specbasis.core.errors import InputError
-from specbasis.finetuning.metrics import METRICS, Array
+from specbasis.core.statistics import Array
+from specbasis.finetuning.metrics import METRICS
 from specbasis.finetuning.tasks import Split, Task, load_task, task_named
 from specbasis.interventions.samples import Sample, perplexity, ratio
 

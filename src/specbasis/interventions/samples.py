@@ -16,7 +16,18 @@ from scipy import stats
 from torch import Tensor
 
 from specbasis.core.errors import InputError
-from specbasis.finetuning.metrics import Array, Statistic, dense_ranks, pearson, spearman
+from specbasis.core.statistics import (
+    Array,
+    Positions,
+    Statistic,
+    bootstrap,
+    dense_ranks,
+    exchange_test,
+    fitting_cache,
+    pearson,
+    percentile_interval,
+    spearman,
+)
 
 
 def mean(values: Array) -> Array:
@@ -150,28 +161,22 @@ def _paired(old: Sample, new: Sample, resamples: int, seed: int) -> dict[str, fl
         a, b = dense_ranks(*(_on_one_scale(x, stats.rankdata) for x in (a, b)))
     elif statistic is pearson:
         a, b = (_on_one_scale(x, _standardised) for x in (a, b))
-    random = np.random.default_rng(seed)
-    values, changes, null = [], [], []
-    chunk = max(1, 2**15 // max(1, a.size))  # a few resamples at once: what fits a core's cache
-    for start in range(0, resamples, chunk):
-        count = min(chunk, resamples - start)
-        drawn = random.integers(n, size=(count, n))
+
+    def resampled(drawn: Positions) -> Array:
         after = statistic(b[drawn])
-        values.append(after)
-        changes.append(after - statistic(a[drawn]))
-        exchanged = random.random((count, n, 1)) < 0.5
-        null.append(statistic(np.where(exchanged, a, b)) - statistic(np.where(exchanged, b, a)))
-    low, high = np.quantile(np.concatenate(values), (0.025, 0.975)) if values else (value, value)
-    change_low, change_high = np.quantile(np.concatenate(changes), (0.025, 0.975)) if values else (change, change)
-    # What rounding makes of equal changes must count as equal.
-    reached = int((np.abs(np.concatenate(null or [np.zeros(0)])) >= abs(change) - 1e-12).sum())
+        return np.stack([after, after - statistic(a[drawn])], axis=-1)
+
+    low, high, change_low, change_high = value, value, change, change
+    if resamples:
+        draws = bootstrap(resampled, n, resamples, seed=seed, at_once=fitting_cache(a))
+        (low, high), (change_low, change_high) = (percentile_interval(column) for column in draws.T)
     return {
         "": value,
-        ".low": float(low),
-        ".high": float(high),
+        ".low": low,
+        ".high": high,
         ".change": change,
-        ".change_low": float(change_low),
-        ".change_high": float(change_high),
-        ".p": (1 + reached) / (1 + resamples),
+        ".change_low": change_low,
+        ".change_high": change_high,
+        ".p": exchange_test(statistic, a, b, resamples, seed=seed),
         ".examples": n,
     }

@@ -13,6 +13,7 @@ import numpy as np
 from specbasis.architecture.pair import pair
 from specbasis.checkpoint import open_checkpoint
 from specbasis.core.errors import InputError
+from specbasis.core.statistics import spearman
 from specbasis.core.subspace import subspace_overlap
 from specbasis.core.svd import decompose
 from specbasis.interventions.grid import BASE, BASELINE, admitted
@@ -164,8 +165,6 @@ def rank_correlation(table: Sequence[Shared], x: str, y: str) -> tuple[float, in
     Raises:
         InputError: fewer than three such pairs.
     """
-    from specbasis.finetuning.metrics import spearman
-
     values = [(getattr(row, x), getattr(row, y)) for row in table]
     known = np.array([pair for pair in values if None not in pair], dtype=np.float64)
     if len(known) < 3:

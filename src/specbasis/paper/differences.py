@@ -9,8 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from specbasis.finetuning.grid import Cell, by_seed, mean_and_spread
-from specbasis.finetuning.metrics import METRICS, Array, Predictions
+from specbasis.core.statistics import (
+    Array,
+    Positions,
+    bootstrap,
+    mean_and_spread,
+    paired_t_test,
+    percentile_interval,
+)
+from specbasis.finetuning.grid import Cell, by_seed
+from specbasis.finetuning.metrics import METRICS, Predictions
 from specbasis.finetuning.tasks import GLUE, Task
 from specbasis.jobs.cells import Row
 
@@ -82,12 +90,11 @@ def resampled(task: Task, said: Predictions, resamples: int = RESAMPLES, seed: i
     Source: Efron & Tibshirani 1993, §13.3 (percentile interval). Not in Yu et al. 2026.
     """
     values = said.columns
-    random = np.random.default_rng(seed)
-    chunk, found = max(1, 2**19 // len(values)), []
-    for start in range(0, resamples, chunk):
-        drawn = values[random.integers(len(values), size=(min(chunk, resamples - start), len(values)))]
-        found.append(task.score({name: METRICS[name].statistic(drawn) for name in task.metrics}))
-    return np.concatenate(found)
+
+    def score(drawn: Positions) -> Array:
+        return np.asarray(task.score({name: METRICS[name].statistic(values[drawn]) for name in task.metrics}))
+
+    return bootstrap(score, len(values), resamples, seed=seed, at_once=max(1, 2**19 // len(values)))
 
 
 @dataclass(frozen=True)
@@ -111,11 +118,7 @@ class Difference:
     @property
     def p(self) -> float | None:
         """Of Student's paired t-test over seeds, two-sided; None for fewer than two, or all alike."""
-        if len(self.each) < 2 or len(set(self.each)) == 1:
-            return None
-        from scipy.stats import ttest_1samp
-
-        return float(ttest_1samp(self.each, 0.0).pvalue)
+        return paired_t_test(self.each)
 
     @property
     def shown(self) -> str:
@@ -131,8 +134,5 @@ def difference(found: Mapping[int, Run], reference: Mapping[int, Run]) -> Differ
         return None
     drawn = [(a.resampled, b.resampled) for a, b in pairs]
     moved = [a - b for a, b in drawn if a is not None and b is not None]
-    interval = None
-    if len(moved) == len(pairs):
-        low, high = np.quantile(np.mean(moved, axis=0), (0.025, 0.975))
-        interval = (float(low), float(high))
+    interval = percentile_interval(np.mean(moved, axis=0)) if len(moved) == len(pairs) else None
     return Difference(tuple(a.score - b.score for a, b in pairs), interval)

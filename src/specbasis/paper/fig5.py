@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from specbasis.core.errors import InputError
-from specbasis.finetuning.grid import Cell, Setting, mean_and_spread, run_grid
+from specbasis.core.statistics import mean_and_spread
+from specbasis.finetuning.grid import Cell, Setting, run_grid
 from specbasis.finetuning.tasks import GLUE, task_named
 from specbasis.jobs.cells import Progress, Row
 from specbasis.jobs.results import write_whole

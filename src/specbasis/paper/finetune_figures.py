@@ -10,9 +10,9 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from specbasis.core.statistics import mean_and_spread
 from specbasis.figures.figures import COLORS, QUIET
 from specbasis.figures.tracking import write_figure
-from specbasis.finetuning.grid import mean_and_spread
 from specbasis.finetuning.tasks import GLUE
 from specbasis.paper.differences import Difference
 from specbasis.paper.fig5 import Panel, Point, metric_of

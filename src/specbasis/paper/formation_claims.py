@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from specbasis.core.errors import InputError
+from specbasis.core.statistics import student_interval
 from specbasis.jobs.cells import Row
 
 Array = NDArray[np.float64]
@@ -64,18 +65,6 @@ def verdict(claim: str, measure: str, low: float, high: float) -> str:
     if math.isnan(low) or low <= 0 <= high:
         return "undecided"
     return "as claimed" if sign * low > 0 else "opposite"
-
-
-def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean and the ends of its 95 % interval by Student's t: m ± t₀.₉₇₅(n−1)·s/√n; NaN ends for one value."""
-    from scipy.special import stdtrit
-
-    n = len(values)
-    mean = float(np.mean(values)) if n else math.nan
-    if n < 2:
-        return mean, math.nan, math.nan
-    half = float(stdtrit(n - 1, 0.975)) * float(np.std(values, ddof=1)) / math.sqrt(n)
-    return mean, mean - half, mean + half
 
 
 def claims(rows: Iterable[Row]) -> list[Claim]:
@@ -234,7 +223,7 @@ def curves(row: Row, group: str) -> Curves:
 def _claim(claim: str, setting: str, group: str, measure: str, each: Sequence[float]) -> list[Claim]:
     if not each:
         return []
-    effect, low, high = interval(each)
+    effect, low, high = student_interval(each)
     values = tuple(round(x, 5) for x in each)
     told = verdict(claim, measure, low, high)
     return [Claim(claim, setting, group, measure, effect, low, high, len(each), values, told)]

@@ -11,10 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from specbasis.core.errors import InputError
+from specbasis.core.statistics import student_interval
 from specbasis.figures.figures import COLORS, QUIET
 from specbasis.figures.tracking import heat_map, write_figure
 from specbasis.jobs.cells import Row
-from specbasis.paper.formation_claims import GROUPS, Grid, curves, interval, members
+from specbasis.paper.formation_claims import GROUPS, Grid, curves, members
 
 TITLES = {
     "same_task": "same task, held-out images",
@@ -132,7 +133,7 @@ def _line(ax: Axes, rows: Sequence[Row], group: str, color: str, title: str, das
         return
     seeds = [np.mean(each, axis=0) for each in by_seed.values()]
     x = rows[0].values["steps"]
-    ends = np.array([interval([float(curve[t]) for curve in seeds]) for t in range(len(x))])
+    ends = np.array([student_interval([float(curve[t]) for curve in seeds]) for t in range(len(x))])
     label = f"{title} ({_seeds(len(seeds))})"
     ax.plot(x, ends[:, 0], color=color, ls=dash, label=label, marker="o", ms=2.5, lw=1.4)
     ax.fill_between(x, ends[:, 1].clip(0, 1), ends[:, 2].clip(0, 1), color=color, alpha=0.12, lw=0)

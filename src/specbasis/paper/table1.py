@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from specbasis.core.errors import InputError
+from specbasis.core.statistics import mean_and_spread
 from specbasis.finetuning.grid import (
     SCRATCH,
     Cell,
     Search,
     Setting,
-    mean_and_spread,
     run_grid,
     scaled_rate,
 )
