@@ -10,7 +10,13 @@ from jaxtyping import config, install_import_hook
 torch.set_num_threads(1)  # small matrices: a second thread costs more than it gives
 
 # Every annotation of a shape becomes a check while the tests run. This comes before the first import of specbasis.
-SHAPED = ("svd", "subspace", "measures", "adapter.diagnostics", "adapter.proof")  # adapter.functional is compiled
+SHAPED = (
+    "core.svd",
+    "core.subspace",
+    "measures",
+    "adapter.diagnostics",
+    "adapter.proof",
+)  # adapter.functional is compiled
 install_import_hook([f"specbasis.{module}" for module in SHAPED], "beartype.beartype")
 
 settings.register_profile(

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.patience import PATIENCE
+
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 
 
@@ -14,7 +16,12 @@ EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 def test_example_runs(example: Path, tmp_path: Path) -> None:
     pytest.importorskip("anarcii")
     done = subprocess.run(
-        [sys.executable, example], capture_output=True, text=True, cwd=tmp_path, timeout=120, env=dict(os.environ)
+        [sys.executable, example],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=PATIENCE,
+        env=dict(os.environ),
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()

@@ -22,6 +22,7 @@ from torch import nn  # noqa: E402
 from specbasis.adapter import SpectralConfig, SpectralLinear  # noqa: E402
 from specbasis.adapter.callback import DriftCallback, drifts  # noqa: E402
 from tests.adapter.helpers import TARGETS, load_classifier, save_deberta  # noqa: E402
+from tests.helpers.patience import PATIENCE  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -97,7 +98,7 @@ TWO = Path(__file__).parent / "two_processes.py"
 
 
 def _run(*command: str) -> str:
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False, timeout=280)
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -147,9 +148,9 @@ def test_accelerate_launch_with_two_processes_is_one_process(tmp_path):
         for rank in ("0", "1")
     ]
     for process in ranks:
-        _, errors = process.communicate(timeout=200)
+        _, errors = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0, errors[-3000:]
-    subprocess.run([*launch, "1"], check=True, capture_output=True, timeout=200)
+    subprocess.run([*launch, "1"], check=True, capture_output=True, timeout=PATIENCE)
     two, one = (json.loads((tmp_path / f"cores{n}.json").read_text()) for n in (2, 1))
     assert two["ranks_agree"]
     assert two["world"] == 2

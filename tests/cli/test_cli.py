@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from specbasis import cli
+from tests.helpers.patience import PATIENCE
 from tests.pico import bert_state, finetuned, write
 
 
@@ -199,7 +200,7 @@ def test_version_and_help(specbasis: Run) -> None:
 def test_a_real_process_exits_with_2_and_without_a_traceback(folder: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "specbasis", "compare", "nothing", "base.safetensors", "--out", "out"],
-        capture_output=True, text=True, cwd=folder, timeout=120,
+        capture_output=True, text=True, cwd=folder, timeout=PATIENCE,
     )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr == "error: nothing: no such file or folder\n"

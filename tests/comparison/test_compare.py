@@ -2,12 +2,12 @@
 
 import importlib
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 import specbasis
 from specbasis.comparison.compare import Progress
 from specbasis.core.errors import InputError
+from tests.helpers.patience import until
 from tests.pico import State, bert_state, finetuned, write
 
 job = importlib.import_module("specbasis.comparison.compare")  # the module: the package's attribute is the function
@@ -370,9 +371,10 @@ def test_killed_and_continued_gives_the_same_files(tmp_path: Path, workers: int)
         child = subprocess.Popen(
             [sys.executable, "-c", SCRIPT, a, b, killed, str(workers), "0"], start_new_session=True
         )
-        deadline = time.monotonic() + 60
-        while len(list(killed.rglob("*.parquet"))) < parts and time.monotonic() < deadline and child.poll() is None:
-            time.sleep(0.005)
+        until(
+            lambda parts=parts: len(list(killed.rglob("*.parquet"))) >= parts,
+            lambda child=child: child.poll() is not None,
+        )
         os.killpg(child.pid, signal.SIGKILL)
         child.wait()
     done = len(list(killed.rglob("*.parquet")))
@@ -508,7 +510,7 @@ def test_the_plan_is_what_is_done(pair: tuple[Path, Path], tmp_path: Path, monke
     assert [task.flops for task in plan.tasks] == sorted((t.flops for t in plan.tasks), reverse=True)
     assert not (tmp_path / "out").exists()
     assert plan.memory == 10**9
-    assert 0 < plan.seconds < 60
+    assert 0 < plan.seconds < math.inf
     assert 0 < plan.bytes < plan.memory
     specbasis.compare(*pair, tmp_path / "out")
     assert len(specbasis.load(tmp_path / "out").rows["matrix"].unique()) == len(plan.tasks)
@@ -571,15 +573,10 @@ def test_workers_end_with_a_driver_that_is_killed(tmp_path: Path) -> None:
     environment = os.environ | dict([mark.split("=")])
     command = [sys.executable, "-c", SCRIPT, a, b, tmp_path / "out", "2", "0"]
     child = subprocess.Popen(command, env=environment)
-    deadline = time.monotonic() + 60
-    while not list((tmp_path / "out").rglob("*.parquet")) and time.monotonic() < deadline and child.poll() is None:
-        time.sleep(0.005)
+    until(lambda: list((tmp_path / "out").rglob("*.parquet")), lambda: child.poll() is not None)
     child.kill()
     child.wait()
-    deadline = time.monotonic() + 20
-    while (left := _marked(mark)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not left
+    assert until(lambda: not _marked(mark)), _marked(mark)
 
 
 def _marked(mark: str) -> list[str]:

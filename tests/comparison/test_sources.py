@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save, save_file
 
 from specbasis import InputError, compare
 from specbasis.comparison.compare import Comparison, plan
+from tests.helpers.patience import PATIENCE
 
 from .checkpoint.hub_server import COMMIT, HubServer, serve
 from .pico import State, bert_state, finetuned, write
@@ -157,7 +158,7 @@ def test_worker_processes_stream_from_the_hub_too(hub: HubServer, tmp_path: Path
     options = ["--roles", "attention", "--engine", "processes", "--workers", "2", "--no-report"]
     done = subprocess.run(
         [sys.executable, "-m", "specbasis", "compare", *arguments, *options],
-        capture_output=True, text=True, check=False, timeout=240,
+        capture_output=True, text=True, check=False, timeout=PATIENCE,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.patience import PATIENCE
+
 from .conftest import CASES, HOSTILE, HOSTILE_FILE
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -53,7 +55,7 @@ def scroll_through(page: Any) -> None:
     """Bring every figure into view, and wait until each is drawn."""
     for name in FIGURES:
         page.locator(f"#{name}").scroll_into_view_if_needed()
-        page.wait_for_selector(f"#{name} .canvas .main-svg", state="attached", timeout=15_000)
+        page.wait_for_selector(f"#{name} .canvas .main-svg", state="attached", timeout=1000 * PATIENCE)
 
 
 def traces(page: Any, figure: str) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from specbasis.core.errors import InputError
 from specbasis.figures.data import bands, read_pairs
 from specbasis.figures.figures import OF_PAIR, OVER_PAIRS, WHERE_TAKEN, draw
 from specbasis.figures.tables import cells, summary_html
+from tests.helpers.patience import PATIENCE
 
 from .conftest import CASES
 
@@ -88,7 +89,7 @@ def test_the_package_and_a_notebook_table_need_no_drawing_library() -> None:
         "heavy = {'plotly', 'matplotlib', 'jinja2', 'pandas'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, env=dict(os.environ), timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, env=dict(os.environ), timeout=PATIENCE)
 
 
 class Wellformed(HTMLParser):

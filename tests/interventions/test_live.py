@@ -16,6 +16,7 @@ from specbasis.architecture.recognise import model_map
 from specbasis.core.edits import mask, replace
 from specbasis.interventions.live import state
 from specbasis.interventions.stored import write_edited
+from tests.helpers.patience import PATIENCE
 from tests.interventions.models import Tied, bert, bits
 
 
@@ -226,7 +227,7 @@ print("intact")
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_ctrl_c_at_any_moment_leaves_the_model_intact():
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(INTERRUPTED)], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", textwrap.dedent(INTERRUPTED)], capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.stdout.strip() == "intact", done.stderr[-2000:]
 

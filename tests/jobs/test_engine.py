@@ -12,6 +12,7 @@ import torch
 
 from specbasis.core.errors import InputError
 from specbasis.jobs.engine import ATTEMPTS, free_memory, run
+from tests.helpers.patience import until
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Noted:
     bytes: int = 1
     deaths: int = 0
     seconds: float = 0.0
+    company: tuple[int, ...] = ()  # it ends when one of these has begun
 
     @property
     def name(self) -> str:
@@ -35,6 +37,8 @@ class Noted:
         if len(list(Path(self.folder).glob(f"{self.number}-*"))) <= self.deaths:
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(self.seconds)
+        if self.company:
+            until(lambda: any(list(Path(self.folder).glob(f"{other}-*")) for other in self.company))
         note.write_text(str(time.monotonic_ns()))
         return self.number, torch.get_num_threads()
 
@@ -57,7 +61,9 @@ def test_the_longest_task_starts_first(tmp_path):
 
 
 def test_running_tasks_together_stay_inside_the_memory(tmp_path):
-    tasks = [Noted(i, str(tmp_path), bytes=size, seconds=0.05) for i, size in enumerate([6, 6, 3, 3, 20])]
+    sizes = [6, 6, 3, 3, 20]
+    company = {i: tuple(j for j in range(4) if j != i) for i in range(4)}  # of the last there is room for none
+    tasks = [Noted(i, str(tmp_path), bytes=size, company=company.get(i, ())) for i, size in enumerate(sizes)]
     list(run(tasks, workers=3, memory=10, engine="threads"))
     spans = [(*task.spans()[0], task.bytes) for task in tasks]
     for start, _, _ in spans:
