@@ -75,7 +75,7 @@ def test_a_folder_serves_one_grid_and_one_run(tmp_path):
         run_cells(GRID, square, out, config={"base": "b"})
     (tmp_path / "other").mkdir()
     (tmp_path / "other/mine.txt").write_text("mine")
-    with pytest.raises(InputError, match="is not empty and holds no rows"):
+    with pytest.raises(InputError, match="is not empty and holds no grid"):
         run_cells(GRID, square, tmp_path / "other")
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["mine.txt"]
     with pytest.raises(InputError, match="is a file"):

@@ -1,7 +1,4 @@
 import errno
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,8 +18,8 @@ def table(n: int = 1) -> pa.Table:
 
 
 def fresh(folder: Path) -> results.Results:
-    made = results.create(folder, {"ranks": 1})
-    made.manifest["pairs"] = {"p": {"matrices": ["m"]}}
+    with results.create(folder, {"ranks": 1}) as made:
+        made.manifest["pairs"] = {"p": {"matrices": ["m"]}}
     return made
 
 
@@ -48,47 +45,6 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path, monkeypatch: 
         made.write("p", "m", table(3))
     assert made.rows().num_rows == 1
     assert [p for p in (tmp_path / "out").rglob("*") if p.name.endswith(".tmp")] == []
-
-
-def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path) -> None:
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    gone = ended.pid
-    fresh(tmp_path / "out")
-    left = tmp_path / "out" / "rows" / f".m.parquet.{gone}.tmp"
-    left.write_bytes(b"half")
-    (tmp_path / "out" / "manifest.json").unlink(missing_ok=True)
-    (tmp_path / "out" / "rows").rename(tmp_path / "rows")
-    # Killed before the first manifest: only temporary files are there, so the folder is still free.
-    (tmp_path / "out" / f".manifest.json.{gone}.tmp").write_bytes(b"{")
-    results.create(tmp_path / "out", {"ranks": 1})
-    assert not list((tmp_path / "out").rglob("*.tmp"))
-
-
-def test_what_a_running_process_or_a_user_has_is_left(tmp_path: Path) -> None:
-    made = fresh(tmp_path / "out")
-    made.write_manifest()
-    folder = made.folder
-    mine = folder / "rows" / f".m.parquet.{os.getppid()}.tmp"
-    mine.write_bytes(b"in flight")
-    (folder / ".notes.tmp").write_bytes(b"a user's")
-    results.create(folder, {"ranks": 1})
-    assert mine.exists()
-    assert (folder / ".notes.tmp").exists()
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / ".notes.tmp").write_bytes(b"a user's")
-    with pytest.raises(InputError, match="not empty"):
-        results.create(tmp_path / "other", {})
-
-
-def test_other_formats_and_broken_manifests_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "manifest.json").write_text('{"format": 99}')
-    with pytest.raises(InputError, match="format 99"):
-        results.load(tmp_path)
-    for text in ("{", "[1]", "{}", '{"format": 1}', '{"format": 1, "config": {}}'):
-        (tmp_path / "manifest.json").write_text(text)
-        with pytest.raises(InputError, match="not a manifest"):
-            results.load(tmp_path)
 
 
 def test_damage_inside_a_part_names_the_file_to_delete(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -37,6 +37,7 @@ from specbasis.jobs import results as store
 from specbasis.jobs.cache import Cache, Samples
 from specbasis.jobs.cells import Progress
 from specbasis.jobs.cost import Work, makespan, matrix_work, parse_bytes, rates
+from specbasis.jobs.folder import environment
 from specbasis.jobs.results import Results
 from specbasis.measures.certify import OwnMeasure, digest
 from specbasis.measures.measures import (
@@ -246,9 +247,10 @@ def compare(
     known = _known_hashes(folder)
     with ThreadPoolExecutor(cpu_count()) as pool:  # hashing leaves the interpreter to the others
         provenance = list(pool.map(partial(_provenance, known=known), (matched.base, *matched.tuned.values())))
-    results = store.create(folder, _config(options, list(matched.tuned), provenance))
+    alone = ExitStack()
+    results = alone.enter_context(store.create(folder, _config(options, list(matched.tuned), provenance)))
     results.manifest.update(
-        store.environment(),
+        environment(),
         base=provenance[0],
         pairs={
             label: _about(pairing, about)
@@ -271,7 +273,7 @@ def compare(
     local = matched.in_memory or not _portable_measures(options.own, engine)
     running = engines.run(tasks, workers=workers, memory=budget, engine=engine, local=local)
     # Closed here, not when the garbage collector comes: an error's traceback would keep the workers busy.
-    with _opened_here(matched), closing(running):
+    with alone, _opened_here(matched), closing(running):
         for task, outcomes in running:
             done += task.flops
             for label, outcome in outcomes:
@@ -354,8 +356,6 @@ def load(folder: str | Path) -> Comparison:
         InputError: the folder holds no results, or damaged ones.
     """
     results = store.load(Path(folder))
-    if results.manifest["config"].get("kind") == "track":
-        raise InputError(f"{folder}: holds a training that was tracked, no comparison; `specbasis track` draws it")
     return Comparison(results, results.rows())
 
 

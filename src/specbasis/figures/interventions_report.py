@@ -6,12 +6,12 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from specbasis.checkpoint.atomic import write_whole
 from specbasis.core.errors import InputError
 from specbasis.interventions.grid import read_grid
 from specbasis.interventions.sharing import overlaps, sharing
 from specbasis.jobs.cache import Cache
 from specbasis.jobs.cost import cache_folder
-from specbasis.jobs.results import write_whole
 
 OVERLAPS = "overlaps.json"
 """Overlap of every two models' leading subspaces: the one thing that rows do not hold."""

@@ -13,9 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from specbasis.checkpoint.atomic import write_whole
 from specbasis.core.subspace import chance_alignment
 from specbasis.figures.figures import COLORS, QUIET, render
-from specbasis.jobs.results import write_whole
 from specbasis.tracking.track import Tracking
 
 Array = NDArray[np.float64]

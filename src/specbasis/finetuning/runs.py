@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from specbasis.checkpoint.atomic import write_whole, writing
 from specbasis.comparison.findings import as_json
 from specbasis.core.errors import InputError
 from specbasis.finetuning.metrics import Predictions
 from specbasis.finetuning.protocol import Placement, Protocol
 from specbasis.finetuning.tasks import Task, TaskData, load_task, selection_size, subset
-from specbasis.jobs.results import environment, refuse_another, write_whole, writing
+from specbasis.jobs.folder import environment, refuse_another
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback

@@ -13,18 +13,17 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from specbasis.checkpoint.atomic import writing
 from specbasis.core.errors import InputError
-from specbasis.jobs.results import environment, refuse_another, write_whole, writing
+from specbasis.jobs.folder import ALWAYS, Folder, Kind, environment, opened
 
-FORMAT = 1
-"""Version of the folder's layout."""
+GRID = Kind("grid", version=("cells", 1), keys=("config", "runs"))
 
 Cell = Mapping[str, Any]
 """What tells one experiment of a grid from the others: a flat dictionary of JSON values."""
@@ -66,6 +65,7 @@ def run_cells(
     out: str | Path,
     *,
     config: Mapping[str, Any] | None = None,
+    uses: Sequence[str] = (),
     workers: int = 1,
     progress: Callable[[Progress], None] | None = None,
 ) -> list[Row]:
@@ -80,6 +80,7 @@ def run_cells(
             or a `functools.partial` of one.
         out: folder of the rows, new or of the same configuration.
         config: what all cells share, for the manifest; another one in the same folder is refused.
+        uses: modules that the experiments load, whose versions the manifest is to have; see `folder.environment`.
         workers: processes side by side, each with its share of the cores' threads.
         progress: called before the first cell and after each.
 
@@ -90,9 +91,8 @@ def run_cells(
         InputError: the folder holds another grid or something else, is in use by another run, or cannot be written.
     """
     folder, wanted = Path(out), {_key(cell): dict(cell) for cell in cells}
-    shared: dict[str, Any] = json.loads(json.dumps(dict(config or {})))
-    with _locked(folder):
-        _write_manifest(folder, shared)
+    with opened(folder, GRID, config or {}) as kept:
+        _note_run(kept, uses)
         have = {_key(row.cell): row for row in _read(folder, mend=True)}
         todo = [key for key in wanted if key not in have or have[key].error is not None]
         done, total = len(wanted) - len(todo), len(wanted)
@@ -113,7 +113,7 @@ def read_cells(out: str | Path) -> list[Row]:
         InputError: no grid there, or a damaged line (a last line that was cut off by a kill is passed over).
     """
     folder = Path(out)
-    _manifest(folder)
+    GRID.read(folder)
     return list({_key(row.cell): row for row in _read(folder)}.values())
 
 
@@ -206,55 +206,21 @@ def _read(folder: Path, *, mend: bool = False) -> Iterator[Row]:
             ) from error
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One run at a time in one folder: two would do the same cells twice."""
-    from filelock import FileLock, Timeout
-
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder}: is a file; want a folder for the rows, new or of the same grid")
-    known = {"manifest.json", "rows.jsonl", ".lock"}
-    found = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    if found and not found & known:
-        raise InputError(f"{folder}: is not empty and holds no rows; choose a new folder")
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    with writing(folder):
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise InputError(
-                f"{folder}: another run is writing here; wait until it ends or choose another folder"
-            ) from error
-    try:
-        yield
-    finally:
-        lock.release()
+def _note_run(folder: Folder, uses: Sequence[str]) -> None:
+    """Put versions, commit, machine and command into the manifest, unless those of the last run are the same."""
+    now = environment(uses)
+    runs = folder.manifest.setdefault("runs", [])
+    if runs and _is_same(runs[-1], now):
+        runs[-1]["versions"] |= now["versions"]
+    else:
+        runs.append(now)
+    folder.write_manifest()
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
-    path = folder / "manifest.json"
-    if not path.is_file():
-        raise InputError(f"{folder}: no grid here (no manifest.json); want a folder that an experiment wrote")
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if manifest["cells"] != FORMAT:
-            raise InputError(f"{path}: format {manifest['cells']}; this version reads format {FORMAT}")
-        if not {"config", "runs"} <= set(manifest):
-            raise KeyError("config or runs")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: is not the manifest of a grid ({error}); choose another folder") from error
-    return manifest
-
-
-def _write_manifest(folder: Path, config: dict[str, Any]) -> None:
-    manifest: dict[str, Any] = {"cells": FORMAT, "config": config, "runs": []}
-    if (folder / "manifest.json").exists():
-        manifest = _manifest(folder)
-        refuse_another(folder, "grid", manifest["config"], config)
-    now = environment()
-    if not any({**run, "written": now["written"]} == now for run in manifest["runs"][-1:]):
-        manifest["runs"].append(now)
-    text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
-    write_whole(folder / "manifest.json", lambda path: path.write_text(text, encoding="utf-8"))
+def _is_same(last: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether two runs had the same environment; a package that only one of them has loaded makes no difference."""
+    versions = last["versions"]
+    agree = all(
+        versions.get(name, None if name in ALWAYS else number) == number for name, number in now["versions"].items()
+    )
+    return agree and all(last[key] == now[key] for key in ("commit", "machine", "command"))

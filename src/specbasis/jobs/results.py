@@ -1,35 +1,28 @@
-"""Rows in Parquet with a manifest beside them: written matrix by matrix, atomically, and resumable.
+"""Rows in Parquet: one file for each matrix of each pair, in a results folder.
 
-A results folder holds `manifest.json` and `rows/PAIR/MATRIX.parquet`. A file that is there is complete; a run that
-was killed leaves at most a temporary file, which the next run removes.
+Beside `manifest.json` the folder holds `rows/PAIR/MATRIX.parquet`. A file that is there is complete.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import platform
 import re
-import subprocess
-import sys
-import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from specbasis.checkpoint.atomic import write_whole
 from specbasis.core.errors import InputError
+from specbasis.jobs.folder import Folder, Kind, opened
 
-FORMAT = 1
-"""Version of the folder's layout and of the rows' schema."""
+COMPARISON = Kind("comparison", version=("format", 1), keys=("config", "pairs"))
+"""The version is that of the layout and of the rows' schema."""
 
 _WORD = pa.dictionary(pa.int32(), pa.string())
 SCHEMA = pa.schema(
@@ -57,16 +50,10 @@ _REPEATED = [name for name in SCHEMA.names if name not in ("value", "bound", "re
 
 
 @dataclass(frozen=True, eq=False)
-class Results:
-    """A results folder: what is done is never computed again, and never lost.
+class Results(Folder):
+    """A folder of rows: what is done is never computed again, and never lost."""
 
-    Attributes:
-        folder: where `manifest.json` and `rows/` are.
-        manifest: its contents; `write_manifest` puts them on disk.
-    """
-
-    folder: Path
-    manifest: dict[str, Any] = field(default_factory=dict)
+    kind: Kind = COMPARISON
 
     def part(self, pair: str, matrix: str) -> Path:
         """The file that holds the rows of one matrix of one pair."""
@@ -87,11 +74,6 @@ class Results:
             lambda path: pq.write_table(rows, path, compression="zstd", use_dictionary=_REPEATED),
         )
 
-    def write_manifest(self) -> None:
-        """Put the manifest on disk, whole or not at all."""
-        text = json.dumps(self.manifest, indent=1, ensure_ascii=False) + "\n"
-        write_whole(self.folder / "manifest.json", lambda path: path.write_text(text, encoding="utf-8"))
-
     def rows(self) -> pa.Table:
         """All rows, in the order of the manifest's pairs and matrices: the same whatever was interrupted when.
 
@@ -111,98 +93,24 @@ class Results:
         return pa.concat_tables(tables).unify_dictionaries().combine_chunks()
 
 
-def refuse_another(folder: Path, kind: str, held: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Check that what a folder holds was made with the settings that are wanted.
+@contextmanager
+def create(folder: Path, config: Mapping[str, Any], kind: Kind = COMPARISON) -> Iterator[Results]:
+    """Begin, or continue, the rows of one configuration in a folder, alone in it until the block ends.
 
     Raises:
-        InputError: some differ; the message names them with both values, those within another as ``outer.inner``.
+        InputError: see `specbasis.jobs.folder.opened`.
     """
-    there, here = _flat(held), _flat(wanted)
-    differing = [
-        f"{name}: {_short(there.get(name))} there, {_short(here.get(name))} here"
-        for name in {**there, **here}
-        if there.get(name) != here.get(name)
-    ]
-    if differing:
-        raise InputError(f"{folder}: holds another {kind} ({'; '.join(differing)}); choose another folder")
+    with opened(folder, kind, config) as kept:
+        yield Results(kept.folder, kept.manifest, kind)
 
 
-def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in settings.items():
-        inner = _flat(value) if isinstance(value, Mapping) else {}
-        found |= {f"{name}.{key}": one for key, one in inner.items()} or {name: value}
-    return found
-
-
-def _short(value: Any) -> str:
-    return textwrap.shorten(str(value), 60, placeholder=" …") if value is not None else "none"
-
-
-def create(folder: Path, config: Mapping[str, Any]) -> Results:
-    """Begin, or continue, the results of one configuration in a folder.
+def load(folder: Path, kind: Kind = COMPARISON) -> Results:
+    """Open a folder of rows for reading.
 
     Raises:
-        InputError: the folder is a file, cannot be written, or holds anything else than results of this config.
+        InputError: no such folder, no manifest in it, or one of another kind or version.
     """
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder}: is a file; want a folder for the results, new or from the same comparison")
-    manifest: dict[str, Any] = {}
-    if (folder / "manifest.json").exists():
-        manifest = load(folder).manifest
-        refuse_another(folder, "comparison", manifest["config"], config)
-    elif folder.exists() and any(not _is_temporary(path) for path in folder.iterdir()):
-        raise InputError(f"{folder}: is not empty and holds no results; choose a new folder")
-    results = Results(folder, manifest | {"format": FORMAT, "config": dict(config)})
-    with writing(folder):
-        (folder / "rows").mkdir(parents=True, exist_ok=True)
-        for path in (*folder.iterdir(), *(folder / "rows").rglob("*")):
-            if _is_temporary(path) and not _is_running(path):
-                path.unlink(missing_ok=True)
-        # Reports before hours of work that the folder cannot be written.
-        probe = folder / f".probe.{os.getpid()}.tmp"
-        probe.write_bytes(b"")
-        probe.unlink()
-    return results
-
-
-def load(folder: Path) -> Results:
-    """Open a results folder for reading.
-
-    Raises:
-        InputError: no such folder, no manifest in it, or one of another format.
-    """
-    path = folder / "manifest.json"
-    if not path.is_file():
-        raise InputError(f"{folder}: no results here (no manifest.json); want a folder that a comparison wrote")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        found = manifest["format"]
-        if found != FORMAT:
-            raise InputError(
-                f"{folder}: results of format {found}; this version reads format {FORMAT}: compare again"
-            )
-        missing = [key for key in ("config", "pairs") if key not in manifest]
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: is not a manifest of results ({error}); choose another folder") from error
-    if missing:
-        raise InputError(f"{path}: is not a manifest of results (no {missing[0]!r}); choose another folder")
-    return Results(folder, manifest)
-
-
-def environment() -> dict[str, Any]:
-    """Versions, commit and machine, for a manifest."""
-    packages = ("specbasis", "torch", "numpy", "pyarrow", "safetensors")
-    return {
-        "written": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in packages},
-        "commit": _commit(),
-        "machine": {
-            "platform": platform.platform(),
-            "processors": os.cpu_count(),
-        },
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-    }
+    return Results(folder, kind.read(folder), kind)
 
 
 def unique_labels(names: Iterable[str]) -> list[str]:
@@ -232,70 +140,3 @@ def _file_name(text: str) -> str:
     """A file name that is readable, portable, and different for different texts."""
     readable = re.sub(r"[^A-Za-z0-9._-]+", "_", text).strip(".")[-80:]
     return f"{readable}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
-
-
-_TEMPORARY = re.compile(r"\.(manifest\.json|probe|.+\.parquet)\.(\d+)\.tmp")
-
-
-def _is_running(path: Path) -> bool:
-    """Whether the process that writes a temporary file is another one that is alive."""
-    found = _TEMPORARY.fullmatch(path.name)
-    writer = int(found.group(2)) if found else 0
-    if writer in (0, os.getpid()) or os.name == "nt":  # on Windows signal 0 would end the process
-        return False
-    try:
-        os.kill(writer, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _is_temporary(path: Path) -> bool:
-    return bool(_TEMPORARY.fullmatch(path.name))
-
-
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside the target, flush to the disk, then rename over it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            write(temporary)
-            with temporary.open("r+b") as file:
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn what the system refuses (permissions, a full disk) into one line that names the path."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise InputError(
-            f"{path}: cannot be written ({reason}); what is done is kept: mend this and run again"
-        ) from error
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    """The commit of this package where it runs from its own git checkout."""
-    here = Path(__file__).resolve()
-    if not (here.parents[2] / ".git").exists():
-        return None
-    command = ["git", "-C", str(here.parents[2]), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None

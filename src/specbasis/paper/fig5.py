@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from specbasis.checkpoint.atomic import write_whole
 from specbasis.core.errors import InputError
 from specbasis.core.statistics import mean_and_spread
 from specbasis.finetuning.grid import Cell, Setting, run_grid
 from specbasis.finetuning.tasks import GLUE, task_named
 from specbasis.jobs.cells import Progress, Row
-from specbasis.jobs.results import write_whole
 from specbasis.paper.differences import MEANING, Run, difference, percent, runs
 
 LEARNING_RATE, EPOCHS, TASK = 1e-4, 3.0, "mnli"

@@ -10,10 +10,10 @@ from pathlib import Path
 from statistics import mode
 from typing import Any
 
+from specbasis.checkpoint.atomic import write_whole
 from specbasis.finetuning.grid import BEYOND, SCRATCH, search_sizes
 from specbasis.finetuning.tasks import GLUE
 from specbasis.jobs.cells import Row
-from specbasis.jobs.results import write_whole
 from specbasis.paper.differences import MEANING, percent
 from specbasis.paper.table1 import Comparison, Factors, Line, lines, ours, rate_from
 

@@ -22,9 +22,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from specbasis.checkpoint import open_checkpoint, sha256
+from specbasis.checkpoint.atomic import write_whole, writing
 from specbasis.core.errors import InputError
 from specbasis.jobs.cells import Progress
-from specbasis.jobs.results import environment, refuse_another, write_whole, writing
+from specbasis.jobs.folder import environment, refuse_another
 from specbasis.paper.images import Images
 from specbasis.paper.mae import (
     MAE,

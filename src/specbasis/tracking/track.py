@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,16 @@ from specbasis.jobs import engine as engines
 from specbasis.jobs import results as store
 from specbasis.jobs.cells import Progress
 from specbasis.jobs.cost import Work, matrix_work
-from specbasis.jobs.results import Results
+from specbasis.jobs.folder import environment
+from specbasis.jobs.results import COMPARISON, Results
 from specbasis.measures.measures import RESOLVED
 from specbasis.tracking.runs import Series, Source, open_series
 from specbasis.tracking.trajectory import SIDES, Trajectory, follow
 
 REFERENCES = ("first", "last", "previous")
 """What each checkpoint is compared with rank by rank."""
+
+TRACKING = replace(COMPARISON, noun="tracked training", mark="track")
 
 _PART = "checkpoints"
 
@@ -116,7 +119,7 @@ def track(
         )
     ]
     config = {
-        "kind": "track",
+        "kind": TRACKING.mark,
         "algorithm": ALGORITHM,
         "ranks": ranks,
         "top": top,
@@ -126,23 +129,23 @@ def track(
         "approximate": approximate,
         "checkpoints": [[one["label"], one["identity"]] for one in about],
     }
-    results = store.create(folder, config)
-    results.manifest.update(
-        store.environment(),
-        checkpoints=about,
-        passed_over=[{"source": one.source, "reason": one.reason} for one in series.passed_over],
-        notes=list(series.notes),
-        pairs={_PART: {"matrices": list(series.matrices)}},
-        failed=[],
-        runs=results.manifest.get("runs", []),
-    )
-    results.write_manifest()
-    tasks = [
-        _Task(series, refs, ranks, top, LARGE if approximate else None)
-        for name, refs in series.matrices.items()
-        if not results.is_done(_PART, name)
-    ]
-    _run(tasks, results, workers or cpu_count(), progress or (lambda _: None))
+    with store.create(folder, config, TRACKING) as results:
+        results.manifest.update(
+            environment(),
+            checkpoints=about,
+            passed_over=[{"source": one.source, "reason": one.reason} for one in series.passed_over],
+            notes=list(series.notes),
+            pairs={_PART: {"matrices": list(series.matrices)}},
+            failed=[],
+            runs=results.manifest.get("runs", []),
+        )
+        results.write_manifest()
+        tasks = [
+            _Task(series, refs, ranks, top, LARGE if approximate else None)
+            for name, refs in series.matrices.items()
+            if not results.is_done(_PART, name)
+        ]
+        _run(tasks, results, workers or cpu_count(), progress or (lambda _: None))
     return Tracking(results, results.rows(), kept)
 
 
@@ -152,9 +155,7 @@ def load_tracking(folder: str | Path) -> Tracking:
     Raises:
         InputError: the folder holds no rows, or those of something else.
     """
-    results = store.load(Path(folder))
-    if results.manifest["config"].get("kind") != "track":
-        raise InputError(f"{folder}: holds a comparison, no tracking; want a folder that `track` wrote")
+    results = store.load(Path(folder), TRACKING)
     return Tracking(results, results.rows())
 
 

@@ -1,0 +1,256 @@
+"""The results folder: where everything that runs long is kept, so that it can be stopped, go on, and be read again.
+
+A folder holds what one configuration made. Its manifest says which configuration that is, with which versions and
+on which machine; whoever comes with another one is refused in words. One process at a time writes in it, and
+every file is there whole or not at all. What else the folder holds is up to its kind.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import textwrap
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from specbasis.checkpoint.atomic import clear, is_temporary, write_whole, writing
+from specbasis.core.errors import InputError
+
+LOCK = ".lock"
+"""File that the process holds which writes in a folder; it stays behind, and then says nothing."""
+
+ALWAYS = ("specbasis", "torch", "numpy", "scipy", "pyarrow", "safetensors")
+"""Packages whose versions every manifest has."""
+
+WHERE_USED = {
+    "transformers": "transformers",
+    "peft": "peft",
+    "tokenizers": "tokenizers",
+    "accelerate": "accelerate",
+    "datasets": "datasets",
+    "sklearn": "scikit-learn",
+}
+"""Modules whose packages' versions a manifest has if the module is loaded, or is said to be used."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a folder is called in messages, and how its manifest is told from others.
+
+    Attributes:
+        noun: what the folder holds, such as "comparison".
+        manifest: name of the manifest's file.
+        version: key of the layout's version in the manifest, and the version that is written; None where the
+            layout has none.
+        keys: what a manifest has to have.
+        mark: what its configuration has as ``kind``, where a layout serves several kinds.
+    """
+
+    noun: str
+    manifest: str = "manifest.json"
+    version: tuple[str, int] | None = None
+    keys: tuple[str, ...] = ("config",)
+    mark: str | None = None
+
+    def read(self, folder: Path) -> dict[str, Any]:
+        """The manifest of a folder.
+
+        Raises:
+            InputError: no such folder, no manifest in it, or one of another kind or version.
+        """
+        path = folder / self.manifest
+        if not path.is_file():
+            raise InputError(
+                f"{folder}: no {self.noun} here (no {self.manifest}); want a folder in which one was kept"
+            )
+        try:
+            manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            key, wanted = self.version or ("", None)
+            if key and manifest[key] != wanted:
+                raise InputError(
+                    f"{folder}: {self.noun} of format {manifest[key]}; this version reads format {wanted}: "
+                    "run it again in a new folder"
+                )
+            for name in self.keys:
+                manifest[name]
+            if manifest["config"].get("kind") != self.mark:
+                raise InputError(f"{folder}: holds no {self.noun} but another kind of run; choose another folder")
+        except InputError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = f"no {error}" if isinstance(error, KeyError) else error
+            raise InputError(
+                f"{path}: is not the manifest of a {self.noun} ({reason}); choose another folder"
+            ) from error
+        return manifest
+
+
+@dataclass(frozen=True, eq=False)
+class Folder:
+    """A results folder.
+
+    Attributes:
+        folder: where it is.
+        manifest: its contents; `write_manifest` puts them on disk.
+        kind: what it holds.
+    """
+
+    folder: Path
+    manifest: dict[str, Any] = field(default_factory=dict)
+    kind: Kind = Kind("results")
+
+    def write_manifest(self) -> None:
+        """Put the manifest on disk, whole or not at all."""
+        write_json(self.folder / self.kind.manifest, self.manifest)
+
+
+@contextmanager
+def opened(path: Path, kind: Kind, config: Mapping[str, Any], *, wait: bool = False) -> Iterator[Folder]:
+    """Begin, or go on with, what one configuration makes in a folder, alone in it until the block ends.
+
+    The manifest is that of the folder, or a new one that has format and configuration and is not on disk yet. A
+    manifest beside which nothing was kept gives way to another configuration.
+
+    Args:
+        path: the folder; made where it is missing.
+        kind: what it holds.
+        config: what makes two runs the same; compared as JSON has it.
+        wait: wait while another process writes there.
+
+    Raises:
+        InputError: the folder is a file, cannot be written, is in use, or holds anything else than this.
+    """
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path}: is a file; want a folder for the {kind.noun}, new or of the same {kind.noun}")
+    if not (path / kind.manifest).exists() and _kept(path, kind):
+        raise InputError(f"{path}: is not empty and holds no {kind.noun}; choose a new folder")
+    wanted = json.loads(json.dumps(dict(config)))
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+    with locked(path, wait=wait):
+        manifest: dict[str, Any] = {}
+        if (path / kind.manifest).exists():
+            manifest = kind.read(path)
+            if manifest["config"] != wanted and not _kept(path, kind):
+                manifest = {}
+            else:
+                refuse_another(path, kind.noun, manifest["config"], wanted)
+        with writing(path):
+            clear(path.rglob(".*"))
+        head = dict([kind.version]) if kind.version else {}
+        yield Folder(path, manifest | head | {"config": wanted}, kind)
+
+
+def _kept(path: Path, kind: Kind) -> bool:
+    """Whether a folder holds anything beside its manifest."""
+    own = {LOCK, kind.manifest}
+    return any(file.name not in own and not is_temporary(file) and not file.is_dir() for file in path.rglob("*"))
+
+
+@contextmanager
+def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Be alone in a folder until the block ends; the lock goes with the process.
+
+    Raises:
+        InputError: another process is there, and is not waited for; or the folder cannot be written.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / LOCK)
+    with writing(folder):
+        try:
+            lock.acquire(timeout=-1 if wait else 0)
+        except Timeout as error:
+            raise InputError(
+                f"{folder}: another run is writing here; wait until it ends or choose another folder"
+            ) from error
+        except NotImplementedError:
+            warnings.warn(f"{folder}: this file system has no locks; let one process at a time write", stacklevel=4)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def refuse_another(folder: Path, noun: str, kept: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Check that what a folder holds was made with the settings that are wanted.
+
+    Raises:
+        InputError: some differ; the message names them with both values, those within another as ``outer.inner``.
+    """
+    there, here = _flat(kept), _flat(wanted)
+    differing = [
+        f"{name}: {_short(there.get(name))} there, {_short(here.get(name))} here"
+        for name in {**there, **here}
+        if there.get(name) != here.get(name)
+    ]
+    if differing:
+        raise InputError(f"{folder}: holds another {noun} ({'; '.join(differing)}); choose another folder")
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        inner = _flat(value) if isinstance(value, Mapping) else {}
+        flat |= {f"{name}.{key}": setting for key, setting in inner.items()} or {name: value}
+    return flat
+
+
+def _short(value: Any) -> str:
+    return textwrap.shorten(str(value), 60, placeholder=" …") if value is not None else "none"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write plain data as JSON, whole or not at all."""
+    write_whole(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+# --- what a manifest says about where it was made -----------------------------------------------------------------
+
+
+def environment(uses: Iterable[str] = ()) -> dict[str, Any]:
+    """Time, versions, commit, machine and command, for a manifest.
+
+    Args:
+        uses: modules of `WHERE_USED` that the run is going to load.
+    """
+    modules = {name for name in WHERE_USED if name in sys.modules} | set(uses)
+    packages = (*ALWAYS, *(package for name, package in WHERE_USED.items() if name in modules))
+    return {
+        "written": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in packages},
+        "commit": _commit(),
+        "machine": {
+            "platform": platform.platform(),
+            "processors": os.cpu_count(),
+        },
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of this package where it runs from its own git checkout."""
+    checkout = Path(__file__).resolve().parents[3]
+    if not (checkout / ".git").exists():
+        return None
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
