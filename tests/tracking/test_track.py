@@ -197,5 +197,5 @@ def test_the_same_folder_continues_and_another_series_is_refused(tmp_path):
     second = track(run, tmp_path / "out", ranks=2, workers=1)
     assert second.rows.equals(first.rows)
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["runs"][-1]["matrices"] == 1
-    with pytest.raises(InputError, match="another comparison"):
+    with pytest.raises(InputError, match="another tracked training"):
         track(run, tmp_path / "out", ranks=3)
