@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from specbasis.core.dtypes import FORMATS, UNSCALED, name_of, roundoff
 from specbasis.core.errors import InputError
 from specbasis.core.svd import SVD
 
@@ -35,7 +36,6 @@ SEED = 20260507
 """Seed of the sketching matrix; a file made with another seed is another format."""
 
 _DTYPES = ("float64", "float32", "float16", "bfloat16")
-_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 _FIELDS = 6  # interval, shape, dtype, seed: the head of the origin; the digest follows
 
 
@@ -91,7 +91,7 @@ def prove(basis: SVD, interval: tuple[int, int], W: Float[Tensor, "out in"]) -> 
     """The proof of a basis that was chosen for W: its origin, values and sketch. Costs COLUMNS·(out + in)·r
     flops.
     """
-    dtype = str(W.dtype).removeprefix("torch.")
+    dtype = name_of(W.dtype)
     head = [*interval, *W.shape, _DTYPES.index(dtype) if dtype in _DTYPES else 1, SEED]
     return Proof(
         torch.tensor([*head, *weight_digest(W)], dtype=torch.int64),
@@ -205,8 +205,8 @@ def check_stored(
     u, vh, S = U.double(), Vh.double(), proof.S.to(U.device).double()
     residual = torch.maximum((A @ vh.mT - u * S).norm(dim=0), (A.mT @ u - vh.mT * S).norm(dim=0))
     spread = torch.maximum((A**2 @ (vh**2).mT).sum(0), ((A**2).mT @ u**2).sum(0)).sqrt()
-    grid = max((_grid(W), proof.dtype), key=lambda dtype: _ROUNDOFF.get(dtype, 0.0))
-    allowed = 2 / math.sqrt(3) * _ROUNDOFF.get(grid, 0.0) * spread + 8 * TOLERANCE * S
+    grid = max((_grid(W), proof.dtype), key=roundoff)
+    allowed = 2 / math.sqrt(3) * roundoff(grid) * spread + 8 * TOLERANCE * S
     if not bool((residual <= allowed).all()):
         worst = int((residual / allowed).argmax())
         raise InputError(
@@ -270,7 +270,7 @@ def _reason(proof: Proof, basis: SVD, W: Tensor, off: Tensor, change: float, nam
             + f"the weight is the same, but its singular values are too close to fix single vectors (relative gap "
             f"{gap:.1g}); load an adapter that was saved with save_basis=True"
         )
-    if _ROUNDOFF[grid] > _ROUNDOFF.get(proof.dtype, 0.0):
+    if roundoff(grid) > roundoff(proof.dtype):
         return (
             start + f"this base is rounded to {grid}, the adapter was trained on {proof.dtype}; load the base in "
             f"{proof.dtype}, or an adapter that was saved with save_basis=True"
@@ -285,7 +285,4 @@ def _reason(proof: Proof, basis: SVD, W: Tensor, off: Tensor, change: float, nam
 
 def _grid(W: Tensor) -> str:
     """The coarsest dtype that holds every value of W: a base may be rounded and then cast back."""
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        if torch.equal(W.to(dtype).to(W.dtype), W):
-            return str(dtype).removeprefix("torch.")
-    return "float64"
+    return next((name for name in UNSCALED if torch.equal(W.to(FORMATS[name].torch).to(W.dtype), W)), "float64")

@@ -31,6 +31,7 @@ from specbasis.checkpoint.entry import (
     shown,
 )
 from specbasis.checkpoint.hub import Repository
+from specbasis.core.dtypes import FORMATS, UNSCALED, by_code, name_of
 from specbasis.core.errors import InputError
 
 _TENSORFLOW = ("TensorFlow", "from_tf", "tensorflow tf-keras")
@@ -99,14 +100,6 @@ def check_framework(name: str, source: str, model: str, config: Callable[[], byt
     )
 
 
-_DTYPES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
-    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
-}  # fmt: skip
-"""safetensors' names of number types → torch's; the few others stay as they are and are no weights."""
-
-
 def _safetensors_entries(path: Path, source: str) -> dict[str, Entry]:
     with reading(source):
         handle: Any = safe_open(path, framework="pt")
@@ -116,7 +109,7 @@ def _safetensors_entries(path: Path, source: str) -> dict[str, Entry]:
         entries = {
             name: Entry(
                 tuple(header.get_shape()),
-                _DTYPES.get(header.get_dtype(), header.get_dtype().lower()),
+                by_code(header.get_dtype()),
                 lambda name=name: handle.get_tensor(name),
             )
             for name, header in headers.items()
@@ -151,7 +144,7 @@ def remote_entries(repository: Repository, file: str, source: str, stream: bool)
 
     def part(name: str) -> Tensor:
         shape, dtype, start, stop = header[name]
-        if not hasattr(torch, dtype):
+        if dtype not in FORMATS:
             raise InputError(f"{source}: {name!r} is stored as {dtype}, which cannot be streamed")
         return _numbers(repository.read(file, 8 + length + start, 8 + length + stop), dtype, shape)
 
@@ -181,9 +174,8 @@ def _parse_header(text: bytes | bytearray, size: int) -> dict[str, tuple[tuple[i
         shape, (start, stop) = tuple(item["shape"]), item["data_offsets"]
         if not all(type(number) is int and number >= 0 for number in (*shape, start, stop)):
             raise ValueError(f"{name!r}: sizes and offsets are no whole numbers")
-        dtype = _DTYPES.get(item["dtype"], str(item["dtype"]).lower())
-        width = getattr(torch, dtype).itemsize if item["dtype"] in _DTYPES else None
-        if width is not None and stop - start != width * math.prod(shape):
+        dtype = by_code(str(item["dtype"]))
+        if dtype in FORMATS and stop - start != FORMATS[dtype].bytes * math.prod(shape):
             raise ValueError(f"{name!r}: {stop - start} bytes for {shape} {dtype}")
         found[name] = (shape, dtype, start, stop)
     end = 0
@@ -289,7 +281,7 @@ def tensor_entries(tensors: Mapping[str, Any], source: str, *, bounded: bool = F
     check_names(found, source)
     entries = {}
     for name, tensor in found.items():
-        dtype = str(tensor.dtype).removeprefix("torch.")
+        dtype = name_of(tensor.dtype)
         if tensor.layout is not torch.strided:
             dtype = f"sparse {dtype}"
         elif bounded and tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
@@ -297,10 +289,6 @@ def tensor_entries(tensors: Mapping[str, Any], source: str, *, bounded: bool = F
         entries[name] = Entry(tuple(tensor.shape), dtype, lambda tensor=tensor: tensor.detach())
     return {name: with_scale(entry, name, entries) for name, entry in entries.items()}
 
-
-_FLOAT_TYPES = {"FLOAT": "float32", "FLOAT16": "float16", "DOUBLE": "float64", "BFLOAT16": "bfloat16",
-                "F32": "float32", "F16": "float16", "F64": "float64", "BF16": "bfloat16"}  # fmt: skip
-"""ONNX's and GGUF's names of floating-point types → torch's."""
 
 _QUANTISED_OPERATORS = ("DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "ConvInteger",
                         "QLinearMatMul", "QLinearConv", "MatMulNBits", "QAttention", "QGemm")  # fmt: skip
@@ -319,7 +307,7 @@ def _onnx_entries(path: Path, source: str) -> dict[str, Entry]:
     return {
         tensor.name: Entry(
             tuple(tensor.dims),
-            _FLOAT_TYPES.get(kinds[tensor.name], kinds[tensor.name].lower()),
+            by_code(kinds[tensor.name]),
             lambda tensor=tensor: _onnx_tensor(onnx, tensor, path, source),
         )
         for tensor in graph.initializer
@@ -329,11 +317,11 @@ def _onnx_entries(path: Path, source: str) -> dict[str, Entry]:
 def _onnx_tensor(onnx: Any, tensor: Any, path: Path, source: str) -> Tensor:
     """One floating-point initialiser, from the file itself or from the file that it points to."""
     with parsing(path.name, source):
-        dtype = _FLOAT_TYPES.get(onnx.TensorProto.DataType.Name(tensor.data_type))
-        if dtype is None:
+        dtype = by_code(onnx.TensorProto.DataType.Name(tensor.data_type))
+        if dtype not in UNSCALED:
             raise InputError(f"{source}: {tensor.name!r} is not stored in floating point")
         shape = tuple(tensor.dims)
-        size = getattr(torch, dtype).itemsize * math.prod(shape)
+        size = FORMATS[dtype].bytes * math.prod(shape)
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             where = {item.key: item.value for item in tensor.external_data}
             with inside(path.parent, where.get("location", ""), source).open("rb") as file:
@@ -364,8 +352,7 @@ def _gguf_entries(path: Path, source: str) -> dict[str, Entry]:
     with parsing(path.name, source):
         tensors = gguf.GGUFReader(path).tensors
         check_names((tensor.name for tensor in tensors), source)
-        plain = (*_FLOAT_TYPES, "I8", "I16", "I32", "I64")
-        quantised = [t for t in tensors if len(t.shape) > 1 and t.tensor_type.name not in plain]
+        quantised = [t for t in tensors if len(t.shape) > 1 and by_code(t.tensor_type.name) not in FORMATS]
         if quantised:
             names = ", ".join(sorted({tensor.tensor_type.name for tensor in quantised}))
             share = f"{len(quantised)} of its {len(tensors)} tensors are stored as {names}"
@@ -373,8 +360,7 @@ def _gguf_entries(path: Path, source: str) -> dict[str, Entry]:
         entries = {}
         for tensor in tensors:
             shape = tuple(int(size) for size in reversed(tensor.shape))
-            kind = tensor.tensor_type.name
-            dtype = _FLOAT_TYPES.get(kind, kind.lower())
+            dtype = by_code(tensor.tensor_type.name)
             entries[tensor.name] = Entry(
                 shape,
                 dtype,
@@ -399,7 +385,7 @@ def _gguf_noise(gguf: Any, quantised: list[Any]) -> tuple[str, float] | None:
 
 def _numbers(raw: bytes | bytearray, dtype: str, shape: tuple[int, ...]) -> Tensor:
     """A tensor of its own from little-endian bytes."""
-    kind = getattr(torch, dtype)
+    kind = FORMATS[dtype].torch
     writable = raw if isinstance(raw, bytearray) else bytearray(raw)
     return (torch.frombuffer(writable, dtype=kind) if raw else torch.empty(0, dtype=kind)).reshape(shape)
 

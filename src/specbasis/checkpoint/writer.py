@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from specbasis.checkpoint.entry import Checkpoint, Entry
+from specbasis.core.dtypes import FORMATS, Format, name_of
 from specbasis.core.errors import InputError
 
 SHARD_BYTES = 5 * 10**9
@@ -21,12 +22,6 @@ SHARD_BYTES = 5 * 10**9
 
 BESIDE = (".json", ".txt", ".model", ".jinja")
 """Endings of the files beside the weights that a model needs: configuration and tokenizer, no code, no weights."""
-
-_CODES = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
-    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
-    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
-}  # fmt: skip
 
 
 def write_model(
@@ -123,23 +118,29 @@ def write_safetensors(
     position = 0
     for name, entry in entries.items():
         end = position + _bytes(name, entry)
-        code = _CODES[entry.dtype.removeprefix("scaled ")]
-        header[name] = {"dtype": code, "shape": list(entry.shape), "data_offsets": [position, end]}
+        header[name] = {
+            "dtype": _format(name, entry).codes[0],
+            "shape": list(entry.shape),
+            "data_offsets": [position, end],
+        }
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     stream.write(len(text).to_bytes(8, "little") + text)
     for name, tensor in tensors:
         entry = entries[name]
-        want = entry.dtype.removeprefix("scaled ")
-        if tuple(tensor.shape) != entry.shape or str(tensor.dtype) != f"torch.{want}":
+        want = _format(name, entry).name
+        if tuple(tensor.shape) != entry.shape or name_of(tensor.dtype) != want:
             raise InputError(f"{name}: got {tensor.dtype} {tuple(tensor.shape)}; want {want} {entry.shape}")
         stream.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def _bytes(name: str, entry: Entry) -> int:
+    return _format(name, entry).bytes * prod(entry.shape)
+
+
+def _format(name: str, entry: Entry) -> Format:
     dtype = entry.dtype.removeprefix("scaled ")
-    if dtype not in _CODES:
+    if dtype not in FORMATS:
         raise InputError(f"{name}: stored as {entry.dtype}, which cannot be written here; want a floating format")
-    width: int = getattr(torch, dtype).itemsize
-    return width * prod(entry.shape)
+    return FORMATS[dtype]

@@ -27,9 +27,10 @@ from specbasis.comparison.findings import Finding, as_json, find
 from specbasis.comparison.options import Options
 from specbasis.comparison.summary import SIDES, RoleSummary, Verdict, judge, own_means, summarise
 from specbasis.core.attention_heads import compare_heads
+from specbasis.core.dtypes import BY_PRECISION, name_of
 from specbasis.core.entries import read_entries
 from specbasis.core.errors import InputError, NonFiniteError
-from specbasis.core.nulls import FORMATS, KINDS, Rounding, draw
+from specbasis.core.nulls import KINDS, Rounding, draw
 from specbasis.core.nulls import rounding as rounding_of
 from specbasis.core.svd import ALGORITHM, SVD, HalfSVD, approximate_svd, cosines, half_svd, low_rank_svd
 from specbasis.jobs import engine as engines
@@ -748,9 +749,8 @@ def _roundings(W: Tensor, T: Tensor, figures: Mapping[str, float]) -> dict[str, 
 
     Measured on tuned: the entries of base have about the same sizes.
     """
-    forms = {bits: form for form, (bits, _) in FORMATS.items()}
     base, tuned = (
-        forms.get(int(figures.get(f"precision_{which}", 0)) - 1, str(X.dtype).removeprefix("torch."))
+        BY_PRECISION.get(int(figures.get(f"precision_{which}", 0)), name_of(X.dtype))
         for which, X in (("base", W), ("tuned", T))
     )
     found = rounding_of(T, tuned, base)

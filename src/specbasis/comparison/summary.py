@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from specbasis.architecture.key import ROLES
-from specbasis.core.entries import FORMATS
+from specbasis.core.dtypes import BY_PRECISION
 
 RELATED_COSINE = 0.05
 """Below this cosine between base and tuned weights a matrix does not count as a finetune of the other."""
@@ -189,7 +189,7 @@ def copy_form(m: Mapping[str, Any]) -> str:
     """In what other form tuned holds the weights of base; empty where it does not."""
     bits = {side: m.get(f"precision_{side}", math.nan) for side in ("base", "tuned")}
     if m.get("equal_entries_rounded") == 1 and bits["base"] != bits["tuned"]:
-        coarser = next(name for name, n in FORMATS.items() if n == min(bits.values()))
+        coarser = BY_PRECISION[int(min(bits.values()))]
         return f"rounded to {coarser}" if bits["tuned"] < bits["base"] else f"base is it rounded to {coarser}"
     if m.get("equal_entries_grid", 0) >= QUANTISED and math.isnan(m.get("grid_levels_base", math.nan)):
         return "quantised"

@@ -10,10 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from specbasis.core.dtypes import BY_PRECISION, FORMATS, UNSCALED
 from specbasis.core.errors import NonFiniteError
-
-FORMATS = {"bfloat16": 8, "float16": 11, "float32": 24, "float64": 53}
-"""Storage formats and their significant bits."""
 
 PROBES = 8
 """Random vectors that measure ‖WᵀT‖_F. More: a surer `_correspondence`, which is off by a fifth as a rule."""
@@ -51,7 +49,8 @@ def read_entries(W: Tensor, T: Tensor, names: tuple[str, str] = ("base", "tuned"
       is shorter than `LEAST_SIDE`;
     - ``equal_entries``: share of entries that are equal; ``equal_entries_rounded``: equal once both are rounded to
       the coarser of the two precisions;
-    - ``precision_base``, ``precision_tuned``: significant bits of the coarsest of `FORMATS` that holds every entry;
+    - ``precision_base``, ``precision_tuned``: significant bits of the coarsest of `dtypes.UNSCALED` that holds
+      every entry;
     - ``zero_entries_base``, ``zero_entries_tuned``: share of zeros;
     - ``grid_levels_base``, ``grid_levels_tuned``: `_grid`, NaN where the entries lie on none;
     - ``equal_entries_grid``: share of base's sampled groups that round to tuned's on the grid of tuned.
@@ -92,12 +91,12 @@ def read_entries(W: Tensor, T: Tensor, names: tuple[str, str] = ("base", "tuned"
         _correspondence(inner - float(sums[0] @ sums[1]) / out, _second_pass(W, images[1], scale, step), out),
     ]
     bits = {side: _precision(held, side) for side in ("base", "tuned")}
-    coarser = {bits: name for name, bits in FORMATS.items() if name in _COARSE}.get(min(bits.values()), "equal")
+    coarser = BY_PRECISION[min(bits.values())]
     figures = {
         "weight_cosine": max(-1.0, min(1.0, inner / product)) if product else math.nan,
         "weight_cosine_z": min(z) if min(W.shape) >= LEAST_SIDE else math.nan,
         "equal_entries": counts["equal"] / W.numel(),
-        "equal_entries_rounded": counts[coarser] / W.numel(),
+        "equal_entries_rounded": counts[coarser if coarser in _COARSE else "equal"] / W.numel(),
         **{f"precision_{side}": float(n) for side, n in bits.items()},
         **{f"zero_entries_{side}": counts[f"zero_{side}"] / W.numel() for side in ("base", "tuned")},
         **_grids(W, T),
@@ -106,7 +105,7 @@ def read_entries(W: Tensor, T: Tensor, names: tuple[str, str] = ("base", "tuned"
     return Entries(inner / scale / scale, norms, counts["equal"] == W.numel(), figures)
 
 
-_COARSE = ("bfloat16", "float16", "float32")
+_COARSE = UNSCALED[:-1]
 
 
 def _scale(W: Tensor, T: Tensor) -> float:
@@ -229,4 +228,4 @@ def _grid(x: Float[Tensor, "groups size"]) -> tuple[float, Tensor]:
 
 
 def _precision(held: Mapping[tuple[str, str], bool], side: str) -> int:
-    return next((FORMATS[name] for name in _COARSE if held[side, name]), FORMATS["float64"])
+    return FORMATS[next((name for name in _COARSE if held[side, name]), "float64")].precision

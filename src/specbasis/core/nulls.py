@@ -23,14 +23,12 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from specbasis.core.dtypes import FORMATS, UNSCALED, name_of
 from specbasis.core.errors import InputError
 from specbasis.core.svd import SVD, HalfSVD
 
 KINDS = ("gaussian", "permuted", "rotated", "rounding")
 """Updates without a direction: see `draw`."""
-
-FORMATS = {"float64": (52, -1022), "float32": (23, -126), "bfloat16": (7, -126), "float16": (10, -14)}
-"""Storage format → (bits of the fraction, exponent of the smallest normal number)."""
 
 _FLOOR = 1e-6
 """Below this share of the largest singular value the other side's vector has no digits; see `core`."""
@@ -441,10 +439,6 @@ class Rounding:
     variance: dict[str, float]
 
 
-def _format(W: Tensor) -> str:
-    return str(W.dtype).removeprefix("torch.")
-
-
 def rounding(W: Float[Tensor, "out in"], *stored: str) -> Rounding:
     """Mean squared error of rounding the entries of a matrix to its own format, to bfloat16, float16 and int8.
 
@@ -454,11 +448,12 @@ def rounding(W: Float[Tensor, "out in"], *stored: str) -> Rounding:
 
     Args:
         W: (out, in), any floating dtype; 8-bit floats count as the bfloat16 that they were scaled to.
-        stored: the format that holds its entries, and further ones, of `FORMATS`; that of its dtype when none.
+        stored: the format that holds its entries, and further ones, of `dtypes.UNSCALED`; that of its dtype when
+            none.
     """
-    stored = tuple(form if form in FORMATS else "bfloat16" for form in stored or (_format(W),))
+    stored = tuple(form if form in UNSCALED else "bfloat16" for form in stored or (name_of(W.dtype),))
     square = halved = int8 = 0.0
-    smallest = 2.0 ** FORMATS["float16"][1]
+    smallest = 2.0 ** FORMATS["float16"].exponent
     rows = max(1, 2**16 // W.shape[1])  # blocks that stay in a core's cache
     for start in range(0, len(W), rows):
         X = W[start : start + rows].detach().to(torch.float32).contiguous()
@@ -468,10 +463,10 @@ def rounding(W: Float[Tensor, "out in"], *stored: str) -> Rounding:
         power.clamp_(min=smallest)
         halved += float(power @ power)
         int8 += float((X.abs().amax(dim=1).double() / 127).square().sum()) * W.shape[1]
-    sums = {form: halved if form == "float16" else square for form in FORMATS}
+    sums = {form: halved if form == "float16" else square for form in UNSCALED}
     count = 12.0 * W.numel()
     wanted = dict.fromkeys((*stored, "bfloat16", "float16"))
-    variance = {form: sums[form] * 4.0 ** -FORMATS[form][0] / count for form in wanted}
+    variance = {form: sums[form] * FORMATS[form].step ** 2 / count for form in wanted}
     return Rounding(stored[0], variance | {"int8": int8 / count})
 
 
@@ -481,11 +476,10 @@ Interval = tuple[Float[Tensor, " k"], Float[Tensor, " k"]]
 
 def entry_variance(W: Float[Tensor, "out in"], form: str) -> Float[Tensor, "out in"]:
     """Mean squared error of rounding each entry to a format, step²/12, float64; steps as in `rounding`."""
-    bits, smallest = FORMATS[form]
     X = W.detach().to(torch.float64).contiguous()
     # The exponent bits alone: the power of two below each entry.
-    power = (X.view(torch.int64) & 0x7FF0000000000000).view(torch.float64).clamp_(min=2.0**smallest)
-    return power.square_().mul_(4.0**-bits / 12)
+    power = (X.view(torch.int64) & 0x7FF0000000000000).view(torch.float64).clamp_(min=2.0 ** FORMATS[form].exponent)
+    return power.square_().mul_(FORMATS[form].step ** 2 / 12)
 
 
 def intervals(
@@ -577,8 +571,8 @@ def draw(kind: str, W: Float[Tensor, "out in"], T: Float[Tensor, "out in"], gene
     """
     shape = W.shape
     if kind == "rounding":
-        bits, smallest = FORMATS[rounding(T).stored]
-        step = 2.0 ** (torch.frexp(T.double()).exponent - 1).clamp(min=smallest).double() * 2.0**-bits
+        stored = FORMATS[rounding(T).stored]
+        step = 2.0 ** (torch.frexp(T.double()).exponent - 1).clamp(min=stored.exponent).double() * stored.step
         error: Tensor = step * (torch.rand(shape, generator=generator, dtype=torch.float64) - 0.5)
         return error
     delta = T.double() - W.double()

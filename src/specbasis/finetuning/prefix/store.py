@@ -14,12 +14,13 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from specbasis.core.dtypes import FORMATS
 from specbasis.core.errors import InputError
 from specbasis.finetuning.prefix.cut import Cut, Kept, capture, chosen
 from specbasis.finetuning.prefix.probe import agree, evaluating, outputs
@@ -33,7 +34,6 @@ _FORMAT = 1
 _CHUNK = 1024  # examples that are sorted by length together and written to one file
 _KEYED = 64  # examples that are collated together to be looked up
 _SPARE = 64 * 2**20  # bytes of the disk that are left alone
-_TORCH = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _HEAD = np.dtype([("key", "V16"), ("offset", "<i8"), ("tokens", "<i4"), ("check", "<u4")])
 
 
@@ -69,8 +69,10 @@ class PrefixCache:
     """
 
     def __init__(self, cut: Cut, folder: Path, dtype: Dtype) -> None:
-        if dtype not in _TORCH:
-            raise InputError(f"got dtype = {dtype!r} for the prefix cache; want {' or '.join(map(repr, _TORCH))}")
+        if dtype not in get_args(Dtype):
+            raise InputError(
+                f"got dtype = {dtype!r} for the prefix cache; want {' or '.join(map(repr, get_args(Dtype)))}"
+            )
         self.cut, self.dtype = cut, dtype
         self.folder = Path(folder) / f"{cut.digest[:32]}-{dtype}"
         self._rows: dict[bytes, _Row] = {}
@@ -176,7 +178,7 @@ class PrefixCache:
             )
         rows = [row for row in found if row is not None]
         # Mapped while a batch is read, not longer: pages that stay mapped count as this process's memory.
-        dtype = _TORCH[self.dtype]
+        dtype = FORMATS[self.dtype].torch
         maps = {
             file: torch.from_file(str(file), shared=False, size=file.stat().st_size // dtype.itemsize, dtype=dtype)
             for file in {row.file for row in rows}
@@ -196,7 +198,7 @@ class PrefixCache:
 
     def _size(self, tokens: int) -> int:
         """Bytes of a row."""
-        return _TORCH[self.dtype].itemsize * sum(self._numbers(kept, tokens) for kept in self.cut.kept)
+        return FORMATS[self.dtype].bytes * sum(self._numbers(kept, tokens) for kept in self.cut.kept)
 
     # Opening.
 
@@ -224,7 +226,7 @@ class PrefixCache:
             data = np.memmap(path, np.uint8, mode="r")
         except (OSError, ValueError):
             return None
-        size = _TORCH[self.dtype].itemsize
+        size = FORMATS[self.dtype].bytes
         end = 0
         for entry in entries:
             start, end = int(entry["offset"]) * size, int(entry["offset"]) * size + self._size(int(entry["tokens"]))
@@ -324,7 +326,7 @@ class PrefixCache:
                             )
                         file.write(row)
                         entries[n] = (np.void(missing[n][0]), offset, missing[n][1], zlib.crc32(row))
-                        offset += len(row) // _TORCH[self.dtype].itemsize
+                        offset += len(row) // FORMATS[self.dtype].bytes
                 _sync(file)
             with parts[1].open("wb") as file:
                 file.write(json.dumps(self._head(entries.tobytes())).encode() + b"\n" + entries.tobytes())
@@ -351,7 +353,7 @@ class PrefixCache:
                 "does, or training without the prefix cache"
             )
         for parts in _parts(model, self.cut, collated):
-            stored = [part.to(_TORCH[self.dtype]).contiguous() for part in parts]
+            stored = [part.to(FORMATS[self.dtype].torch).contiguous() for part in parts]
             if not all(bool(part.isfinite().all()) for part in stored):
                 raise NoPrefixError(
                     f"the activations at the {self.cut} are not finite in {self.dtype}: check the weights, or "
