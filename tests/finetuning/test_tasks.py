@@ -5,7 +5,9 @@ import json
 import pytest
 
 from specbasis.core.errors import InputError
-from specbasis.finetuning.tasks import GLUE, load_task, subset, task_named
+from specbasis.finetuning.sources import load_task
+from specbasis.finetuning.tables import READERS
+from specbasis.finetuning.tasks import GLUE, Layout, Task, subset, task_named
 from tests.finetuning import lab
 
 
@@ -180,6 +182,31 @@ def test_the_same_table_is_the_same_task_in_every_format(tmp_path):
     assert first.notes[0].startswith("no dev set was given: 2 of 20")
 
 
+def test_a_format_that_is_added_is_read_by_the_suffix_of_a_file(tmp_path, monkeypatch):
+    def rows(path):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            yield number, dict(zip(("review", "stars"), line.split(" | "), strict=True))
+
+    monkeypatch.setitem(READERS, ".bars", rows)
+    lines = [f"{row['review']} | {row['stars']}" for row in ROWS]
+    (tmp_path / "reviews.bars").write_text("\n".join(lines), encoding="utf-8")
+    data = load_task(tmp_path / "reviews.bars", text=["review"], label="stars")
+    assert data.digest == load_task(table(tmp_path / "reviews.csv"), text=["review"], label="stars").digest
+    (tmp_path / "dev.txt").touch()
+    with pytest.raises(InputError, match=r"got a \.txt; want .*\.parquet \.bars"):
+        load_task(tmp_path / "reviews.bars", dev=tmp_path / "dev.txt", text=["review"], label="stars")
+
+
+def test_a_task_that_is_added_is_read_from_its_folder(tmp_path, monkeypatch):
+    layout = Layout(("sentence",), "label", dev=("dev_old", "dev_new"))
+    monkeypatch.setitem(GLUE, "sst3", Task("sst3", "SST-3", ("accuracy",), ("0", "1"), layout))
+    for name in ("train", "dev_old", "dev_new"):
+        lab.lines(tmp_path / f"SST-3/{name}.tsv", [("sentence", "label"), *lab.sentiment(6)])
+    data = load_task("SST-3", data_dir=tmp_path)
+    assert set(data.dev) == {"old", "new"}
+    assert len(data.train) == 6
+
+
 def test_a_dev_table_and_regression(tmp_path):
     train, dev = table(tmp_path / "train.csv"), table(tmp_path / "dev.jsonl")
     data = load_task(train, dev=dev, text=["review"], label="stars", regression=True)
@@ -197,7 +224,12 @@ def test_a_dev_table_and_regression(tmp_path):
         (["review"], "stars", "review,stars\n", "holds no rows"),
         (["review"], "stars", "", "holds no rows"),
         (["review"], "stars", 'review,stars\n"an open quote,1\n', "not a readable CSV"),
-        (["review"], "stars", "review,stars\na,b,1\n", "line 2: 3 columns, the header has 2"),
+        (
+            ["review"],
+            "stars",
+            "review,stars\na,b,1\n",
+            "line 2: 3 columns, want 2; is the file truncated, or a text",
+        ),
         (["review"], "stars", "review,stars\na,1\nb,1\n", "stars has one value only"),
         (["review"], "stars", "review,stars\na,1\nb,\nc,2\n", "line 3: stars is ''; want the name of a class"),
         (["review"], "stars", "review,stars\n" + "".join(f"a,{i}\n" for i in range(1200)), "or say --regression"),

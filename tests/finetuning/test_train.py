@@ -20,7 +20,7 @@ from specbasis.core.errors import InputError
 from specbasis.finetuning import load, train
 from specbasis.finetuning.base import load_base
 from specbasis.finetuning.forgetting import pretraining_loss
-from specbasis.finetuning.tasks import load_task
+from specbasis.finetuning.sources import load_task
 from tests.finetuning import lab
 
 

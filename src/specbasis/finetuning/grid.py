@@ -12,7 +12,8 @@ from typing import Any
 
 from specbasis.core.errors import InputError
 from specbasis.finetuning.protocol import Placement, Protocol
-from specbasis.finetuning.tasks import TaskData, load_task, subset
+from specbasis.finetuning.sources import load_task
+from specbasis.finetuning.tasks import TaskData, subset
 from specbasis.jobs.cells import Progress, Row, read_cells, run_cells
 
 SCRATCH = "scratch"

@@ -21,7 +21,8 @@ from specbasis.comparison.findings import as_json
 from specbasis.core.errors import InputError
 from specbasis.finetuning.metrics import Predictions
 from specbasis.finetuning.protocol import Placement, Protocol
-from specbasis.finetuning.tasks import Task, TaskData, load_task, selection_size, subset
+from specbasis.finetuning.sources import load_task
+from specbasis.finetuning.tasks import Task, TaskData, selection_size, subset
 from specbasis.jobs.folder import environment, refuse_another
 
 if TYPE_CHECKING:

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from specbasis.core.errors import InputError
 from specbasis.core.statistics import Array
 from specbasis.finetuning.metrics import METRICS
-from specbasis.finetuning.tasks import Split, Task, load_task, task_named
+from specbasis.finetuning.sources import load_task
+from specbasis.finetuning.tasks import Split, Task, task_named
 from specbasis.interventions.samples import Sample, perplexity, ratio
 
 TOKENS = 4096
