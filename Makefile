@@ -17,7 +17,7 @@ TORCH ?= $(TORCH_LOCKED)
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format lint types slow bench lock test-latest test-oldest clean
+.PHONY: help demo test check format lint types rows slow bench lock test-latest test-oldest clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*  ## /\1\t/' | expand -t 14
@@ -42,6 +42,9 @@ types: $(VENV)/dev.stamp  ## mypy
 format: $(VENV)/dev.stamp  ## mend format and lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+rows: $(VENV)/demo.stamp  ## the list of measures in docs/rows.md anew
+	$(BIN)/python -c 'from pathlib import Path; from specbasis.measures.table import write_listing; write_listing(Path("docs/rows.md"))'
 
 slow: $(VENV)/dev.stamp  ## real runs that take minutes
 	$(BIN)/python -m pytest -m slow $(TESTS)

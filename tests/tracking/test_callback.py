@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 
 from specbasis.core.errors import InputError
-from specbasis.tracking.callback import SpectralCallback, intruders
+from specbasis.tracking.callback import SpectralCallback
 
 
 class Plain(PreTrainedModel):
@@ -116,13 +116,6 @@ def test_intruders_are_told_and_can_stop_the_training(tmp_path, caplog, what):
     assert callback.history[2]["matrices"]["layers.0.weight"]["intruders"] == [0]
     assert run.state.global_step == (3 if what == "stop" else 6)
     assert sum("intruder directions in layers.0.weight (ranks 1)" in one.message for one in caplog.records) == 1
-
-
-def test_intruders_by_the_definition():
-    base = torch.eye(4, dtype=torch.float64)
-    tuned = torch.stack([torch.ones(4) / 2, torch.tensor([0.9, 0.436, 0.0, 0.0])], dim=1)
-    assert intruders(base, tuned, threshold=0.6) == [0]
-    assert intruders(base, tuned, threshold=0.5) == []
 
 
 @pytest.mark.parametrize("wrong", [{"every": 0}, {"budget": 0.0}, {"on_intruders": "panic"}, {"roles": ["nose"]}])

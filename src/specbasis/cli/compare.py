@@ -36,6 +36,31 @@ FAIL_ON = Annotated[
         metavar="FINDINGS",
     ),
 ]
+
+
+def _list_measures(value: str) -> str:
+    """`--measures help` prints every measure and ends, whatever else is there."""
+    if value != "help":
+        return value
+    from specbasis.measures.table import registered
+
+    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    for heading in ("measure", "index", "unit", "what it is"):
+        table.add_column(heading, overflow="fold")
+    for measure in registered():
+        table.add_row(measure.name, measure.index, measure.unit, measure.title)
+    STDOUT.print(table)
+    raise typer.Exit
+
+
+MEASURES = Annotated[
+    str,
+    typer.Option(
+        help="only these measures, e.g. 'alignment*,singular_value_*'; `help` lists them",
+        is_eager=True,
+        callback=_list_measures,
+    ),
+]
 TUNED = Annotated[list[str], typer.Argument(metavar="TUNED...", help="one or several finetunes of it")]
 
 
@@ -52,7 +77,7 @@ def compare(
     name: Annotated[str, typer.Option(help="only matrices whose name matches this pattern (* and ?)")] = "",
     common_rows: Annotated[bool, typer.Option(help="compare the common rows where a vocabulary grew")] = False,
     stream: STREAM = False,
-    measures: Annotated[str, typer.Option(help="only these measures, e.g. 'alignment*,singular_value_*'")] = "",
+    measures: MEASURES = "",
     workers: Annotated[
         int | None, typer.Option(help="matrices at the same time; default: one for each core")
     ] = None,

@@ -40,18 +40,10 @@ from specbasis.jobs.cells import Progress
 from specbasis.jobs.cost import Work, makespan, matrix_work, parse_bytes, rates
 from specbasis.jobs.folder import environment
 from specbasis.jobs.results import Results
-from specbasis.measures.certify import OwnMeasure, digest
-from specbasis.measures.measures import (
-    MEASURES,
-    Absent,
-    Decomposition,
-    Measure,
-    Triple,
-    Values,
-    choose,
-    measure_all,
-    needed,
-)
+from specbasis.measures.measure import Measure, Values
+from specbasis.measures.own import OwnMeasure, digest
+from specbasis.measures.table import measure_all, needed, reads, table
+from specbasis.measures.triple import Absent, Decomposition, Triple
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -202,7 +194,7 @@ def compare(
         common_rows: compare the rows that both sides have where a vocabulary grew.
         measures: only the measures that match these patterns, such as ``["alignment*"]``, and those that cost
             nothing. What no measure reads is not decomposed: without those of delta, a third less work.
-            Functions among them are your own measures, taken beside the built-in ones; see `measures.certify.own`.
+            Functions among them are your own measures, taken beside the built-in ones; see `measures.own.own`.
         nulls: take beside each alignment what chance, an update of the same size and rounding would give, with
             p-values and intervals (docs/nulls.md); about a fifth more time.
         null_samples: draw so many random updates of each kind and decompose them too: each costs as much as one
@@ -258,9 +250,7 @@ def compare(
             for (label, pairing), about in zip(matched.pairings.items(), provenance[1:], strict=True)
         },
         measures=[
-            {"name": m.name, "title": m.title, "source": m.source}
-            for m in options.table
-            if m.source == "own measure" and m.name in options.names
+            {"name": m.name, "title": m.title, "source": m.source} for m in options.taken if m.shown == "table"
         ],
         failed=[],
         runs=results.manifest.get("runs", []),
@@ -573,10 +563,9 @@ class Task:
         """What it is predicted to cost."""
         return matrix_work(
             self.shape,
-            self.options.names,
+            self.options.taken,
             self.options.ranks,
             len(self.todo),
-            table=self.options.table,
             draws=self.options.null_samples * len(KINDS),
         )
 
@@ -595,7 +584,6 @@ class Task:
         outcomes: list[Outcome] = []
         decomposed: dict[MatrixRef, Decomposition] = {}
         base = _opened(self.base, None, self.stream)
-        names = self.options.names
         for label, source, matched in self.todo:
             tuned = _opened(source, self.base, self.stream)
             where = f"{matched.key.name} in "
@@ -609,14 +597,13 @@ class Task:
                     base=known,
                     update=matched.tuned.delta_factors(tuned),
                     subspace=self.options.subspace,
-                    measures=names,
+                    measures=self.options.taken,
                     names=(where + base.source, where + tuned.source),
                     place=self.place,
-                    table=self.options.table,
                     heads=self.options.heads_of(base, matched),
                     draws=self.options.null_samples,
                 )
-                rows = _table(label, matched, measure_all(triple, names, self.options.table))
+                rows = _table(label, matched, measure_all(triple, self.options.taken))
             except NonFiniteError as error:
                 outcomes.append((label, str(error)))
             else:
@@ -667,10 +654,9 @@ def decompose_pair(
     base: Decomposition | None = None,
     update: tuple[Tensor, Tensor] | None = None,
     subspace: int = 10,
-    measures: Sequence[str] | None = None,
+    measures: Sequence[Measure] | None = None,
     names: tuple[str, str] = ("base", "tuned"),
     place: Place | None = None,
-    table: Sequence[Measure] = MEASURES,
     heads: tuple[int, bool] | None = None,
     draws: int = 0,
 ) -> Triple:
@@ -683,10 +669,9 @@ def decompose_pair(
         base: the decomposition of W where it is known.
         update: (B, A) with T = W + B A, where the update is known to be of low rank: it is then not formed.
         subspace: number of leading ranks at which principal angles are taken.
-        measures: names of the measures to be taken; all when None.
+        measures: the measures to be taken; those of a comparison without options when None.
         names: what to call the two matrices in an error.
         place: where to compute and what to keep; here, and nothing, when None.
-        table: the measures that there are.
         heads: how many attention heads the matrix is cut into, and whether by columns (an output matrix); None:
             none.
         draws: random updates of each kind to decompose.
@@ -696,14 +681,14 @@ def decompose_pair(
     """
     if W.shape != T.shape:
         raise InputError(f"{names[1]}: got shapes {tuple(W.shape)} and {tuple(T.shape)}; want equal ones")
-    wanted = choose((), table=table) if measures is None else measures
+    measures = table() if measures is None else measures
     k = min(W.shape) if ranks is None else ranks
-    need = needed(wanted, k, table)
+    need = needed(measures, k)
     shape = (W.shape[0], W.shape[1])
     found: dict[str, Decomposition] = {which: Absent(which, shape) for which in need}
     place = place or Place()
     every: SVD | HalfSVD | None = None
-    if need["base"] is not None and any(m.every for m in table if m.name in wanted):
+    if need["base"] is not None and reads(measures, "every"):
         every = base if isinstance(base, SVD | HalfSVD) else place.decompose_every(W, need["base"], names[0])
         found["base"] = every.truncate(k) if isinstance(every, SVD) else every
     elif need["base"] is not None:
@@ -726,22 +711,12 @@ def decompose_pair(
         subspace,
         sums.norms,
         every,
-        _roundings(W, T, sums.figures) if any(name.startswith(_ROUNDED) for name in wanted) else {},
+        _roundings(W, T, sums.figures) if reads(measures, "rounding") else {},
         compare_heads(W, T, *heads) if heads else None,
         sampled,
         sums.figures,
         T,
     )
-
-
-_ROUNDED = (
-    "alignment",
-    "update_alignment",
-    "rounding_update",
-    "degenerate_group_stored",
-    "null_alignment_rounding",
-)
-"""Beginnings of the names of measures that read what rounding does."""
 
 
 def _roundings(W: Tensor, T: Tensor, figures: Mapping[str, float]) -> dict[str, Rounding]:
@@ -774,7 +749,7 @@ def _sampled(
             for seed in range(draws):
                 update = draw(kind, W, T, torch.Generator().manual_seed(seed))
                 random = half_svd(W.double() + update, k, name=name)
-                drawn.append([cosines(start, random, side).diagonal.abs().clamp(max=1.0) for side in SIDES])
+                drawn.append([cosines(start, random, side).alignment for side in SIDES])
             known = (torch.stack([left for left, _ in drawn]), torch.stack([right for _, right in drawn]))
             if kept:
                 kept.write(*key, known)
@@ -837,7 +812,7 @@ def _config(options: Options, labels: list[str], provenance: list[dict[str, Any]
         "tuned": {label: about["sha256"] for label, about in zip(labels, provenance[1:], strict=True)},
         **{name: list(v) if isinstance(v, tuple) else v for name, v in asdict(replace(options, own=())).items()},
         "own": {function.__name__: digest(function) for function in options.own},
-        "measures": list(options.names),
+        "measures": [measure.name for measure in options.taken],
     }
 
 

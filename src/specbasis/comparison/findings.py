@@ -28,7 +28,7 @@ from specbasis.comparison.summary import (
     named_parts,
 )
 from specbasis.core.errors import InputError
-from specbasis.core.groups import INTRUDER_COSINE, INTRUDER_RANKS
+from specbasis.core.intruders import INTRUDER_COSINE, INTRUDER_RANKS
 
 ROUNDING = 0.2
 """Root-mean-square rounding error over the root mean square of entries, in units of 2^(1 − bits).

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from specbasis.architecture.key import MatrixKey
     from specbasis.architecture.pair import MatrixPair
     from specbasis.checkpoint import Checkpoint
-    from specbasis.measures.certify import OwnMeasure
-    from specbasis.measures.measures import Measure
+    from specbasis.measures.measure import Measure
+    from specbasis.measures.own import OwnMeasure
 
 
 @dataclass(frozen=True)
@@ -59,22 +59,22 @@ class Options:
     @cached_property
     def table(self) -> tuple[Measure, ...]:
         """Every measure that there is under these options."""
-        from specbasis.measures.certify import table
+        from specbasis.measures.table import table
 
         return table(null=self.nulls, sampled=self.null_samples > 0, owned=self.own)
 
     @cached_property
-    def names(self) -> tuple[str, ...]:
-        """Names of the measures that are taken."""
-        from specbasis.measures.measures import choose
+    def taken(self) -> tuple[Measure, ...]:
+        """The measures that are taken: those that match the patterns, and the user's own."""
+        from specbasis.measures.own import OWN
+        from specbasis.measures.table import choose
 
-        chosen = choose(self.measures, whole=not self.approximate, table=self.table)
-        mine = {m.name for m in self.table if m.source == "own measure"}
-        return tuple(m.name for m in self.table if m.name in chosen or m.name in mine)
+        chosen = choose(self.measures, whole=not self.approximate, measures=self.table)
+        return tuple(m for m in self.table if m in chosen or m.source == OWN)
 
     def __post_init__(self) -> None:
         from specbasis.architecture.key import ROLES
-        from specbasis.measures.measures import choose
+        from specbasis.measures.table import choose
 
         for what, given in (("ranks", self.ranks), ("subspace", self.subspace)):
             if not isinstance(given, int) or isinstance(given, bool) or given < 1:
@@ -95,17 +95,18 @@ class Options:
             raise InputError(
                 "nulls need the whole spectrum, which approximate does not compute; leave one of them out"
             )
-        choose(self.measures, table=self.table)
+        choose(self.measures, measures=self.table)
 
     def heads_of(self, base: Checkpoint, matched: MatrixPair) -> tuple[int, bool] | None:
         """How many attention heads a matrix is cut into, and whether by columns; None where there are none to
         take.
         """
         from specbasis.core.attention_heads import head_count
+        from specbasis.measures.table import reads
 
         key = matched.key
-        taken = any(name.startswith("head_") for name in self.names)
-        heads = head_count(base.config, key.role, key.stack, matched.base.shape, self.heads) if taken else 0
+        wanted = reads(self.taken, "heads")
+        heads = head_count(base.config, key.role, key.stack, matched.base.shape, self.heads) if wanted else 0
         return (heads, key.role.endswith(".output")) if heads else None
 
     @property

@@ -21,8 +21,8 @@ from specbasis.architecture.key import MatrixKey
 from specbasis.architecture.recognise import model_map
 from specbasis.checkpoint import Checkpoint
 from specbasis.core.errors import InputError
+from specbasis.core.spectrum import effective_rank, stable_rank
 from specbasis.core.svd import half_svd
-from specbasis.measures.measures import effective_rank, stable_rank
 
 LEAST = 10
 """Fewer singular values than this have no tail to fit."""

@@ -10,21 +10,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from specbasis.core.svd import SVD, HalfSVD
-
 BAND = 10
 """How far matching looks: rank i of base may be matched with ranks i − BAND … i + BAND of tuned."""
 
 DRAWS = 12
 """Random pairs of bases from which the chance level of matching is taken."""
-
-INTRUDER_COSINE = 0.5
-"""A tuned vector whose best cosine with all vectors of base is below this is an intruder."""
-
-INTRUDER_RANKS = 10
-"""Leading ranks of tuned among which intruders are counted."""
-
-_FLOOR = 1e-6  # shares of the largest singular value below which the other side's vector has no digits
 
 
 def degenerate_groups(S: Float[Tensor, " n"], variance: float, k: int) -> Int[Tensor, " k"]:
@@ -102,28 +92,3 @@ def matched_chance(
             drawn.append(float(C[places, chosen].abs().clamp(max=1.0).mean()))
     left, right = ((mean(drawn), stdev(drawn) / math.sqrt(DRAWS)) for drawn in found)
     return left, right
-
-
-def intruder_cosine(base: SVD | HalfSVD, tuned: SVD | HalfSVD, side: str, k: int) -> Float[Tensor, " k"]:
-    """Best absolute cosine of each leading vector of tuned with any vector of base, 0 … 1.
-
-    max_j |⟨u_j, ũ_i⟩| over all min(out, in) ranks j of base. An *intruder dimension* is one where it is small
-    (`INTRUDER_COSINE`): a leading direction that base does not have. Costs 2n²k flops, 2nmk more on the long side.
-
-    Args:
-        base: with every vector of its short side.
-        tuned: its leading k ranks.
-        side: "left" or "right".
-        k: number of leading ranks of tuned.
-
-    Source: Shuttleworth et al. 2024, arXiv 2410.21228, §3; there left vectors only.
-    """
-    if (side == "left") == base.wide:
-        cosines = tuned.short_side()[:, :k].mT @ base.short_side()
-    else:
-        S = base.spectrum
-        usable = S > _FLOOR * S[0]
-        inverse = torch.where(usable, 1 / torch.where(usable, S, 1.0), 0.0)
-        cosines = (base.times(tuned.long_side(0, k)).mT @ base.short_side()) * inverse
-    best: Tensor = cosines.abs().amax(dim=1).clamp(max=1.0)
-    return best

@@ -465,6 +465,11 @@ class Cosines:
     error: Float[Tensor, " k"]
     matrix: Callable[[], Tensor]
 
+    @property
+    def alignment(self) -> Float[Tensor, " k"]:
+        """|⟨x_i, y_i⟩|, 0 … 1."""
+        return self.diagonal.abs().clamp(max=1.0)
+
 
 @torch.no_grad()
 def cosines(a: SVD | HalfSVD, b: SVD | HalfSVD, side: str) -> Cosines:

@@ -16,7 +16,8 @@ import torch
 
 from specbasis.core.errors import InputError
 from specbasis.core.svd import half_svd
-from specbasis.measures.measures import MEASURES, Measure, needed
+from specbasis.measures.measure import Measure
+from specbasis.measures.table import needed, reads
 
 EIGEN = 11.0
 """Time of a symmetric eigensolver for one n³, in flops at the rate of a product; half of it for values alone."""
@@ -63,12 +64,7 @@ class Rates:
 
 
 def matrix_work(
-    shape: tuple[int, int],
-    measures: Sequence[str],
-    ranks: int,
-    pairs: int = 1,
-    table: Sequence[Measure] = MEASURES,
-    draws: int = 0,
+    shape: tuple[int, int], measures: Sequence[Measure], ranks: int, pairs: int = 1, draws: int = 0
 ) -> Work:
     """What comparing one matrix with some finetunes of it costs.
 
@@ -78,7 +74,7 @@ def matrix_work(
     """
     n, m = sorted(shape)
     k = min(ranks, n)
-    need = needed(measures, k, table)
+    need = needed(measures, k)
     implied = 2 * k > n
     products = eigen = 0.0
     for which, count in need.items():
@@ -86,14 +82,13 @@ def matrix_work(
             times = 1 if which == "base" else pairs
             products += times * (1.125 * n * n * m + (0 if implied or not count else 2 * n * m * k + 3 * m * k * k))
             eigen += times * n**3 * (1.0 if count else 0.5)
-    taken = [m_ for m_ in table if m_.name in measures]
-    crossed = {m_.vectors for m_ in taken if len(m_.vectors) == 2}
+    crossed = {measure.vectors for measure in measures if len(measure.vectors) == 2}
     if implied:
         products += len(crossed) * pairs * (2 * n * n * m + 2 * n * n * k)
-    whole = any(m_.every for m_ in taken)
+    whole = reads(measures, "every")
     if whole:
         products += pairs * (4 * n * n * k + 2 * n * m * k)  # intruders
-    if any(m_.every and m_.values for m_ in taken):
+    if any("every" in measure.reads and measure.values for measure in measures):
         products += pairs * ((2 * n * n * m + 4 * n**3) if 3 * k > n else (8 * n * m * k + 4 * n * n * k))
     products += pairs * draws * (1.125 * n * n * m + 2 * n * n * m)
     eigen += pairs * draws * n**3

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
@@ -21,24 +20,13 @@ from specbasis.architecture.recognise import model_map
 from specbasis.checkpoint import open_checkpoint
 from specbasis.comparison.options import Options
 from specbasis.core.errors import InputError
+from specbasis.core.intruders import intruders
+from specbasis.core.subspace import alignment
 from specbasis.core.svd import SVD, decompose
-from specbasis.measures.measures import alignment
 
 _LOG = logging.getLogger(__name__)
 
 ON_INTRUDERS = ("ignore", "warn", "stop")
-
-
-def intruders(base: Float[Tensor, "d n"], tuned: Float[Tensor, "d k"], threshold: float = 0.5) -> list[int]:
-    """Ranks of the tuned singular vectors that are like no singular vector of base.
-
-    The ranks j with max_i |⟨x_i, y_j⟩| < threshold, 0-based, for all n vectors of one side of base and the
-    leading k of tuned. Costs 2·d·n·k flops.
-
-    Source: Shuttleworth et al. 2024 (arXiv 2410.21228), for left vectors.
-    """
-    similarity = (base.mT @ tuned.to(base.dtype)).abs().amax(dim=0)
-    return (similarity < threshold).nonzero().flatten().tolist()
 
 
 @dataclass(frozen=True, eq=False)

@@ -29,7 +29,8 @@ from specbasis.jobs.cells import Progress
 from specbasis.jobs.cost import Work, matrix_work
 from specbasis.jobs.folder import environment
 from specbasis.jobs.results import COMPARISON, Results
-from specbasis.measures.measures import RESOLVED
+from specbasis.measures.measure import RESOLVED
+from specbasis.measures.table import choose
 from specbasis.tracking.runs import Series, Source, open_series
 from specbasis.tracking.trajectory import SIDES, Trajectory, follow
 
@@ -217,7 +218,9 @@ class _Task:
 
     @property
     def _work(self) -> Work:
-        return matrix_work(self.ref.shape, ("alignment_left", "alignment_right"), self.ranks, len(self.refs) - 1)
+        return matrix_work(
+            self.ref.shape, choose(("alignment_left", "alignment_right")), self.ranks, len(self.refs) - 1
+        )
 
     def run(self) -> tuple[pa.Table | None, dict[int, str]]:
         """The rows, and the checkpoints at which the matrix has no decomposition."""
