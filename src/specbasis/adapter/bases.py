@@ -13,6 +13,7 @@ from torch import Tensor
 from specbasis.adapter.layer import SpectralLinear, check_interval
 from specbasis.adapter.proof import weight_digest
 from specbasis.checkpoint import Checkpoint, open_checkpoint
+from specbasis.checkpoint.atomic import write_whole
 from specbasis.core.errors import InputError
 from specbasis.core.svd import SVD, decompose
 from specbasis.jobs.cache import Cache
@@ -32,11 +33,7 @@ def save_bases(path: str | Path, layers: Mapping[str, SpectralLinear], adapter_n
             frozen = (layer.spectral_U, layer.spectral_S, layer.spectral_Vh, layer.spectral_origin)
             for key, held in zip(("U", "S", "Vh", "origin"), frozen, strict=True):
                 tensors[f"{name}.{key}"] = held[adapter_name].detach().cpu().contiguous()
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.with_name(target.name + ".part")
-    save_file(tensors, draft)
-    draft.replace(target)
+    write_whole(Path(path), lambda temporary: save_file(tensors, temporary))
 
 
 def load_basis(path: str | Path, W: Float[Tensor, "out in"], interval: tuple[int, int], name: str) -> SVD:

@@ -13,6 +13,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from specbasis.checkpoint.atomic import whole, writing
 from specbasis.checkpoint.entry import Checkpoint, Entry
 from specbasis.core.dtypes import FORMATS, Format, name_of
 from specbasis.core.errors import InputError
@@ -49,22 +50,12 @@ def write_model(
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: exists already; want a new folder")
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
+    with writing(out), whole(out) as temporary:
         temporary.mkdir()
         _copy_beside(checkpoint, temporary)
         _write_weights(checkpoint, temporary, change, shard_bytes)
         for name, text in (extra or {}).items():
             (temporary / name).write_text(text(), encoding="utf-8")
-        if out.exists():
-            out.rmdir()
-        temporary.rename(out)
-    except OSError as error:
-        raise InputError(f"{out}: cannot be written ({error.strerror or error}); choose another place") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return out
 
 

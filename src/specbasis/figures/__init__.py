@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from specbasis.checkpoint.atomic import write_whole
 from specbasis.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -47,23 +47,7 @@ def write_report(results: Results, rows: pa.Table, path: Path) -> Path:
     own = tuple(measure["name"] for measure in results.manifest.get("measures", []))
     pairs = data.read_pairs(rows, labels, own)
     bands = [data.bands(pair) for pair in pairs]
-    try:
-        _save(path, page.render(results.manifest, pairs, bands))
-        for name, content in figures.draw(pairs, bands):
-            _save(path.parent / "figures" / name, content)
-    except OSError as error:
-        raise InputError(
-            f"{error.filename or path}: cannot be written ({error.strerror or error}); choose another place"
-        ) from error
+    write_whole(path, page.render(results.manifest, pairs, bands))
+    for name, content in figures.draw(pairs, bands):
+        write_whole(path.parent / "figures" / name, content)
     return path
-
-
-def _save(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -11,23 +11,24 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specbasis.checkpoint.atomic import write_whole, writing
+from specbasis.checkpoint.atomic import write_whole
 from specbasis.comparison.findings import as_json
 from specbasis.core.errors import InputError
 from specbasis.finetuning.metrics import Predictions
 from specbasis.finetuning.protocol import Placement, Protocol
 from specbasis.finetuning.sources import load_task
 from specbasis.finetuning.tasks import Task, TaskData, selection_size, subset
-from specbasis.jobs.folder import environment, refuse_another
+from specbasis.jobs.folder import Kind, environment, opened, refuse_another, write_json
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
+RUN = Kind("run")
 METRICS, MANIFEST, CARD, CHECKPOINTS = "metrics.json", "manifest.json", "README.md", "checkpoints"
 PREDICTIONS = "predictions.csv"
 LOGS = "runs"
@@ -156,11 +157,11 @@ def finetune(
     folder = Path(out)
     from accelerate import PartialState
 
-    with PartialState().main_process_first():  # of several processes the first one makes the folder
-        finished = _begin(folder, config)
-    if finished is not None:
-        return finished
-    with _one_line_on_a_full_disk(folder):
+    with ExitStack() as alone, _one_line_on_a_full_disk(folder):
+        with PartialState().main_process_first():  # of several processes the first one makes the folder
+            finished = _begin(folder, config, alone, is_main_process())
+        if finished is not None:
+            return finished
         metrics = run(
             base,
             data,
@@ -277,33 +278,21 @@ def held_back_texts(
 # --- the folder -------------------------------------------------------------------------------------------------
 
 
-def _begin(folder: Path, config: Mapping[str, Any]) -> Finetuned | None:
-    """The run of this folder if it is finished; else a manifest is in the folder when this returns.
+def _begin(folder: Path, config: Mapping[str, Any], alone: ExitStack, is_first: bool) -> Finetuned | None:
+    """The run of this folder if it is finished; else its manifest is there, and the folder in use until ``alone``.
 
     Raises:
-        InputError: the folder holds another run, or anything else. A run that had nothing to keep yet gives way.
+        InputError: the folder holds another run, or anything else, or is in use.
     """
-    plain = json.loads(json.dumps(config))
-    path = folder / MANIFEST
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder}: is a file; want a folder for the run")
-    if path.is_file():
-        try:
-            held = json.loads(path.read_text(encoding="utf-8"))["config"]
-        except (ValueError, KeyError, OSError) as error:
-            raise InputError(f"{path}: damaged ({error}); choose another folder") from error
-        if any(other.is_file() and other != path for other in folder.rglob("*")):
-            refuse_another(folder, "run", held, plain)
-        elif held != plain:
-            path.unlink()
-        if (folder / METRICS).is_file():
-            return Finetuned(folder, json.loads((folder / METRICS).read_text(encoding="utf-8")))
-    elif folder.exists() and any(folder.iterdir()):
-        raise InputError(f"{folder}: is not empty and holds no run; choose a new folder")
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    if not path.is_file():
-        _write_json(path, {"config": plain, "environment": environment()})
+    if is_first:
+        run = alone.enter_context(opened(folder, RUN, config))
+        if "environment" not in run.manifest:
+            run.manifest["environment"] = environment(("transformers", "tokenizers", "accelerate"))
+            run.write_manifest()
+    else:
+        refuse_another(folder, RUN.noun, RUN.read(folder)["config"], json.loads(json.dumps(config)))
+    if (folder / METRICS).is_file():
+        return Finetuned(folder, json.loads((folder / METRICS).read_text(encoding="utf-8")))
     return None
 
 
@@ -311,13 +300,11 @@ def _finish(folder: Path, config: Mapping[str, Any], metrics: Mapping[str, Any],
     """Card, then metrics, whose presence says that the run is finished."""
     from specbasis.finetuning.card import model_card
 
-    write_whole(
-        folder / CARD, lambda path: path.write_text(model_card(config, metrics, data.task), encoding="utf-8")
-    )
+    write_whole(folder / CARD, model_card(config, metrics, data.task))
     logs = folder / CHECKPOINTS / LOGS
     if logs.is_dir():
         logs.rename(folder / LOGS)
-    _write_json(folder / METRICS, metrics)
+    write_json(folder / METRICS, metrics)
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
 
@@ -335,11 +322,6 @@ def _write_predictions(path: Path, said: Mapping[str, Mapping[str, Any]], task: 
                     table.writerow((name, example, *shown))
 
     write_whole(path, write)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-    write_whole(path, lambda target: target.write_text(text, encoding="utf-8"))
 
 
 _FULL = ("No space left", "Disk quota exceeded", "inline_container")

@@ -6,7 +6,6 @@ import hashlib
 import os
 import warnings
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from specbasis.checkpoint import Checkpoint
+from specbasis.checkpoint.atomic import whole
 from specbasis.checkpoint.readers import file_entries
 from specbasis.core.errors import InputError
 from specbasis.core.svd import ALGORITHM, SVD, decompose
@@ -67,7 +67,8 @@ class Cache:
         parts = {part: getattr(svd, part).cpu() for part in _PARTS}
         digest = torch.frombuffer(bytearray.fromhex(_digest(parts.values())), dtype=torch.uint8)
         try:
-            _save(path, {**parts, "digest": digest})
+            with whole(path) as temporary:
+                save_file({**parts, "digest": digest}, temporary)
             _evict(self.folder, self.limit)
         except (OSError, SafetensorError) as error:
             warnings.warn(f"{self.folder}: decompositions cannot be kept here ({error})", stacklevel=2)
@@ -114,7 +115,8 @@ class Samples:
         """Keep them; a folder that cannot be written is a warning."""
         sides = {side: x.cpu().contiguous() for side, x in zip(("left", "right"), found, strict=True)}
         try:
-            _save(self._path(W, T, kind, draws, k), sides)
+            with whole(self._path(W, T, kind, draws, k)) as temporary:
+                save_file(sides, temporary)
             _evict(self.folder, self.limit)
         except (OSError, SafetensorError) as error:
             warnings.warn(f"{self.folder}: samples cannot be kept here ({error})", stacklevel=2)
@@ -137,18 +139,6 @@ def _evict(folder: Path, limit: int) -> None:
             break
         path.unlink(missing_ok=True)
         total -= size
-
-
-def _save(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a file whole or not at all; what a full disk leaves of it is removed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary)
-        temporary.replace(path)
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def _open(path: Path) -> Checkpoint:

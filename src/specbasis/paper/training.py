@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,10 +22,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from specbasis.checkpoint import open_checkpoint, sha256
-from specbasis.checkpoint.atomic import write_whole, writing
+from specbasis.checkpoint.atomic import whole, write_whole, writing
 from specbasis.core.errors import InputError
 from specbasis.jobs.cells import Progress
-from specbasis.jobs.folder import environment, refuse_another
+from specbasis.jobs.folder import Kind, environment, opened, write_json
 from specbasis.paper.images import Images
 from specbasis.paper.mae import (
     MAE,
@@ -40,6 +40,8 @@ from specbasis.paper.mae import (
 )
 
 RECONSTRUCT, CLASSIFY = "reconstruct", "classify"
+
+TRAINING = Kind("training", manifest="run.json", keys=("config", "state", "done"))
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ class Run:
     @property
     def is_done(self) -> bool:
         """Whether the training ended."""
-        return (self.folder / "run.json").is_file() and bool(_about(self.folder).get("done"))
+        return (self.folder / "run.json").is_file() and bool(TRAINING.read(self.folder)["done"])
 
 
 def train(
@@ -163,9 +165,10 @@ def train(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     job = _Job(images, validation, Path(folder), mae or MAE(), training, start, classes, torch.device(device))
     job.check()
-    if not job.begin():
-        with _tf32(job.device):
-            _train(job, progress or (lambda _: None))
+    with job.begun() as is_done:
+        if not is_done:
+            with _tf32(job.device):
+                _train(job, progress or (lambda _: None))
     return Run(job.folder)
 
 
@@ -262,35 +265,28 @@ class _Job:
             "start": start,
         }
 
-    def begin(self) -> bool:
-        """Make the folder, or find that it belongs to this training; returns whether that is done already."""
-        config = self.config()
-        if not (self.folder / "run.json").is_file():
-            if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-                raise InputError(f"{self.folder}: is not empty and holds no training; choose a new folder")
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._write(environment() | {"config": config, "steps": self.total, "state": None, "done": False})
-            return False
-        about = _about(self.folder)
-        refuse_another(self.folder, "training", about["config"], config)
-        return bool(about["done"])
+    @contextmanager
+    def begun(self) -> Iterator[bool]:
+        """Make the folder, or find that it belongs to this training; whether that is done already."""
+        with opened(self.folder, TRAINING, self.config()) as run:
+            run.manifest.setdefault("done", False)
+            if "state" not in run.manifest:
+                run.manifest.update(environment(("transformers",)), steps=self.total, state=None)
+                run.write_manifest()
+            yield bool(run.manifest["done"])
 
     def update(self, **changes: Any) -> None:
-        self._write(_about(self.folder) | changes)
-
-    def _write(self, about: dict[str, Any]) -> None:
-        text = json.dumps(about, indent=1) + "\n"
-        write_whole(self.folder / "run.json", lambda path: path.write_text(text, encoding="utf-8"))
+        write_json(self.folder / TRAINING.manifest, TRAINING.read(self.folder) | changes)
 
     def write_log(self, entries: list[dict[str, Any]]) -> None:
-        text = "".join(json.dumps(entry) + "\n" for entry in entries)
-        write_whole(self.folder / "log.jsonl", lambda path: path.write_text(text, encoding="utf-8"))
+        write_whole(self.folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries))
 
     def keep(self, state: _State) -> None:
         """Write a checkpoint, then what is needed to go on from it, then say that it is there."""
         path = self.folder / f"checkpoint-{state.step}"
         if not path.exists():  # else it was written before a kill: the same weights
-            _write_folder(path, lambda temporary: save_model(state.model, temporary))
+            with writing(path), whole(path) as temporary:
+                save_model(state.model, temporary)
         tensors = {
             f"{i}.{name}": value.cpu().contiguous()
             for i, p in enumerate(_trainable(state.model))
@@ -307,13 +303,11 @@ class _Job:
         return self.folder / f"state-{step}.safetensors"
 
     def keep_best(self, state: _State, loss: float) -> None:
-        def write(folder: Path) -> None:
-            save_model(state.model, folder)
-            (folder / "best.json").write_text(
-                json.dumps({"step": state.step, "validation": loss}), encoding="utf-8"
-            )
-
-        _write_folder(self.folder / "best", write)
+        path = self.folder / "best"
+        with writing(path), whole(path) as temporary:
+            save_model(state.model, temporary)
+            about = {"step": state.step, "validation": loss}
+            (temporary / "best.json").write_text(json.dumps(about), encoding="utf-8")
 
     def best_loss(self) -> float:
         """Least validation loss so far."""
@@ -333,8 +327,7 @@ class _Job:
 
     def resume(self) -> _State:
         """Everything as it was at the last checkpoint, or at the start."""
-        _mend_folders(self.folder)
-        model, about = self.new_model(), _about(self.folder)
+        model, about = self.new_model(), TRAINING.read(self.folder)
         at = about["state"]
         if at is not None:
             load_model(model, self.folder / f"checkpoint-{at}")
@@ -444,39 +437,3 @@ def _weights_digest(folder: Path) -> str:
     if not path.is_file():
         raise InputError(f"{folder}: no model.safetensors here; want a checkpoint of a training")
     return sha256(path)
-
-
-def _about(folder: Path) -> dict[str, Any]:
-    path = folder / "run.json"
-    try:
-        about: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        about["config"], about["state"], about["done"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path}: is not the description of a training ({error}); choose another folder"
-        ) from error
-    return about
-
-
-def _write_folder(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a folder beside its place, then move it there: whole or not at all."""
-    new, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
-    shutil.rmtree(new, ignore_errors=True)
-    with writing(path):
-        write(new)
-        if path.exists():
-            path.replace(old)
-        new.replace(path)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _mend_folders(folder: Path) -> None:
-    """Undo a move that a kill cut in two."""
-    for old in folder.glob(".*.old"):
-        target = folder / old.name[1:].removesuffix(".old")
-        if target.exists():
-            shutil.rmtree(old)
-        else:
-            old.replace(target)
-    for new in folder.glob(".*.new"):
-        shutil.rmtree(new)
