@@ -1,18 +1,15 @@
-"""The README's code is run, and its commands exist."""
+"""The code of the README and of the guide is run, and their commands exist."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+PAGES = {path: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", ROOT / "docs/guide.md")}
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.S)
-
-
-@pytest.mark.parametrize("code", blocks("python"))
+@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", "\n".join(PAGES.values()), flags=re.S))
 def test_python_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("anarcii")
     monkeypatch.chdir(tmp_path)
@@ -25,11 +22,12 @@ def test_commands_exist() -> None:
 
     verbs = {command.name or command.callback.__name__ for command in app.registered_commands}
     verbs |= {group.name for group in app.registered_groups}
-    used = set(re.findall(r"^specbasis (\w+)", "\n".join(blocks("sh")), flags=re.M))
+    used = set(re.findall(r"(?:^|`)specbasis (\w+)", "\n".join(PAGES.values()), flags=re.M))
     assert used
     assert used <= verbs
 
 
 def test_links_lead_somewhere() -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert (Path(__file__).parents[1] / target).exists(), target
+    for page, text in PAGES.items():
+        for target in re.findall(r"\]\(([^)#]+)\)", text):
+            assert (page.parent / target).exists(), target
