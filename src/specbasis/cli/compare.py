@@ -20,8 +20,9 @@ from specbasis.cli.common import OUT, STDERR, STDOUT, STREAM, line, numbers, pro
 from specbasis.comparison.compare import Plan
 from specbasis.comparison.findings import CHECKS, kinds
 from specbasis.comparison.summary import RoleSummary, named_parts
+from specbasis.core.grammar import human_bytes
 from specbasis.figures.tables import SEVERITIES, by_reason, cells, number, over_all_ranks
-from specbasis.jobs.cost import human_bytes, rates
+from specbasis.jobs.cost import rates
 
 BASE = Annotated[
     str, typer.Argument(metavar="BASE", help="pretrained: file, folder, hub:org/name, timm:name, pkg:…")

@@ -32,16 +32,17 @@ from specbasis.core.entries import read_entries
 from specbasis.core.errors import InputError, NonFiniteError
 from specbasis.core.nulls import KINDS, Rounding, draw
 from specbasis.core.nulls import rounding as rounding_of
+from specbasis.core.options import takes
 from specbasis.core.svd import ALGORITHM, SVD, HalfSVD, approximate_svd, cosines, half_svd, low_rank_svd
 from specbasis.jobs import engine as engines
 from specbasis.jobs import results as store
 from specbasis.jobs.cache import Cache, Samples
 from specbasis.jobs.cells import Progress
-from specbasis.jobs.cost import Work, makespan, matrix_work, parse_bytes, rates
+from specbasis.jobs.cost import Work, makespan, matrix_work, rates
 from specbasis.jobs.folder import environment
 from specbasis.jobs.results import Results
 from specbasis.measures.measure import Measure, Values
-from specbasis.measures.own import OwnMeasure, digest
+from specbasis.measures.own import OwnMeasure
 from specbasis.measures.table import measure_all, needed, reads, table
 from specbasis.measures.triple import Absent, Decomposition, Triple
 
@@ -151,29 +152,15 @@ class Comparison:
         return summary_html(self)
 
 
+@takes(Options)
 def compare(
     base: Source,
     tuned: Source | Sequence[Source],
     out: str | Path | None = None,
+    options: Options | None = None,
     *,
-    ranks: int = 200,
-    subspace: int | None = None,
-    roles: Sequence[str] = (),
-    blocks: Sequence[int] = (),
-    name: str = "",
-    common_rows: bool = False,
-    measures: Sequence[str | OwnMeasure] = (),
-    nulls: bool = False,
-    null_samples: int = 0,
-    heads: int | None = None,
-    stream: bool = False,
-    workers: int | None = None,
-    memory: str | int | None = None,
-    engine: str = "auto",
-    device: str = "cpu",
-    cache: str | Path | None = None,
-    approximate: bool = False,
     progress: Callable[[Progress], None] | None = None,
+    **keywords: Any,
 ) -> Comparison:
     """Measure what finetuning changed in the singular vectors and values of every weight matrix.
 
@@ -185,34 +172,9 @@ def compare(
         tuned: one or several finetunes of it: checkpoints, or PEFT adapters trained on it, whose low-rank updates
             are decomposed without being formed.
         out: folder for rows and manifest; a temporary one, kept as long as the result, when None.
-        ranks: leading ranks whose singular vectors are compared; singular values are compared at all ranks.
-        subspace: number of leading ranks at which principal angles are taken; 10, or as many as are compared, when
-            None.
-        roles: only these roles, such as ``["ffn", "attention.query"]``.
-        blocks: only these blocks.
-        name: only matrices whose name matches this pattern (``*`` and ``?``).
-        common_rows: compare the rows that both sides have where a vocabulary grew.
-        measures: only the measures that match these patterns, such as ``["alignment*"]``, and those that cost
-            nothing. What no measure reads is not decomposed: without those of delta, a third less work.
-            Functions among them are your own measures, taken beside the built-in ones; see `measures.own.own`.
-        nulls: take beside each alignment what chance, an update of the same size and rounding would give, with
-            p-values and intervals (docs/nulls.md); about a fifth more time.
-        null_samples: draw so many random updates of each kind and decompose them too: each costs as much as one
-            decomposition for each kind. Kept in ``cache`` where it is given.
-        heads: number of attention heads (of the queries); needed where the model has no config.json that says it.
-        stream: read only the byte ranges of the wanted matrices from the Hub, and write nothing to its cache.
-        workers: how many matrices at the same time, one thread each; as many as there are cores when None. The rows
-            do not depend on it.
-        memory: what the running workers may take together, as bytes or as text such as "8GB"; half of what is free
-            when None. A matrix that needs more is done alone.
-        engine: "threads", "processes", "ray" (a cluster), or "auto"; see `specbasis.jobs.engine.run`.
-        device: where to compute: "cpu", "cuda", "cuda:1". One matrix at a time there unless ``workers`` says more.
-        cache: folder in which the decompositions of base and tuned are kept and found again, by content; see
-            `specbasis.jobs.cache`.
-        approximate: take matrices whose short side is over 8192 by block Krylov iteration where at most an
-            eighth of their ranks is wanted; only measures of these ranks are taken, for every matrix. Each rank
-            carries its own bound; where the iteration does not converge the exact way is taken.
+        options: all options as one value; or each as a keyword.
         progress: called at the start and after each matrix.
+        **keywords: the fields of `Options`, below.
 
     Raises:
         InputError: a source cannot be read, nothing is in common, or ``out`` cannot be used.
@@ -221,19 +183,14 @@ def compare(
 
     Source: Yu et al. 2026, §3 and §4.1–4.2; what is added beside it: bounds, subspaces, chance levels, verdicts.
     """
-    options = replace(
-        _options(ranks, subspace, roles, blocks, name, common_rows, measures, nulls, null_samples, heads),
-        cached=cache is not None,
-        approximate=approximate,
-    )
-    if engine not in engines.ENGINES:
-        raise InputError(f"got engine {engine!r}; want one of {', '.join(engines.ENGINES)}")
-    place = Place(_device(device), None if cache is None else str(cache))
-    workers = _workers(workers) if workers is not None or device == "cpu" else 1
-    budget = _budget(memory)
-    matched = _matched(base, tuned, options, stream)
-    if matched.in_memory and engine in ("processes", "ray"):
-        raise InputError(f"tensors in memory cannot reach engine {engine!r}; write them to a file, or use threads")
+    chosen = Options.of(options, keywords)
+    place = Place(_device(chosen.device), None if chosen.cache is None else str(chosen.cache))
+    workers = chosen.workers or (cpu_count() if chosen.device == "cpu" else 1)
+    matched = _matched(base, tuned, chosen)
+    if matched.in_memory and chosen.engine in ("processes", "ray"):
+        raise InputError(
+            f"tensors in memory cannot reach engine {chosen.engine!r}; write them to a file, or use threads"
+        )
     kept = tempfile.TemporaryDirectory(prefix="specbasis-") if out is None else None
     folder = Path(kept.name) if kept else Path(str(out))
 
@@ -241,7 +198,7 @@ def compare(
     with ThreadPoolExecutor(cpu_count()) as pool:  # hashing leaves the interpreter to the others
         provenance = list(pool.map(partial(_provenance, known=known), (matched.base, *matched.tuned.values())))
     alone = ExitStack()
-    results = alone.enter_context(store.create(folder, _config(options, list(matched.tuned), provenance)))
+    results = alone.enter_context(store.create(folder, _config(chosen, list(matched.tuned), provenance)))
     results.manifest.update(
         environment(),
         base=provenance[0],
@@ -250,7 +207,7 @@ def compare(
             for (label, pairing), about in zip(matched.pairings.items(), provenance[1:], strict=True)
         },
         measures=[
-            {"name": m.name, "title": m.title, "source": m.source} for m in options.taken if m.shown == "table"
+            {"name": m.name, "title": m.title, "source": m.source} for m in chosen.taken if m.shown == "table"
         ],
         failed=[],
         runs=results.manifest.get("runs", []),
@@ -261,8 +218,8 @@ def compare(
     started, done, total = time.perf_counter(), 0.0, math.fsum(task.flops for task in tasks)
     report = progress or (lambda _: None)
     report(Progress(0.0, total, tasks[0].name if tasks else ""))
-    local = matched.in_memory or not _portable_measures(options.own, engine)
-    running = engines.run(tasks, workers=workers, memory=budget, engine=engine, local=local)
+    local = matched.in_memory or not _portable_measures(chosen.own, chosen.engine)
+    running = engines.run(tasks, workers=workers, memory=chosen.budget, engine=chosen.engine, local=local)
     # Closed here, not when the garbage collector comes: an error's traceback would keep the workers busy.
     with alone, _opened_here(matched), closing(running):
         for task, outcomes in running:
@@ -312,32 +269,19 @@ class Plan:
         return max(min(sum(largest[: self.workers]), self.memory), *largest[:1], 0)
 
 
+@takes(Options)
 def plan(
     base: Source,
     tuned: Source | Sequence[Source],
     out: str | Path | None = None,
-    *,
-    ranks: int = 200,
-    subspace: int | None = None,
-    roles: Sequence[str] = (),
-    blocks: Sequence[int] = (),
-    name: str = "",
-    common_rows: bool = False,
-    measures: Sequence[str | OwnMeasure] = (),
-    nulls: bool = False,
-    null_samples: int = 0,
-    heads: int | None = None,
-    stream: bool = False,
-    workers: int | None = None,
-    memory: str | int | None = None,
+    options: Options | None = None,
+    **keywords: Any,
 ) -> Plan:
     """What `compare` with the same arguments would do, from headers alone; nothing is decomposed or written."""
-    options = _options(ranks, subspace, roles, blocks, name, common_rows, measures, nulls, null_samples, heads)
-    budget = _budget(memory)
-    workers = _workers(workers)
-    matched = _matched(base, tuned, options, stream)
-    tasks = matched.tasks(Results(Path(str(out))) if out is not None else None, Place())
-    return Plan(tuple(tasks), workers, engines.free_memory() // 2 if budget is None else budget)
+    chosen = Options.of(options, keywords)
+    tasks = _matched(base, tuned, chosen).tasks(Results(Path(str(out))) if out is not None else None, Place())
+    budget = engines.free_memory() // 2 if chosen.budget is None else chosen.budget
+    return Plan(tuple(tasks), chosen.workers or cpu_count(), budget)
 
 
 def load(folder: str | Path) -> Comparison:
@@ -404,7 +348,6 @@ class Matched:
         tuned: label → the same, open.
         pairings: label → the matrices that are in both.
         options: what to compare.
-        stream: read byte ranges where a source is on the Hub.
     """
 
     source: Source
@@ -413,7 +356,6 @@ class Matched:
     tuned: Mapping[str, Checkpoint]
     pairings: Mapping[str, Pairing]
     options: Options
-    stream: bool = False
 
     @property
     def in_memory(self) -> bool:
@@ -429,44 +371,8 @@ class Matched:
                     by_matrix.setdefault(m.key.name, []).append((label, _portable(self.sources[label]), m))
         place = replace(place, approximate=self.options.approximate)
         base, options = _portable(self.source), self.options
-        tasks = [Task(base, tuple(todo), options, place, self.stream) for todo in by_matrix.values()]
+        tasks = [Task(base, tuple(todo), options, place) for todo in by_matrix.values()]
         return sorted(tasks, key=lambda task: -task.flops)
-
-
-def _options(
-    ranks: int,
-    subspace: int | None,
-    roles: Sequence[str],
-    blocks: Sequence[int],
-    name: str,
-    common_rows: bool,
-    measures: Sequence[str | OwnMeasure],
-    nulls: bool,
-    null_samples: int,
-    heads: int | None,
-) -> Options:
-    for what, given in (("roles", roles), ("blocks", blocks), ("measures", measures)):
-        if isinstance(given, str | int):
-            raise InputError(f"got {what} = {given!r}; want a list, such as [{given!r}]")
-    k = (min(10, ranks) if isinstance(ranks, int) else 10) if subspace is None else subspace
-    patterns = tuple(measure for measure in measures if isinstance(measure, str))
-    functions = tuple(measure for measure in measures if not isinstance(measure, str))
-    odd = [function for function in functions if not callable(function)]
-    if odd:
-        raise InputError(f"got {odd[0]!r} among the measures; want patterns of names, and functions")
-    return Options(
-        ranks,
-        k,
-        tuple(roles),
-        tuple(blocks),
-        name,
-        common_rows,
-        patterns,
-        nulls=nulls,
-        null_samples=null_samples,
-        heads=heads,
-        own=functions,
-    )
 
 
 def _portable_measures(functions: Sequence[OwnMeasure], engine: str) -> bool:
@@ -486,26 +392,12 @@ def _portable_measures(functions: Sequence[OwnMeasure], engine: str) -> bool:
     return True
 
 
-def _budget(memory: str | int | None) -> int | None:
-    if isinstance(memory, str) or memory is None:
-        return None if memory is None else parse_bytes(memory)
-    if memory < 1:
-        raise InputError(f"got memory = {memory}; want more than nothing, such as '8GB'")
-    return memory
-
-
-def _workers(given: int | None) -> int:
-    if given is not None and given < 1:
-        raise InputError(f"got workers = {given}; want at least 1")
-    return given or cpu_count()
-
-
-def _matched(base: Source, tuned: Source | Sequence[Source], options: Options, stream: bool = False) -> Matched:
+def _matched(base: Source, tuned: Source | Sequence[Source], options: Options) -> Matched:
     sources = [tuned] if isinstance(tuned, str | Path | Mapping) else list(tuned)
     if not sources:
         raise InputError("got no tuned checkpoint; want at least one")
-    opened = open_checkpoint(base, stream=stream)
-    checkpoints = [open_tuned(source, opened, stream=stream) for source in sources]
+    opened = open_checkpoint(base, stream=options.stream)
+    checkpoints = [open_tuned(source, opened, stream=options.stream) for source in sources]
     labels = store.unique_labels([checkpoint.source for checkpoint in checkpoints])
     pairings = {
         label: pair(opened, checkpoint, common_rows=options.common_rows, admits=options.filter)
@@ -523,7 +415,6 @@ def _matched(base: Source, tuned: Source | Sequence[Source], options: Options, s
         dict(zip(labels, checkpoints, strict=True)),
         pairings,
         options,
-        stream,
     )
 
 
@@ -539,14 +430,12 @@ class Task:
         todo: (label, source of the tuned checkpoint, where the matrix is in both).
         options: how far to look.
         place: where to compute and what to keep.
-        stream: read byte ranges where a source is on the Hub.
     """
 
     base: Source
     todo: tuple[tuple[str, Source, MatrixPair], ...]
     options: Options
     place: Place
-    stream: bool = False
 
     @property
     def name(self) -> str:
@@ -583,9 +472,9 @@ class Task:
         """Compare; return the rows, or the error, of each pair."""
         outcomes: list[Outcome] = []
         decomposed: dict[MatrixRef, Decomposition] = {}
-        base = _opened(self.base, None, self.stream)
+        base = _opened(self.base, None, self.options.stream)
         for label, source, matched in self.todo:
-            tuned = _opened(source, self.base, self.stream)
+            tuned = _opened(source, self.base, self.options.stream)
             where = f"{matched.key.name} in "
             try:
                 W = matched.base.read(base)
@@ -596,7 +485,7 @@ class Task:
                     ranks=min(self.options.ranks, *matched.base.shape),
                     base=known,
                     update=matched.tuned.delta_factors(tuned),
-                    subspace=self.options.subspace,
+                    subspace=self.options.k,
                     measures=self.options.taken,
                     names=(where + base.source, where + tuned.source),
                     place=self.place,
@@ -810,9 +699,7 @@ def _config(options: Options, labels: list[str], provenance: list[dict[str, Any]
         "algorithm": ALGORITHM,
         "base": provenance[0]["sha256"],
         "tuned": {label: about["sha256"] for label, about in zip(labels, provenance[1:], strict=True)},
-        **{name: list(v) if isinstance(v, tuple) else v for name, v in asdict(replace(options, own=())).items()},
-        "own": {function.__name__: digest(function) for function in options.own},
-        "measures": [measure.name for measure in options.taken],
+        **options.config(),
     }
 
 

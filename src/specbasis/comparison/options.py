@@ -2,59 +2,109 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from specbasis.architecture.selection import Selection
 from specbasis.core.errors import InputError
+from specbasis.core.grammar import parse_bytes, words
+from specbasis.core.options import ADVANCED, option
+from specbasis.jobs.engine import ENGINES
 
 if TYPE_CHECKING:
-    from specbasis.architecture.key import MatrixKey
     from specbasis.architecture.pair import MatrixPair
     from specbasis.checkpoint import Checkpoint
     from specbasis.measures.measure import Measure
-    from specbasis.measures.own import OwnMeasure
 
 
 @dataclass(frozen=True)
-class Options:
-    """What to compare, and how far down the spectrum.
+class Options(Selection):
+    """What to compare, how far down the spectrum, and where to compute.
 
-    Attributes:
-        ranks: leading ranks whose singular vectors are compared; singular values are compared at all ranks.
-        subspace: number of leading ranks k at which principal angles are taken.
-        roles: keep matrices with these roles (a prefix such as "attention" counts), or all.
-        blocks: keep matrices of these blocks, or all.
-        name: keep matrices whose name matches this pattern (``*`` and ``?``), or all.
-        common_rows: compare the rows that both sides have where a vocabulary grew.
-        measures: patterns of the measures to take, or all.
-        approximate: short sides over `LARGE` by block Krylov iteration, where the ranks are few.
-        cached: base and tuned are decomposed through a cache, with the vectors of both sides (other rounding).
-        nulls: what an update of the same size without a direction would leave, beside every alignment.
-        null_samples: random updates of each kind that are decomposed as well.
-        heads: number of attention heads, where the model does not say it.
-        own: a user's own measures.
+    ``measures`` holds patterns of names, and functions: your own measures, taken beside the built-in ones (see
+    `specbasis.measures`). What no measure reads is not decomposed: without those of the update, a third less work.
+    ``null_samples`` costs one decomposition for each draw and kind; the draws are kept in ``cache``.
+    ``approximate`` takes a matrix whose short side is over 8192 by block Krylov iteration where at most an eighth
+    of its ranks is wanted. Only measures of these ranks are then taken, for every matrix, each with its own bound,
+    and where the iteration does not converge the exact way is taken. The rows depend on neither ``workers`` nor
+    ``engine``.
     """
 
-    ranks: int = 200
-    subspace: int = 10
-    roles: tuple[str, ...] = ()
-    blocks: tuple[int, ...] = ()
-    name: str = ""
-    common_rows: bool = False
-    measures: tuple[str, ...] = ()
-    cached: bool = False
-    approximate: bool = False
-    nulls: bool = False
-    null_samples: int = 0
-    heads: int | None = None
-    own: tuple[OwnMeasure, ...] = ()
+    ranks: int = option(200, "leading ranks whose singular vectors are compared", least=1)
+    subspace: int | None = option(
+        None, "leading ranks k at which principal angles are taken; default: 10", panel=ADVANCED, least=1
+    )
+    common_rows: bool = option(False, "compare the common rows where a vocabulary grew", panel=ADVANCED)
+    measures: tuple[str | Callable[..., Any], ...] = option(
+        (), "only these measures, e.g. 'alignment*,singular_value_*'", parse=lambda text, _: words(text)
+    )
+    nulls: bool = option(False, "what chance, size and rounding would give, with p-values")
+    null_samples: int = option(0, "random updates of each kind to decompose as well", panel=ADVANCED, least=0)
+    heads: int | None = option(
+        None, "attention heads of a model whose config.json does not say it", panel=ADVANCED, least=1
+    )
+    approximate: bool = option(False, "iterate where the short side is over 8192 and ranks few", panel=ADVANCED)
+    stream: bool = option(False, "from the Hub read only the bytes that are wanted", panel=ADVANCED, decides=False)
+    workers: int | None = option(
+        None, "matrices at the same time; default: one for each core", panel=ADVANCED, least=1, decides=False
+    )
+    memory: str | int | None = option(
+        None, "what workers may take, e.g. 8GB; default: half of the free", panel=ADVANCED, decides=False
+    )
+    engine: str = option("auto", "threads, processes, ray, or auto", panel=ADVANCED, choices=ENGINES, decides=False)
+    device: str = option("cpu", "cpu, cuda, cuda:1", panel=ADVANCED, decides=False)
+    cache: str | Path | None = option(
+        None, "folder in which decompositions are kept and found again", decides=False
+    )
+
+    def __post_init__(self) -> None:
+        from specbasis.measures.table import choose
+
+        super().__post_init__()
+        if self.subspace is None:
+            object.__setattr__(self, "subspace", min(10, self.ranks))
+        if self.k > self.ranks:
+            raise InputError(
+                f"got subspace = {self.k} and ranks = {self.ranks}; want no more than the ranks compared"
+            )
+        if self.approximate and (self.nulls or self.null_samples):
+            raise InputError(
+                "nulls need the whole spectrum, which approximate does not compute; leave one of them out"
+            )
+        odd = [measure for measure in self.own if not callable(measure)]
+        if odd:
+            raise InputError(f"got {odd[0]!r} among the measures; want patterns of names, and functions")
+        choose(self.patterns, measures=self.table)
+        if self.budget is not None and self.budget < 1:
+            raise InputError(f"got memory = {self.memory}; want more than nothing, such as '8GB'")
 
     def __getstate__(self) -> dict[str, Any]:
         # What is computed once in each process stays there: a table of functions cannot travel.
         return {name: value for name, value in self.__dict__.items() if name in self.__dataclass_fields__}
+
+    @property
+    def k(self) -> int:
+        """Number of leading ranks at which principal angles are taken."""
+        assert self.subspace is not None
+        return self.subspace
+
+    @property
+    def budget(self) -> int | None:
+        """Bytes that the running workers may take together."""
+        return parse_bytes(self.memory) if isinstance(self.memory, str) else self.memory
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """The measures that are asked for by name."""
+        return tuple(measure for measure in self.measures if isinstance(measure, str))
+
+    @property
+    def own(self) -> tuple[Callable[..., Any], ...]:
+        """The user's own measures."""
+        return tuple(measure for measure in self.measures if not isinstance(measure, str))
 
     @cached_property
     def table(self) -> tuple[Measure, ...]:
@@ -69,33 +119,8 @@ class Options:
         from specbasis.measures.own import OWN
         from specbasis.measures.table import choose
 
-        chosen = choose(self.measures, whole=not self.approximate, measures=self.table)
+        chosen = choose(self.patterns, whole=not self.approximate, measures=self.table)
         return tuple(m for m in self.table if m in chosen or m.source == OWN)
-
-    def __post_init__(self) -> None:
-        from specbasis.architecture.key import ROLES
-        from specbasis.measures.table import choose
-
-        for what, given in (("ranks", self.ranks), ("subspace", self.subspace)):
-            if not isinstance(given, int) or isinstance(given, bool) or given < 1:
-                raise InputError(f"got {what} = {given!r}; want a whole number, at least 1")
-        if self.subspace > self.ranks:
-            raise InputError(
-                f"got subspace = {self.subspace} and ranks = {self.ranks}; want no more than the ranks compared"
-            )
-        known = {*ROLES, *(role.partition(".")[0] for role in ROLES)}
-        unknown = [role for role in self.roles if role not in known]
-        if unknown:
-            raise InputError(f"no role {', '.join(unknown)}; there is: {', '.join(ROLES)}")
-        if self.null_samples < 0 or (self.heads is not None and self.heads < 1):
-            raise InputError(
-                f"got null_samples = {self.null_samples}, heads = {self.heads}; want at least 0 samples and 1 head"
-            )
-        if self.approximate and (self.nulls or self.null_samples):
-            raise InputError(
-                "nulls need the whole spectrum, which approximate does not compute; leave one of them out"
-            )
-        choose(self.measures, measures=self.table)
 
     def heads_of(self, base: Checkpoint, matched: MatrixPair) -> tuple[int, bool] | None:
         """How many attention heads a matrix is cut into, and whether by columns; None where there are none to
@@ -109,15 +134,13 @@ class Options:
         heads = head_count(base.config, key.role, key.stack, matched.base.shape, self.heads) if wanted else 0
         return (heads, key.role.endswith(".output")) if heads else None
 
-    @property
-    def filter(self) -> Callable[[MatrixKey], bool] | None:
-        """`admits`, or None where every matrix is asked for."""
-        return self.admits if self.roles or self.blocks or self.name else None
+    def config(self) -> dict[str, Any]:
+        """What makes two comparisons the same, apart from the models."""
+        from specbasis.measures.own import digest
 
-    def admits(self, key: MatrixKey) -> bool:
-        """Whether a matrix is among those asked for."""
-        return (
-            (not self.roles or any(key.role == role or key.role.startswith(role + ".") for role in self.roles))
-            and (not self.blocks or key.block in self.blocks)
-            and (not self.name or fnmatch.fnmatchcase(key.name, self.name))
-        )
+        return {
+            **super().config(),
+            "cached": self.cache is not None,
+            "measures": [measure.name for measure in self.taken],
+            "own": {function.__name__: digest(function) for function in self.own},
+        }

@@ -21,6 +21,15 @@ def unknown(kind: str, name: object, names: Iterable[str]) -> InputError:
         names: what there is.
     """
     names = list(names)
-    nearest = get_close_matches(str(name), names, n=1)
-    hint = f"did you mean {nearest[0]}? " if nearest else ""
-    return InputError(f"no {kind} {name!r}; {hint}there is: {', '.join(names)}")
+    return InputError(f"no {kind} {name!r}; {guess(str(name), names)}there is: {', '.join(names)}")
+
+
+class MissingExtra(InputError, ImportError):  # noqa: N818 - says what is missing
+    """An optional library is not installed: says which, and the command that installs it."""
+
+
+def guess(name: str, names: Iterable[str]) -> str:
+    """For an error about a name that does not exist: "did you mean NEAREST? ", or nothing where none is like it."""
+    known = {known.lower(): known for known in names}  # `FFN` is as near to `ffn` as a name can be
+    near = get_close_matches(name.lower(), known, 1)
+    return f"did you mean {known[near[0]]}? " if near else ""

@@ -19,13 +19,14 @@ from specbasis.architecture.key import Admits, MatrixRef
 from specbasis.checkpoint import Checkpoint, open_checkpoint, weights_sha256
 from specbasis.core.edits import KINDS, Edit
 from specbasis.core.errors import InputError
+from specbasis.core.grammar import parse_bytes
 from specbasis.core.svd import ALGORITHM, SVD
 from specbasis.interventions.evaluators import describe
 from specbasis.interventions.live import blocks_and_roles, bound, edited, sites, state
 from specbasis.interventions.samples import Evaluator, Sample, as_samples, summarise
 from specbasis.jobs.cache import Cache, mapped
 from specbasis.jobs.cells import Progress, Row, read_cells, run_cells
-from specbasis.jobs.cost import cache_folder, parse_bytes
+from specbasis.jobs.cost import cache_folder
 
 BASELINE = "none"
 """The kind of the cells in which nothing is edited."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +13,6 @@ from pathlib import Path
 
 import torch
 
-from specbasis.core.errors import InputError
 from specbasis.core.svd import half_svd
 from specbasis.measures.measure import Measure
 from specbasis.measures.table import needed, reads
@@ -150,24 +148,3 @@ def makespan(seconds: Sequence[float], workers: int) -> float:
         at = min(range(workers), key=free.__getitem__)
         free[at] += task
     return max(free)
-
-
-def human_bytes(size: float) -> str:
-    """1.5 GiB, 300 MiB."""
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes from "8GB", "1.5 GiB", "500M" or a plain number.
-
-    Raises:
-        InputError: it is none of these.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
-    if not found:
-        raise InputError(f"got memory {text!r}; want a size, such as 8GB or 500M")
-    number, unit, binary = found.groups()
-    size = int(float(number) * (1024 if binary else 1000) ** " kmgt".index(unit.lower() or " "))
-    if size < 1:
-        raise InputError(f"got memory {text!r}; want more than nothing, such as 8GB")
-    return size

@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
-import torch
 from threadpoolctl import threadpool_limits
 
 from specbasis.core.errors import InputError
@@ -128,6 +127,8 @@ def _until_a_death(
 
 @contextmanager
 def _threads(workers: int) -> Iterator[Submit]:
+    import torch
+
     threads = torch.get_num_threads()
     executor = ThreadPoolExecutor(workers, "specbasis", initializer=torch.set_num_threads, initargs=(1,))
     try:
@@ -213,6 +214,8 @@ def _leave_with(driver: int) -> None:
 
 def _run(task: Task) -> Any:
     """In a worker process: one thread, whatever the process was started with."""
+    import torch
+
     torch.set_num_threads(1)
     with threadpool_limits(1, user_api="blas"):
         return task.run()
