@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import sys
 
 import numpy as np
 import pytest
@@ -9,8 +10,9 @@ import torch
 from torch import nn
 
 from specbasis import InputError
-from specbasis.interventions import Classification, Harness, Numbering, Text, judge
-from specbasis.interventions.evaluators import germline_domains
+from specbasis.interventions import Classification, Harness, Numbering, Text, evaluators, judge
+from specbasis.interventions.evaluators.kit import FORMS
+from specbasis.interventions.evaluators.numbering import germline_domains
 from tests.interventions.models import bert
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "<eos>", "the", "a", "cat", "dog", "sat", "ran", "on"]
@@ -47,7 +49,6 @@ def test_a_table_of_texts_is_judged_as_one_text_at_a_time(tmp_path):
     assert found.value == np.mean([a == b for a, b in zip(expected, labels, strict=True)])
     assert (found.values[:, 0] == [["no", "yes"].index(e) for e in expected]).all()
     # Batches are made once; another process makes its own.
-    assert evaluate._encoded is not None
     assert pickle.loads(pickle.dumps(evaluate))._batches == {}
     limited = Classification(str(table), limit=3, text=("text",), label="label")
     assert len(limited(loaded)["accuracy"].values) == 3
@@ -226,3 +227,27 @@ def test_a_text_that_is_none_and_outputs_that_are_not_finite(tmp_path):
     anarcii.decoder.fc_out.bias.data[0] = float("nan")
     with pytest.raises(InputError, match="the model's outputs hold NaN"):
         broken(anarcii)
+
+
+def test_an_evaluator_is_one_file(tmp_path, monkeypatch):
+    (tmp_path / "length_of_file.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from specbasis.interventions.evaluators.kit import form\n"
+        "@dataclass\n"
+        "class Length:\n"
+        "    file: str\n"
+        "    metric: str = 'length'\n"
+        "    def load(self, source):\n        return source\n"
+        "    def __call__(self, model):\n        return {'length': float(len(self.file))}\n"
+        "@form('length')\n"
+        "def length(file, options):\n    return Length(file)\n"
+    )
+    monkeypatch.setattr(evaluators, "__path__", [*evaluators.__path__, str(tmp_path)])
+    try:
+        assert judge("length:four")(None) == {"length": 4.0}
+        assert evaluators.describe(judge("length:four")) == 'Length {"file": "four", "metric": "length"}'
+        with pytest.raises(InputError, match="length:"):
+            judge("width:four")
+    finally:
+        FORMS.pop("length", None)
+        sys.modules.pop("specbasis.interventions.evaluators.length_of_file", None)

@@ -1,0 +1,95 @@
+"""Tasks of lm-evaluation-harness."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from functools import cached_property
+from io import StringIO
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from specbasis.core.errors import InputError
+from specbasis.interventions.evaluators.kit import form, location_of, pretrained
+from specbasis.interventions.samples import Sample
+
+
+@dataclass(frozen=True, eq=False)
+class Harness:
+    """Tasks of lm-evaluation-harness, with one score for each example where it gives one.
+
+    Attributes:
+        tasks: names, separated by commas.
+        limit: examples of each task.
+        include: folder with task files of one's own.
+        metric: the metric that figures show; the first that the first task reports by default.
+    """
+
+    tasks: str
+    limit: int | None = None
+    include: str | None = None
+    metric: str = ""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_manager"}
+
+    @cached_property
+    def _manager(self) -> Any:
+        """The harness's index of its tasks, which takes seconds to read."""
+        try:
+            from lm_eval.tasks import TaskManager
+        except ImportError as error:
+            raise InputError(
+                "harness tasks need lm-evaluation-harness: pip install 'specbasis[harness]'"
+            ) from error
+        return TaskManager(include_path=self.include)
+
+    def load(self, source: str) -> nn.Module:
+        """A causal language model of transformers."""
+        import transformers
+
+        return pretrained(transformers.AutoModelForCausalLM, source)
+
+    def __call__(self, model: nn.Module) -> dict[str, Sample | float]:
+        """``TASK.METRIC`` for every task and metric."""
+        manager = self._manager
+        import transformers
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+
+        tokenizer = transformers.AutoTokenizer.frompretrained(location_of(model), trust_remote_code=False)
+        known: Any = model
+        # What stands before a text of which every token counts; the harness fails where a tokenizer names nothing.
+        first = [tokenizer.bos_token_id, tokenizer.eos_token_id, known.config.bos_token_id, 0]
+        with redirect_stderr(StringIO()):  # its bars, once for every edit, would run over the grid's own
+            report = simple_evaluate(
+                HFLM(
+                    pretrained=model,
+                    tokenizer=tokenizer,
+                    batch_size=16,
+                    prefix_token_id=next(token for token in first if token is not None),
+                ),
+                tasks=self.tasks.split(","),
+                limit=self.limit,
+                bootstrap_iters=0,
+                log_samples=True,
+                task_manager=manager,
+            )
+        scores: dict[str, Sample | float] = {}
+        for task, results in report["results"].items():
+            for key, value in results.items():
+                metric, _, _ = key.partition(",")
+                if isinstance(value, int | float) and not metric.endswith(("_stderr", "sample_len")):
+                    examples = [sample.get(metric) for sample in report["samples"].get(task, [])]
+                    scored = examples and all(isinstance(score, int | float) for score in examples)
+                    sample = Sample(np.array(examples, float)[:, None]) if scored else float(value)
+                    scores[f"{task}.{metric}"] = sample
+        return scores
+
+
+@form("harness")
+def _harness(tasks: str, options: Mapping[str, Any]) -> Harness:
+    return Harness(tasks, options.get("limit"))

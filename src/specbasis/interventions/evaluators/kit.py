@@ -1,0 +1,177 @@
+"""What evaluators share: how a text names them, how models are loaded, and batches that are encoded once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from specbasis.core.errors import InputError
+from specbasis.interventions.samples import Sample
+
+TOKENS = 4096
+"""Tokens of one batch, padding included. More: fewer calls; less: less padding of short texts, less memory."""
+
+Batch = tuple[list[int], dict[str, Tensor]]
+"""Indices of examples, and what the model takes for them."""
+
+
+class Judge(Protocol):
+    """An evaluator that also knows how to load what it judges.
+
+    Attributes:
+        metric: the metric that figures show.
+    """
+
+    @property
+    def metric(self) -> str:
+        """The metric that figures show."""
+
+    def load(self, source: str) -> nn.Module:
+        """The model that a source holds."""
+
+    def __call__(self, model: nn.Module) -> Mapping[str, Sample | float]:
+        """Scores of every example."""
+
+
+Make = Callable[[str, Mapping[str, Any]], Judge]
+"""From what stands behind ``NAME:`` in a text, and the options of `judge`, to an evaluator."""
+
+FORMS: dict[str, Make] = {}
+"""The texts that `judge` understands, by what stands before their colon."""
+
+
+def form(name: str) -> Callable[[Make], Make]:
+    """Let the decorated function make the evaluator of a text that begins with ``NAME:``."""
+
+    def register(make: Make) -> Make:
+        FORMS[name] = make
+        return make
+
+    return register
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """An evaluator of texts, whose batches are encoded once for each tokenizer; each process encodes for itself."""
+
+    _batches: dict[str, list[Batch]] = field(default_factory=dict, init=False, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_batches": {}}
+
+    def batches(self, model: Any, max_length: int) -> list[Batch]:
+        """All batches for a model, whose texts have at most as many tokens as it can read."""
+        location = location_of(model)
+        if location not in self._batches:
+            import transformers
+
+            tokenizer = transformers.AutoTokenizer.from_pretrained(location, trust_remote_code=False)
+            if tokenizer.pad_token is None:
+                tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+            longest = min(max_length, getattr(model.config, "max_position_embeddings", None) or max_length)
+            self._batches[location] = list(self.encode(tokenizer, longest, model))
+        return self._batches[location]
+
+    def encode(self, tokenizer: Any, max_length: int, model: nn.Module) -> Iterable[Batch]:
+        """The examples in batches; see `padded`."""
+        raise NotImplementedError
+
+
+def padded(tokenizer: Any, encoded: Any) -> Iterator[Batch]:
+    """What a tokenizer made of texts, in batches of like length and at most `TOKENS` tokens."""
+    names = [name for name in encoded if name in tokenizer.model_input_names]
+    for indices in _by_length([len(ids) for ids in encoded["input_ids"]]):
+        items = [{name: encoded[name][i] for name in names} for i in indices]
+        yield indices, dict(tokenizer.pad(items, return_tensors="pt"))
+
+
+def _by_length(lengths: Sequence[int]) -> Iterator[list[int]]:
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and (len(batch) + 1) * lengths[index] > TOKENS:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def logits_of(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    """A transformers model's outputs for a batch, on the CPU in float32.
+
+    Raises:
+        InputError: they are not finite.
+    """
+    device = next(model.parameters()).device
+    logits: Tensor = model(**{name: x.to(device) for name, x in inputs.items()}).logits.float().cpu()
+    want_finite(logits)
+    return logits
+
+
+def want_finite(logits: Tensor) -> None:
+    """Refuse outputs with NaN or Inf.
+
+    Raises:
+        InputError: there are some.
+    """
+    if not bool(torch.isfinite(logits).all()):
+        raise InputError("the model's outputs hold NaN or Inf")
+
+
+def pretrained(auto_class: Any, source: str) -> nn.Module:
+    """The transformers model that a source holds.
+
+    Raises:
+        InputError: transformers cannot load it.
+    """
+    try:
+        model: nn.Module = auto_class.from_pretrained(address(source), trust_remote_code=False, dtype="auto")
+    except (OSError, ValueError, KeyError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{source}: transformers cannot load it ({first})") from error
+    return model.eval()
+
+
+def address(source: str) -> str:
+    """What transformers' from_pretrained wants for a source."""
+    from specbasis.checkpoint.places import locate
+
+    if source.startswith("pkg:"):
+        location, _ = locate(source)
+        (file,), _ = location.provenance(["config.json"])
+        return str(file.parent)
+    path = Path(source).expanduser()
+    return str(path) if path.exists() else source.removeprefix("hub:")
+
+
+def location_of(model: Any) -> str:
+    """Where a transformers model came from, which is where its tokenizer is.
+
+    Raises:
+        InputError: it does not say.
+    """
+    location = str(getattr(getattr(model, "config", None), "name_or_path", "") or "")
+    if not location:
+        raise InputError(
+            f"{type(model).__name__}: does not say where it was loaded from; want a transformers model"
+        )
+    return location
+
+
+def describe(evaluate: object) -> str:
+    """An evaluator in a manifest: its settings that change numbers, in one line."""
+    fields = vars(evaluate) if hasattr(evaluate, "__dict__") else {}
+    settings = {
+        name: value
+        for name, value in fields.items()
+        # `data_dir` is a location: the same data can be anywhere.
+        if name[0] != "_" and name != "data_dir" and value not in (None, "", ())
+    }
+    name = getattr(evaluate, "__qualname__", type(evaluate).__name__)
+    return f"{name} {json.dumps(settings, sort_keys=True, default=lambda value: type(value).__name__)}"

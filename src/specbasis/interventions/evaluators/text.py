@@ -1,0 +1,116 @@
+"""A text that is predicted: perplexity and loss of a language model, causal or masked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from specbasis.core.errors import InputError
+from specbasis.core.statistics import Array
+from specbasis.interventions.evaluators.kit import Batch, Encoded, address, form, logits_of, padded, pretrained
+from specbasis.interventions.samples import Sample, perplexity, ratio
+
+
+@dataclass(frozen=True, eq=False)
+class Text(Encoded):
+    """How well a language model predicts a text file: the loss of each passage, and the perplexity of all.
+
+    A passage is what blank lines separate, or a line where there are none. A causal model predicts each token from
+    those before it in its passage; a masked one predicts 15 % of the tokens, drawn once, from all others.
+
+    Attributes:
+        path: a text file, UTF-8.
+        limit: judge on this many passages.
+        max_length: tokens of a passage; longer ones are cut into several.
+    """
+
+    path: str
+    limit: int | None = None
+    max_length: int = 256
+    metric: str = "perplexity"
+
+    def load(self, source: str) -> nn.Module:
+        """A transformers model with its language-model head, causal or masked as its config says."""
+        import transformers
+
+        config = transformers.AutoConfig.from_pretrained(address(source), trust_remote_code=False)
+        masked = any(map(_is_masked, config.architectures or ()))
+        return pretrained(
+            transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM, source
+        )
+
+    def __call__(self, model: nn.Module) -> dict[str, Sample]:
+        """``perplexity`` and ``loss`` (nats per predicted token), from loss and tokens of each passage."""
+        rows: dict[int, Array] = {}
+        with torch.inference_mode():
+            for indices, batch in self.batches(model, self.max_length):
+                logits = logits_of(model, {name: x for name, x in batch.items() if name != "labels"})
+                labels = batch["labels"]
+                if not _is_masked(type(model).__name__):
+                    logits, labels = logits[:, :-1], labels[:, 1:]
+                losses = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=-100)
+                for index, loss, label in zip(indices, losses.double(), labels, strict=True):
+                    rows[index] = np.array([float(loss.sum()), float((label != -100).sum())])
+        values = np.stack([rows[index] for index in sorted(rows) if rows[index][1] > 0])
+        return {
+            "perplexity": Sample(values, perplexity, higher_is_better=False),
+            "loss": Sample(values, ratio, higher_is_better=False),
+        }
+
+    def encode(self, tokenizer: Any, max_length: int, model: nn.Module) -> Iterator[Batch]:
+        """The passages, with the tokens that are to be predicted as labels."""
+        encoded = tokenizer(
+            _passages(self.path)[: self.limit],
+            truncation=True,
+            max_length=max_length,
+            return_overflowing_tokens=tokenizer.is_fast,
+        )
+        for indices, batch in padded(tokenizer, encoded):
+            if _is_masked(type(model).__name__):
+                _mask(batch, tokenizer, indices)
+            else:
+                batch["labels"] = torch.where(batch["attention_mask"] > 0, batch["input_ids"], -100)
+            yield indices, batch
+
+
+def _is_masked(class_name: str) -> bool:
+    """Whether a class of transformers predicts tokens that are hidden, not those that follow."""
+    return class_name.endswith(("ForMaskedLM", "ForPreTraining"))
+
+
+def _passages(path: str) -> list[str]:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as text in UTF-8 ({error}); want a text file") from error
+    parts = text.split("\n\n") if "\n\n" in text else text.splitlines()
+    passages = [part.strip() for part in parts if part.strip()]
+    if not passages:
+        raise InputError(f"{path}: holds no text")
+    return passages
+
+
+def _mask(batch: dict[str, Tensor], tokenizer: Any, indices: Sequence[int]) -> None:
+    """Hide 15 % of each passage's tokens, at least one, special ones excepted; the same ones every time."""
+    ids = batch["input_ids"]
+    special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids)) | (batch["attention_mask"] == 0)
+    noise = torch.stack(
+        [torch.rand(ids.shape[1], generator=torch.Generator().manual_seed(index)) for index in indices]
+    )
+    noise[special] = 2.0
+    count = (0.15 * (~special).sum(1)).ceil().long()
+    hidden = (noise.argsort(1).argsort(1) < count[:, None]) & ~special
+    batch["labels"] = torch.where(hidden, ids, -100)
+    batch["input_ids"] = torch.where(hidden, tokenizer.mask_token_id, ids)
+
+
+@form("text")
+def _text(file: str, options: Mapping[str, Any]) -> Text:
+    return Text(file, options.get("limit"))
