@@ -1,6 +1,7 @@
 """The frozen-prefix cache: the model with a cached prefix is the model, and no wrong row is ever used."""
 
 import errno
+import os
 import pickle
 import re
 import shutil
@@ -390,7 +391,7 @@ def rebuilt(folder, monkeypatch, **options):
     model = make()
     cut = find_cut(model)
     count = Count(model)
-    monkeypatch.setattr(store, "_check_apart", lambda *_: None)
+    monkeypatch.setattr(store, "check_apart", lambda *_: None)
     cache = PrefixCache.build(model, cut, examples(), collate, folder, **options)
     computed = count.rows
     with cache.suffix(model):
@@ -410,7 +411,6 @@ def test_a_stopped_run_goes_on_and_a_whole_cache_is_not_computed_again(tmp_path,
 
     with pytest.raises(KeyboardInterrupt):
         built(model, tmp_path, progress=stop)
-    monkeypatch.setattr(store, "_sync_folder", lambda _: None)
     assert rebuilt(tmp_path, monkeypatch) == 0  # the seventh example repeats the first
     more = PrefixCache.build(make(), find_cut(make()), [examples(), examples(seed=2)], collate, tmp_path)
     assert len(more) == 12
@@ -456,12 +456,12 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(tmp_path
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**20))
     with pytest.raises(InputError, match=r"needs about 0 MB more for 7 examples, and 1 MB are free; want"):
         built(make(), tmp_path)
-    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "lock"]
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"]
 
 
 def test_a_disk_that_fills_up_is_left_as_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "_CHUNK", 3)
-    real, calls = store._sync, []
+    real, calls = os.fsync, []
 
     def full(file):
         calls.append(file)
@@ -469,12 +469,12 @@ def test_a_disk_that_fills_up_is_left_as_it_was(tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
         real(file)
 
-    monkeypatch.setattr(store, "_sync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(
         InputError, match=r"the disk is full; what this run had written of the prefix cache is removed"
     ):
         built(make(), tmp_path)
-    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "lock"]
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"]
 
 
 def test_examples_that_change_are_refused(tmp_path):

@@ -5,8 +5,10 @@ into batches, and inside of ``with cache.suffix(model):`` the model trains on su
 that: it spares a classifier on the first token the last block's work on all other tokens.
 """
 
-from specbasis.finetuning.prefix.cut import Cut, Kept, Uncut, find_cut
+from specbasis.finetuning.prefix.cut import Cut, Uncut, find_cut
+from specbasis.finetuning.prefix.kept import Kept
 from specbasis.finetuning.prefix.narrow import narrowed
-from specbasis.finetuning.prefix.store import NoPrefixError, PrefixCache
+from specbasis.finetuning.prefix.rows import NoPrefixError
+from specbasis.finetuning.prefix.store import PrefixCache
 
 __all__ = ["Cut", "Kept", "NoPrefixError", "PrefixCache", "Uncut", "find_cut", "narrowed"]

@@ -8,15 +8,26 @@ positions but one in vain. Slicing the attention's output leaves outputs and gra
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from specbasis.finetuning.prefix.probe import Call, Probe, agree, make_probe, outputs, probing, record, weighted
+from specbasis.finetuning.prefix.probe import (
+    Call,
+    Probe,
+    agree,
+    hooked,
+    make_probe,
+    matrix_work,
+    outputs,
+    probing,
+    record,
+    weighted,
+)
 
 
 @contextmanager
@@ -35,7 +46,7 @@ def find_narrow(model: nn.Module) -> str | None:
     """Name of the module after which one position is enough; None where there is no such module."""
     with probing(model):
         try:
-            return search_narrow(model, make_probe(model, 3, 11), nullcontext)
+            return search_narrow(model, make_probe(model, 3, 11))
         except Exception:  # any model may fail in any way on made-up inputs, and goes on as it is
             return None
 
@@ -48,35 +59,27 @@ def slicing(model: nn.Module, name: str | None) -> Iterator[None]:
         leaves, spec = pytree.tree_flatten(output)
         return pytree.tree_unflatten([leaf[:, :1] if _by_position(leaf) else leaf for leaf in leaves], spec)
 
-    if name is None:
+    with hooked(*([] if name is None else [model.get_submodule(name).register_forward_hook(hook)])):
         yield
-        return
-    handle = model.get_submodule(name).register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _by_position(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() == 3 and leaf.shape[1] > 1
 
 
-def search_narrow(model: nn.Module, probe: Probe, running: Callable[[], AbstractContextManager[Any]]) -> str | None:
+def search_narrow(model: nn.Module, probe: Probe) -> str | None:
     """The slice that spares most, of those that leave the model's outputs as they are.
 
     Args:
         model: in evaluation mode.
         probe: a batch.
-        running: a context in which the model runs.
     """
-    with running():
-        calls, result = record(model, probe.batch)
+    calls, result = record(model, probe.batch)
     want = outputs(result, probe.mask)
     best, most = None, 0
     for name in _candidates(calls, want):
         try:
-            with running(), slicing(model, name):
+            with slicing(model, name):
                 sliced, result = record(model, probe.batch)
         except Exception:  # the slice does not fit what comes next
             continue
@@ -86,32 +89,28 @@ def search_narrow(model: nn.Module, probe: Probe, running: Callable[[], Abstract
     return best
 
 
-def _candidates(calls: Sequence[Call], found: Sequence[Tensor]) -> list[str]:
+def _candidates(calls: Sequence[Call], results: Sequence[Tensor]) -> list[str]:
     """Modules, called once, of whose output the first position alone is read."""
-    loss = weighted(found)
+    loss = weighted(results)
     times = Counter(call.module for call in calls)
-    at: dict[int, list[str]] = {}
-    tensors: list[Tensor] = []
+    names: dict[int, str] = {}
+    tensors: dict[int, Tensor] = {}
     for call in calls:
         for leaf in call.leaves:
             if _by_position(leaf) and leaf.requires_grad and times[call.module] == 1 and call.module:
-                at.setdefault(id(leaf), []).append(call.module)
-                tensors.append(leaf)
+                names.setdefault(id(leaf), call.module)
+                tensors[id(leaf)] = leaf
     if loss is None or not tensors:
         return []
-    tensors = list({id(t): t for t in tensors}.values())
-    grads = torch.autograd.grad(loss, tensors, allow_unused=True)
-    names = [at[id(t)] for t, g in zip(tensors, grads, strict=True) if g is not None and not bool(g[:, 1:].any())]
-    return [name for group in names for name in group[:1]]
+    grads = torch.autograd.grad(loss, list(tensors.values()), allow_unused=True)
+    return [names[key] for key, g in zip(tensors, grads, strict=True) if g is not None and not bool(g[:, 1:].any())]
 
 
 def _work(model: nn.Module, calls: Sequence[Call]) -> int:
     """Multiply–adds of the matrices with their tokens, roughly: what slicing saves is told by the difference."""
-    modules: Mapping[str, nn.Module] = dict(model.named_modules())
     total = 0
-    for call in calls:
-        size = sum(p.numel() for p in modules[call.module].parameters(recurse=False) if p.dim() == 2)
+    for call, size in matrix_work(model, calls):
         leaf = call.leaves[0] if size and call.leaves else None
-        if isinstance(leaf, Tensor) and leaf.dim() == 3 and not isinstance(modules[call.module], nn.Embedding):
+        if isinstance(leaf, Tensor) and leaf.dim() == 3:
             total += size * leaf.shape[0] * leaf.shape[1]
     return total

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
 _CARRIED = ("hidden_states", "attentions", "past_key_values", "cross_attentions", "loss")
 
@@ -61,11 +62,9 @@ def _token(given: Any) -> int | None:
 def outputs(result: Any, mask: Tensor | None) -> list[Tensor]:
     """The floating-point outputs that training and evaluation read, at the positions that are no padding."""
     named = result if isinstance(result, Mapping) else {"": result}
-    found = []
-    for name, value in named.items():
-        if name not in _CARRIED:
-            found += [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor) and t.is_floating_point()]
-    return [t[mask] if mask is not None and t.shape[:2] == mask.shape else t for t in found]
+    leaves = pytree.tree_leaves([value for name, value in named.items() if name not in _CARRIED])
+    tensors = [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
+    return [t[mask] if mask is not None and t.shape[:2] == mask.shape else t for t in tensors]
 
 
 def agree(got: Sequence[Tensor], want: Sequence[Tensor], relative: float = 0.0) -> bool:
@@ -73,24 +72,21 @@ def agree(got: Sequence[Tensor], want: Sequence[Tensor], relative: float = 0.0) 
 
     The multiple is 64 in float32, and 8 in half precision, where 64 would let anything pass.
     """
+
+    def near(a: Tensor, b: Tensor) -> bool:
+        eps = torch.finfo(b.dtype).eps
+        tolerance = max(relative, (64 if eps < 1e-5 else 8) * eps)
+        return float((a - b).abs().max()) <= tolerance * float(b.abs().max()) + 1e-12
+
     if [t.shape for t in got] != [t.shape for t in want]:
         return False
-    pairs = [(a.detach(), b.detach()) for a, b in zip(got, want, strict=True) if b.numel()]
-    return all(
-        float((a - b).abs().max()) <= max(relative, _rounding(b.dtype)) * float(b.abs().max()) + 1e-12
-        for a, b in pairs
-    )
+    return all(near(a.detach(), b.detach()) for a, b in zip(got, want, strict=True) if b.numel())
 
 
-def _rounding(dtype: torch.dtype) -> float:
-    eps = torch.finfo(dtype).eps
-    return (64 if eps < 1e-5 else 8) * eps
-
-
-def weighted(found: Sequence[Tensor]) -> Tensor | None:
+def weighted(tensors: Sequence[Tensor]) -> Tensor | None:
     """A random linear function of outputs, the same each time; None where none of them carries a gradient."""
     generator = torch.Generator().manual_seed(1)
-    parts = [(t * torch.randn(t.shape, generator=generator).to(t)).sum() for t in found if t.requires_grad]
+    parts = [(t * torch.randn(t.shape, generator=generator).to(t)).sum() for t in tensors if t.requires_grad]
     return torch.stack([part.float() for part in parts]).sum() if parts else None
 
 
@@ -133,33 +129,47 @@ def record(model: nn.Module, batch: Mapping[str, Any]) -> tuple[list[Call], Any]
         call.leaves, call.spec = pytree.tree_flatten(output)
         call.end = next(clock)
 
-    handles = []
+    modules = list(model.named_modules())
+    before = [module.register_forward_pre_hook(enter(name)) for name, module in modules]
+    after = [module.register_forward_hook(leave) for _, module in modules]
+    with hooked(*before, *after), torch.enable_grad():
+        return calls, model(**batch)
+
+
+@contextmanager
+def hooked(*handles: RemovableHandle) -> Iterator[None]:
+    """Hooks that are there; at the end they are taken away."""
     try:
-        for name, module in model.named_modules():
-            handles += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave)]
-        with torch.enable_grad():
-            result = model(**batch)
+        yield
     finally:
         for handle in handles:
             handle.remove()
-    return calls, result
+
+
+def matrix_work(model: nn.Module, calls: Iterable[Call]) -> list[tuple[Call, int]]:
+    """Entries of the matrices that each call multiplies by: its multiply–adds for each token."""
+    modules = dict(model.named_modules())
+    return [
+        (call, sum(p.numel() for p in modules[call.module].parameters(recurse=False) if p.dim() > 1))
+        for call in calls
+        if not isinstance(modules[call.module], nn.Embedding)  # a table: nothing is multiplied
+    ]
 
 
 def leaves_of(tensors: Iterable[Tensor]) -> set[int]:
     """Ids of the leaves of autograd's graph that tensors depend on."""
     tensors = list(tensors)
-    found: set[int] = {id(t) for t in tensors if t.is_leaf and t.requires_grad}
+    leaves: set[int] = {id(t) for t in tensors if t.is_leaf and t.requires_grad}
     waiting = [t.grad_fn for t in tensors if t.grad_fn is not None]
     seen = set(waiting)
     while waiting:
         node = waiting.pop()
         if hasattr(node, "variable"):
-            found.add(id(node.variable))
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                waiting.append(following)
-    return found
+            leaves.add(id(node.variable))
+        new = {following for following, _ in node.next_functions if following is not None} - seen
+        seen |= new
+        waiting += new
+    return leaves
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from specbasis.core.errors import InputError
 from specbasis.finetuning.prefix.park import parking
+from specbasis.finetuning.prefix.probe import evaluating, hooked
 
 KEY = "prefix_value_"
 """Begin of the names under which a batch brings the values of its examples."""
@@ -48,9 +49,10 @@ class Blank:
 
 @dataclass(frozen=True)
 class Value:
-    """An output that comes with the batch."""
+    """An output that comes with the batch, under this name; the model computes it in this dtype."""
 
-    index: int
+    name: str
+    dtype: torch.dtype
 
 
 Leaf = Constant | Blank | Value
@@ -68,7 +70,12 @@ Action = Output | None
 """A call's output, or None: it runs, in evaluation mode."""
 
 
-def sizes(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int | None]:
+def keyed(values: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Values by the names under which a batch brings them."""
+    return {f"{KEY}{n}": value for n, value in enumerate(values)}
+
+
+def _sizes(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int | None]:
     """Number of examples, and of tokens where the input is tokens."""
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim() > 1]
     tokens = [value for value in tensors if value.dim() == 2 and not value.is_floating_point()]
@@ -85,26 +92,19 @@ class Suffix:
     Args:
         model: the model whose call takes the batch.
         actions: by module name, what its first, second, … call becomes.
-        dtypes: of the values that a batch brings, as the model computes them.
         before: name of the module at the cut: what it is inside of is not checkpointed, as it holds stand-ins.
 
     Raises:
         InputError: the model has no module of such a name.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        actions: Mapping[str, tuple[Action, ...]],
-        dtypes: Sequence[torch.dtype],
-        before: str = "",
-    ) -> None:
-        self.model, self.actions, self.dtypes, self.before = model, actions, dtypes, before
+    def __init__(self, model: nn.Module, actions: Mapping[str, tuple[Action, ...]], before: str = "") -> None:
+        self.model, self.actions, self.before = model, actions, before
         self.modules = dict(model.named_modules())
         absent = [name for name in (*actions, before) if name not in self.modules]
         if absent:
             raise InputError(f"the model has no module {absent[0]!r}: want the model in which the cut was found")
-        self.values: Sequence[Tensor] | None = None
+        self.values: Mapping[str, Tensor] = {}
         self.counts: Counter[str] = Counter()
         self.sizes: tuple[int, int | None] = (0, None)
 
@@ -120,85 +120,59 @@ class Suffix:
         def start(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            given = [kwargs[f"{KEY}{n}"] for n in range(len(self.dtypes)) if f"{KEY}{n}" in kwargs]
-            rest = {name: value for name, value in kwargs.items() if not name.startswith(KEY)}
-            if given and getattr(module, "_is_replica", False):
+            values = {name: value for name, value in kwargs.items() if name.startswith(KEY)}
+            rest = {name: value for name, value in kwargs.items() if name not in values}
+            if values and getattr(module, "_is_replica", False):
                 raise InputError(
                     "the prefix cache does not run in threads (DataParallel): start one process for each GPU with "
                     "accelerate launch or torchrun, or train without it"
                 )
-            if given:
+            if values:
                 parked.out()
-                self._begin(given, args, rest)
+                self.sizes = _sizes(args, rest)
             else:
                 parked.back(for_good=False)
+            self.values = values
+            self.counts.clear()
             return args, rest
 
         def stop(*_: Any) -> None:
-            self.values = None
+            self.values = {}
 
         with (
             self._replaced(),
             self._unchecked() as uncheck,
             parking(self.model, standing, park or Path()) as parked,
-        ):
-            handles = [
+            hooked(
                 self.model.register_forward_pre_hook(lambda *_: uncheck()),
                 self.model.register_forward_pre_hook(start, with_kwargs=True),
                 self.model.register_forward_hook(stop, always_call=True),
-            ]
-            try:
-                yield
-            finally:
-                for handle in handles:
-                    handle.remove()
-
-    @contextmanager
-    def fed(self, values: Sequence[Tensor]) -> Iterator[None]:
-        """Take these values for every call of the model."""
-
-        def start(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._begin(values, args, kwargs)
-
-        handle = self.model.register_forward_pre_hook(start, with_kwargs=True)
-        try:
-            with self._replaced():
-                yield
-        finally:
-            handle.remove()
-
-    def _begin(self, values: Sequence[Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        self.values = [value.to(dtype) for value, dtype in zip(values, self.dtypes, strict=True)]
-        self.counts.clear()
-        self.sizes = sizes(args, kwargs)
+            ),
+        ):
+            yield
 
     def _leaf(self, leaf: Leaf) -> Any:
-        assert self.values is not None
         if isinstance(leaf, Constant):
             return leaf.value
         if isinstance(leaf, Value):
-            return self.values[leaf.index]
+            return self.values[leaf.name].to(leaf.dtype)
         named = {"batch": self.sizes[0], "tokens": self.sizes[1]}
         shape = [n if isinstance(n, int) else named[n] or 0 for n in leaf.shape]
-        return torch.zeros((), dtype=leaf.dtype, device=self.values[0].device).expand(shape)
+        device = next(iter(self.values.values())).device
+        return torch.zeros((), dtype=leaf.dtype, device=device).expand(shape)
 
     def _forward(self, name: str, module: nn.Module, actions: tuple[Action, ...]) -> Callable[..., Any]:
         original = module.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             number, self.counts[name] = self.counts[name], self.counts[name] + 1
-            if self.values is None or number >= len(actions):
+            if not self.values or number >= len(actions):
                 return original(*args, **kwargs)
             action = actions[number]
             if action is not None:
                 return pytree.tree_unflatten([self._leaf(leaf) for leaf in action.leaves], action.spec)
-            modes = [(each, each.training) for each in module.modules()]
-            try:
-                module.eval()
+            with evaluating(module):
                 return original(*args, **kwargs)
-            finally:
-                for each, mode in modes:
-                    each.training = mode
 
         return forward
 
