@@ -14,12 +14,14 @@ from tests.pico import bert_state, finetuned
 MODULE = """
 from specbasis.measures.measure import measure, PAIR
 
-@measure("largest_{which}", "largest singular value of {which}", formula="σ₁", values=("{which}",), which=PAIR)
+@measure(formula="σ₁", values=("{which}",), variants={"which": PAIR})
 def largest(t, which):
+    'Largest singular value of {which}.'
     return float(getattr(t, which).spectrum[0])
 
-@measure("squares", "squares of the singular values", formula="σᵢ²", index="rank", values=("base",))
+@measure(formula="σᵢ²", index="rank", values=("base",))
 def squares(t):
+    'Squares of the singular values.'
     return t.base.spectrum.square()
 """
 
@@ -50,7 +52,7 @@ def test_an_added_measure_is_in_rows_terminal_and_page(added, tmp_path, capsys):
     print_comparison(specbasis.load(tmp_path / "out"))
     assert "largest_tuned" in capsys.readouterr().out
     page = result.report(tmp_path / "page.html").read_text(encoding="utf-8")
-    assert '"largest_base","largest_base","largest singular value of base"' in page
+    assert '"largest_base","largest_base","Largest singular value of base"' in page
     assert '"own":["squares"]' in page
 
 
@@ -62,7 +64,7 @@ def test_an_added_measure_is_in_the_help(added, capsys):
     told = CliRunner().invoke(app, ["compare", "--measures", "help"], env={"COLUMNS": "200"})
     assert told.exit_code == 0
     assert "largest_base" in told.output
-    assert "squares of the singular values" in told.output
+    assert "Squares of the singular values" in told.output
 
 
 def test_docs_list_every_measure_as_it_is_registered():
@@ -74,7 +76,7 @@ def test_docs_list_every_measure_as_it_is_registered():
 def test_an_added_measure_is_listed_for_the_docs(added, monkeypatch):
     monkeypatch.setattr("specbasis.measures.table.KINDS", (added,))
     added.__doc__ = "Tests: measures of a test."
-    assert "| `largest_base`, `largest_tuned` |  | 1 | largest singular value of base/tuned | σ₁ |  |" in listing()
+    assert "| `largest_base`, `largest_tuned` |  | 1 | Largest singular value of base/tuned | σ₁ |  |" in listing()
 
 
 def test_every_measure_is_of_a_kind_and_says_what_it_is():
@@ -118,7 +120,11 @@ def test_only_leading_values_leave_out_what_needs_all_of_them():
 def test_variants_are_named_by_their_placeholders():
     before = list(REGISTRY)
     try:
-        measure("x_{a}_{b}", "{a} of {b}", vectors=("{b}",), a=("p", "q"), b=("base",))(lambda t, a, b: 1.0)
+
+        @measure(vectors=("{b}",), variants={"a": ("p", "q"), "b": ("base",)})
+        def x(t, a, b):
+            """{a} of {b}."""
+
         added = REGISTRY[len(before) :]
     finally:
         REGISTRY[:] = before

@@ -1,4 +1,7 @@
-"""Entries: what one reading of both matrices says, without any decomposition."""
+"""Entries: what one reading of both matrices says, without any decomposition.
+
+Each is a figure of `specbasis.core.entries.read_entries`, absent where it has none.
+"""
 
 from __future__ import annotations
 
@@ -9,68 +12,56 @@ from specbasis.measures.measure import PAIR, measure
 from specbasis.measures.triple import Triple
 
 of_entries = partial(measure, shown="rows")
+of_each = partial(of_entries, variants={"which": PAIR})
 
 
 @of_entries(
-    "weight_cosine_z",
-    "cosine against that of rows, or of columns, in random order, whichever is smaller; independent units: 0 ± 1; "
-    "absent where a side is shorter than 64",
     formula="(⟨W, W̃⟩ − its mean) / its standard deviation over random orders",
     unit="standard deviations",
     source="Hoeffding 1951",
 )
 def weight_cosine_z(t: Triple) -> float:
-    """By how many standard deviations rows and columns correspond; see `specbasis.core.entries`."""
+    """Cosine against that of rows, or of columns, in random order, whichever is smaller; independent units: 0 ± 1;
+    absent where a side is shorter than 64.
+    """
     return t.figures.get("weight_cosine_z", math.nan)
 
 
-@of_entries("equal_entries", "share of entries that are equal")
+@of_entries()
 def equal_entries(t: Triple) -> float:
-    """Share of entries that are equal, 0 … 1."""
+    """Share of entries that are equal."""
     return t.figures.get("equal_entries", math.nan)
 
 
-@of_entries(
-    "equal_entries_rounded", "share that is equal once both are rounded to the coarser of the two precisions"
-)
+@of_entries()
 def equal_entries_rounded(t: Triple) -> float:
-    """Share of entries that are equal in the coarser precision, 0 … 1."""
+    """Share of entries that are equal once both are rounded to the coarser of the two precisions."""
     return t.figures.get("equal_entries_rounded", math.nan)
 
 
-@of_entries(
-    "precision_{which}",
-    "significant bits of the coarsest of bfloat16 (8), float16 (11), float32 (24), float64 (53) that holds every "
-    "entry of {which}",
-    unit="bits",
-    which=PAIR,
-)
+@of_each(unit="bits")
 def precision(t: Triple, which: str) -> float:
-    """Significant bits of the coarsest format that holds every entry."""
+    """Significant bits of the coarsest of bfloat16 (8), float16 (11), float32 (24), float64 (53) that holds every
+    entry of {which}.
+    """
     return t.figures.get(f"precision_{which}", math.nan)
 
 
-@of_entries("zero_entries_{which}", "share of entries of {which} that are 0", which=PAIR)
+@of_each()
 def zero_entries(t: Triple, which: str) -> float:
-    """Share of entries that are zero, 0 … 1."""
+    """Share of entries of {which} that are 0."""
     return t.figures.get(f"zero_entries_{which}", math.nan)
 
 
-@of_entries(
-    "grid_levels_{which}",
-    "median number of levels that the entries of 32 neighbours span on a uniform grid, as after quantising; absent "
-    "where those of {which} lie on none",
-    which=PAIR,
-)
+@of_each()
 def grid_levels(t: Triple, which: str) -> float:
-    """Levels of the grid of a quantiser."""
+    """Median number of levels that the entries of 32 neighbours in {which} span on a uniform grid, as after
+    quantising; absent where they lie on none.
+    """
     return t.figures.get(f"grid_levels_{which}", math.nan)
 
 
-@of_entries(
-    "equal_entries_grid",
-    "share of sampled groups of 32 in which base rounds to tuned on that grid; absent without one",
-)
+@of_entries()
 def equal_entries_grid(t: Triple) -> float:
-    """Share of sampled groups in which base rounds to tuned on the grid of tuned, 0 … 1."""
+    """Share of sampled groups of 32 in which base rounds to tuned on the grid of tuned; absent without one."""
     return t.figures.get("equal_entries_grid", math.nan)

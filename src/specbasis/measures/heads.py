@@ -10,8 +10,7 @@ from functools import partial
 
 from torch import Tensor
 
-from specbasis.core.attention_heads import RANKS
-from specbasis.measures.measure import SIDES, measure
+from specbasis.measures.measure import BOTH_SIDES, measure
 from specbasis.measures.triple import Triple
 
 of_heads = partial(measure, index="head", reads=("heads",), asked=True, shown="ranks")
@@ -23,34 +22,25 @@ def _figure(t: Triple, name: str) -> Tensor | None:
     return None if figures is None or bool(figures.isnan().all()) else figures
 
 
-@of_heads(
-    "head_alignment_{side}",
-    f"mean {{side}} alignment of the leading {RANKS} vectors of a head's slice",
-    formula=f"mean over i ≤ {RANKS} of |⟨uᵢ, ũᵢ⟩|, |⟨vᵢ, ṽᵢ⟩|",
-    side=SIDES,
-)
+@of_heads(formula="mean over i ≤ 10 of |⟨uᵢ, ũᵢ⟩|, |⟨vᵢ, ṽᵢ⟩|", variants=BOTH_SIDES)
 def head_alignment(t: Triple, side: str) -> Tensor | None:
-    """Mean alignment of the leading ranks of each head's slice, 0 … 1."""
+    """Mean alignment of the leading 10 {side} vectors of a head's slice."""
     return _figure(t, f"alignment_{side}")
 
 
-@of_heads("head_update_share", "share of the update's energy in a head; sums to 1", formula="‖Δₕ‖²_F/‖Δ‖²_F")
+@of_heads(formula="‖Δₕ‖²_F/‖Δ‖²_F")
 def head_update_share(t: Triple) -> Tensor | None:
-    """Share of the update that lies in each head; absent where there is no update."""
+    """Share of the update's energy in a head; sums to 1 over the heads."""
     return _figure(t, "update_share")
 
 
-@of_heads("head_relative_update", "size of the update of a head, over the head's", formula="‖Δₕ‖_F/‖Wₕ‖_F")
+@of_heads(formula="‖Δₕ‖_F/‖Wₕ‖_F")
 def head_relative_update(t: Triple) -> Tensor | None:
-    """Norm of each head's update over that of its slice."""
+    """Size of the update of a head, over the head's."""
     return _figure(t, "relative_update")
 
 
-@of_heads(
-    "head_rotation",
-    "root mean square sine between the subspaces of the residual stream that a head reads from, or writes to",
-    formula="√(1 − ‖Q̃ᵀQ‖²_F/head_dim)",
-)
+@of_heads(formula="√(1 − ‖Q̃ᵀQ‖²_F/head_dim)")
 def head_rotation(t: Triple) -> Tensor | None:
-    """Rotation of each head's subspace, 0 … 1."""
+    """Root mean square sine between the subspaces of the residual stream that a head reads from, or writes to."""
     return _figure(t, "rotation")

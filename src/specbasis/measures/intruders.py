@@ -7,59 +7,37 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from specbasis.core import nulls
-from specbasis.core.intruders import INTRUDER_COSINE, INTRUDER_RANKS, intruder_cosine
-from specbasis.measures.measure import PAIR, SIDES, measure
+from specbasis.core import intruders as core
+from specbasis.core.intruders import INTRUDER_COSINE, INTRUDER_RANKS
+from specbasis.core.nulls import chance_quantile
+from specbasis.measures.measure import BOTH_SIDES, PAIR, measure
 from specbasis.measures.triple import Triple
 
-of_intruders = partial(measure, source="Shuttleworth et al. 2024", shown="rows", side=SIDES)
+of_sides = partial(measure, shown="rows", variants=BOTH_SIDES)
+of_intruders = partial(of_sides, source="Shuttleworth et al. 2024", vectors=PAIR, nonzero=PAIR, reads=("every",))
 
 
-def _best(t: Triple, side: str) -> Tensor:
+@of_intruders(formula="maxⱼ |⟨ũᵢ, uⱼ⟩|, maxⱼ |⟨ṽᵢ, vⱼ⟩|", index="rank")
+def intruder_cosine(t: Triple, side: str) -> Tensor:
+    """Best {side} alignment of each tuned vector with any of the n vectors of base; its rank is that of tuned."""
+
     def compute() -> Tensor:
         k = len(t.tuned.S)
         if t.identical:
             return torch.ones(k, dtype=torch.float64)
         assert t.every is not None
-        return intruder_cosine(t.every, t.tuned, side, k).cpu()  # type: ignore[arg-type]
+        return core.intruder_cosine(t.every, t.tuned, side, k).cpu()  # type: ignore[arg-type]
 
     return t.once(("intruders", side), compute)
 
 
-@of_intruders(
-    "intruder_cosine_{side}",
-    "best {side} alignment of each tuned vector with any of the n vectors of base; its rank is that of tuned",
-    formula="maxⱼ |⟨ũᵢ, uⱼ⟩|, maxⱼ |⟨ṽᵢ, vⱼ⟩|",
-    index="rank",
-    vectors=PAIR,
-    reads=("every",),
-)
-def best_cosine(t: Triple, side: str) -> Tensor | None:
-    """Best alignment of each leading vector of tuned with any vector of base, 0 … 1."""
-    return None if t.is_zero("base") or t.is_zero("tuned") else _best(t, side)
+@of_intruders(formula=f"#{{i ≤ {INTRUDER_RANKS}: maxⱼ |⟨ũᵢ, uⱼ⟩| < {INTRUDER_COSINE}}}", unit="ranks")
+def intruders(t: Triple, side: str) -> float:
+    """How many of the leading 10 {side} tuned vectors have a best cosine below 0.5."""
+    return float((intruder_cosine(t, side)[:INTRUDER_RANKS] < INTRUDER_COSINE).sum())
 
 
-@of_intruders(
-    "intruders_{side}",
-    f"how many of the leading {INTRUDER_RANKS} {{side}} tuned vectors have a best cosine below {INTRUDER_COSINE}",
-    formula=f"#{{i ≤ {INTRUDER_RANKS}: maxⱼ |⟨ũᵢ, uⱼ⟩| < {INTRUDER_COSINE}}}",
-    unit="ranks",
-    vectors=PAIR,
-    reads=("every",),
-)
-def intruders(t: Triple, side: str) -> float | None:
-    """Number of intruder dimensions among the leading ranks."""
-    if t.is_zero("base") or t.is_zero("tuned"):
-        return None
-    return float((_best(t, side)[:INTRUDER_RANKS] < INTRUDER_COSINE).sum())
-
-
-@of_intruders(
-    "chance_intruder_cosine_{side}",
-    "what the best of n independent {side} directions stays below in 95 %",
-    formula="quantile of the best of n = min(out, in) cosines",
-    source="Beta law, Šidák",
-)
-def chance(t: Triple, side: str) -> float:
-    """What an intruder's best cosine must be held against."""
-    return nulls.chance_quantile(t.dimension(side), 0.95, among=min(t.base.shape))
+@of_sides(formula="quantile of the best of n cosines", source="Beta law, Šidák")
+def chance_intruder_cosine(t: Triple, side: str) -> float:
+    """What the best of n independent {side} directions stays below in 95 %."""
+    return chance_quantile(t.dimension(side), 0.95, among=min(t.base.shape))

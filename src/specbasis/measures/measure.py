@@ -1,15 +1,16 @@
-"""A measure: one function of a `Triple`, and above it, in `@measure(...)`, all that anyone needs to know about it.
+"""A measure: one function of a `Triple` under `@measure(...)`, which is the only table.
 
-The decorator is the only table. Rows, the tables of the terminal and of the page, docs/rows.md, the prediction of
-costs and `--measures help` read what it registers. To add a measure, write a function of a `Triple` in the file of
-its kind and decorate it. What no wanted measure reads is never decomposed.
+Rows, the tables of the terminal and of the page, docs/rows.md, the prediction of costs and `--measures help` read
+what the decorator registers. To add a measure, write a function of a `Triple` in the file of its kind and decorate
+it. What no wanted measure reads is never decomposed.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from typing import TypeVar
@@ -28,6 +29,9 @@ PAIR = ("base", "tuned")
 ALL = ("base", "tuned", "delta")
 
 PAPER = "Yu et al. 2026, "
+
+BOTH_SIDES: Mapping[str, Sequence[str]] = {"side": SIDES}
+"""Variants of a measure of the left and of the right singular vectors."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,17 +70,41 @@ def scalar(value: float | Tensor, bound: float | Tensor | None = None) -> Values
 Result = Values | Tensor | float | None
 
 
-@dataclass(frozen=True)
+_F = TypeVar("_F", bound=Callable[..., Result])
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Measure:
-    """One entry of the table; `measure` says what each field means.
+    """A quantity that rows hold. As a decorator, `measure`, it registers a function once for each of its variants.
+
+    The function's name, with the variant behind it, is the measure's; the first paragraph of its docstring is the
+    title, in which, as in ``heading``, ``vectors`` and ``values``, ``{side}`` stands for the variant of that name.
+    It returns one number for a matrix, a tensor with a figure for each rank, `Values` where it knows a bound or
+    another index, or None (or the number NaN) where the quantity is undefined.
 
     Attributes:
-        line: title of all measures that one decorated function gives: they share a line of docs/rows.md.
+        formula: the quantity in the letters of docs/rows.md.
+        unit: "1", "rad", "ranks", …; "weight" where figures follow the scale of the weights.
+        index: what `Values.index` counts: "rank", "k", …; empty for a figure of the whole matrix.
+        source: where the quantity is from.
+        vectors: the decompositions, of base, tuned and delta, whose singular vectors (and values) it reads.
+        values: those whose singular values it reads.
+        reads: what else it reads, as attributes of `Triple` are called: "every", "rounding", "heads".
+        nonzero: the matrices without which, being zero, it is undefined.
+        turned: whether it is undefined where nothing turns base; see `Triple.unturned`.
+        asked: taken only where it is asked for, although it reads no decomposition.
+        leading: can be taken where only the leading singular values are known.
+        when: "nulls" or "samples": taken only on that request.
+        shown: where figures are shown beside the rows: "table" in the terminal's table by role and in the page's
+            table of matrices, or its curves where there is a figure for each rank; "matrices" in the page's table
+            of matrices; "ranks" in the page's figures of every rank; "rows" nowhere else.
+        heading: of its column in a table; the name, when empty.
+        digits: the page's number format of the column: "f", "s" (signed) or "1" (one decimal).
+        variants: names and values of arguments that the function takes beside the `Triple`.
+        name, title, function: set when a function is decorated.
+        line: title of all variants together, which share a line of docs/rows.md.
     """
 
-    name: str
-    title: str
-    function: Callable[[Triple], Result]
     formula: str = ""
     unit: str = "1"
     index: str = ""
@@ -84,16 +112,43 @@ class Measure:
     vectors: tuple[str, ...] = ()
     values: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
+    nonzero: tuple[str, ...] = ()
+    turned: bool = False
     asked: bool = False
     leading: bool = False
     when: str = ""
     shown: str = "table"
     heading: str = ""
     digits: str = "f"
+    variants: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    name: str = ""
+    title: str = ""
+    function: Callable[[Triple], Result] = lambda t: None
     line: str = ""
+
+    def __call__(self, function: _F) -> _F:
+        """Register a function, once for each combination of the variants."""
+        text = " ".join(inspect.cleandoc(function.__doc__ or "").split("\n\n")[0].split()).rstrip(".")
+        line = text.format(**{argument: "/".join(names) for argument, names in self.variants.items()})
+        for names in product(*self.variants.values()):
+            variant = dict(zip(self.variants, names, strict=True))
+            entry = replace(
+                self,
+                name="_".join([self.name or function.__name__, *names]),
+                title=text.format(**variant),
+                function=partial(function, **variant),
+                line=line,
+                heading=self.heading.format(**variant),
+                vectors=tuple(which.format(**variant) for which in self.vectors),
+                values=tuple(which.format(**variant) for which in self.values),
+            )
+            REGISTRY.append(entry)
+        return function
 
     def take(self, t: Triple) -> Values | None:
         """The figures of two matrices; None where there are none, such as the directions of a zero update."""
+        if any(t.is_zero(which) for which in self.nonzero) or (self.turned and t.unturned):
+            return None
         result = self.function(t)
         if isinstance(result, Values) or result is None:
             return result
@@ -107,82 +162,8 @@ class Measure:
         return not (self.vectors or self.values or self.asked)
 
 
+measure = Measure
+"""The decorator; ``functools.partial`` of it says once what several measures share."""
+
 REGISTRY: list[Measure] = []
 """Every measure that was decorated so far, in any order; `measures.table.registered` has that of the rows."""
-
-_F = TypeVar("_F", bound=Callable[..., Result])
-
-
-def measure(
-    name: str,
-    title: str,
-    *,
-    formula: str = "",
-    unit: str = "1",
-    index: str = "",
-    source: str = "",
-    vectors: Sequence[str] = (),
-    values: Sequence[str] = (),
-    reads: Sequence[str] = (),
-    asked: bool = False,
-    leading: bool = False,
-    when: str = "",
-    shown: str = "table",
-    heading: str = "",
-    digits: str = "f",
-    **variants: Sequence[str],
-) -> Callable[[_F], _F]:
-    """Register a function of a `Triple`, once for each combination of its variants.
-
-    The function returns one number for a matrix, a tensor with a figure for each rank, `Values` where it knows a
-    bound or another index, or None (or the number NaN) where the measure is undefined.
-
-    Args:
-        name: of the measure in the rows; ``{side}`` in it, and in ``title``, ``heading``, ``vectors`` and
-            ``values``, stands for the variant of that name.
-        title: the quantity in words.
-        formula: the same in the letters of docs/rows.md.
-        unit: "1", "rad", "ranks", …; "weight" where figures follow the scale of the weights.
-        index: what `Values.index` counts: "rank", "k", …; empty for a figure of the whole matrix.
-        source: where the quantity is from.
-        vectors: the decompositions, of base, tuned and delta, whose singular vectors (and values) it reads.
-        values: those whose singular values it reads.
-        reads: what else it reads, as attributes of `Triple` are called: "every", "rounding", "heads".
-        asked: taken only where it is asked for, although it reads no decomposition.
-        leading: can be taken where only the leading singular values are known.
-        when: "nulls" or "samples": taken only on that request.
-        shown: where figures are shown beside the rows: "table" in the terminal's table by role and in the page's
-            table of matrices, or its curves where there is a figure for each rank; "matrices" in the page's table
-            of matrices; "ranks" in the page's figures of every rank; "rows" nowhere else.
-        heading: of its column in a table; the name, when empty.
-        digits: the page's number format of the column: "f", "s" (signed) or "1" (one decimal).
-        **variants: values that the function takes as keyword arguments, such as ``side=("left", "right")``.
-    """
-
-    def register(function: _F) -> _F:
-        for combination in product(*variants.values()):
-            variant = dict(zip(variants, combination, strict=True))
-            REGISTRY.append(
-                Measure(
-                    name.format(**variant),
-                    title.format(**variant),
-                    partial(function, **variant) if variant else function,
-                    formula,
-                    unit,
-                    index,
-                    source,
-                    tuple(which.format(**variant) for which in vectors),
-                    tuple(which.format(**variant) for which in values),
-                    tuple(reads),
-                    asked,
-                    leading,
-                    when,
-                    shown,
-                    heading.format(**variant),
-                    digits,
-                    title.format(**{key: "/".join(filter(None, names)) for key, names in variants.items()}),
-                )
-            )
-        return function
-
-    return register

@@ -45,14 +45,12 @@ def own(function: OwnMeasure) -> tuple[Measure, ...]:
         forms = [(f"{name}_{which}", f"{title} ({which})", (which,)) for which in PAIR]
     return tuple(
         Measure(
-            name,
-            title,
-            partial(_take, function=function, name=name, which=which),
+            name=name,
+            title=title,
+            function=partial(_take, function=function, name=name, which=which),
             index="rank",
             source=OWN,
             vectors=which,
-            heading=name,
-            line=title,
         )
         for name, title, which in forms
     )

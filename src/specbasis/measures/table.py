@@ -135,11 +135,10 @@ def listing() -> str:
             "|---|---|---|---|---|---|",
         ]
         here = (m for m in registered() if module(m) is kind)
-        for _, group in groupby(here, key=lambda m: (m.line, m.index, m.formula)):
+        for (line, formula), group in groupby(here, key=lambda m: (m.line, m.formula)):
             variants = list(group)
-            first = variants[0]
-            cells = [", ".join(f"`{m.name}`" for m in variants), first.index, first.unit, first.line]
-            cells += [first.formula, first.source]
+            names, first = ", ".join(f"`{m.name}`" for m in variants), variants[0]
+            cells = [names, first.index, first.unit, line, formula, first.source]
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         title, _, text = inspect.cleandoc(kind.__doc__ or "").partition(": ")
         sections.append("\n".join([f"### {title}", "", text[:1].upper() + text[1:], "", *lines, ""]))

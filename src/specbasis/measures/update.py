@@ -8,29 +8,23 @@ from specbasis.measures.measure import ALL, Values, measure, scalar
 from specbasis.measures.triple import Triple
 
 
-@measure("norm_{which}", "Frobenius norm of {which}", formula="‖·‖_F", unit="weight", shown="rows", which=ALL)
+@measure(formula="‖·‖_F", unit="weight", shown="rows", variants={"which": ALL})
 def norm(t: Triple, which: str) -> float:
-    """Root of the sum of squares of the entries."""
+    """Frobenius norm of {which}."""
     return t.norm(which)
 
 
-@measure("relative_update", "size of the update", formula="‖Δ‖_F/‖W‖_F", shown="matrices", heading="‖Δ‖/‖W‖")
+@measure(formula="‖Δ‖_F/‖W‖_F", shown="matrices", heading="‖Δ‖/‖W‖")
 def relative_update(t: Triple) -> Values:
-    """Norm of the update over that of base, 0 for a frozen matrix."""
+    """Frobenius norm of the update over that of base; 0 for a frozen matrix."""
     if t.identical:
         return scalar(0.0)
     return scalar(torch.tensor(t.norm("delta"), dtype=torch.float64) / t.norm("base"))
 
 
-@measure(
-    "weight_cosine",
-    "cosine of base and tuned as vectors; of independent matrices: 0",
-    formula="⟨W, W̃⟩_F/(‖W‖_F‖W̃‖_F)",
-    shown="matrices",
-    heading="cosine",
-)
+@measure(formula="⟨W, W̃⟩_F/(‖W‖_F‖W̃‖_F)", shown="matrices", heading="cosine")
 def weight_cosine(t: Triple) -> Values:
-    """Cosine between the two matrices as vectors, −1 … 1.
+    """Cosine of base and tuned as vectors; of independent matrices: 0.
 
     For independent matrices with centred entries it is near 0, with standard deviation at most about 1/√n for
     effective sizes n of the leading ranks; a finetune keeps it near 1, and a frozen matrix at exactly 1.
