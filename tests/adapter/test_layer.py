@@ -94,7 +94,7 @@ def test_gradient_of_the_core_is_that_of_the_dense_weight(kind):
     layer(x).square().sum().backward()
     weight = layer.stored_weight()
     M = layer.spectral_M["default"].detach().clone().requires_grad_()
-    update = layer.kind.stored(layer.spectral_U["default"] @ M @ layer.spectral_Vh["default"], base)
+    update = layer.layout.stored(layer.spectral_U["default"] @ M @ layer.spectral_Vh["default"], base)
     dense = torch.func.functional_call(base, {"weight": weight + update}, (x,))
     (wanted,) = torch.autograd.grad(dense.square().sum(), M)
     # The factors hold float32 values: routes through W V = U S differ by their rounding.

@@ -24,6 +24,7 @@ from specbasis.adapter import (  # noqa: E402
     SpectralConfig,
     parameter_counts,
     peft_bridge,
+    peft_resolve,
 )
 from specbasis.core.errors import InputError  # noqa: E402
 from tests.adapter.helpers import TARGETS, linear, load_classifier, randomise, save_deberta  # noqa: E402
@@ -224,7 +225,7 @@ def test_weighted_sum_is_exact():
     model.add_weighted_adapter(["default", "wide"], [0.5, -2.0], "sum")
     layer = model.base_model.model.lin0
     wanted = 0.5 * layer.get_delta_weight("default") - 2 * layer.get_delta_weight("wide")
-    assert layer.settings["sum"].interval == (0, 8)
+    assert layer.adapters["sum"].interval == (0, 8)
     assert torch.allclose(layer.get_delta_weight("sum"), wanted, atol=1e-6)
     other = model.base_model.model.lin1
     assert torch.allclose(other.get_delta_weight("sum"), -2 * other.get_delta_weight("wide"), atol=1e-6)
@@ -676,7 +677,7 @@ def test_native_loading_proves_and_keeps_float32_on_a_bfloat16_base(base, tmp_pa
     native = load_classifier(base, dtype=torch.bfloat16)
     native.load_adapter(tmp_path, is_trainable=True)
     layers = [module for module in native.modules() if isinstance(module, peft_bridge.SpectralLayer)]
-    assert not any(layer._unproven for layer in layers)
+    assert not any(not layer.adapters["default"].settled for layer in layers)
     assert {layer.spectral_M["default"].dtype for layer in layers} == {torch.float32}
     assert torch.equal(native.eval()(IDS).logits, wanted)
 
@@ -807,13 +808,13 @@ def test_defaults_of_families(name):
 def test_defaults_where_weights_are_packed(base):
     """Quantised layers hold integers of another shape."""
     model = load_classifier(base)
-    wanted = peft_bridge._feed_forward(model)
+    wanted = peft_resolve.feed_forward(model)
     for name in wanted:
         layer = model.get_submodule(name)
         layer.weight = nn.Parameter(
             torch.zeros(layer.weight.numel() // 2, 1, dtype=torch.uint8), requires_grad=False
         )
-    assert peft_bridge._feed_forward(model) == wanted
+    assert peft_resolve.feed_forward(model) == wanted
 
 
 def test_a_second_adapter_has_the_same_defaults(base):
@@ -821,7 +822,7 @@ def test_a_second_adapter_has_the_same_defaults(base):
     model.add_adapter("other", SpectralConfig(rank=5, task_type="SEQ_CLS"))
     layers = model.base_model.spectral_layers()
     assert len(layers) == 6
-    assert all(list(layer.settings) == ["default", "other"] for layer in layers.values())
+    assert all(list(layer.adapters) == ["default", "other"] for layer in layers.values())
 
 
 def test_counts_of_the_paper():

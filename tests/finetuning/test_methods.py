@@ -14,8 +14,9 @@ transformers = pytest.importorskip("transformers")
 
 from specbasis.core.errors import InputError  # noqa: E402
 from specbasis.finetuning.methods import METHODS, attach, load, match_budget, parameters  # noqa: E402
-from specbasis.finetuning.methods.layers import CHILD, PATTERNS, SVFT, compressed, fastened, sparse_mix  # noqa: E402
-from specbasis.finetuning.methods.placement import sites  # noqa: E402
+from specbasis.finetuning.methods.kit import CHILD, additions  # noqa: E402
+from specbasis.finetuning.methods.sites import sites  # noqa: E402
+from specbasis.finetuning.methods.svft import PATTERNS, SVFT, compressed, sparse_mix  # noqa: E402
 
 EPS = torch.finfo(torch.float32).eps
 WIDTH, BLOCKS = 16, 3
@@ -101,7 +102,7 @@ def test_a_method_from_attaching_to_loading(folder, tmp_path, name):
     counts = attached.counts
     assert counts.head == (WIDTH * WIDTH + WIDTH) + (3 * WIDTH + 3)
     assert counts.adapter + counts.head == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert counts.total == size + (0 if METHODS[name].builder == "subset" else counts.adapter)
+    assert counts.total == size + (counts.adapter if METHODS[name].adds else 0)
     if name != "adalora":  # which is counted with the rank that remains
         assert counts.adapter == parameters(name, base(folder))
 
@@ -127,7 +128,7 @@ def test_a_method_from_attaching_to_loading(folder, tmp_path, name):
     loaded = load(tmp_path / "saved", base(folder))
     assert torch.equal(logits(loaded.model.eval()), trained)
     assert (loaded.counts, loaded.method) == (counts, attached.method)
-    if METHODS[name].builder in ("houlsby", "pfeiffer"):
+    if name in ("houlsby", "pfeiffer"):
         with pytest.raises(InputError, match="no linear update"):
             loaded.merged()
         return
@@ -169,7 +170,7 @@ def dense(W, U, S, Vh, name, p, r):
     return U @ (torch.diag(S) + M) @ Vh
 
 
-EQUATIONS = [name for name, method in METHODS.items() if method.builder not in ("subset", "houlsby", "pfeiffer")]
+EQUATIONS = [name for name, method in METHODS.items() if method.adds and name not in ("houlsby", "pfeiffer")]
 EQUATIONS = [name for name in EQUATIONS if not name.startswith("spectral-")]  # those differ by basis alone
 
 
@@ -261,7 +262,7 @@ def cores(model):
 def test_controls_differ_in_interval_or_basis(folder):
     by_name = {name: cores(method_on(folder, name, rank=4).model)[0] for name in METHODS if "spectral" in name}
     n = WIDTH
-    intervals = {name: layer.settings["default"].interval for name, layer in by_name.items()}
+    intervals = {name: layer.adapters["default"].interval for name, layer in by_name.items()}
     assert intervals["spectral-tail"] == (n - 4, n)
     assert intervals["spectral-middle"] == ((n - 4) // 2, (n - 4) // 2 + 4)
     assert intervals["spectral"] == intervals["spectral-shuffled"] == (0, 4)
@@ -447,7 +448,7 @@ def test_adalora_prunes_to_its_budget_and_comes_back(folder, tmp_path):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("lola", {}, "want one of spectral, full"),
+        ("lola", {}, "want one of spectral, lora-xs"),
         ("lora", {"rank": 0}, "want rank >= 1"),
         ("bitfit", {"rank": 3}, "no size"),
         ("lora", {"interval": (0, 3)}, "takes rank only"),
@@ -512,8 +513,7 @@ def test_bad_folders_get_one_clear_line(folder, tmp_path):
 def test_a_signed_basis_is_found_again_by_its_sketch(folder, tmp_path):
     """Where the decomposition returns other joint signs, loading turns them back: M belongs to the trained ones."""
     attached = method_on(folder, "svft-banded")
-    for layer in fastened(attached.model).values():  # as if another driver had returned these vectors
-        update = layer.get_submodule(CHILD)
+    for update in additions(attached.model).values():  # as if another driver had returned these vectors
         sign = torch.ones(len(update.M.new_zeros(len(update.frozen["S"]))))
         sign[::2] = -1
         update.frozen["U"].mul_(sign)

@@ -13,7 +13,7 @@ pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 from specbasis.finetuning.methods import attach  # noqa: E402
-from specbasis.finetuning.methods.layers import CHILD, fastened  # noqa: E402
+from specbasis.finetuning.methods.kit import additions  # noqa: E402
 from tests.finetuning import adapters_reference as library  # noqa: E402
 
 REFERENCE = json.loads(Path(__file__).with_name("adapters_reference.json").read_text())
@@ -45,7 +45,7 @@ def test_bottlenecks_compute_what_the_library_adapters_computes(kind, method, tm
     with torch.no_grad():
         plain = model(**inputs).last_hidden_state[0]
     attached = attach(model, method, rank=library.BOTTLENECK)
-    layers = [layer.get_submodule(CHILD) for layer in fastened(model).values()]
+    layers = list(additions(model).values())
     places = [
         (site.block, "mh_adapter" if site.roles == ("attention.output",) else "output_adapter")
         for site in attached.request.sites

@@ -11,7 +11,8 @@ from specbasis.adapter.layer import SpectralLinear
 from specbasis.adapter.task_heads import ParameterCounts, parameter_counts
 
 if TYPE_CHECKING:
-    from specbasis.adapter.peft_bridge import SpectralConfig, SpectralModel
+    from specbasis.adapter.peft_bridge import SpectralModel
+    from specbasis.adapter.peft_config import SpectralConfig
 
 __all__ = ["ParameterCounts", "SpectralConfig", "SpectralLinear", "SpectralModel", "parameter_counts"]
 

@@ -1,4 +1,4 @@
-"""Bases on disk: one file for a base model that many adapters share, and the basis of another checkpoint."""
+"""Bases: frozen singular vectors of an interval of ranks, computed, read from a file, or of another checkpoint."""
 
 from __future__ import annotations
 
@@ -10,30 +10,126 @@ from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor
 
-from specbasis.adapter.layer import SpectralLinear, check_interval
+from specbasis.adapter.layouts import LINEAR, Layout
 from specbasis.adapter.proof import weight_digest
 from specbasis.checkpoint import Checkpoint, open_checkpoint
 from specbasis.checkpoint.atomic import write_whole
 from specbasis.core.errors import InputError
-from specbasis.core.svd import SVD, decompose
+from specbasis.core.svd import SVD, decompose, half_svd
 from specbasis.jobs.cache import Cache
 
 
-def save_bases(path: str | Path, layers: Mapping[str, SpectralLinear], adapter_name: str) -> None:
-    """Write the bases of an adapter's layers to a base-level basis file, which other adapters of the base then
-    share.
+def check_interval(interval: tuple[int, int], shape: tuple[int, int], name: str) -> tuple[int, int]:
+    """The interval as two integers, if 0 ≤ k < m ≤ min(out, in).
 
-    For each layer: U, S, Vh of its interval in float32, and the origin that names the weight. The file is written
-    beside its final place and moved there, so that a reader never sees half of it.
+    Raises:
+        InputError: it is not.
     """
-    tensors: dict[str, Tensor] = {}
-    for name, layer in layers.items():
-        if adapter_name in layer.settings and layer.settings[adapter_name].basis == "pretrained":
-            layer._settle(adapter_name)
-            frozen = (layer.spectral_U, layer.spectral_S, layer.spectral_Vh, layer.spectral_origin)
-            for key, held in zip(("U", "S", "Vh", "origin"), frozen, strict=True):
-                tensors[f"{name}.{key}"] = held[adapter_name].detach().cpu().contiguous()
-    write_whole(Path(path), lambda temporary: save_file(tensors, temporary))
+    try:
+        k, m = (int(bound) for bound in interval)
+    except (TypeError, ValueError):
+        raise InputError(f"{name}: got interval = {interval!r}; want two ranks (k, m)") from None
+    if not 0 <= k < m <= min(shape):
+        raise InputError(
+            f"{name}: got interval [{k}, {m}) for a weight of {shape[0]} × {shape[1]}, which has {min(shape)} "
+            f"singular values; want 0 <= k < m <= {min(shape)}: lower the rank, or give this layer its own interval"
+        )
+    return k, m
+
+
+def basis_of(
+    W: Float[Tensor, "out in"],
+    interval: tuple[int, int],
+    basis: str = "pretrained",
+    name: str = "matrix",
+    *,
+    file: str | None = None,
+    layout: Layout = LINEAR,
+) -> SVD:
+    """Frozen vectors for ranks [k, m) of a weight: its own singular vectors, or those of another basis.
+
+    Args:
+        W: the weight matrix.
+        interval: ranks [k, m), 0-based.
+        basis: "pretrained"; "from:PATH", the same matrix of another checkpoint; or a control, see `control_basis`.
+        name: the module's name in the model.
+        file: where "pretrained" ones may be stored; see `load_basis`. Ignored where there is no such file.
+        layout: how the checkpoint of "from:PATH" stores the matrix.
+
+    Raises:
+        InputError: there is no such basis, or the other checkpoint does not fit.
+    """
+    if basis.startswith("from:"):
+        return _foreign_basis(basis.removeprefix("from:"), W, interval, name, layout)
+    if basis != "pretrained":
+        return control_basis(W, interval, basis, name)
+    if file and Path(file).exists():
+        return load_basis(file, W, interval, name)
+    # Vectors of the long side are right to 1e-12 this way, beyond what float32 factors hold.
+    return half_svd(W, interval[1], name=name, implied=True).interval(*interval)
+
+
+def control_basis(W: Float[Tensor, "out in"], interval: tuple[int, int], basis: str, name: str) -> SVD:
+    """Vectors of a control, with the singular values of W on the interval as their scale.
+
+    "random" or "random:SEED": orthonormal vectors, uniform, the same for every weight of one shape (SEED is 0 when
+    it is left out). "shuffled" or "shuffled:SEED": the right vectors v_k … v_{m−1} of W, paired with the left
+    vectors u_π(k) … u_π(m−1) of a random permutation π of all ranks; the left vectors so come from the whole
+    spectrum. (A permutation inside the interval would change nothing: M takes it up.)
+
+    Raises:
+        InputError: the basis is neither of these.
+    """
+    k, m = interval
+    kind, _, seed = basis.partition(":")
+    if kind not in ("random", "shuffled") or not (seed or "0").isdecimal():
+        raise InputError(
+            f"{name}: got basis = {basis!r}; want 'pretrained', 'random', 'shuffled' (both also with ':SEED') or "
+            "'from:PATH'"
+        )
+    half = half_svd(W, min(W.shape) if kind == "shuffled" else m, name=name, implied=True)
+    svd = half.interval(k, m)
+    generator = torch.Generator().manual_seed(int(seed or 0))
+    if kind == "shuffled":
+        order = torch.randperm(len(half.S), generator=generator).to(W.device)
+        U, Vh = half.vectors("left")[:, order[k:m]].contiguous(), svd.Vh
+    else:
+        U, V = (
+            torch.linalg.qr(torch.randn(d, m, generator=generator, dtype=torch.float64))[0][:, k:m].to(W.device)
+            for d in W.shape
+        )
+        Vh = V.mT.contiguous()
+    return SVD(U, svd.S, Vh, svd.spectrum, svd.spectrum_error, svd.residual, svd.gap)
+
+
+def _foreign_basis(path: str, W: Tensor, interval: tuple[int, int], name: str, layout: Layout) -> SVD:
+    """Singular vectors of the same matrix in another checkpoint, such as a model trained from scratch."""
+    checkpoint = open_checkpoint(path)
+    key = parameter_named(checkpoint, f"{name}.weight", where=path, want="a checkpoint of the same architecture")
+    other = layout.matrix(checkpoint[key])
+    if other.shape != W.shape:
+        raise InputError(
+            f"{path}: {key} is {other.shape[0]} × {other.shape[1]}, the base has {W.shape[0]} × {W.shape[1]}; want "
+            "equal shapes"
+        )
+    return decompose(other, ranks=interval[1], name=f"{path}: {key}").interval(*interval)
+
+
+def save_bases(path: str | Path, bases: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Write a base-level basis file, which many adapters of one base share.
+
+    It is written beside its final place and moved there, so that a reader never sees half of it.
+
+    Args:
+        path: the file.
+        bases: module name → U, S, Vh of its interval in float32, and the origin that names the weight.
+    """
+    tensors = {
+        f"{name}.{part}": tensor.detach().cpu().contiguous()
+        for name, basis in bases.items()
+        for part, tensor in basis.items()
+    }
+    write_whole(Path(path), lambda draft: save_file(tensors, draft))
 
 
 def load_basis(path: str | Path, W: Float[Tensor, "out in"], interval: tuple[int, int], name: str) -> SVD:
@@ -44,42 +140,16 @@ def load_basis(path: str | Path, W: Float[Tensor, "out in"], interval: tuple[int
     """
     if Path(path).is_dir():
         return Cache(Path(path)).decompose(W, interval[1], name=name).interval(*interval)
-    held = open_checkpoint(path)
-    if f"{name}.origin" in held:
-        origin = held[f"{name}.origin"]
+    stored = open_checkpoint(path)
+    if f"{name}.origin" in stored:
+        origin = stored[f"{name}.origin"]
         k, m = int(origin[0]), int(origin[1])
         if tuple(int(word) for word in origin[6:]) == weight_digest(W) and k <= interval[0] and interval[1] <= m:
-            start, stop = interval[0] - k, interval[1] - k
-            S = held[f"{name}.S"][start:stop].to(W.device)
+            U, S, Vh = (stored[f"{name}.{key}"].to(W.device) for key in ("U", "S", "Vh"))
+            ranks = slice(interval[0] - k, interval[1] - k)
             unknown = torch.full_like(S, torch.nan)
-            return SVD(
-                held[f"{name}.U"][:, start:stop].to(W.device),
-                S,
-                held[f"{name}.Vh"][start:stop].to(W.device),
-                spectrum=held[f"{name}.S"].to(W.device),
-                spectrum_error=torch.full_like(held[f"{name}.S"], torch.nan).to(W.device),
-                residual=unknown,
-                gap=unknown,
-            )
+            return SVD(U[:, ranks], S[ranks], Vh[ranks], S, unknown, unknown[ranks], unknown[ranks])
     return decompose(W, ranks=interval[1], name=name).interval(*interval)
-
-
-def foreign_basis(path: str, layer: SpectralLinear, name: str, interval: tuple[int, int]) -> SVD:
-    """Singular vectors of the same matrix in another checkpoint, such as a model trained from scratch.
-
-    Raises:
-        InputError: the checkpoint has no such matrix, or one of another shape.
-    """
-    checkpoint = open_checkpoint(path)
-    key = parameter_named(checkpoint, f"{name}.weight", where=path, want="a checkpoint of the same architecture")
-    W = layer.kind.matrix(checkpoint[key])
-    shape = tuple(layer.weight_matrix().shape)
-    if tuple(W.shape) != shape:
-        raise InputError(
-            f"{path}: {key} is {W.shape[0]} × {W.shape[1]}, the base has {shape[0]} × {shape[1]}; want equal shapes"
-        )
-    check_interval(interval, (W.shape[0], W.shape[1]), key)
-    return decompose(W, ranks=interval[1], name=f"{path}: {key}").interval(*interval)
 
 
 def parameter_named(checkpoint: Checkpoint, name: str, *, where: str, want: str) -> str:
@@ -90,7 +160,7 @@ def parameter_named(checkpoint: Checkpoint, name: str, *, where: str, want: str)
     """
     if name in checkpoint:
         return name
-    found = [key for key in checkpoint if key.endswith(f".{name}") or name.endswith(f".{key}")]
-    if len(found) != 1:
-        raise InputError(f"{where}: {len(found)} parameters match {name}; want {want}")
-    return found[0]
+    alike = [key for key in checkpoint if key.endswith(f".{name}") or name.endswith(f".{key}")]
+    if len(alike) != 1:
+        raise InputError(f"{where}: {len(alike)} parameters match {name}; want {want}")
+    return alike[0]

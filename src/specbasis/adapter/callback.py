@@ -41,5 +41,5 @@ def drifts(model: nn.Module) -> dict[str, float]:
         for module in model.modules()
         if isinstance(module, SpectralLinear)
         for name in module.active_adapters[:1]
-        if name in module.settings
+        if name in module.adapters
     }

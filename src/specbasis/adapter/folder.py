@@ -14,16 +14,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from specbasis.adapter import functional
-from specbasis.adapter.bases import parameter_named
+from specbasis.adapter.bases import basis_of, parameter_named
 from specbasis.adapter.diagnostics import diagnose
-from specbasis.adapter.layer import compute_basis
-from specbasis.adapter.proof import Proof, align, check_format, check_stored, weight_digest
-from specbasis.checkpoint import Checkpoint, open_checkpoint
+from specbasis.adapter.proof import Proof, settled_basis, weight_digest
+from specbasis.checkpoint import Checkpoint, Entry, open_checkpoint
+from specbasis.checkpoint.adapter_file import CONFIG, PREFIX, PROOF, WEIGHTS, adapter_folder
+from specbasis.checkpoint.entry import reading
 from specbasis.core.errors import InputError
 from specbasis.core.svd import decompose
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
 _TASKS = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
@@ -67,41 +66,23 @@ def read_folder(path: str | Path) -> AdapterFolder:
     Raises:
         InputError: a file is missing or damaged, or the folder holds another kind of adapter.
     """
-    path = Path(path)
-    for name in (CONFIG, WEIGHTS):
-        if not (path / name).is_file():
-            raise InputError(f"{path}: no {name}; want the folder of a saved adapter")
-    try:
-        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-        kind = str(config["peft_type"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path / CONFIG}: not an adapter configuration ({error})") from None
-    if not kind.startswith("SPECTRAL"):
-        raise InputError(f"{path}: holds a {kind} adapter; want a spectral one")
-    held = open_checkpoint(path / WEIGHTS)
-    modules = [name.removesuffix(".spectral_M") for name in held if name.endswith(".spectral_M")]
-    if not modules:
-        raise InputError(f"{path / WEIGHTS}: holds no coefficients; save the adapter again")
-    return AdapterFolder(
-        path,
-        config,
-        tuple(_stored_layer(held, module, config, path) for module in modules),
-        {name.removeprefix(_PREFIX): held[name] for name in held if ".spectral_" not in name},
-    )
+    file = adapter_folder(path)
+    if file.kind != "SPECTRAL":
+        raise InputError(f"{path}: holds a {file.kind} adapter; want a spectral one")
+    if not file.modules:
+        raise InputError(f"{path}: holds no coefficients; save the adapter again")
+    file.require(("M", *PROOF))
+    scale = str(file.config.get("scale", "none"))
+    with reading(file.source):
+        layers = [_stored_layer(module, parts, scale) for module, parts in file.modules.items()]
+        whole = {name: entry.load() for name, entry in file.saved.items()}
+    return AdapterFolder(Path(path), file.config, tuple(layers), whole)
 
 
-def _stored_layer(held: Checkpoint, module: str, config: Mapping[str, Any], path: Path) -> StoredLayer:
-    parts = {key: f"{module}.spectral_{key}" for key in ("origin", "S", "sketch_U", "sketch_V")}
-    lacking = [name for name in parts.values() if name not in held]
-    if lacking:
-        raise InputError(
-            f"{path / WEIGHTS}: lacks {lacking[0]}, so nothing tells which basis its coefficients belong to"
-        )
-    U, Vh = (held.get(f"{module}.spectral_{key}") for key in ("U", "Vh"))
-    proof = Proof(*(held[name] for name in parts.values()))
-    return StoredLayer(
-        module.removeprefix(_PREFIX), held[f"{module}.spectral_M"], proof, str(config.get("scale", "none")), U, Vh
-    )
+def _stored_layer(module: str, parts: Mapping[str, Entry], scale: str) -> StoredLayer:
+    tensors = {part: entry.load() for part, entry in parts.items()}
+    proof = Proof(*(tensors[part] for part in PROOF))
+    return StoredLayer(module, tensors["M"], proof, scale, tensors.get("U"), tensors.get("Vh"))
 
 
 def info(folder: str | Path) -> dict[str, Any]:
@@ -113,19 +94,19 @@ def info(folder: str | Path) -> dict[str, Any]:
     adapter = read_folder(folder)
     rows = []
     for layer in adapter.layers:
-        found = diagnose(layer.core, layer.proof.S)
+        diagnosis = diagnose(layer.core, layer.proof.S)
         rows.append(
             {
                 "module": layer.module,
                 "weight": f"{layer.proof.shape[0]} × {layer.proof.shape[1]} {layer.proof.dtype}",
                 "interval": layer.proof.interval,
                 "parameters": layer.M.numel(),
-                "drift": found.drift,
+                "drift": diagnosis.drift,
                 "S_before": [float(layer.proof.S[0]), float(layer.proof.S[-1])],
-                "S_after": [float(found.S[0]), float(found.S[-1])],
-                "mean_left_alignment": float(found.left.mean()),
-                "mean_right_alignment": float(found.right.mean()),
-                "condition": found.condition,
+                "S_after": [float(diagnosis.S[0]), float(diagnosis.S[-1])],
+                "mean_left_alignment": float(diagnosis.left.mean()),
+                "mean_right_alignment": float(diagnosis.right.mean()),
+                "condition": diagnosis.condition,
                 "basis_saved": layer.U is not None,
             }
         )
@@ -158,8 +139,8 @@ def verify(folder: str | Path, base: str | Path | None = None) -> list[dict[str,
     rows = []
     for layer in adapter.layers:
         _basis(layer, adapter, checkpoint)
-        found = "stored with the adapter" if layer.U is not None else "decomposed again, every vector equal"
-        rows.append({"module": layer.module, "interval": layer.proof.interval, "basis": found})
+        origin = "stored with the adapter" if layer.U is not None else "decomposed again, every vector equal"
+        rows.append({"module": layer.module, "interval": layer.proof.interval, "basis": origin})
     return rows
 
 
@@ -186,7 +167,7 @@ def export_lora(
         raise InputError(f"got rank = {rank}; want at least 1")
     need = base is not None or any(layer.U is None for layer in adapter.layers)
     checkpoint = open_checkpoint(_base_path(adapter, base)) if need else None
-    tensors: dict[str, Tensor] = {_PREFIX + name: tensor for name, tensor in adapter.whole.items()}
+    tensors: dict[str, Tensor] = {PREFIX + name: tensor for name, tensor in adapter.whole.items()}
     ranks: dict[str, int] = {}
     transposed = False
     for layer in adapter.layers:
@@ -196,8 +177,8 @@ def export_lora(
         transposed |= is_transposed
         if len(kernel) == 2:
             A, B = A.view(len(A), -1, *kernel), B[:, :, None, None]
-        tensors[f"{_PREFIX}{layer.module}.lora_A.weight"] = A.float().contiguous()
-        tensors[f"{_PREFIX}{layer.module}.lora_B.weight"] = B.float().contiguous()
+        tensors[f"{PREFIX}{layer.module}.lora_A.weight"] = A.float().contiguous()
+        tensors[f"{PREFIX}{layer.module}.lora_B.weight"] = B.float().contiguous()
     common = max(ranks.values())
     config = {
         "peft_type": "LORA",
@@ -243,19 +224,24 @@ def _basis(
         assert layer.U is not None
         assert layer.Vh is not None
         return layer.U, layer.Vh, (), False
-    stored = _base_weight(layer, base)
-    W, is_transposed = stored.flatten(1), False
-    if stored.ndim == 2 and tuple(stored.shape) == layer.proof.shape[::-1]:
+    weight = _base_weight(layer, base)
+    W, is_transposed = weight.flatten(1), False
+    if weight.ndim == 2 and tuple(weight.shape) == layer.proof.shape[::-1]:
         # Square matrices: the digest tells which way round it was trained.
-        W, is_transposed = _oriented(stored, layer.proof)
-    kernel = tuple(stored.shape[2:])
-    kind = str(adapter.config.get("basis", "pretrained"))
+        W, is_transposed = _oriented(weight, layer.proof)
+    kernel = tuple(weight.shape[2:])
+    basis, stored = str(adapter.config.get("basis", "pretrained")), None
     if layer.U is not None and layer.Vh is not None:
-        check_stored(layer.proof, layer.U, layer.Vh, W, name, singular=kind == "pretrained")
-        return layer.U, layer.Vh, kernel, is_transposed
-    check_format(layer.proof, W, name)
-    found = align(layer.proof, compute_basis(W, layer.proof.interval, kind, name), W, name)
-    return found.U, found.Vh, kernel, is_transposed
+        stored = layer.U, layer.Vh
+    U, Vh, _ = settled_basis(
+        layer.proof,
+        W,
+        stored,
+        lambda: basis_of(W, layer.proof.interval, basis, name),
+        name,
+        singular=basis == "pretrained",
+    )
+    return U, Vh, kernel, is_transposed
 
 
 def _base_weight(layer: StoredLayer, base: Checkpoint) -> Tensor:

@@ -15,6 +15,7 @@ import functools
 import hashlib
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -123,6 +124,38 @@ def weight_digest(W: Float[Tensor, "out in"]) -> tuple[int, int, int, int]:
     values = values.contiguous() + 0.0  # minus zero is zero
     words = np.frombuffer(hashlib.sha256(values.numpy().tobytes()).digest(), dtype="<i8")
     return tuple(int(word) for word in words)  # type: ignore[return-value]
+
+
+def settled_basis(
+    proof: Proof,
+    W: Float[Tensor, "out in"],
+    stored: tuple[Tensor, Tensor] | None,
+    compute: Callable[[], SVD],
+    name: str,
+    *,
+    singular: bool,
+) -> tuple[Float[Tensor, "out r"], Float[Tensor, "r in"], bool]:
+    """The basis that coefficients were trained in, proven: the stored one, or else a recomputed one with its signs.
+
+    Args:
+        proof: what came with the coefficients.
+        W: the weight matrix of this base.
+        stored: U and Vh that came with the coefficients; None where they did not.
+        compute: decomposes this base; called where nothing is stored.
+        name: what messages call the matrix.
+        singular: whether the basis is that of singular vectors of W.
+
+    Returns:
+        U, Vh, and whether they are those of this very weight, not of one that it was rounded from.
+
+    Raises:
+        InputError: the basis is not the trained one, with the reason.
+    """
+    if stored is not None:
+        return *stored, check_stored(proof, *stored, W, name, singular=singular)
+    check_format(proof, W, name)
+    basis = align(proof, compute(), W, name)
+    return basis.U, basis.Vh, True
 
 
 def align(proof: Proof, basis: SVD, W: Float[Tensor, "out in"], name: str) -> SVD:

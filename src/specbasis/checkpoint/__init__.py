@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from specbasis.checkpoint.adapter_file import is_adapter
 from specbasis.checkpoint.choice import open_place
 from specbasis.checkpoint.entry import Checkpoint, Entry
-from specbasis.checkpoint.peft import is_adapter, open_adapter
+from specbasis.checkpoint.peft import open_adapter
 from specbasis.checkpoint.places import locate
 from specbasis.checkpoint.readers import tensor_entries
 from specbasis.core.errors import InputError

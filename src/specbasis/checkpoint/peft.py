@@ -9,8 +9,6 @@ never rounded to a narrower type of the base, in which a small update can vanish
     tuned = base + U C Vh,             spectral, this project's own
     tuned = m ⊙ (base + s B A) / ‖base + s B A‖,  DoRA, one norm for each output
 
-peft itself is not needed and not imported.
-
 Source: Hu et al. 2021 (LoRA); Kalajdzievski 2023 (rsLoRA); Liu et al. 2024 (DoRA, Eq. 5); Meng et al. 2024 (PiSSA);
 Zhang et al. 2023 (AdaLoRA, Eq. 3), in the file format of peft 0.21.
 """
@@ -19,7 +17,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -28,17 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specbasis.checkpoint.choice import USUAL, read_config
-from specbasis.checkpoint.entry import Checkpoint, Entry, reading
+from specbasis.checkpoint.adapter_file import CONFIG, AdapterFile, read_adapter
+from specbasis.checkpoint.entry import Checkpoint, Entry
 from specbasis.checkpoint.places import Place
 from specbasis.core.errors import InputError
 from specbasis.core.svd import decompose
-
-CONFIG = "adapter_config.json"
-
-_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-
-_PART = re.compile(r"^(?P<module>.+?)\.lora_(?P<part>A|B|E|embedding_A|embedding_B|magnitude_vector)(?:\.weight)?$")
 
 _REFUSED = {
     "layer_replication": "replicated layers have no counterpart in the base",
@@ -57,11 +48,6 @@ _MUTATED = ("olora", "corda", "loftq", "lora_ga", "pissa_niter")
 """Initialisations that change the base in a way that the adapter's files do not tell."""
 
 
-def is_adapter(place: Place) -> bool:
-    """Whether a place is a PEFT adapter's folder, and not a whole model with one beside it."""
-    return not place.given and CONFIG in place.names and not set(USUAL) & set(place.names)
-
-
 def open_adapter(place: Place, base: Checkpoint) -> Checkpoint:
     """The tuned model that an adapter makes of its base.
 
@@ -78,78 +64,54 @@ def open_adapter(place: Place, base: Checkpoint) -> Checkpoint:
         InputError: another kind of adapter, one that needs what is not in its files, a tensor that is not
             understood, or modules that the base does not have in these shapes.
     """
-    with reading(place.source):
-        config, _ = read_config(place, CONFIG)
-        kind = str(config.get("peft_type", "")).upper().partition(":")[0]  # a spectral one says more behind it
-        _check(config, kind, place.source)
-        name = next((name for name in _WEIGHTS if name in place.names), None)
-        if name is None:
-            raise InputError(f"{place.source}: a PEFT adapter without weights; want {_WEIGHTS[0]} beside {CONFIG}")
-        stored = place.entries(name)
-        if kind == "SPECTRAL":
-            stored = _as_factors(stored, str(config.get("scale")), place.source)
-        files, digests = place.provenance([name, CONFIG])
-
-    modules: defaultdict[str, dict[str, Entry]] = defaultdict(dict)
-    replaced: dict[str, Entry] = {}
-    for full, entry in stored.items():
-        path = full.removeprefix("base_model.model.")
-        found = _PART.match(path)
-        if found:
-            modules[found["module"]][found["part"].replace("embedding_", "")] = entry
-            if "embedding" in found["part"]:
-                modules[found["module"]]["embedding"] = entry
-        else:
-            replaced[path] = entry
+    file = read_adapter(place)
+    _check(file)
+    modules = _as_factors(file) if file.kind == "SPECTRAL" else file.modules
     names = _Names(base, modules, place.source)
-    saved = {names.saved(path): entry for path, entry in replaced.items()}
+    saved = {names.saved(path): entry for path, entry in file.saved.items()}
     adapted = {names.parameter(module): module for module in modules}
-    stored_in_out = _stored_in_out(config, {module: name for name, module in adapted.items()}, modules, base)
+    stored_in_out = _stored_in_out(file.config, {module: name for name, module in adapted.items()}, modules, base)
 
     def update(name: str) -> Entry:
         module = adapted[name]
         stored_base = saved.get(name) or base.entries[name]
         flipped = partial(stored_in_out, base.shards.get(name))
-        return _Update(module, modules[module], config, kind, stored_base, flipped, place.source).entry()
+        return _Update(module, modules[module], file, stored_base, flipped).entry()
 
     entries = _Tuned(base.entries, saved, adapted, update)
     for name in () if base.shards else adapted:
         entries[name]  # what does not fit is refused now, where looking it up contacts nothing
     return replace(
         base,
-        source=place.source,
+        source=file.source,
         entries=entries,
-        files=files,
-        digests=digests,
-        revision=place.revision,
+        files=file.files,
+        digests=file.digests,
+        revision=file.revision,
         notes=(
-            f"{kind} adapter on {base.source}: {len(modules)} modules adapted, {len(replaced)} tensors replaced",
+            f"{file.kind} adapter on {base.source}: {len(modules)} modules adapted, {len(file.saved)} tensors "
+            "replaced",
         ),
     )
 
 
-def _as_factors(stored: Mapping[str, Entry], scale: str, source: str) -> Mapping[str, Entry]:
+def _as_factors(file: AdapterFile) -> Mapping[str, Mapping[str, Entry]]:
     """A spectral adapter as LoRA factors of scale 1: W + U C Vh = W + B A with B = U C, A = Vh.
 
     C is the core M, or diag(S) M where the adapter counts in units of the singular values.
     """
-    found: dict[str, Entry] = {}
-    for name, entry in stored.items():
-        module, is_part, part = name.rpartition(".spectral_")
-        if not is_part:
-            found[name] = entry
-        elif part == "M":
-            U, S, Vh = (stored.get(f"{module}.spectral_{key}") for key in ("U", "S", "Vh"))
-            if U is None or S is None or Vh is None:
-                raise InputError(
-                    f"{source}: a spectral adapter saved without its basis; `specbasis adapter export-lora` writes "
-                    "it as LoRA with the base at hand: use that"
-                )
-            found[f"{module}.lora_A.weight"] = Vh
-            found[f"{module}.lora_B.weight"] = Entry(
-                U.shape, U.dtype, partial(_left_factor, U, entry, S if scale == "sigma" else None)
+    sigma = str(file.config.get("scale")) == "sigma"
+    factors: dict[str, dict[str, Entry]] = {}
+    for module, parts in file.modules.items():
+        U, S, Vh = (parts.get(part) for part in ("U", "S", "Vh"))
+        if U is None or S is None or Vh is None:
+            raise InputError(
+                f"{file.source}: a spectral adapter saved without its basis; `specbasis adapter export-lora` "
+                "writes it as LoRA with the base at hand: use that"
             )
-    return found
+        left = partial(_left_factor, U, parts["M"], S if sigma else None)
+        factors[module] = {"A": Vh, "B": Entry(U.shape, U.dtype, left)}
+    return factors
 
 
 def _left_factor(U: Entry, M: Entry, S: Entry | None) -> Tensor:
@@ -188,13 +150,14 @@ class _Tuned(Mapping[str, Entry]):
         return len(self._base) + sum(name not in self._base for name in self._saved)
 
 
-def _check(config: Mapping[str, Any], kind: str, source: str) -> None:
+def _check(file: AdapterFile) -> None:
     """Refuse an adapter whose tuned matrices the formulas of this module do not give."""
+    source, config = file.source, file.config
     merge = "merge it with peft (merge_and_unload), save the model, and use that"
-    if kind not in ("LORA", "ADALORA", "SPECTRAL"):
+    if file.kind not in ("LORA", "ADALORA", "SPECTRAL"):
         raise InputError(
-            f"{source}: a PEFT adapter of kind {kind[:40]!r}; LoRA, DoRA, PiSSA, AdaLoRA, spectral ones are read; "
-            f"for others, {merge}"
+            f"{source}: a PEFT adapter of kind {file.kind[:40]!r}; LoRA, DoRA, PiSSA, AdaLoRA, spectral ones are "
+            f"read; for others, {merge}"
         )
     for name, reason in _REFUSED.items():
         if config.get(name):
@@ -314,16 +277,14 @@ class _Update:
 
     module: str
     parts: Mapping[str, Entry]
-    config: Mapping[str, Any]
-    kind: str
+    file: AdapterFile
     base: Entry
     flipped: Callable[[], bool]
-    source: str
 
     def entry(self) -> Entry:
         """The tuned parameter, checked by shapes alone."""
-        if not {"A", "B"} <= set(self.parts) or (self.kind == "ADALORA") != ("E" in self.parts):
-            raise self._refused(f"has {', '.join(sorted(self.parts))}; want the factors of {self.kind}")
+        if not {"A", "B"} <= set(self.parts) or (self.file.kind == "ADALORA") != ("E" in self.parts):
+            raise self._refused(f"has {', '.join(sorted(self.parts))}; want the factors of {self.file.kind}")
         if not self.base.is_float:
             raise self._refused(f"is stored as {self.base.dtype} in the base; give the base in floating point")
         shape = self.base.shape
@@ -333,7 +294,7 @@ class _Update:
             raise self._refused(f"has factors {got}, which do not make the base's {shape}")
         scale = self._scale()
         if "magnitude_vector" not in self.parts:
-            if self.config.get("use_dora"):
+            if self.file.config.get("use_dora"):
                 raise self._refused("has no magnitudes, although its config sets use_dora")
             return Entry(
                 shape, self._dtype(), lambda: self._sum(scale).reshape(shape), lambda: self._factors(scale)
@@ -359,18 +320,18 @@ class _Update:
 
     def _scale(self) -> float:
         """What the product of the factors is multiplied by."""
-        if self.kind == "SPECTRAL":
+        if self.file.kind == "SPECTRAL":
             return 1.0
-        alpha = _of_pattern(self.config.get("alpha_pattern"), self.module, self.config.get("lora_alpha"))
+        alpha = _of_pattern(self.file.config.get("alpha_pattern"), self.module, self.file.config.get("lora_alpha"))
         try:
             alpha = float(alpha)
-            if self.kind == "ADALORA":
-                first = float(self.config["init_r"])
+            if self.file.kind == "ADALORA":
+                first = float(self.file.config["init_r"])
                 return (alpha if alpha > 0 else first) / (first + 1e-5)
         except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{self.source}: {CONFIG} lacks lora_alpha (or init_r) as a number") from error
+            raise InputError(f"{self.file.source}: {CONFIG} lacks lora_alpha (or init_r) as a number") from error
         rank = self.parts["A"].shape[0]
-        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+        return alpha / (math.sqrt(rank) if self.file.config.get("use_rslora") else rank)
 
     def _dtype(self) -> str:
         return "float64" if self.base.dtype == "float64" else "float32"
@@ -380,7 +341,7 @@ class _Update:
         A, B = self._part("A"), self._part("B") * scale
         if "E" in self.parts:
             B = B * self._part("E").reshape(1, -1)
-        if str(self.config.get("init_lora_weights")) == "pissa":
+        if str(self.file.config.get("init_lora_weights")) == "pissa":
             # The base of the update is what is left of the stored one without its r leading triplets.
             W = self.base.load()
             leading = decompose(W.mT if self._turned else W, B.shape[1], name=self.module)
@@ -409,7 +370,7 @@ class _Update:
         return tensor.reshape(tensor.shape[0], -1) if name in ("A", "B") else tensor
 
     def _refused(self, reason: str) -> InputError:
-        return InputError(f"{self.source}: {self.module} {reason}")
+        return InputError(f"{self.file.source}: {self.module} {reason}")
 
 
 def _of_pattern(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:

@@ -3,15 +3,22 @@
 attached = attach(model, "spectral", rank=300)
 Trainer(attached.model, callbacks=list(attached.callbacks), ...).train()
 attached.save("out")
+
+A method is one file of this folder, which registers its rows when it is imported.
 """
 
 from __future__ import annotations
 
-from specbasis.finetuning.methods.attach import Attached, attach, load, method_named
-from specbasis.finetuning.methods.budget import Size, match_budget, parameters
-from specbasis.finetuning.methods.build import Request
-from specbasis.finetuning.methods.placement import ALL_LINEAR, FEED_FORWARD, Site, head_modules, sites
-from specbasis.finetuning.methods.table import METHODS, TABLE_5, Method
+import importlib
+import pkgutil
+
+from specbasis.finetuning.methods.attached import Attached, Size, attach, load, match_budget, parameters
+from specbasis.finetuning.methods.kit import METHODS, Method, Request, method_named
+from specbasis.finetuning.methods.sites import ALL_LINEAR, FEED_FORWARD, Site, head_modules, sites
+from specbasis.finetuning.methods.spectral import TABLE_5
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
 
 __all__ = [
     "ALL_LINEAR",

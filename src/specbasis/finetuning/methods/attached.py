@@ -1,11 +1,15 @@
-"""Put a method on a model, save what it trained, and load it again."""
+"""Put a method on a model, save what it trained, load it again; and the size at which methods train equally
+much.
+"""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,18 +21,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from specbasis.adapter.folder import CONFIG, WEIGHTS
 from specbasis.adapter.task_heads import ParameterCounts
 from specbasis.checkpoint import open_checkpoint
+from specbasis.checkpoint.adapter_file import PREFIX, adapter_folder
 from specbasis.core.errors import InputError
-from specbasis.finetuning.methods.build import Request, build
-from specbasis.finetuning.methods.layers import CHILD, Update, fastened, merge_updates
-from specbasis.finetuning.methods.placement import ALL_LINEAR, Site, head_modules, named_sites, sites
-from specbasis.finetuning.methods.table import METHODS, Method
+from specbasis.finetuning.methods.kit import CHILD, METHODS, Method, Request, additions, method_named
+from specbasis.finetuning.methods.sites import Site, head_modules, named_sites
+from specbasis.finetuning.methods.updates import Update, merge_updates
 
 DESCRIPTION, TRAINED = "method.json", "trained.safetensors"
 FORMAT = 1
-_PEFT_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,13 +62,12 @@ class Attached:
     @property
     def counts(self) -> ParameterCounts:
         """Parameters in training: the method's own, then head and pooler; and all of base and method together."""
-        prefix = _PEFT_PREFIX if isinstance(self.model, PeftModel) else ""
+        prefix = PREFIX if isinstance(self.model, PeftModel) else ""
         trained = {name: p.numel() for name, p in self.model.named_parameters() if p.requires_grad}
         places = tuple(f"{prefix}{name}." for name in self.head)
         head = sum(count for name, count in trained.items() if name.startswith(places))
         own = sum(trained.values()) - head
-        added = 0 if self.method.builder == "subset" else own
-        return ParameterCounts(own, head, self.base_parameters + added)
+        return ParameterCounts(own, head, self.base_parameters + (own if self.method.adds else 0))
 
     def save(self, folder: str | Path) -> None:
         """Write the method's folder: a PEFT adapter where PEFT knows the method, else what was trained alone.
@@ -153,17 +154,12 @@ def attach(
         InputError: an argument does not fit the method or the model.
     """
     method = method_named(method)
-    if isinstance(model, PeftModel) or hasattr(model, "peft_config") or fastened(model):
+    if isinstance(model, PeftModel) or hasattr(model, "peft_config") or additions(model):
         raise InputError(f"{type(model).__name__} has adapters already; want a model without: load the base again")
-    places = method_sites(model, method, target_modules, roles, blocks)
-    request = Request(
-        method,
-        *_size(method, places, rank, interval),
-        places,
-        seed,
-        None if checkpoint is None else str(checkpoint),
-        {**method.options, **(options or {})},
-    )
+    places = method.sites(model, target_modules, roles, blocks)
+    rank, interval = method.sized(places, rank, interval)
+    source = None if checkpoint is None else str(checkpoint)
+    request = Request(method, rank, interval, places, seed, source, {**method.options, **(options or {})})
     if (request.checkpoint is None) == bool(method.options.get("basis") == "from"):
         wanted = "want the checkpoint of a model" if request.checkpoint is None else "leave checkpoint out"
         raise InputError(f"{method.name}: got checkpoint = {checkpoint!r}; {wanted}")
@@ -171,7 +167,7 @@ def attach(
     total, hashed = sum(p.numel() for p in model.parameters()), fingerprint(model, head)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        built, callbacks = build(model, request, head)
+        built, callbacks = method.attach(model, request, head)
     return Attached(built, request, head, total, hashed, callbacks)
 
 
@@ -197,9 +193,7 @@ def load(folder: str | Path, base: nn.Module) -> Attached:
 
 def _load_peft(folder: Path, described: Mapping[str, Any], base: nn.Module) -> Attached:
     """A PEFT adapter on its base, still in training."""
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise InputError(f"{folder}: no {name}; the folder is incomplete: save the method again")
+    adapter_folder(folder)  # refuses a folder that is incomplete
     request, head = _request_from(described, base), tuple(head_modules(base))
     total, hashed = sum(p.numel() for p in base.parameters()), fingerprint(base, head)
     try:
@@ -285,17 +279,16 @@ def _fill(model: nn.Module, stored: Mapping[str, Tensor], folder: Path) -> None:
     with torch.no_grad():
         for name, tensor in current.items():
             tensor.copy_(stored[name])
-    for layer in fastened(model).values():
-        child = layer.get_submodule(CHILD)
+    for name, child in additions(model).items():
         if isinstance(child, Update):
-            child.settle(layer)
+            child.settle(model.get_submodule(name))
 
 
 def _saved(model: nn.Module) -> dict[str, Tensor]:
     """What is trained, and what the method's own modules need to find their basis again, by name."""
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    for name, layer in fastened(model).items():
-        trained |= layer.get_submodule(CHILD).state_dict(prefix=f"{name}.{CHILD}.")
+    for name, child in additions(model).items():
+        trained |= child.state_dict(prefix=f"{name}.{CHILD}.")
     return trained
 
 
@@ -304,77 +297,75 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.cpu().clone().contiguous() for name, tensor in _saved(model).items()}
 
 
-def method_named(method: str | Method) -> Method:
-    """The method of a name.
+@dataclass(frozen=True)
+class Size:
+    """A method at a size.
+
+    Attributes:
+        method: its name.
+        rank: what `attach` takes as ``rank``; None where the method has no size.
+        parameters: what it trains, without task head and pooler. For AdaLoRA, what remains in the end.
+    """
+
+    method: str
+    rank: int | None
+    parameters: int
+
+
+def match_budget(
+    model: nn.Module,
+    budget: int | None = None,
+    methods: Iterable[str | Method] | None = None,
+    *,
+    rank: int | None = None,
+    roles: Sequence[str] | None = None,
+    blocks: Sequence[int] | None = None,
+) -> dict[str, Size]:
+    """The size of each method that comes nearest to a budget of trained parameters, and what it then trains.
+
+    Works on shapes alone: the model may be on the meta device. Where two sizes are equally near, the smaller one.
+
+    Args:
+        model: a transformers model without adapters.
+        budget: trained parameters without head and pooler; what the spectral method trains when None.
+        methods: names in `METHODS`; all when None.
+        rank: width of the spectral method's interval where it sets the budget; its default when None.
+        roles: adapt these roles with every method; each method's own when None.
+        blocks: adapt these blocks with every method.
 
     Raises:
-        InputError: there is none.
+        InputError: as `attach`; or the budget is not positive.
     """
-    if isinstance(method, Method):
-        return method
-    if method not in METHODS:
-        raise InputError(f"got method {method!r}; want one of {', '.join(METHODS)}")
-    return METHODS[method]
+    if budget is None:
+        budget = parameters("spectral", model, rank=rank, roles=roles, blocks=blocks)
+    if budget < 1:
+        raise InputError(f"got a budget of {budget} parameters; want at least 1")
+    chosen = [method_named(method) for method in (METHODS if methods is None else methods)]
+    stands = {method.name: (type(method), method.roles, method.blocks) for method in chosen}
+    sites = {stands[method.name]: method.sites(model, None, roles, blocks) for method in chosen}
+    return {method.name: _nearest(method, model, sites[stands[method.name]], budget) for method in chosen}
 
 
-def method_sites(
+def _nearest(method: Method, model: nn.Module, sites: Sequence[Site], budget: int) -> Size:
+    count = functools.cache(lambda rank: method.count(model, sites, rank))
+    if method.default_size(sites) is None:
+        return Size(method.name, None, count(None))
+    ranks = range(1, method.largest_size(sites) + 1)
+    above = bisect_left(ranks, budget, key=count)
+    near = [ranks[i] for i in (above - 1, above) if 0 <= i < len(ranks)]
+    best = min(near, key=lambda rank: abs(count(rank) - budget))
+    return Size(method.name, best, count(best))
+
+
+def parameters(
+    method: str | Method,
     model: nn.Module,
-    method: Method,
-    targets: Sequence[str] | None,
-    roles: Sequence[str] | None,
-    blocks: Sequence[int] | None,
-) -> tuple[Site, ...]:
-    """The modules that a method adapts, by name, or by role and block; the arguments are those of `attach`.
-
-    Bottleneck adapters stand behind the outputs of attention and feed-forward networks only: of the roles asked
-    for, they take those.
-    """
-    given = [name for name, value in (("roles", roles), ("blocks", blocks)) if value is not None]
-    if targets is not None:
-        if given:
-            raise InputError(f"got target_modules and {given[0]}; want one of the two")
-        return () if _is_probe(method) else named_sites(model, targets)
-    if _is_probe(method) or (not given and not method.roles):
-        return ()
-    wanted = roles or method.roles or ALL_LINEAR
-    if method.builder in ("houlsby", "pfeiffer"):
-        wanted = [role for role in wanted if role in METHODS[method.builder].roles]
-        if not wanted:
-            raise InputError(
-                f"{method.name} adapts {' and '.join(method.roles)} only; got {', '.join(roles or ())}"
-            )
-    return sites(model, wanted, blocks if given else method.blocks)
-
-
-def _is_probe(method: Method) -> bool:
-    return method.options.get("which") == "none"
-
-
-def _size(
-    method: Method, places: Sequence[Site], rank: int | None, interval: tuple[int, int] | None
-) -> tuple[int | None, tuple[int, int] | None]:
-    """(rank, interval) of a method from what was asked for and its defaults."""
-    spectral, follows = method.builder == "spectral", method.builder in ("spectral", "psoft")
-    if interval is not None and (not spectral or rank is not None):
-        wrong = f"rank = {rank} as well; want one of the two" if spectral else f"{method.name} takes rank only"
-        raise InputError(f"got interval = {tuple(interval)}; {wrong}")
-    if rank is not None and (rank < 1 or not (follows or method.size)):
-        want = "rank >= 1" if follows or method.size else "no rank: this method has no size"
-        raise InputError(f"{method.name}: got rank = {rank}; want {want}")
-    if not follows:
-        return (rank or method.size, None)
-    if interval is not None:
-        return interval[1] - interval[0], (int(interval[0]), int(interval[1]))
-    n = min(site.rank for site in places)
-    width = rank or default_width(n)
-    if width > n:
-        raise InputError(f"{method.name}: got rank = {width}; the smallest adapted matrix has {n} singular values")
-    if not spectral:
-        return width, None
-    start = {"head": 0, "middle": (n - width) // 2, "tail": n - width}[method.options.get("where", "head")]
-    return width, (start, start + width)
-
-
-def default_width(n: int) -> int:
-    """Width of the paper's interval in proportion: 300 of 768 singular values (Yu et al. 2026, §4.4)."""
-    return max(1, round(300 / 768 * n))
+    *,
+    rank: int | None = None,
+    roles: Sequence[str] | None = None,
+    blocks: Sequence[int] | None = None,
+) -> int:
+    """How many parameters a method trains on a model, without task head and pooler; from shapes alone."""
+    method = method_named(method)
+    sites = method.sites(model, None, roles, blocks)
+    return method.count(model, sites, rank or method.default_size(sites))

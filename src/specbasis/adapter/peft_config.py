@@ -1,0 +1,129 @@
+"""The configuration of a spectral adapter, as PEFT keeps it in adapter_config.json."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from peft import PeftConfig, PeftType
+
+from specbasis.core.errors import InputError
+
+NAME = "SPECTRAL"
+FILE_NAME = f"{NAME}: run `from specbasis.adapter import SpectralConfig` first"
+"""How adapter_config.json names the method. PEFT without specbasis stops with a KeyError that shows this text."""
+
+
+@dataclass
+class SpectralConfig(PeftConfig):
+    """Configuration of a spectral adapter: W' = W + U[:, k:m] M Vh[k:m, :], only M trained.
+
+    Args:
+        interval: ranks [k, m) of the singular vectors, 0-based, m excluded; default (0, 300).
+        rank: shorthand for interval (0, rank).
+        interval_pattern: intervals of single layers: {regular expression at the end of the module name: (k, m)}.
+        target_modules: names (endings) of modules, a regular expression, or "all-linear"; by default both matrices
+            of every feed-forward network, where the architecture is known.
+        exclude_modules: names or a regular expression of modules to leave out.
+        blocks_to_transform: indices of the blocks to adapt; negative ones count from the last block.
+        layers_pattern: name of the list of blocks, where a module's name holds several numbers.
+        scale: "none", or "sigma" for coefficients in units of the singular values (LoRA-XS, PSOFT with free R).
+        basis: "pretrained" singular vectors; "from:PATH", the singular vectors of the same matrix in another
+            checkpoint; or a control, with ":SEED" behind it if wanted: "random" orthonormal vectors, or "shuffled",
+            right singular vectors paired with left ones of other ranks.
+        init: "zero" (the model starts bit-equal to its base) or "normal" (small random coefficients).
+        dropout: share of input features dropped on the adapter's path in training.
+        save_basis: put U and Vh into the adapter file. Without, loading decomposes the base again and refuses if
+        any
+            vector is not the trained one; the file is then little more than M.
+        basis_file: a base-level basis file that many adapters share: read if it exists, written if not; or an
+            existing folder, used as a cache of decompositions (`specbasis.jobs.cache.Cache`). Not saved.
+        modules_to_save: modules trained and saved whole. A task head and pooler that the base checkpoint lacks are
+            added by themselves.
+        shard_basis: hold U and Vh as parameters without gradient, which FSDP shards.
+        file_format: set by saving; tells a loaded configuration from a new one.
+    """
+
+    interval: tuple[int, int] | None = None
+    rank: int | None = None
+    interval_pattern: dict[str, tuple[int, int]] | None = None
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    blocks_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    scale: str = "none"
+    basis: str = "pretrained"
+    init: str = "zero"
+    dropout: float = 0.0
+    save_basis: bool = True
+    basis_file: str | None = None
+    modules_to_save: list[str] | None = None
+    shard_basis: bool = False
+    file_format: int | None = None
+    _place: ClassVar[Any] = None  # where it was loaded from: folder or name, subfolder, options of the download
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType[NAME]
+        if self.rank is not None:
+            if self.interval is not None and tuple(self.interval) != (0, self.rank):
+                raise InputError(f"got interval = {self.interval} and rank = {self.rank}; want one of the two")
+            self.interval = (0, self.rank)
+        self.interval = _pair(self.interval or (0, 300))
+        self.interval_pattern = {name: _pair(pair) for name, pair in (self.interval_pattern or {}).items()}
+        if isinstance(self.target_modules, (list, set, tuple)):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # PEFT's own form
+        if not re.fullmatch(r"pretrained|(random|shuffled)(:\d+)?|from:.+", self.basis):
+            raise InputError(f"got basis = {self.basis!r}; want 'pretrained', 'random', 'shuffled' or 'from:PATH'")
+        if self.basis.startswith("from:") and not self.save_basis:
+            raise InputError(
+                f"got basis = {self.basis!r} with save_basis = False; want save_basis = True: a path is no proof"
+            )
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"got dropout = {self.dropout}; want 0 <= dropout < 1")
+        if self.file_format not in (None, 1):
+            raise InputError(
+                f"the adapter folder has format {self.file_format}; this version of specbasis reads 1: upgrade it"
+            )
+
+    target_parameters = None
+    bias = "none"
+
+    @property
+    def layers_to_transform(self) -> list[int] | int | None:
+        """PEFT's name for the blocks."""
+        return self.blocks_to_transform
+
+    def interval_of(self, module_name: str) -> tuple[int, int]:
+        """The interval for a module: the first pattern that matches the end of its name, else the common one."""
+        for pattern, interval in (self.interval_pattern or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", module_name):
+                return interval
+        assert self.interval is not None
+        return self.interval
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as adapter_config.json holds it."""
+        fields = super().to_dict()
+        del fields["basis_file"], fields["rank"]
+        if isinstance(fields["target_modules"], set):
+            fields["target_modules"] = sorted(fields["target_modules"])
+        return {**fields, "peft_type": FILE_NAME, "file_format": 1}
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> Any:
+        """Load a configuration; remembers where from, so that an incomplete file is refused before injection."""
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        config._place = pretrained_model_name_or_path, subfolder, kwargs
+        return config
+
+
+def _pair(pair: Any) -> tuple[int, int]:
+    try:
+        k, m = pair
+        return int(k), int(m)
+    except (TypeError, ValueError):
+        raise InputError(f"got interval = {pair!r}; want two ranks (k, m)") from None
