@@ -34,7 +34,7 @@ ROOMS = (
 TOP = ("__init__", "__main__")  # the public names, re-exported once
 
 # A value knows no view. The one exception: `Comparison.report()` and the way that it shows itself in a notebook.
-ALLOWED = {("comparison.compare", "figures")}
+ALLOWED = {("comparison.comparison", "figures")}
 
 # Optional or heavy libraries. Above finetuning/ none is imported when a module is, except where the name begins so.
 EXTRAS = {"transformers", "peft", "ray", "plotly", "matplotlib"}

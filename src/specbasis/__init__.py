@@ -1,7 +1,8 @@
 """specbasis: what finetuning changes in the singular vectors and values of a model's weights."""
 
 from specbasis.checkpoint import open_checkpoint
-from specbasis.comparison.compare import Comparison, compare, load
+from specbasis.comparison.compare import compare
+from specbasis.comparison.comparison import Comparison, load
 from specbasis.comparison.population import population
 from specbasis.core.edits import Edit
 from specbasis.core.errors import InputError, NonFiniteError

@@ -19,8 +19,10 @@ import scipy.linalg
 import torch
 
 import specbasis
-from specbasis.comparison.compare import Progress
+from specbasis.comparison import decomposition
 from specbasis.core.errors import InputError
+from specbasis.jobs.cells import Progress
+from specbasis.jobs.results import Results
 from tests.helpers.patience import until
 from tests.pico import State, bert_state, finetuned, write
 
@@ -265,7 +267,7 @@ def test_an_error_stops_the_workers_at_once(pair: tuple[Path, Path], monkeypatch
     def full(*_: object) -> None:
         raise InputError("full")
 
-    monkeypatch.setattr(job.store.Results, "write", full)
+    monkeypatch.setattr(Results, "write", full)
     with pytest.raises(InputError, match="full") as held:  # keeps the traceback, and with it the frames
         specbasis.compare(*pair, engine="threads", workers=2)
     assert not [t for t in threading.enumerate() if t.name.startswith("specbasis")], held
@@ -419,13 +421,13 @@ def test_parquet_is_readable_by_others(pair: tuple[Path, Path], tmp_path: Path) 
 def decomposed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """(what, ranks) of every decomposition."""
     calls: list[tuple[str, int]] = []
-    whole = job.half_svd
+    whole = decomposition.half_svd
 
     def counted(W, ranks, *, minus=None, **rest):
         calls.append(("delta" if minus is not None else "matrix", ranks))
         return whole(W, ranks, minus=minus, **rest)
 
-    monkeypatch.setattr(job, "half_svd", counted)
+    monkeypatch.setattr(decomposition, "half_svd", counted)
     return calls
 
 
@@ -518,7 +520,7 @@ def test_the_plan_is_what_is_done(pair: tuple[Path, Path], tmp_path: Path, monke
 
 
 def test_approximately_only_the_wanted_ranks_are_compared(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(job, "LARGE", 80)
+    monkeypatch.setattr(decomposition, "LARGE", 80)
     g = torch.Generator().manual_seed(0)
     spikes = 3 * torch.randn(100, 5, generator=g) @ torch.randn(5, 160, generator=g) / 100
     base = {

@@ -10,7 +10,7 @@ import scipy.stats
 import torch
 
 import specbasis
-from specbasis.comparison.compare import Comparison
+from specbasis.comparison.comparison import Comparison
 from specbasis.comparison.population import cells, correlate, gather, read_scores, units
 from specbasis.comparison.population import population as run
 from specbasis.core.errors import InputError

@@ -18,11 +18,11 @@ import torch
 from safetensors.torch import load_file, save, save_file
 
 from specbasis import InputError, compare
-from specbasis.comparison.compare import Comparison, plan
+from specbasis.comparison.compare import plan
+from specbasis.comparison.comparison import Comparison
+from tests.checkpoint.hub_server import COMMIT, HubServer, serve
 from tests.helpers.patience import PATIENCE
-
-from .checkpoint.hub_server import COMMIT, HubServer, serve
-from .pico import State, bert_state, finetuned, write
+from tests.pico import State, bert_state, finetuned, write
 
 EPS = float(torch.finfo(torch.float32).eps)
 SHARDS = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 import specbasis
-from specbasis.comparison.compare import Comparison
+from specbasis.comparison.comparison import Comparison
 from specbasis.figures.data import bands, read_pairs
 from specbasis.figures.page import render
 

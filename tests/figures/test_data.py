@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from specbasis.comparison.compare import Comparison
+from specbasis.comparison.comparison import Comparison
 from specbasis.figures.data import MARKED_RANKS, QUANTILES, Pair, Series, _band, bands, read_pairs, representatives
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from specbasis.comparison.compare import Comparison
+from specbasis.comparison.comparison import Comparison
 from specbasis.figures.data import bands, read_pairs
 from specbasis.figures.page import _coarse, _floats, _ints, _json, render
 from specbasis.figures.tables import cells

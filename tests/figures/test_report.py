@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 import specbasis
-from specbasis.comparison.compare import Comparison
+from specbasis.comparison.comparison import Comparison
 from specbasis.core.errors import InputError
 from specbasis.figures.data import bands, read_pairs
 from specbasis.figures.figures import OF_PAIR, OVER_PAIRS, WHERE_TAKEN, draw

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import specbasis
-from specbasis.comparison.compare import Comparison
+from specbasis.comparison.comparison import Comparison
 from specbasis.core.errors import InputError
 from specbasis.paper.figures import RECIPES, random_variance, reproduce
 from tests.pico import bert_state, finetuned, write

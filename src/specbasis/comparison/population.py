@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from specbasis.comparison.compare import Comparison, load
+from specbasis.comparison.comparison import Comparison, load
 from specbasis.comparison.findings import as_json
 from specbasis.comparison.summary import SIDES, summarise
 from specbasis.core.errors import InputError

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from specbasis.comparison.summary import SIDES, RoleSummary, Verdict, named_parts
 
 if TYPE_CHECKING:
-    from specbasis.comparison.compare import Comparison
+    from specbasis.comparison.comparison import Comparison
     from specbasis.comparison.findings import Finding
 
 HEADINGS: tuple[tuple[str, str, int], ...] = (

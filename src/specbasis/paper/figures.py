@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from specbasis.comparison.compare import Comparison
+from specbasis.comparison.comparison import Comparison
 from specbasis.comparison.findings import as_json
 from specbasis.comparison.population import DEPTHS, Correlation, Member, Population, gather, population, units
 from specbasis.comparison.summary import matrix_facts

@@ -11,7 +11,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from specbasis.comparison.compare import Comparison, compare
+from specbasis.comparison.compare import compare
+from specbasis.comparison.comparison import Comparison
 from specbasis.core.errors import InputError
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from specbasis.architecture.key import MatrixRef
 from specbasis.checkpoint import Checkpoint
-from specbasis.comparison.compare import LARGE
+from specbasis.comparison.decomposition import LARGE
 from specbasis.comparison.options import Options
 from specbasis.core.errors import InputError
 from specbasis.core.svd import ALGORITHM

@@ -1,0 +1,130 @@
+"""What `compare` returns: rows, a manifest, and what they add up to."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from specbasis.comparison.findings import Finding, as_json, find
+from specbasis.comparison.summary import RoleSummary, Verdict, judge, own_means, summarise
+from specbasis.core.errors import InputError
+from specbasis.jobs import results as store
+from specbasis.jobs.results import Results
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """What `compare` found: rows, a manifest, and what they add up to.
+
+    Attributes:
+        results: the folder with the rows and the manifest.
+        rows: all rows, one per (pair, matrix, measure, index); see `specbasis.jobs.results.SCHEMA`.
+    """
+
+    results: Results
+    rows: pa.Table
+    _kept: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
+
+    @property
+    def folder(self) -> Path:
+        """Where everything is on disk."""
+        return self.results.folder
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """Versions, configuration, provenance, what was skipped and why, timings."""
+        return self.results.manifest
+
+    @cached_property
+    def pairs(self) -> list[str]:
+        """The labels of the tuned checkpoints that have rows."""
+        present = set(self.rows["pair"].unique().to_pylist())
+        return [label for label in self.manifest["pairs"] if label in present]
+
+    @cached_property
+    def summaries(self) -> dict[str, list[RoleSummary]]:
+        """For each pair: one line per role, and one over all matrices."""
+        return {label: summarise(self.rows, label) for label in self.pairs}
+
+    @cached_property
+    def verdicts(self) -> dict[str, Verdict]:
+        """For each pair: identical, finetuned, independent or mixed, with the evidence."""
+        return {label: judge(self.rows, label) for label in self.pairs}
+
+    @cached_property
+    def findings(self) -> dict[str, list[Finding]]:
+        """For each pair: what a user of it should know, problems first; see `specbasis.comparison.findings`."""
+        return {label: find(self.rows, label, self.failed) for label in self.pairs}
+
+    @cached_property
+    def own(self) -> dict[str, list[dict[str, Any]]]:
+        """For each pair: a user's own measures by role; empty without any. See `summary.own_means`."""
+        names = [measure["name"] for measure in self.manifest.get("measures", [])]
+        return {label: own_means(self.rows, label, names) if names else [] for label in self.pairs}
+
+    @property
+    def failed(self) -> list[dict[str, str]]:
+        """Matrices that could not be decomposed: pair, matrix, error."""
+        return list(self.manifest["failed"])
+
+    def to_pandas(self) -> pd.DataFrame:
+        """All rows as a pandas DataFrame (needs the extra ``report``)."""
+        try:
+            import pandas  # noqa: F401
+        except ImportError as error:
+            raise InputError("to_pandas needs pandas: pip install 'specbasis[report]'") from error
+        frame: pd.DataFrame = self.rows.to_pandas()
+        return frame
+
+    def summary(self) -> dict[str, Any]:
+        """Verdicts, findings and summaries as plain data for JSON; null for what is not a finite number.
+
+        Keys: base, folder, failed, and pairs, which has for each label verdict, findings and summaries with the
+        fields of `Verdict`, `Finding` and `RoleSummary`, and own, the user's own measures by role.
+        """
+        found = {
+            label: {
+                "tuned": self.manifest["pairs"][label]["tuned"]["source"],
+                "verdict": asdict(self.verdicts[label]),
+                "findings": [asdict(finding) for finding in self.findings[label]],
+                "summaries": [asdict(line) for line in self.summaries[label]],
+                "own": self.own[label],
+            }
+            for label in self.pairs
+        }
+        whole = {"base": self.manifest["base"]["source"], "folder": str(self.folder), "failed": self.failed}
+        plain: dict[str, Any] = as_json(whole | {"pairs": found})
+        return plain
+
+    def report(self, path: str | Path | None = None) -> Path:
+        """Write the page, and the same figures as PNG and SVG beside it; returns the page's path.
+
+        Args:
+            path: the page's file; default `report.html` in the results folder.
+        """
+        from specbasis.figures import write_report
+
+        return write_report(self.results, self.rows, Path(path) if path else self.folder / "report.html")
+
+    def _repr_html_(self) -> str:
+        from specbasis.figures.tables import summary_html
+
+        return summary_html(self)
+
+
+def load(folder: str | Path) -> Comparison:
+    """Open the results that an earlier `compare` left in a folder.
+
+    Raises:
+        InputError: the folder holds no results, or damaged ones.
+    """
+    results = store.load(Path(folder))
+    return Comparison(results, results.rows())

@@ -1,0 +1,156 @@
+"""What a pair of matrices is decomposed into: base, tuned and their difference, and random updates beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from specbasis.comparison.options import Options
+from specbasis.core.attention_heads import compare_heads
+from specbasis.core.dtypes import BY_PRECISION, name_of
+from specbasis.core.entries import read_entries
+from specbasis.core.errors import InputError
+from specbasis.core.nulls import KINDS, Rounding, draw
+from specbasis.core.nulls import rounding as rounding_of
+from specbasis.core.svd import SVD, HalfSVD, approximate_svd, cosines, half_svd, low_rank_svd
+from specbasis.jobs.cache import Cache, Samples
+from specbasis.measures.table import needed, reads
+from specbasis.measures.triple import Absent, Decomposition, Triple
+
+LARGE = 8192
+"""Short sides over this may be decomposed approximately, if that is asked for."""
+
+
+def decompose_pair(
+    W: Tensor,
+    T: Tensor,
+    options: Options,
+    *,
+    names: tuple[str, str],
+    base: Decomposition | None = None,
+    update: tuple[Tensor, Tensor] | None = None,
+    heads: tuple[int, bool] | None = None,
+) -> Triple:
+    """The decompositions of a pretrained matrix W and its finetune T that the wanted measures read.
+
+    Args:
+        W: (out, in), pretrained.
+        T: (out, in), finetuned.
+        options: which measures, of how many ranks, where to compute and what to keep.
+        names: what to call the two matrices in an error.
+        base: the decomposition of W where it is known.
+        update: (B, A) with T = W + B A, where the update is known to be of low rank: it is then not formed.
+        heads: how many attention heads the matrix is cut into, and whether by columns (an output matrix); None:
+            none.
+
+    Raises:
+        InputError: shapes differ. NonFiniteError: NaN or Inf in either.
+    """
+    if W.shape != T.shape:
+        raise InputError(f"{names[1]}: got shapes {tuple(W.shape)} and {tuple(T.shape)}; want equal ones")
+    k = min(options.ranks, *W.shape)
+    need = needed(options.taken, k)
+    parts: dict[str, Decomposition] = {which: Absent(which, (W.shape[0], W.shape[1])) for which in need}
+    every: SVD | HalfSVD | None = None
+    if need["base"] is not None and reads(options.taken, "every"):
+        every = base if isinstance(base, SVD | HalfSVD) else _every_vector(W, need["base"], options, names[0])
+        parts["base"] = every.truncate(k) if isinstance(every, SVD) else every
+    elif need["base"] is not None:
+        parts["base"] = base or _decomposed(W, need["base"], options, names[0])
+    sums = read_entries(W, T, names)
+    if sums.equal:
+        parts["tuned"] = parts["base"]
+    elif need["tuned"] is not None:
+        parts["tuned"] = _decomposed(T, need["tuned"], options, names[1], start=parts["base"])
+    if need["delta"] is not None and update is not None and update[0].shape[1] < min(W.shape):
+        parts["delta"] = low_rank_svd(*update, name=names[1])
+    elif need["delta"] is not None:
+        parts["delta"] = _decomposed(T, need["delta"], options, names[1], minus=W)
+    return Triple(
+        parts["base"],
+        parts["tuned"],
+        parts["delta"],
+        inner=sums.inner,
+        subspace=options.k,
+        norms=sums.norms,
+        every=every,
+        rounding=_roundings(W, T, sums.figures) if reads(options.taken, "rounding") else {},
+        heads=compare_heads(W, T, *heads) if heads else None,
+        sampled=_sampled(W, T, k, options, names[0]) if options.null_samples and not sums.equal else {},
+        figures=sums.figures,
+        entries=T,
+    )
+
+
+def _roundings(W: Tensor, T: Tensor, figures: Mapping[str, float]) -> dict[str, Rounding]:
+    """What rounding does to base and tuned, in the coarsest format that holds their entries.
+
+    Measured on tuned: the entries of base have about the same sizes.
+    """
+    base, tuned = (
+        BY_PRECISION.get(int(figures.get(f"precision_{which}", 0)), name_of(X.dtype))
+        for which, X in (("base", W), ("tuned", T))
+    )
+    error = rounding_of(T, tuned, base)
+    return {"tuned": error, "base": Rounding(base, error.variance)}
+
+
+def _sampled(W: Tensor, T: Tensor, ranks: int, options: Options, name: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """Alignments of W with W plus random updates: null → (left, right), (draws, k); kept where there is a cache."""
+    store = None if options.cache is None else Samples(Path(options.cache))
+    draws = options.null_samples
+    samples: dict[str, tuple[Tensor, Tensor]] = {}
+    base: HalfSVD | None = None
+    for kind in KINDS:
+        key = (W, T, kind, draws, ranks)
+        alignments = store.read(*key) if store else None
+        if alignments is None:
+            base = base or half_svd(W.double(), ranks, name=name)
+            alignments = _drawn(W, T, kind, draws, base, ranks, name)
+            if store:
+                store.write(*key, alignments)
+        samples[kind] = alignments
+    return samples
+
+
+def _drawn(
+    W: Tensor, T: Tensor, kind: str, draws: int, base: HalfSVD, ranks: int, name: str
+) -> tuple[Tensor, Tensor]:
+    """Alignments, left and right, of W with W plus random updates of one kind."""
+    sides: dict[str, list[Tensor]] = {"left": [], "right": []}
+    for seed in range(draws):
+        update = draw(kind, W, T, torch.Generator().manual_seed(seed))
+        random = half_svd(W.double() + update, ranks, name=name)
+        for side, alignments in sides.items():
+            alignments.append(cosines(base, random, side).alignment)
+    return torch.stack(sides["left"]), torch.stack(sides["right"])
+
+
+def _decomposed(
+    X: Tensor,
+    ranks: int,
+    options: Options,
+    name: str,
+    *,
+    minus: Tensor | None = None,
+    start: Decomposition | None = None,
+) -> Decomposition:
+    """The decomposition of a matrix, or of a difference, which is not kept in a cache."""
+    device = torch.device(options.device)
+    if options.approximate and min(X.shape) > LARGE and 8 * ranks <= min(X.shape):
+        near = start.X if isinstance(start, HalfSVD) else None
+        return approximate_svd(X, max(ranks, 1), minus=minus, start=near, name=name, device=device)
+    if options.cache is None or minus is not None or not ranks:
+        return half_svd(X, ranks, minus=minus, name=name, device=device)
+    return Cache(Path(options.cache)).decompose(X.to(device), ranks, name=name)
+
+
+def _every_vector(W: Tensor, ranks: int, options: Options, name: str) -> SVD | HalfSVD:
+    """The decomposition of a base whose vectors of the short side are all wanted."""
+    device = torch.device(options.device)
+    if options.cache is None:
+        return half_svd(W, ranks, name=name, every=True, device=device)
+    return Cache(Path(options.cache)).decompose(W.to(device), None, name=name)

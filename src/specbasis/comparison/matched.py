@@ -1,0 +1,172 @@
+"""Open checkpoints, what they have in common, and where they come from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from loky import cpu_count
+
+from specbasis.architecture.family import STRUCTURAL
+from specbasis.architecture.key import ROLES
+from specbasis.architecture.pair import MatrixPair, Pairing, pair
+from specbasis.checkpoint import Checkpoint, joined_sha256, open_checkpoint, open_tuned, sha256
+from specbasis.comparison.options import Options
+from specbasis.comparison.task import Source, Task, sharing
+from specbasis.core.errors import InputError
+from specbasis.core.svd import ALGORITHM
+from specbasis.jobs import results as store
+from specbasis.jobs.folder import environment
+from specbasis.jobs.results import Results
+
+
+@dataclass(frozen=True)
+class Matched:
+    """Two or more open checkpoints and what they have in common.
+
+    Attributes:
+        source: what base is called in every process.
+        base: the pretrained checkpoint.
+        sources: label → what a tuned checkpoint is called.
+        tuned: label → the same, open.
+        pairings: label → the matrices that are in both.
+        options: what to compare.
+    """
+
+    source: Source
+    base: Checkpoint
+    sources: Mapping[str, Source]
+    tuned: Mapping[str, Checkpoint]
+    pairings: Mapping[str, Pairing]
+    options: Options
+
+    @classmethod
+    def open(cls, base: Any, tuned: Any, options: Options) -> Matched:
+        """Open the checkpoints that a user named, and find what they have in common.
+
+        Raises:
+            InputError: no tuned checkpoint, one that cannot be read, or nothing in common.
+        """
+        sources = [tuned] if isinstance(tuned, str | Path | Mapping) else list(tuned)
+        if not sources:
+            raise InputError("got no tuned checkpoint; want at least one")
+        # A path in words means the same in a worker process.
+        source, *sources = (str(s) if isinstance(s, Path) else s for s in (base, *sources))
+        opened = open_checkpoint(source, stream=options.stream)
+        checkpoints = [open_tuned(s, opened, stream=options.stream) for s in sources]
+        labels = store.unique_labels([checkpoint.source for checkpoint in checkpoints])
+        by_label = dict(zip(labels, checkpoints, strict=True))
+        pairings = {
+            label: pair(opened, checkpoint, common_rows=options.common_rows, admits=options.filter)
+            for label, checkpoint in by_label.items()
+        }
+        if not any(pairing.matched for pairing in pairings.values()):
+            everything = {label: pair(opened, checkpoint) for label, checkpoint in by_label.items()}
+            raise InputError(_nothing_in_common(opened, everything))
+        return cls(source, opened, dict(zip(labels, sources, strict=True)), by_label, pairings, options)
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether any source is tensors, which cannot be named to another process."""
+        return any(isinstance(source, Mapping) for source in (self.source, *self.sources.values()))
+
+    def tasks(self, results: Results | None) -> list[Task]:
+        """One task per matrix of base with pairs that are not done, longest first."""
+        by_matrix: dict[str, list[tuple[str, Source, MatrixPair]]] = {}
+        for label, pairing in self.pairings.items():
+            for m in pairing.matched:
+                if results is None or not results.is_done(label, m.key.name):
+                    by_matrix.setdefault(m.key.name, []).append((label, self.sources[label], m))
+        tasks = [Task(self.source, tuple(todo), self.options) for todo in by_matrix.values()]
+        return sorted(tasks, key=lambda task: -task.flops)
+
+    def sharing(self) -> AbstractContextManager[None]:
+        """Let the tasks of this process read the checkpoints that are open here."""
+        tuned = ((self.sources[label], self.source, checkpoint) for label, checkpoint in self.tuned.items())
+        return sharing([(self.source, None, self.base), *tuned])
+
+    @contextmanager
+    def results(self, folder: Path) -> Iterator[Results]:
+        """The results folder of this comparison, new or continued, with all that is known before the first row.
+
+        Raises:
+            InputError: the folder cannot be used, or holds another comparison.
+        """
+        known = _known_hashes(folder)
+        with ThreadPoolExecutor(cpu_count()) as pool:  # hashing leaves the interpreter to the others
+            base, *tuned = pool.map(partial(_provenance, known=known), (self.base, *self.tuned.values()))
+        by_label = dict(zip(self.tuned, tuned, strict=True))
+        shown = [m for m in self.options.taken if m.shown == "table"]
+        config = {
+            "algorithm": ALGORITHM,
+            "base": base["sha256"],
+            "tuned": {label: provenance["sha256"] for label, provenance in by_label.items()},
+            **self.options.config(),
+        }
+        with store.create(folder, config) as results:
+            results.manifest.update(
+                environment(),
+                base=base,
+                pairs={label: _about(pairing, by_label[label]) for label, pairing in self.pairings.items()},
+                measures=[{"name": m.name, "title": m.title, "source": m.source} for m in shown],
+                failed=[],
+                runs=results.manifest.get("runs", []),
+            )
+            results.write_manifest()
+            yield results
+
+
+def _about(pairing: Pairing, provenance: dict[str, Any]) -> dict[str, Any]:
+    """What the manifest says of one pair."""
+    return {
+        "tuned": provenance,
+        "architecture": pairing.family.name,
+        "matrices": [m.key.name for m in pairing.matched],
+        "skipped": [{"name": s.name, "side": s.side, "reason": s.reason} for s in pairing.skipped],
+        "notes": [
+            *([f"no architecture file matches: {STRUCTURAL.title}"] if pairing.family is STRUCTURAL else []),
+            *pairing.notes,
+            *provenance.get("notes", ()),
+        ],
+    }
+
+
+def _provenance(checkpoint: Checkpoint, known: Mapping[str, Any]) -> dict[str, Any]:
+    """Source and SHA-256 of a checkpoint's files; one unchanged since an earlier run is not read again."""
+    files: list[dict[str, Any]] = []
+    for path in checkpoint.files:
+        stat = path.stat()
+        entry = {"path": str(path), "bytes": stat.st_size, "modified_ns": stat.st_mtime_ns}
+        earlier = known.get(str(path), {})
+        same = {key: earlier.get(key) for key in entry} == entry
+        files.append(entry | {"sha256": earlier["sha256"] if same else sha256(path)})
+    whole = joined_sha256(checkpoint, [file["sha256"] for file in files])
+    remote = {"revision": checkpoint.revision, "digests": dict(checkpoint.digests), "notes": list(checkpoint.notes)}
+    return {"source": checkpoint.source, "sha256": whole, "files": files} | {k: v for k, v in remote.items() if v}
+
+
+def _known_hashes(folder: Path) -> dict[str, Any]:
+    """The files that an earlier run of the same folder hashed, by path."""
+    if not (folder / "manifest.json").is_file():
+        return {}
+    manifest = store.load(folder).manifest
+    sources = [manifest.get("base", {}), *(about["tuned"] for about in manifest.get("pairs", {}).values())]
+    return {file["path"]: file for source in sources for file in source.get("files", [])}
+
+
+def _nothing_in_common(base: Checkpoint, pairings: Mapping[str, Pairing]) -> str:
+    """Why there is no matrix to compare: the selection leaves none, or the reasons of the pairing."""
+    label, pairing = next(iter(pairings.items()))
+    keys = [m.key for p in pairings.values() for m in p.matched]
+    if keys:
+        roles = ", ".join(role for role in ROLES if any(key.role == role for key in keys))
+        blocks = sorted({key.block for key in keys if key.block is not None})
+        there = f"roles {roles}" + (f"; blocks {blocks[0]} to {blocks[-1]}" if blocks else "; no blocks")
+        return f"{base.source} and {label}: no matrix to compare: roles, blocks and name leave none of {there}"
+    reasons = "; ".join(dict.fromkeys(s.reason for s in pairing.skipped))
+    return f"{base.source} and {label}: no matrix to compare ({reasons[:300]})"

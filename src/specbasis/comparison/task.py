@@ -1,0 +1,175 @@
+"""One base matrix and what it is compared with: the work that travels to a worker, and the rows that come back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from torch import Tensor
+
+from specbasis.architecture.key import MatrixRef
+from specbasis.architecture.pair import MatrixPair
+from specbasis.checkpoint import Checkpoint, open_checkpoint, open_tuned
+from specbasis.comparison.decomposition import decompose_pair
+from specbasis.comparison.options import Options
+from specbasis.core.errors import NonFiniteError
+from specbasis.core.nulls import KINDS
+from specbasis.jobs.cost import Work, matrix_work
+from specbasis.jobs.results import SCHEMA
+from specbasis.measures.measure import Measure, Values
+from specbasis.measures.table import measure_all
+from specbasis.measures.triple import Absent, Decomposition
+
+Source = str | Mapping[str, Tensor]
+"""What a checkpoint is called in every process, or its tensors, which stay in this one."""
+
+Outcome = tuple[str, pa.Table | str]
+"""Label of a pair, and its rows of a matrix, or why there are none."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One base matrix and what it is compared with. Holds names and places, never tensors of files.
+
+    Attributes:
+        base: source of the base checkpoint.
+        todo: (label, source of the tuned checkpoint, where the matrix is in both).
+        options: how far to look, and where to compute.
+    """
+
+    base: Source
+    todo: tuple[tuple[str, Source, MatrixPair], ...]
+    options: Options
+
+    @property
+    def name(self) -> str:
+        """Name of the matrix."""
+        return self.todo[0][2].key.name
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the matrix."""
+        return self.todo[0][2].base.shape
+
+    @cached_property
+    def work(self) -> Work:
+        """What it is predicted to cost."""
+        return matrix_work(
+            self.shape,
+            self.options.taken,
+            self.options.ranks,
+            len(self.todo),
+            draws=self.options.null_samples * len(KINDS),
+        )
+
+    @property
+    def flops(self) -> float:
+        """Predicted work."""
+        return self.work.flops
+
+    @property
+    def bytes(self) -> int:
+        """Predicted peak memory."""
+        return self.work.bytes
+
+    def run(self) -> list[Outcome]:
+        """Compare; return the rows, or the error, of each pair."""
+        outcomes: list[Outcome] = []
+        decomposed: dict[MatrixRef, Decomposition] = {}
+        base = _opened(self.base, None, self.options.stream)
+        for label, source, matched in self.todo:
+            tuned = _opened(source, self.base, self.options.stream)
+            where = f"{matched.key.name} in "
+            try:
+                triple = decompose_pair(
+                    matched.base.read(base),
+                    matched.tuned.read(tuned),
+                    self.options,
+                    names=(where + base.source, where + tuned.source),
+                    base=decomposed.get(matched.base),
+                    update=matched.tuned.delta_factors(tuned),
+                    heads=self.options.heads_of(base, matched),
+                )
+                rows = _table(label, matched, measure_all(triple, self.options.taken))
+            except NonFiniteError as error:
+                outcomes.append((label, str(error)))
+            else:
+                whole = triple.base if triple.every is None else triple.every
+                decomposed = {} if isinstance(whole, Absent) else {matched.base: whole}
+                outcomes.append((label, rows))
+        return outcomes
+
+
+_OPENED: dict[Any, Checkpoint] = {}
+
+
+def _opened(source: Source, base: Source | None, stream: bool) -> Checkpoint:
+    """A checkpoint of the run that this process is working for, opened once."""
+    key = _key(source, base)
+    if key not in _OPENED:
+        _OPENED[key] = (
+            open_checkpoint(source, stream=stream)
+            if base is None
+            else open_tuned(source, _opened(base, None, stream), stream=stream)
+        )
+    return _OPENED[key]
+
+
+@contextmanager
+def sharing(checkpoints: Iterable[tuple[Source, Source | None, Checkpoint]]) -> Iterator[None]:
+    """Let the tasks of this process find what is open already: (source, source of its base, checkpoint).
+
+    Afterwards nothing stays open, since files may change.
+    """
+    opened = {_key(source, base): checkpoint for source, base, checkpoint in checkpoints}
+    _OPENED.update(opened)
+    try:
+        yield
+    finally:
+        for key in opened:
+            _OPENED.pop(key, None)
+
+
+def _key(source: Source, base: Source | None) -> Any:
+    """A source by its name, or by the identity of its tensors; a tuned one by that of its base as well."""
+    return tuple(x if isinstance(x, str) else id(x) for x in (source, base))
+
+
+def _table(label: str, matched: MatrixPair, measured: Iterable[tuple[Measure, Values]]) -> pa.Table:
+    """The rows of one matrix of one pair."""
+    key, measured = matched.key, list(measured)
+    lengths = [len(values.value) for _, values in measured]
+    n = sum(lengths)
+    places = np.arange(max(lengths, default=0), dtype=np.float64)
+    figures = {name: np.full(n, np.nan) for name in ("index", "value", "bound", "resolved")}
+    stop = 0
+    for (measure, values), length in zip(measured, lengths, strict=True):
+        rows = slice(stop, stop := stop + length)
+        figures["value"][rows] = values.value.cpu().numpy()
+        if measure.index:
+            figures["index"][rows] = values.index or places[:length]
+        resolved = values.resolved(relative=measure.unit == "weight")
+        if resolved is not None and values.bound is not None:
+            figures["bound"][rows] = values.bound.cpu().numpy()
+            figures["resolved"][rows] = resolved.cpu().numpy()
+    figures["index"][figures["index"] < 0] = np.nan
+    # Words as codes at once: a list of equal strings takes longer to encode than many measures to compute.
+    words = {"pair": label, "matrix": key.name, "stack": key.stack, "role": key.role}
+    arrays: dict[str, Any] = {
+        name: pa.DictionaryArray.from_arrays(np.zeros(n, np.int32), [word]) for name, word in words.items()
+    }
+    codes = np.repeat(np.arange(len(measured), dtype=np.int32), lengths)
+    arrays["measure"] = pa.DictionaryArray.from_arrays(codes, [measure.name for measure, _ in measured])
+    out, into = matched.base.shape
+    numbers = {"block": key.block, "out_features": out, "in_features": into}
+    arrays |= {name: pa.repeat(pa.scalar(v, SCHEMA.field(name).type), n) for name, v in numbers.items()}
+    # A bound of NaN is one of a NaN figure; where there is none at all, resolved is NaN as well.
+    missing = {"index": np.isnan(figures["index"])}
+    missing["bound"] = missing["resolved"] = np.isnan(figures["resolved"])
+    arrays |= {name: pa.array(values, mask=missing.get(name)) for name, values in figures.items()}
+    return pa.table([arrays[name].cast(SCHEMA.field(name).type) for name in SCHEMA.names], SCHEMA)
