@@ -21,7 +21,7 @@ import torch
 import specbasis
 from specbasis.comparison import decomposition
 from specbasis.core.errors import InputError
-from specbasis.jobs.cells import Progress
+from specbasis.jobs.progress import Progress
 from specbasis.jobs.results import Results
 from tests.helpers.patience import until
 from tests.pico import State, bert_state, finetuned, write

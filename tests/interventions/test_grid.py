@@ -82,11 +82,11 @@ def run(models, out, *, evaluate=None, **options):
 def test_a_grid_has_its_controls_and_says_what_a_hand_made_edit_says(models, tmp_path):
     rows = run(models, tmp_path / "out")
     assert all(row.error is None for row in rows)
-    kinds = {row.cell["kind"] for row in rows}
+    kinds = {row.experiment["kind"] for row in rows}
     assert kinds == {"none", "swap", "random_complement", "random", "zero"}
     # 2 models: unedited; 3 sets of ranks × (2 sources + 2 draws of 2 random kinds + zero)
     assert len(rows) == 2 * (1 + 3 * (2 + 4 + 1))
-    row = next(r for r in rows if r.cell.get("source") == "two" and r.cell["ranks"] == 4)
+    row = next(r for r in rows if r.experiment.get("source") == "two" and r.experiment["ranks"] == 4)
     model = load(models["one"])
     for b in range(2):
         for part in ("intermediate", "output"):
@@ -112,7 +112,9 @@ def test_a_grid_resumes_and_its_models_are_decomposed_once(models, tmp_path, mon
     first = run(models, tmp_path / "out", ranks=(1,))
     assert len(calls) == 3 * 4
     monkeypatch.setattr(grids, "run_cell", lambda *a: pytest.fail("a finished cell ran again"))
-    assert [row.cell for row in run(models, tmp_path / "out", ranks=(1,))] == [row.cell for row in first]
+    assert [row.experiment for row in run(models, tmp_path / "out", ranks=(1,))] == [
+        row.experiment for row in first
+    ]
     assert len(calls) == 3 * 4
     assert Cache.decompose is real
 
@@ -126,7 +128,7 @@ def test_workers_side_by_side_give_the_same_rows(models, tmp_path):
     values = [
         [{k: v for k, v in row.values.items() if k not in seconds} for row in rows] for rows in (alone, together)
     ]
-    assert [row.cell for row in alone] == [row.cell for row in together]
+    assert [row.experiment for row in alone] == [row.experiment for row in together]
     assert values[0] == values[1]
 
 
@@ -163,7 +165,7 @@ def test_a_model_that_cannot_be_judged_unedited_fails_its_own_cells_only(models,
 
     rows = run(models, tmp_path / "out", evaluate=evaluate, ranks=(2,))
     failed = [row for row in rows if row.error]
-    assert {row.cell["tuned"] for row in failed} == {"one"}
+    assert {row.experiment["tuned"] for row in failed} == {"one"}
     assert "one unedited: ValueError: broken head" in failed[-1].error
     assert len(failed) == len(rows) / 2
 
@@ -253,7 +255,7 @@ def test_every_figure_comes_from_rows_alone(models, tmp_path):
     assert {line.name: line.x for line in shown["fig17"]} == {
         "leading ranks masked": (1, 4), "trailing ranks masked": (4,)
     }  # fmt: skip
-    bottom = next(r for r in rows if r.cell["tuned"] == "one" and r.cell.get("ranks") == -4)
+    bottom = next(r for r in rows if r.experiment["tuned"] == "one" and r.experiment.get("ranks") == -4)
     assert shown["fig17"][1].y == (bottom.values["closeness"],)
     with pytest.raises(InputError, match="no model 'three'"):
         write_figures(out, ["fig12"], only=["three"])

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from specbasis.core.errors import InputError
-from specbasis.jobs.cells import Row
+from specbasis.jobs.experiments import Row
 from specbasis.paper.fig5 import panel, write
 
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from specbasis.cli import app
 from specbasis.core.errors import InputError
-from specbasis.jobs.cells import Row, read_cells
+from specbasis.jobs.experiments import Row, read_experiments
 from specbasis.paper import formation_grid as formation
 from specbasis.paper.formation import FIGURES, SMALL, cells_of, paper, write_outcome
 from specbasis.paper.formation_claims import Curves, at_equal_size, claims, markdown, verdict
@@ -67,16 +67,16 @@ def test_the_grid_has_every_start_task_and_seed(grid):
     for seed in plan.seeds:
         for images in (10, 40):
             here = {"phase": "post", "seed": seed, "images": images, "steps": 6}
-            assert {row.cell["task"] for row in rows if here.items() <= row.cell.items()} == tasks_run
+            assert {row.experiment["task"] for row in rows if here.items() <= row.experiment.items()} == tasks_run
         here = {"phase": "scratch", "seed": seed}
-        assert {row.cell["task"] for row in rows if here.items() <= row.cell.items()} == tasks_run
-    assert rows[0].cell == {"phase": "pretrain", "seed": 0, "images": 10, "steps": 6}
+        assert {row.experiment["task"] for row in rows if here.items() <= row.experiment.items()} == tasks_run
+    assert rows[0].experiment == {"phase": "pretrain", "seed": 0, "images": 10, "steps": 6}
     first = rows[0].values
     assert first["steps"] == [0, 2, 4, 6]
     one = first["matrices"]["vit.layers.1.mlp.fc2.weight"]
     assert (one["role"], one["block"], one["first"][0], one["update_first"][0]) == ("ffn.down", 1, 1.0, 0.0)
     assert len(first["ffn"]["ffn.up"]["between"]) == 4
-    starts = {r.cell["task"]: r.values["matrices"] for r in rows if r.cell["phase"] == "scratch"}
+    starts = {r.experiment["task"]: r.values["matrices"] for r in rows if r.experiment["phase"] == "scratch"}
     assert all("decoder" not in name and "head" not in name for m in starts.values() for name in m)
     assert len({len(m) for m in starts.values()}) == 1
 
@@ -87,7 +87,7 @@ class Killed(BaseException):
 
 def test_a_killed_grid_goes_on_to_the_same_rows(grid, data, tmp_path, monkeypatch):
     plan, _, rows = grid
-    some = [row.cell for row in rows[:3]]
+    some = [row.experiment for row in rows[:3]]
     real, calls = formation.train, []
 
     def train(*args, **kwargs):
@@ -102,7 +102,7 @@ def test_a_killed_grid_goes_on_to_the_same_rows(grid, data, tmp_path, monkeypatc
     monkeypatch.setattr(formation, "train", train)
     with pytest.raises(Killed):
         run_formation(plan, tmp_path, cells=some)
-    assert len(read_cells(tmp_path)) == 1
+    assert len(read_experiments(tmp_path)) == 1
     continued = run_formation(plan, tmp_path, cells=some)
     assert [row.values for row in continued] == [row.values for row in rows[:3]]
 
@@ -119,7 +119,11 @@ def test_a_claim_is_what_its_definition_says(grid):
         of = [m for m in row.values["matrices"].values() if m["block"] == 1 and m["role"].startswith("ffn.")]
         return np.mean([m["first"][-1] for m in of])
 
-    posts = {(r.cell["seed"], r.cell["images"], r.cell["task"]): end(r) for r in rows if r.cell["phase"] == "post"}
+    posts = {
+        (r.experiment["seed"], r.experiment["images"], r.experiment["task"]): end(r)
+        for r in rows
+        if r.experiment["phase"] == "post"
+    }
     slopes = [(posts[s, 40, "true_labels"] - posts[s, 10, "true_labels"]) / math.log2(4) for s in (0, 1)]
     (claim,) = [
         c for c in by_letter["(b)"]
@@ -135,8 +139,10 @@ def test_a_claim_is_what_its_definition_says(grid):
         if c.setting.startswith("from pretrained") and c.group == "final FFN" and c.measure.startswith(at_the_end)
     ]  # fmt: skip
     assert claim.each == pytest.approx(differences, abs=1e-5)
-    of_random = [r for r in rows if r.cell["phase"] == "post" and r.cell["task"] == "random_labels"]
-    losses = [np.mean([r.values["log"][-1]["loss"] for r in of_random if r.cell["seed"] == s]) for s in (0, 1)]
+    of_random = [r for r in rows if r.experiment["phase"] == "post" and r.experiment["task"] == "random_labels"]
+    losses = [
+        np.mean([r.values["log"][-1]["loss"] for r in of_random if r.experiment["seed"] == s]) for s in (0, 1)
+    ]
     (claim,) = [
         c for c in found
         if c.measure == "training loss at the end" and c.setting == "random_labels from pretrained weights"
@@ -172,7 +178,7 @@ def test_equal_size_is_the_point_on_the_curve():
 )
 def test_figures_and_claims_are_made_from_rows_alone(grid, data, tmp_path, figure):
     _, out, _ = grid
-    paths, found = write_outcome(figure, read_cells(out), tmp_path)
+    paths, found = write_outcome(figure, read_experiments(out), tmp_path)
     assert {path.name for path in paths} == {f"{figure}.png", f"{figure}.svg", "claims.json", "claims.md"}
     assert all(path.stat().st_size for path in paths)
     assert {c.claim[:3] for c in found} == set(FIGURES[figure][2])

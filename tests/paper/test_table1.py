@@ -18,7 +18,7 @@ from specbasis.finetuning.grid import Search, scaled_rate
 from specbasis.finetuning.methods import METHODS, TABLE_5
 from specbasis.finetuning.metrics import Predictions
 from specbasis.finetuning.tasks import GLUE
-from specbasis.jobs.cells import Row, read_cells
+from specbasis.jobs.experiments import Row, read_experiments
 from specbasis.paper import table1
 from specbasis.paper.table1 import comparison, lines
 from specbasis.paper.table1_page import markdown, printed, write
@@ -248,7 +248,7 @@ def test_controls_run_resume_and_are_rebuilt_from_rows_alone(place, tmp_path, mo
     done = typed(place, *words, "scratch,spectral-scratch,probe")
     assert done.exit_code == 0, done.output
     assert (tmp_path / "rows-models/scratch-sst2/model.safetensors").is_file()
-    assert len(read_cells(out)) == 6
+    assert len(read_experiments(out)) == 6
     config = json.loads((out / "manifest.json").read_text())["config"]
     assert config["base"].endswith("/base")
     assert config["base_sha256"] == hashlib.sha256((place / "base/model.safetensors").read_bytes()).hexdigest()

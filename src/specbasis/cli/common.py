@@ -14,7 +14,7 @@ from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeRemainingCol
 from rich.progress import Progress as Bar
 
 from specbasis.core.errors import InputError
-from specbasis.jobs.cells import Progress
+from specbasis.jobs.progress import Progress
 
 STDOUT = Console()
 STDERR = Console(stderr=True)

@@ -15,7 +15,8 @@ from specbasis.finetuning import Finetuned
 from specbasis.finetuning import finetune as run_finetune
 from specbasis.finetuning.grid import SCRATCH, Search, Setting, kept_model, stored
 from specbasis.finetuning.tasks import GLUE, task_named
-from specbasis.jobs.cells import Progress, Row, read_cells
+from specbasis.jobs.experiments import Row, read_experiments
+from specbasis.jobs.progress import Progress
 from specbasis.paper import fig5, table1, table1_page
 
 BASE = Annotated[str, typer.Argument(metavar="BASE", help="pretrained: folder, hub:org/name, timm:name, pkg:…")]
@@ -178,7 +179,7 @@ def _comparison(
     setting = _setting(base, out, given, what.seeds)
     kept = _kept(words(given["keep"]), what.methods)
     if no_run:
-        searched = stored(what.search_cells(read_cells(out)), out)
+        searched = stored(what.search_cells(read_experiments(out)), out)
         factors = what.factors(searched)
         rows = [*searched, *stored(what.cells(factors), out)]
     else:
@@ -318,7 +319,7 @@ def _told(bar: Callable[[Progress], None]) -> Callable[[Progress], None]:
 
 def _exit_on_failures(failed: Sequence[Row]) -> None:
     for row in failed:
-        line(f"error: {' '.join(map(str, row.cell.values()))}: {row.error}", console=STDERR, style="red")
+        line(f"error: {' '.join(map(str, row.experiment.values()))}: {row.error}", console=STDERR, style="red")
     if failed:
         raise typer.Exit(2)
 

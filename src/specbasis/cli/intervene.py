@@ -17,7 +17,7 @@ from specbasis.core.edits import KINDS, Edit
 from specbasis.core.errors import InputError
 from specbasis.interventions.live import blocks_and_roles
 from specbasis.interventions.stored import write_edited
-from specbasis.jobs.cells import Row
+from specbasis.jobs.experiments import Row
 
 _KINDS = "; ".join(f"{name}: {kind.about}" for name, kind in KINDS.items())
 
@@ -137,7 +137,7 @@ def intervene(
             line(f"written: {path}")
     failed = [row for row in rows if row.error is not None]
     for row in failed[:10]:
-        line(f"error: {' '.join(map(str, row.cell.values()))}: {row.error}", console=STDERR, style="red")
+        line(f"error: {' '.join(map(str, row.experiment.values()))}: {row.error}", console=STDERR, style="red")
     if failed:
         line(f"{len(failed)} of {len(rows)} cells failed; the same command tries them again", console=STDERR)
         raise typer.Exit(2)
@@ -190,11 +190,13 @@ def _print_grid(out: Path) -> None:
 
     rows, metrics = read_grid(out)
     for label, metric in metrics.items():
-        mine = [row for row in rows if row.cell["tuned"] == label and row.error is None]
-        before = next(row.values for row in mine if row.cell["kind"] == BASELINE)
-        groups = dict.fromkeys((r.cell["roles"], r.cell["blocks"]) for r in mine if r.cell["kind"] != BASELINE)
+        mine = [row for row in rows if row.experiment["tuned"] == label and row.error is None]
+        before = next(row.values for row in mine if row.experiment["kind"] == BASELINE)
+        groups = dict.fromkeys(
+            (r.experiment["roles"], r.experiment["blocks"]) for r in mine if r.experiment["kind"] != BASELINE
+        )
         for roles, blocks in groups:
-            cells = [r for r in mine if r.cell.get("roles") == roles and r.cell.get("blocks") == blocks]
+            cells = [r for r in mine if r.experiment.get("roles") == roles and r.experiment.get("blocks") == blocks]
             where = roles + (f", blocks {blocks}" if blocks else "")
             line(f"{label}: {metric} {before[metric]:.4f}; its change by edits of {where}", style="bold")
             STDOUT.print(_changes(cells, metric))
@@ -205,17 +207,17 @@ def _print_grid(out: Path) -> None:
 
 def _changes(cells: list[Row], metric: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
-    sizes = list(dict.fromkeys(row.cell["ranks"] for row in cells))
+    sizes = list(dict.fromkeys(row.experiment["ranks"] for row in cells))
     table.add_column("")
     for size in sizes:
         table.add_column(str(size), justify="right", no_wrap=True)
-    for kind, source in dict.fromkeys((row.cell["kind"], row.cell["source"]) for row in cells):
+    for kind, source in dict.fromkeys((row.experiment["kind"], row.experiment["source"]) for row in cells):
         texts = []
         for size in sizes:
             values = [
                 r.values
                 for r in cells
-                if (r.cell["kind"], r.cell["source"], r.cell["ranks"]) == (kind, source, size)
+                if (r.experiment["kind"], r.experiment["source"], r.experiment["ranks"]) == (kind, source, size)
                 and metric in r.values
             ]
             change = sum(v[f"{metric}.change"] for v in values) / max(1, len(values))

@@ -222,7 +222,7 @@ def _counts(flag: str, text: str) -> list[int]:
 
 
 def _reproduce(figure: str, out: Path, plan: Formation, draw: bool) -> None:
-    from specbasis.jobs.cells import read_cells
+    from specbasis.jobs.experiments import read_experiments
     from specbasis.paper.formation import cells_of, write_outcome
     from specbasis.paper.formation_grid import run_formation
 
@@ -231,8 +231,8 @@ def _reproduce(figure: str, out: Path, plan: Formation, draw: bool) -> None:
             rows = run_formation(plan, out, cells=cells_of(figure, plan), progress=tell)
         for row in rows:
             if row.error is not None:
-                line(f"failed: {' '.join(map(str, row.cell.values()))}: {row.error}", style="yellow")
-    paths, found = write_outcome(figure, read_cells(out), out)
+                line(f"failed: {' '.join(map(str, row.experiment.values()))}: {row.error}", style="yellow")
+    paths, found = write_outcome(figure, read_experiments(out), out)
     STDOUT.print(_table(found))
     for path in paths:
         line(f"written: {path}")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +20,8 @@ from specbasis.comparison.task import Outcome, Task
 from specbasis.core.errors import InputError
 from specbasis.core.options import takes
 from specbasis.jobs import engine as engines
-from specbasis.jobs.cells import Progress
 from specbasis.jobs.cost import makespan, rates
+from specbasis.jobs.progress import Report
 from specbasis.jobs.results import Results
 from specbasis.measures.own import OwnMeasure
 
@@ -38,7 +36,7 @@ def compare(
     out: str | Path | None = None,
     options: Options | None = None,
     *,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Report | None = None,
     **keywords: Any,
 ) -> Comparison:
     """Measure what finetuning changed in the singular vectors and values of every weight matrix.
@@ -74,15 +72,12 @@ def compare(
     kept = tempfile.TemporaryDirectory(prefix="specbasis-") if out is None else None
     with matched.results(Path(kept.name) if kept else Path(str(out))) as results:
         tasks = matched.tasks(results)
-        running = engines.run(tasks, workers=workers, memory=chosen.budget, engine=chosen.engine, local=local)
-        started = time.perf_counter()
+        running = engines.run(
+            tasks, workers=workers, memory=chosen.budget, engine=chosen.engine, local=local, progress=progress
+        )
         # Closed here, not when the garbage collector comes: an error's traceback would keep the workers busy.
-        with matched.sharing(), closing(running):
-            _write(results, tasks, running, progress or (lambda _: None))
-        if tasks:
-            run = {"seconds": round(time.perf_counter() - started, 3), "matrices": len(tasks), "workers": workers}
-            results.manifest["runs"].append(run)
-        results.write_manifest()
+        with results.timed(len(tasks), workers), matched.sharing(), closing(running):
+            _write(results, running)
     if not any(
         results.part(label, m.key.name).exists() for label, p in matched.pairings.items() for m in p.matched
     ):
@@ -90,23 +85,14 @@ def compare(
     return Comparison(results, results.rows(), kept)
 
 
-def _write(
-    results: Results,
-    tasks: Sequence[Task],
-    running: Iterable[tuple[Task, list[Outcome]]],
-    report: Callable[[Progress], None],
-) -> None:
+def _write(results: Results, running: Iterable[tuple[Task, list[Outcome]]]) -> None:
     """Put the rows of each task on disk as it ends, and into the manifest what failed."""
-    done, total = 0.0, math.fsum(task.flops for task in tasks)
-    report(Progress(0.0, total, tasks[0].name if tasks else ""))
     for task, outcomes in running:
-        done += task.flops
         for label, outcome in outcomes:
             if isinstance(outcome, str):
                 results.manifest["failed"].append({"pair": label, "matrix": task.name, "error": outcome})
             else:
                 results.write(label, task.name, outcome)
-        report(Progress(done, total, task.name))
     results.manifest["failed"].sort(key=lambda failure: (failure["pair"], failure["matrix"]))
 
 

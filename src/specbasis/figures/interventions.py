@@ -16,7 +16,7 @@ from specbasis.core.errors import InputError
 from specbasis.figures.figures import COLORS, DASHES, QUIET, grid_of_panels, render
 from specbasis.interventions.grid import BASE, BASELINE
 from specbasis.interventions.sharing import Shared
-from specbasis.jobs.cells import Row
+from specbasis.jobs.experiments import Row
 
 NAMES: Mapping[str, str] = {
     "swap": "vectors of {source}",
@@ -117,7 +117,7 @@ def draw(
     unknown = [label for label in only if label not in metrics]
     if unknown:
         raise InputError(f"no model {unknown[0]!r} in these rows; there is: {', '.join(metrics)}")
-    groups = list(dict.fromkeys(row.cell["roles"] for row in rows if "roles" in row.cell))
+    groups = list(dict.fromkeys(row.experiment["roles"] for row in rows if "roles" in row.experiment))
     if plot.group is not None and plot.group >= len(groups):
         raise InputError(f"{name} shows the second group of matrices; the grid has {', '.join(groups) or 'none'}")
     shown = groups if plot.group is None else [groups[plot.group]]
@@ -134,7 +134,7 @@ def lines(rows: Sequence[Row], label: str, group: str, metric: str, plot: Plot) 
     """The curves of one panel; cells that failed leave a gap."""
     points: dict[str, dict[int | str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        cell = row.cell
+        cell = row.experiment
         if row.error or cell["kind"] == BASELINE or cell["tuned"] != label or cell["roles"] != group:
             continue
         if plot.wanted(cell) and metric in row.values:
@@ -183,7 +183,9 @@ def _figure(
         ax = axes[groups.index(group)][labels.index(label)]
         ticks = sorted({size for line in each for size in line.x}, key=_order)
         at = {size: i for i, size in enumerate(ticks)}
-        before = next((r.values for r in rows if r.cell == {"tuned": label, "kind": BASELINE} and not r.error), {})
+        before = next(
+            (r.values for r in rows if r.experiment == {"tuned": label, "kind": BASELINE} and not r.error), {}
+        )
         metric = metrics[label]
         if plot.change:
             handles["unedited"] = ax.axhline(0, color=QUIET, lw=1.1)

@@ -54,7 +54,7 @@ def write_figures(
             if name != "sharing":
                 parts = list(figures.draw(name, rows, metrics, only))
             else:
-                cells = [row.cell for row in rows if row.cell["kind"] == "swap"]
+                cells = [row.experiment for row in rows if row.experiment["kind"] == "swap"]
                 groups = list(dict.fromkeys(cell["roles"] for cell in cells))
                 sizes = list(dict.fromkeys(cell["ranks"] for cell in cells))
                 known = _overlaps(folder, groups, sizes, models, cache)

@@ -14,7 +14,8 @@ from specbasis.core.errors import InputError
 from specbasis.finetuning.protocol import Placement, Protocol
 from specbasis.finetuning.sources import load_task
 from specbasis.finetuning.tasks import TaskData, subset
-from specbasis.jobs.cells import Progress, Row, read_cells, run_cells
+from specbasis.jobs.experiments import Row, read_experiments, run_experiments
+from specbasis.jobs.progress import Progress
 
 SCRATCH = "scratch"
 """As a cell's method: full finetuning from random weights. As its checkpoint: the model which that left."""
@@ -156,9 +157,9 @@ def run_cell(cell: Mapping[str, Any], setting: Setting) -> dict[str, Any]:
 def run_grid(
     cells: Iterable[Cell], setting: Setting, out: str | Path, progress: Callable[[Progress], None] | None = None
 ) -> list[Row]:
-    """Run the cells that have no row yet; see `cells.run_cells`."""
+    """Run the cells that have no row yet; see `jobs.experiments.run_experiments`."""
     run = functools.partial(run_cell, setting=setting)
-    return run_cells([cell.row() for cell in cells], run, out, config=setting.config(), progress=progress)
+    return run_experiments([cell.row() for cell in cells], run, out, config=setting.config(), progress=progress)
 
 
 def stored(cells: Iterable[Cell], out: str | Path) -> list[Row]:
@@ -168,7 +169,7 @@ def stored(cells: Iterable[Cell], out: str | Path) -> list[Row]:
         InputError: no grid there.
     """
     wanted = set(cells)
-    return [row for row in read_cells(out) if Cell.of(row.cell) in wanted]
+    return [row for row in read_experiments(out) if Cell.of(row.experiment) in wanted]
 
 
 @dataclass(frozen=True)
@@ -217,7 +218,7 @@ class Search:
 
     def _best(self, task: str, method: str, factors: Sequence[float], rows: Iterable[Row]) -> float | None:
         """The best of some factors; of equal ones the nearest to 1. None where one has no score yet."""
-        scores = {Cell.of(row.cell): row.values["score"] for row in rows if row.error is None}
+        scores = {Cell.of(row.experiment): row.values["score"] for row in rows if row.error is None}
         cells = [self._cell(task, method, factor) for factor in factors]
         if not all(cell in scores for cell in cells):
             return None
@@ -250,7 +251,9 @@ def scaled_rate(method: str, task: str, factor: float = 1.0) -> float:
 def by_seed(rows: Iterable[Row], wanted: Iterable[Cell]) -> dict[int, Mapping[str, Any]]:
     """The values of each seed among the wanted cells, for those that ran."""
     cells = set(wanted)
-    return {row.cell["seed"]: row.values for row in rows if row.error is None and Cell.of(row.cell) in cells}
+    return {
+        row.experiment["seed"]: row.values for row in rows if row.error is None and Cell.of(row.experiment) in cells
+    }
 
 
 def kept_model(setting: Setting, method: str, task: str) -> Path:

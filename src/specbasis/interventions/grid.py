@@ -25,8 +25,9 @@ from specbasis.interventions.evaluators import describe
 from specbasis.interventions.live import blocks_and_roles, bound, edited, sites, state
 from specbasis.interventions.samples import Evaluator, Sample, as_samples, summarise
 from specbasis.jobs.cache import Cache, mapped
-from specbasis.jobs.cells import Progress, Row, read_cells, run_cells
 from specbasis.jobs.cost import cache_folder
+from specbasis.jobs.experiments import Row, read_experiments, run_experiments
+from specbasis.jobs.progress import Progress
 
 BASELINE = "none"
 """The kind of the cells in which nothing is edited."""
@@ -116,7 +117,7 @@ def intervene(
         progress: called as work goes on.
 
     Returns:
-        The rows in the order of the grid; `specbasis.jobs.cells.read_cells` reads them again.
+        The rows in the order of the grid; `specbasis.jobs.experiments.read_experiments` reads them again.
 
     Raises:
         InputError: a source cannot be read, nothing is to be edited, or an argument is none of the above.
@@ -148,7 +149,7 @@ def intervene(
     places = {(cell["roles"], cell["blocks"]) for cell in cells if cell["kind"] != BASELINE}
     grid.decompose_all([admitted(*place) for place in sorted(places)], progress or (lambda _: None))
     try:
-        return run_cells(
+        return run_experiments(
             cells, partial(run_cell, grid), out, config=grid.config(), workers=workers, progress=progress
         )
     finally:
@@ -399,14 +400,14 @@ def read_grid(out: str | Path) -> tuple[list[Row], dict[str, str]]:
     Raises:
         InputError: no such grid there, or no model could be judged unedited.
     """
-    rows = read_cells(out)
-    if not any(row.cell.get("kind") == BASELINE for row in rows):
+    rows = read_experiments(out)
+    if not any(row.experiment.get("kind") == BASELINE for row in rows):
         raise InputError(f"{out}: holds no grid of interventions; want a folder that `specbasis intervene` wrote")
     about = json.loads((Path(out) / "manifest.json").read_text(encoding="utf-8"))["config"].get("subjects", {})
     metrics = {}
     for row in rows:
-        label = row.cell["tuned"]
-        if row.cell["kind"] == BASELINE and row.error is None:
+        label = row.experiment["tuned"]
+        if row.experiment["kind"] == BASELINE and row.error is None:
             metrics[label] = about.get(label, {}).get("metric") or next(iter(row.values))
     if not metrics:
         raise InputError(f"{out}: no model could be judged unedited; the first error: {rows[0].error}")

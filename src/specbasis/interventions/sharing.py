@@ -18,7 +18,7 @@ from specbasis.core.subspace import subspace_overlap
 from specbasis.core.svd import decompose
 from specbasis.interventions.grid import BASE, BASELINE, admitted
 from specbasis.interventions.live import Decompose
-from specbasis.jobs.cells import Row
+from specbasis.jobs.experiments import Row
 
 
 @dataclass(frozen=True)
@@ -77,15 +77,15 @@ def sharing(
     Raises:
         InputError: no swap in the rows.
     """
-    found = [row for row in rows if row.error is None and row.cell["kind"] != BASELINE]
+    found = [row for row in rows if row.error is None and row.experiment["kind"] != BASELINE]
     table: list[Shared] = []
     for row in found:
-        cell = row.cell
+        cell = row.experiment
         if cell["kind"] != "swap" or cell["source"] == cell["tuned"]:
             continue
         metric = metrics[cell["tuned"]]
         sign = -1.0 if metric.endswith(tuple(lower_is_better)) else 1.0
-        controls = [other for other in found if _is_control(other.cell, cell)]
+        controls = [other for other in found if _is_control(other.experiment, cell)]
         # A swap that changes no weight is one between equal models, and says nothing about sharing.
         if not controls or f"{metric}.change_low" not in row.values or row.values["size"] == 0:
             continue

@@ -17,7 +17,7 @@ from specbasis.checkpoint.writer import SHARD_BYTES, write_model
 from specbasis.core.edits import Edit
 from specbasis.core.errors import InputError
 from specbasis.interventions.live import Decompose, matrix_edits
-from specbasis.jobs.cells import Progress
+from specbasis.jobs.progress import Progress
 
 RECORD = "specbasis_edit.json"
 """Beside the weights: what was done to which matrix."""

@@ -1,10 +1,11 @@
-"""Run independent tasks side by side: threads, worker processes, or a Ray cluster; one loop for all of them.
+"""Run independent jobs side by side: threads, worker processes, or a Ray cluster; one loop for all of them.
 
-Every task runs on one BLAS thread, so its result is the same bit for bit whatever runs beside it and wherever.
+Every job runs on one BLAS thread, so its result is the same bit for bit whatever runs beside it and wherever.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import threading
@@ -20,6 +21,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 from threadpoolctl import threadpool_limits
 
 from specbasis.core.errors import InputError
+from specbasis.jobs.progress import Progress, Report, silent
 
 ENGINES = ("auto", "threads", "processes", "ray")
 
@@ -27,11 +29,11 @@ SMALL_WORK = 3e12
 """Below so many flops (about a minute) the work is done by threads: starting processes would take a share of it."""
 
 ATTEMPTS = 4
-"""How often a task is tried whose worker dies."""
+"""How often a job is tried whose worker dies."""
 
 
 @runtime_checkable
-class Task(Protocol):
+class Job(Protocol):
     """What an engine needs to know of a piece of work. It is pickled: it holds names and places, not tensors."""
 
     @property
@@ -40,7 +42,7 @@ class Task(Protocol):
 
     @property
     def flops(self) -> float:
-        """Predicted work; longer tasks start earlier."""
+        """Predicted work; longer jobs start earlier."""
 
     @property
     def bytes(self) -> int:
@@ -50,78 +52,90 @@ class Task(Protocol):
         """Do it."""
 
 
-T = TypeVar("T", bound=Task)
-Submit = Callable[[Task], "Future[Any]"]
+T = TypeVar("T", bound=Job)
+Submit = Callable[[Job], "Future[Any]"]
 
 
 def run(
-    tasks: Sequence[T], *, workers: int, memory: int | None = None, engine: str = "auto", local: bool = False
+    jobs: Sequence[T],
+    *,
+    workers: int,
+    memory: int | None = None,
+    engine: str = "auto",
+    local: bool = False,
+    progress: Report | None = None,
 ) -> Generator[tuple[T, Any], None, None]:
-    """Run tasks, longest first, and yield each with its result as it ends.
+    """Run jobs, longest first, and yield each with its result as it ends.
 
-    A task whose worker dies is tried again, alone, since lack of memory is the likely reason.
+    A job whose worker dies is tried again, alone, since lack of memory is the likely reason.
 
     Args:
-        tasks: what to do.
+        jobs: what to do.
         workers: how many run at the same time.
-        memory: bytes that the running tasks together may be predicted to take; half of what is free when None. A
-            task that needs more runs alone.
+        memory: bytes that the running jobs together may be predicted to take; half of what is free when None. A
+            job that needs more runs alone.
         engine: "threads" of this process; "processes", which survive the death of one of them; "ray", a Ray
             cluster (the running one, else one on this machine); "auto": processes for long work, else threads.
-        local: the tasks cannot leave this process.
+        local: the jobs cannot leave this process.
+        progress: called at the start, and after each job when its result has been taken.
 
     Raises:
-        InputError: a task's workers died `ATTEMPTS` times, or the engine is unknown or not installed.
+        InputError: a job's workers died `ATTEMPTS` times, or the engine is unknown or not installed.
     """
     if engine not in ENGINES:
         raise InputError(f"got engine {engine!r}; want one of {', '.join(ENGINES)}")
-    small = sum(task.flops for task in tasks) < SMALL_WORK
+    small = sum(job.flops for job in jobs) < SMALL_WORK
     if engine == "auto":
-        engine = "threads" if local or workers == 1 or len(tasks) < 2 or small else "processes"
+        engine = "threads" if local or workers == 1 or len(jobs) < 2 or small else "processes"
     if local and engine != "threads":
         raise InputError(f"tensors in memory cannot reach engine {engine!r}; write them to a file, or use threads")
     memory = free_memory() // 2 if memory is None else memory
     start = {"threads": _threads, "processes": _processes, "ray": _ray}[engine]
-    waiting = sorted(tasks, key=lambda task: -task.flops)
+    waiting = sorted(jobs, key=lambda job: -job.flops)
     died: Counter[int] = Counter()
+    report, done, total = progress or silent, 0.0, math.fsum(job.flops for job in jobs)
+    report(Progress(done, total, jobs[0].name if jobs else ""))
     while waiting:
         with start(max(1, min(workers, len(waiting)))) as submit:
-            yield from _until_a_death(waiting, submit, workers, memory, died)
+            for job, result in _until_a_death(waiting, submit, workers, memory, died):
+                yield job, result
+                done += job.flops
+                report(Progress(done, total, job.name))
 
 
 def _until_a_death(
     waiting: list[T], submit: Submit, workers: int, memory: int, died: Counter[int]
 ) -> Iterator[tuple[T, Any]]:
-    """Run until nothing is waiting, or until workers die: then the tasks that they had are waiting again, first."""
+    """Run until nothing is waiting, or until workers die: then the jobs that they had are waiting again, first."""
     running: dict[Future[Any], T] = {}
     while waiting or running:
-        used = sum(task.bytes for task in running.values())
-        for task in list(waiting):
-            alone = bool(died[id(task)]) or any(died[id(other)] for other in running.values())
-            if running and (len(running) >= workers or alone or used + task.bytes > memory):
+        used = sum(job.bytes for job in running.values())
+        for job in list(waiting):
+            alone = bool(died[id(job)]) or any(died[id(other)] for other in running.values())
+            if running and (len(running) >= workers or alone or used + job.bytes > memory):
                 continue
-            waiting.remove(task)
-            used += task.bytes
-            running[submit(task)] = task
+            waiting.remove(job)
+            used += job.bytes
+            running[submit(job)] = job
         lost: list[T] = []
         for future in wait(running, return_when=FIRST_COMPLETED).done:
-            task = running.pop(future)
+            job = running.pop(future)
             try:
                 result = future.result()
             except _deaths() as error:
-                lost.append(task)
-                died[id(task)] += 1
-                if died[id(task)] >= ATTEMPTS:
+                lost.append(job)
+                died[id(job)] += 1
+                if died[id(job)] >= ATTEMPTS:
                     raise InputError(
-                        f"{task.name}: its worker died {ATTEMPTS} times, perhaps for lack of memory (predicted: "
-                        f"{task.bytes / 2**30:.1f} GiB); what is done is kept: run again where there is more"
+                        f"{job.name}: its worker died {ATTEMPTS} times, perhaps for lack of memory (predicted: "
+                        f"{job.bytes / 2**30:.1f} GiB); what is done is kept: run again where there is more"
                     ) from error
             else:
-                yield task, result
+                yield job, result
         if lost:
             waiting[:0] = [*lost, *running.values()]
-            for task in running.values():
-                died[id(task)] += 1
+            for job in running.values():
+                died[id(job)] += 1
             return
 
 
@@ -133,7 +147,7 @@ def _threads(workers: int) -> Iterator[Submit]:
     executor = ThreadPoolExecutor(workers, "specbasis", initializer=torch.set_num_threads, initargs=(1,))
     try:
         with threadpool_limits(1, user_api="blas"):  # scipy's BLAS is not torch's
-            yield lambda task: executor.submit(task.run)
+            yield lambda job: executor.submit(job.run)
     finally:
         executor.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)  # BLAS libraries hold this number for the whole process
@@ -148,7 +162,7 @@ def _processes(workers: int) -> Iterator[Submit]:
     env = {**one_thread, "LOKY_MAX_MEMORY_LEAK_SIZE": "1e18"}
     executor = ProcessPoolExecutor(workers, initializer=_leave_with, initargs=(os.getpid(),), env=env)
     try:
-        yield lambda task: executor.submit(_run, task)
+        yield lambda job: executor.submit(_run, job)
     finally:
         executor.shutdown(kill_workers=True)
 
@@ -159,10 +173,10 @@ def _ray(workers: int) -> Iterator[Submit]:
     own = not ray.is_initialized()
     if own:
         _connect(ray, workers)
-    # Ray tries a task again by itself where its worker or node is lost, and leaves the other tasks alone.
+    # Ray tries a job again by itself where its worker or node is lost, and leaves the other jobs alone.
     remote = ray.remote(max_retries=ATTEMPTS - 1, num_cpus=1)(_run)
     try:
-        yield lambda task: remote.options(name=task.name).remote(task).future()
+        yield lambda job: remote.options(name=job.name).remote(job).future()
     finally:
         if own:
             ray.shutdown()
@@ -212,13 +226,13 @@ def _leave_with(driver: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _run(task: Task) -> Any:
+def _run(job: Job) -> Any:
     """In a worker process: one thread, whatever the process was started with."""
     import torch
 
     torch.set_num_threads(1)
     with threadpool_limits(1, user_api="blas"):
-        return task.run()
+        return job.run()
 
 
 def free_memory() -> int:

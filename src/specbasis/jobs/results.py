@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -73,6 +74,16 @@ class Results(Folder):
             self.part(pair, matrix),
             lambda path: pq.write_table(rows, path, compression="zstd", use_dictionary=_REPEATED),
         )
+
+    @contextmanager
+    def timed(self, jobs: int, workers: int) -> Iterator[None]:
+        """Note in the manifest how long the block took for so many matrices, if any, and put it on disk."""
+        started = time.perf_counter()
+        yield
+        if jobs:
+            seconds = round(time.perf_counter() - started, 3)
+            self.manifest["runs"].append({"seconds": seconds, "matrices": jobs, "workers": workers})
+        self.write_manifest()
 
     def rows(self) -> pa.Table:
         """All rows, in the order of the manifest's pairs and matrices: the same whatever was interrupted when.

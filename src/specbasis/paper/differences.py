@@ -20,7 +20,7 @@ from specbasis.core.statistics import (
 from specbasis.finetuning.grid import Cell, by_seed
 from specbasis.finetuning.metrics import METRICS, Predictions
 from specbasis.finetuning.tasks import GLUE, Task
-from specbasis.jobs.cells import Row
+from specbasis.jobs.experiments import Row
 
 RESAMPLES = 2000
 """Of a dev set, for an interval."""

@@ -11,7 +11,8 @@ from specbasis.core.errors import InputError
 from specbasis.core.statistics import mean_and_spread
 from specbasis.finetuning.grid import Cell, Setting, run_grid
 from specbasis.finetuning.tasks import GLUE, task_named
-from specbasis.jobs.cells import Progress, Row
+from specbasis.jobs.experiments import Row
+from specbasis.jobs.progress import Progress
 from specbasis.paper.differences import MEANING, Run, difference, percent, runs
 
 LEARNING_RATE, EPOCHS, TASK = 1e-4, 3.0, "mnli"

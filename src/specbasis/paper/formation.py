@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from specbasis.checkpoint.atomic import write_whole
-from specbasis.jobs.cells import Row
+from specbasis.jobs.experiments import Row
 from specbasis.paper.formation_claims import Claim, as_rows, claims, markdown
 from specbasis.paper.formation_figures import write_formation_figure
 from specbasis.paper.formation_grid import Formation

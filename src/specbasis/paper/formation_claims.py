@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from specbasis.core.errors import InputError
 from specbasis.core.statistics import student_interval
-from specbasis.jobs.cells import Row
+from specbasis.jobs.experiments import Row
 
 Array = NDArray[np.float64]
 
@@ -160,29 +160,30 @@ class Grid:
         return [
             row
             for row in self.rows
-            if row.cell["phase"] == phase and all(row.cell.get(name) == value for name, value in wanted.items())
+            if row.experiment["phase"] == phase
+            and all(row.experiment.get(name) == value for name, value in wanted.items())
         ]
 
     def by_seed(self, phase: str, **wanted: Any) -> dict[int, list[Row]]:
         """The same, seed by seed."""
         found: dict[int, list[Row]] = defaultdict(list)
         for row in self.of(phase, **wanted):
-            found[row.cell["seed"]].append(row)
+            found[row.experiment["seed"]].append(row)
         return dict(found)
 
     def trainings(self) -> list[tuple[str, str, dict[int, list[Row]]]]:
         """(phase, what was trained, seed → rows) of everything that was trained."""
         found: dict[tuple[str, str], dict[int, list[Row]]] = defaultdict(lambda: defaultdict(list))
         for row in self.rows:
-            if row.cell["phase"] != "between":
-                found[row.cell["phase"], _trained(row)][row.cell["seed"]].append(row)
+            if row.experiment["phase"] != "between":
+                found[row.experiment["phase"], _trained(row)][row.experiment["seed"]].append(row)
         return [(phase, task, dict(rows)) for (phase, task), rows in found.items()]
 
     def families(self) -> list[tuple[str, list[tuple[int, int]]]]:
         """Sets of pretrainings, (images, steps), that differ in their images: with equal steps, and with equal
         epochs.
         """
-        sizes = sorted({(row.cell["images"], row.cell["steps"]) for row in self.of("pretrain")})
+        sizes = sorted({(row.experiment["images"], row.experiment["steps"]) for row in self.of("pretrain")})
         found: list[tuple[str, list[tuple[int, int]]]] = []
         for steps in sorted({steps for _, steps in sizes}):
             same = [size for size in sizes if size[1] == steps]
@@ -198,7 +199,7 @@ class Grid:
 
 def _trained(row: Row) -> str:
     """What was trained: the task, or which pretraining."""
-    cell = row.cell
+    cell = row.experiment
     return cell.get("task") or f"pretraining, {cell['images']} images, {cell['steps']} steps"
 
 
@@ -293,7 +294,7 @@ def _complete(grid: Grid, task: str, sizes: Sequence[tuple[int, int]], group: st
     """For each seed that has them all: the curves after each pretraining."""
     found = []
     for rows in grid.by_seed("post", task=task).values():
-        by_size = {(row.cell["images"], row.cell["steps"]): row for row in rows}
+        by_size = {(row.experiment["images"], row.experiment["steps"]): row for row in rows}
         if all(size in by_size for size in sizes):
             found.append([curves(by_size[size], group) for size in sizes])
     return found
@@ -334,9 +335,9 @@ def _matched(grid: Grid, phase: str, group: str) -> dict[int, list[list[Curves]]
     """Seed → [true, random] curves for each start that has both."""
     found: dict[int, list[list[Curves]]] = defaultdict(list)
     for row in grid.of(phase, task="true_labels"):
-        start = {name: row.cell[name] for name in ("seed", "images", "steps") if name in row.cell}
+        start = {name: row.experiment[name] for name in ("seed", "images", "steps") if name in row.experiment}
         for other in grid.of(phase, task="random_labels", **start):
-            found[row.cell["seed"]].append([curves(row, group), curves(other, group)])
+            found[row.experiment["seed"]].append([curves(row, group), curves(other, group)])
     return found
 
 
@@ -353,7 +354,7 @@ def _scratch(grid: Grid) -> list[Claim]:
             each = [float(np.mean([getattr(curves(row, group), value) for row in rows])) for rows in by_seed]
             found += _claim(text, "pretraining itself, mean over its sizes", group, measure, each)
         for task in ("same_task", "second_data", "true_labels", "random_labels"):
-            scratch = {row.cell["seed"]: curves(row, group) for row in grid.of("scratch", task=task)}
+            scratch = {row.experiment["seed"]: curves(row, group) for row in grid.of("scratch", task=task)}
             found += _claim(
                 text, task, group, "init with trained − chance", [c.beyond_chance for c in scratch.values()]
             )
@@ -377,7 +378,7 @@ def _between_seeds(grid: Grid) -> list[Claim]:
         settings: dict[str, list[float]] = defaultdict(list)
         for row in grid.of("between"):
             of = members(row, group)
-            name = _trained(row) + (" from scratch" if "task" in row.cell else "")
+            name = _trained(row) + (" from scratch" if "task" in row.experiment else "")
             settings[name].append(float(np.mean([one["first"][-1] - one["chance"] for one in of])))
         for name, each in settings.items():
             found += _claim("(d) between two seeds", name, group, "alignment − chance (pairs share seeds)", each)

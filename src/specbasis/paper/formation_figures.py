@@ -14,7 +14,7 @@ from specbasis.core.errors import InputError
 from specbasis.core.statistics import student_interval
 from specbasis.figures.figures import COLORS, QUIET
 from specbasis.figures.tracking import heat_map, write_figure
-from specbasis.jobs.cells import Row
+from specbasis.jobs.experiments import Row
 from specbasis.paper.formation_claims import GROUPS, Grid, curves, members
 
 TITLES = {
@@ -96,7 +96,7 @@ FIGURES: dict[str, Callable[[Grid], Figure]] = {"fig4": _fig4, "fig9": _fig9, "f
 
 
 def _sizes(grid: Grid) -> list[tuple[int, int]]:
-    return sorted({(row.cell["images"], row.cell["steps"]) for row in grid.of("pretrain")})
+    return sorted({(row.experiment["images"], row.experiment["steps"]) for row in grid.of("pretrain")})
 
 
 def _starts(axes: Sequence[Axes], grid: Grid, group: str, tasks: Sequence[str]) -> None:
@@ -128,7 +128,7 @@ def _line(ax: Axes, rows: Sequence[Row], group: str, color: str, title: str, das
     """Mean over seeds of the alignment at each checkpoint (cells of one seed averaged), with its 95 % interval."""
     by_seed: dict[int, list[Any]] = {}
     for row in rows:
-        by_seed.setdefault(row.cell["seed"], []).append(curves(row, group).aligned.mean(axis=0))
+        by_seed.setdefault(row.experiment["seed"], []).append(curves(row, group).aligned.mean(axis=0))
     if not by_seed:
         return
     seeds = [np.mean(each, axis=0) for each in by_seed.values()]
@@ -160,11 +160,11 @@ def _bars(ax: Axes, grid: Grid, group: str) -> None:
     """Alignment of two seeds' ends, a dot for each pair."""
     names: list[str] = []
     for row in grid.of("between"):
-        task = row.cell.get("task")
+        task = row.experiment.get("task")
         name = (
             f"{TITLES[task]}\nfrom random weights"
             if task
-            else f"pretraining, {row.cell['steps']} steps\n{_count(row.cell['images'])} images"
+            else f"pretraining, {row.experiment['steps']} steps\n{_count(row.experiment['images'])} images"
         )
         if name not in names:
             names.append(name)

@@ -21,7 +21,8 @@ from specbasis.architecture.key import MatrixRef
 from specbasis.architecture.recognise import model_map
 from specbasis.checkpoint import open_checkpoint
 from specbasis.core.errors import InputError
-from specbasis.jobs.cells import Progress, Row, run_cells
+from specbasis.jobs.experiments import Row, run_experiments
+from specbasis.jobs.progress import Progress
 from specbasis.paper.images import ImageData, Images, open_images
 from specbasis.paper.mae import MAE
 from specbasis.paper.training import NEW_TASK, PRETRAINING, SAME_TASK, Run, Training, train
@@ -119,12 +120,12 @@ def run_formation(
 ) -> list[Row]:
     """Run a grid, or go on with it, in a folder; weights are kept in its subfolder `work` and may be deleted after.
 
-    Raises: as `run_cells`.
+    Raises: as `run_experiments`.
     """
     config = _config(plan)
     run = partial(run_cell, plan=plan, work=Path(out) / "work")
     wanted = plan.cells() if cells is None else cells
-    return run_cells(wanted, run, out, config=config, workers=workers, progress=progress)
+    return run_experiments(wanted, run, out, config=config, workers=workers, progress=progress)
 
 
 def run_cell(cell: dict[str, Any], *, plan: Formation, work: Path) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from specbasis.finetuning.grid import (
     scaled_rate,
 )
 from specbasis.finetuning.tasks import GLUE, task_named
-from specbasis.jobs.cells import Progress, Row
+from specbasis.jobs.experiments import Row
+from specbasis.jobs.progress import Progress
 from specbasis.paper.differences import Difference, Run, difference, runs
 
 BASE = "microsoft/deberta-v3-base"

@@ -13,7 +13,7 @@ from typing import Any
 from specbasis.checkpoint.atomic import write_whole
 from specbasis.finetuning.grid import BEYOND, SCRATCH, search_sizes
 from specbasis.finetuning.tasks import GLUE
-from specbasis.jobs.cells import Row
+from specbasis.jobs.experiments import Row
 from specbasis.paper.differences import MEANING, percent
 from specbasis.paper.table1 import Comparison, Factors, Line, lines, ours, rate_from
 
@@ -72,7 +72,7 @@ def markdown(what: Comparison, every: Sequence[Line], rows: Sequence[Row], facto
     parts += ["", "## Learning rates", "", *_rates(what, rows, factors)]
     parts += ["", *_paper(what)]
     if failed:
-        parts += ["", "## Failed", "", *(f"- {_cell_name(row.cell)}: {row.error}" for row in failed)]
+        parts += ["", "## Failed", "", *(f"- {_cell_name(row.experiment)}: {row.error}" for row in failed)]
     return "\n".join([*parts, ""])
 
 

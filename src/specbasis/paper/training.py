@@ -24,8 +24,8 @@ from torch import Tensor
 from specbasis.checkpoint import open_checkpoint, sha256
 from specbasis.checkpoint.atomic import whole, write_whole, writing
 from specbasis.core.errors import InputError
-from specbasis.jobs.cells import Progress
 from specbasis.jobs.folder import Kind, environment, opened, write_json
+from specbasis.jobs.progress import Progress
 from specbasis.paper.images import Images
 from specbasis.paper.mae import (
     MAE,

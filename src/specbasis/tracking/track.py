@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,9 +24,9 @@ from specbasis.core.errors import InputError
 from specbasis.core.svd import ALGORITHM
 from specbasis.jobs import engine as engines
 from specbasis.jobs import results as store
-from specbasis.jobs.cells import Progress
 from specbasis.jobs.cost import Work, matrix_work
 from specbasis.jobs.folder import environment
+from specbasis.jobs.progress import Report
 from specbasis.jobs.results import COMPARISON, Results
 from specbasis.measures.measure import RESOLVED
 from specbasis.measures.table import choose
@@ -84,7 +83,7 @@ def track(
     stream: bool = False,
     approximate: bool = False,
     workers: int | None = None,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Report | None = None,
 ) -> Tracking:
     """Alignment of every checkpoint of a training to the first, the last and the one before, per matrix and rank.
 
@@ -141,12 +140,12 @@ def track(
             runs=results.manifest.get("runs", []),
         )
         results.write_manifest()
-        tasks = [
-            _Task(series, refs, ranks, top, LARGE if approximate else None)
+        jobs = [
+            _Job(series, refs, ranks, top, LARGE if approximate else None)
             for name, refs in series.matrices.items()
             if not results.is_done(_PART, name)
         ]
-        _run(tasks, results, workers or cpu_count(), progress or (lambda _: None))
+        _run(jobs, results, workers or cpu_count(), progress)
     return Tracking(results, results.rows(), kept)
 
 
@@ -169,28 +168,21 @@ def _identity(checkpoint: Checkpoint) -> str:
     return ",".join(f"{path.stat().st_size}-{path.stat().st_mtime_ns}" for path in checkpoint.files)
 
 
-def _run(tasks: Sequence[_Task], results: Results, workers: int, progress: Callable[[Progress], None]) -> None:
-    started, done, total = time.perf_counter(), 0.0, sum(task.flops for task in tasks)
-    progress(Progress(0.0, total, tasks[0].name if tasks else ""))
-    running = engines.run(tasks, workers=workers, engine="threads", local=True)
-    with closing(running):
-        for task, (rows, failed) in running:
-            done += task.flops
+def _run(jobs: Sequence[_Job], results: Results, workers: int, progress: Report | None) -> None:
+    """Put the rows of each matrix on disk as it ends, and into the manifest what failed."""
+    running = engines.run(jobs, workers=workers, engine="threads", local=True, progress=progress)
+    with results.timed(len(jobs), workers), closing(running):
+        for job, (rows, failed) in running:
             results.manifest["failed"] += [
-                {"checkpoint": task.series.labels[c], "matrix": task.name, "error": error}
+                {"checkpoint": job.series.labels[c], "matrix": job.name, "error": error}
                 for c, error in failed.items()
             ]
             if rows is not None:
-                results.write(_PART, task.name, rows)
-            progress(Progress(done, total, task.name))
-    if tasks:
-        seconds = round(time.perf_counter() - started, 3)
-        results.manifest["runs"].append({"seconds": seconds, "matrices": len(tasks), "workers": workers})
-    results.write_manifest()
+                results.write(_PART, job.name, rows)
 
 
 @dataclass(frozen=True, eq=False)
-class _Task:
+class _Job:
     """One matrix over all checkpoints."""
 
     series: Series

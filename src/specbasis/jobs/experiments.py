@@ -1,8 +1,8 @@
-"""A grid of experiments: each cell runs once, and its row is on disk when it ends.
+"""A grid of experiments: each runs once, and its row is on disk when it ends.
 
-A folder holds `manifest.json` (configuration; versions, commit, machine and command of the runs, anew whenever one
-of these changed) and `rows.jsonl`, one line for each cell: `{"cell": …, "values": …}` or `{"cell": …, "error": …}`,
-with seconds, time and commit beside it. Tables and figures are made from rows alone.
+A results folder (see `jobs.folder`) whose manifest has the environment of the runs, anew whenever it changed, and
+beside it `rows.jsonl`, a line for each experiment: `{"cell": …, "values": …}` or `{"cell": …, "error": …}`, with
+seconds, time and commit. Tables and figures are made from rows alone.
 """
 
 from __future__ import annotations
@@ -17,33 +17,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from specbasis.checkpoint.atomic import writing
 from specbasis.core.errors import InputError
 from specbasis.jobs.folder import ALWAYS, Folder, Kind, environment, opened
+from specbasis.jobs.progress import Progress, Report, silent
 
 GRID = Kind("grid", version=("cells", 1), keys=("config", "runs"))
 
-Cell = Mapping[str, Any]
+ROWS = "rows.jsonl"
+
+Experiment = Mapping[str, Any]
 """What tells one experiment of a grid from the others: a flat dictionary of JSON values."""
 
-
-@dataclass(frozen=True)
-class Progress:
-    """What a caller is told as work goes on: how much of it is done (in any unit), and what was done last."""
-
-    done: float
-    total: float
-    name: str
+Run = Callable[[dict[str, Any]], Mapping[str, Any]]
+"""From an experiment to its values, by name."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One cell that ran.
+    """One experiment that ran.
 
     Attributes:
-        cell: its identity.
+        experiment: its identity.
         values: what it gave; empty where it failed. A value that is not finite is None.
         error: why it failed, in one line; None where it did not.
         seconds: wall time.
@@ -51,84 +46,95 @@ class Row:
         commit: of this package, where it ran from a git checkout.
     """
 
-    cell: dict[str, Any]
+    experiment: dict[str, Any]
     values: dict[str, Any]
     error: str | None
     seconds: float
     written: str
     commit: str | None
 
+    @classmethod
+    def parse(cls, line: bytes) -> Row:
+        """The row that a line holds."""
+        stored = json.loads(line)
+        about = (stored[name] for name in ("seconds", "written", "commit"))
+        return cls(stored["cell"], stored.get("values", {}), stored.get("error"), *about)
 
-def run_cells(
-    cells: Sequence[Cell],
-    run: Callable[[dict[str, Any]], Mapping[str, Any]],
+    def line(self) -> str:
+        """The row as a line of the file."""
+        outcome = {"values": self.values} if self.error is None else {"error": self.error}
+        about = {"seconds": self.seconds, "written": self.written, "commit": self.commit}
+        return json.dumps({"cell": _plain(self.experiment)} | outcome | about, ensure_ascii=False) + "\n"
+
+
+def run_experiments(
+    experiments: Sequence[Experiment],
+    run: Run,
     out: str | Path,
     *,
     config: Mapping[str, Any] | None = None,
     uses: Sequence[str] = (),
     workers: int = 1,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Report | None = None,
 ) -> list[Row]:
-    """Run the cells of a grid that have not run yet, in their order, and write each as it ends.
+    """Run the experiments of a grid that have not run yet, in their order, and write each as it ends.
 
-    A cell that raises is marked with its error and the grid goes on; the next run tries it again. A run that was
-    killed loses the cells that were under way, no others. Several lists of cells may share a folder.
+    One that raises is marked with its error and the grid goes on; the next call tries it again. A call that was
+    killed loses the experiments that were under way, no others. Several lists of experiments may share a folder.
 
     Args:
-        cells: what is to run; equal cells run once.
-        run: a cell's experiment: its values, by name. With several workers it is pickled: a function of a module,
-            or a `functools.partial` of one.
+        experiments: what is to run; equal ones run once.
+        run: gives an experiment's values. With several workers it is pickled: a function of a module, or a
+            `functools.partial` of one.
         out: folder of the rows, new or of the same configuration.
-        config: what all cells share, for the manifest; another one in the same folder is refused.
-        uses: modules that the experiments load, whose versions the manifest is to have; see `folder.environment`.
+        config: what all experiments share, for the manifest; another one in the same folder is refused.
+        uses: modules that experiments load, whose versions the manifest is to have; see `folder.environment`.
         workers: processes side by side, each with its share of the cores' threads.
-        progress: called before the first cell and after each.
+        progress: called before the first experiment and after each.
 
     Returns:
-        The rows of these cells, in their order; a cell that failed has an error.
+        The rows of these experiments, in their order; one that failed has an error.
 
     Raises:
         InputError: the folder holds another grid or something else, is in use by another run, or cannot be written.
     """
-    folder, wanted = Path(out), {_key(cell): dict(cell) for cell in cells}
-    with opened(folder, GRID, config or {}) as kept:
-        _note_run(kept, uses)
-        have = {_key(row.cell): row for row in _read(folder, mend=True)}
-        todo = [key for key in wanted if key not in have or have[key].error is not None]
+    wanted = {_key(experiment): dict(experiment) for experiment in experiments}
+    report = progress or silent
+    with opened(Path(out), GRID, config or {}) as folder:
+        _note_run(folder, uses)
+        rows = {_key(row.experiment): row for row in _read(folder.folder, mend=True)}
+        todo = [key for key in wanted if key not in rows or rows[key].error is not None]
         done, total = len(wanted) - len(todo), len(wanted)
-        tell = progress or (lambda _: None)
-        tell(Progress(done, total, "" if not todo else _name(wanted[todo[0]])))
+        report(Progress(done, total, _name(wanted[todo[0]]) if todo else ""))
         for row in _run(run, [wanted[key] for key in todo], workers):
-            _append(folder, row)
-            have[_key(row.cell)] = row
+            _append(folder.folder, row)
+            rows[_key(row.experiment)] = row
             done += 1
-            tell(Progress(done, total, _name(row.cell)))
-    return [have[key] for key in wanted]
+            report(Progress(done, total, _name(row.experiment)))
+    return [rows[key] for key in wanted]
 
 
-def read_cells(out: str | Path) -> list[Row]:
-    """The rows of a grid's folder, the latest of each cell, in the order in which cells first ended.
+def read_experiments(out: str | Path) -> list[Row]:
+    """The rows of a grid's folder, the latest of each experiment, in the order in which they first ended.
 
     Raises:
         InputError: no grid there, or a damaged line (a last line that was cut off by a kill is passed over).
     """
-    folder = Path(out)
-    GRID.read(folder)
-    return list({_key(row.cell): row for row in _read(folder)}.values())
+    GRID.read(Path(out))
+    return list({_key(row.experiment): row for row in _read(Path(out))}.values())
 
 
-def _run(
-    run: Callable[[dict[str, Any]], Mapping[str, Any]], cells: Sequence[dict[str, Any]], workers: int
-) -> Iterator[Row]:
-    if workers == 1 or len(cells) < 2:
-        for cell in cells:
-            yield _row(run, cell)
+def _run(run: Run, experiments: Sequence[dict[str, Any]], workers: int) -> Iterator[Row]:
+    if workers == 1 or len(experiments) < 2:
+        for experiment in experiments:
+            yield _row(run, experiment)
         return
+    import torch
     from loky import ProcessPoolExecutor
 
     threads = max(1, (os.cpu_count() or 1) // workers)
     with ProcessPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
-        futures = [pool.submit(_row, run, cell) for cell in cells]
+        futures = [pool.submit(_row, run, experiment) for experiment in experiments]
         try:
             for future in as_completed(futures):
                 yield future.result()
@@ -136,15 +142,15 @@ def _run(
             pool.shutdown(wait=True, kill_workers=True)
 
 
-def _row(run: Callable[[dict[str, Any]], Mapping[str, Any]], cell: dict[str, Any]) -> Row:
+def _row(run: Run, experiment: dict[str, Any]) -> Row:
     started, values, error = time.perf_counter(), {}, None
     try:
-        values = _plain(dict(run(dict(cell))))
+        values = _plain(dict(run(dict(experiment))))
     except Exception as failure:  # whatever an experiment may raise, the others go on
         error = f"{type(failure).__name__}: {failure}".splitlines()[0]
     seconds = time.perf_counter() - started
     now = environment()
-    return Row(cell, values, error, round(seconds, 3), now["written"], now["commit"])
+    return Row(experiment, values, error, round(seconds, 3), now["written"], now["commit"])
 
 
 def _plain(value: Any) -> Any:
@@ -160,46 +166,35 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _key(cell: Cell) -> str:
-    return json.dumps(_plain(dict(cell)), sort_keys=True)
+def _key(experiment: Experiment) -> str:
+    return json.dumps(_plain(dict(experiment)), sort_keys=True)
 
 
-def _name(cell: Cell) -> str:
-    return " ".join(str(value) for value in cell.values())
+def _name(experiment: Experiment) -> str:
+    return " ".join(str(value) for value in experiment.values())
 
 
 def _append(folder: Path, row: Row) -> None:
-    outcome = {"values": row.values} if row.error is None else {"error": row.error}
-    about = {"seconds": row.seconds, "written": row.written, "commit": row.commit}
-    text = json.dumps({"cell": _plain(row.cell)} | outcome | about, ensure_ascii=False) + "\n"
-    path = folder / "rows.jsonl"
+    path = folder / ROWS
     with writing(path), path.open("a", encoding="utf-8") as file:
-        file.write(text)
+        file.write(row.line())
         file.flush()
         os.fsync(file.fileno())
 
 
 def _read(folder: Path, *, mend: bool = False) -> Iterator[Row]:
     """Rows as they were written; what a kill left of a last line is passed over, and with `mend` cut off."""
-    path = folder / "rows.jsonl"
+    path = folder / ROWS
     if not path.exists():
         return
     text = path.read_bytes()
-    whole = text[: text.rfind(b"\n") + 1]
-    if mend and whole != text:
+    complete = text[: text.rfind(b"\n") + 1]
+    if mend and complete != text:
         with writing(path), path.open("r+b") as file:
-            file.truncate(len(whole))
-    for number, one in enumerate(whole.splitlines(), start=1):
+            file.truncate(len(complete))
+    for number, line in enumerate(complete.splitlines(), start=1):
         try:
-            found = json.loads(one)
-            yield Row(
-                found["cell"],
-                found.get("values", {}),
-                found.get("error"),
-                found["seconds"],
-                found["written"],
-                found["commit"],
-            )
+            yield Row.parse(line)
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{path}: line {number} is damaged ({error}); delete this line and run again"

@@ -7,93 +7,95 @@ import pytest
 import torch
 
 from specbasis.core.errors import InputError
-from specbasis.jobs.cells import read_cells, run_cells
+from specbasis.jobs.experiments import read_experiments, run_experiments
 
 
-def square(cell, log=None):
+def square(experiment, log=None):
     if log is not None:
         with log.open("a") as file:
-            file.write(f"{cell['x']}\n")
-    if cell["x"] == 3:
+            file.write(f"{experiment['x']}\n")
+    if experiment["x"] == 3:
         raise RuntimeError("three\nis bad")
-    return {"y": cell["x"] ** 2, "loss": float("nan"), "t": torch.tensor([1.0, 2.0])}
+    return {"y": experiment["x"] ** 2, "loss": float("nan"), "t": torch.tensor([1.0, 2.0])}
 
 
 GRID = [{"x": x} for x in (1, 3, 2, 1)]
 
 
-def test_each_cell_runs_once_failures_are_marked_and_tried_again(tmp_path):
+def test_each_experiment_runs_once_failures_are_marked_and_tried_again(tmp_path):
     log, out, told = tmp_path / "log", tmp_path / "out", []
-    rows = run_cells(GRID, partial(square, log=log), out, config={"a": (1, 2)}, progress=told.append)
+    rows = run_experiments(GRID, partial(square, log=log), out, config={"a": (1, 2)}, progress=told.append)
     assert [row.values.get("y") for row in rows] == [1, None, 4]
     assert rows[1].error == "RuntimeError: three"
     assert rows[0].values == {"y": 1, "loss": None, "t": [1.0, 2.0]}
     assert [(step.done, step.total) for step in told] == [(0, 3), (1, 3), (2, 3), (3, 3)]
-    again = run_cells([*GRID, {"x": 5}], partial(square, log=log), out, config={"a": [1, 2]})
+    again = run_experiments([*GRID, {"x": 5}], partial(square, log=log), out, config={"a": [1, 2]})
     assert [row.values.get("y") for row in again] == [1, None, 4, 25]
     assert log.read_text().split() == ["1", "3", "2", "3", "5"]
-    assert [row.cell["x"] for row in read_cells(out)] == [1, 3, 2, 5]
+    assert [row.experiment["x"] for row in read_experiments(out)] == [1, 3, 2, 5]
     assert all(row.commit is None or len(row.commit) >= 40 for row in rows)
 
 
 def test_a_manifest_has_a_run_once_until_its_command_changes(tmp_path, monkeypatch):
     for x in (1, 2):
-        run_cells([{"x": x}], square, tmp_path / "out")
+        run_experiments([{"x": x}], square, tmp_path / "out")
     monkeypatch.setattr(sys, "argv", ["other", "command"])
-    run_cells([{"x": 4}], square, tmp_path / "out")
+    run_experiments([{"x": 4}], square, tmp_path / "out")
     runs = json.loads((tmp_path / "out/manifest.json").read_text())["runs"]
     assert len(runs) == 2
     assert runs[0]["command"] != runs[1]["command"] == ["other", "command"]
 
 
 def test_workers_give_the_rows_of_one(tmp_path):
-    one = run_cells(GRID, square, tmp_path / "one")
-    two = run_cells(GRID, square, tmp_path / "two", workers=2)
-    assert [(row.cell, row.values, row.error) for row in one] == [(row.cell, row.values, row.error) for row in two]
+    one = run_experiments(GRID, square, tmp_path / "one")
+    two = run_experiments(GRID, square, tmp_path / "two", workers=2)
+    assert [(row.experiment, row.values, row.error) for row in one] == [
+        (row.experiment, row.values, row.error) for row in two
+    ]
 
 
 def test_a_killed_run_goes_on_where_it_was(tmp_path):
     script = (
-        "import os, sys, time\nfrom specbasis.jobs.cells import run_cells\n"
-        "def run(cell):\n    if cell['x'] == 2: os.kill(os.getpid(), 9)\n    return {'y': cell['x']}\n"
-        "run_cells([{'x': 1}, {'x': 2}], run, sys.argv[1])\n"
+        "import os, sys, time\nfrom specbasis.jobs.experiments import run_experiments\n"
+        "def run(experiment):\n    if experiment['x'] == 2: os.kill(os.getpid(), 9)\n    return {'y': experiment['x']}\n"
+        "run_experiments([{'x': 1}, {'x': 2}], run, sys.argv[1])\n"
     )
     out = tmp_path / "out"
     assert subprocess.run([sys.executable, "-c", script, out], check=False).returncode == -9
     with (out / "rows.jsonl").open("a") as file:
         file.write('{"cell": {"x": 2}, "val')  # what a kill in the middle of a line leaves
-    assert [row.cell["x"] for row in read_cells(out)] == [1]
-    rows = run_cells([{"x": 1}, {"x": 2}], square, out)
+    assert [row.experiment["x"] for row in read_experiments(out)] == [1]
+    rows = run_experiments([{"x": 1}, {"x": 2}], square, out)
     assert [row.values["y"] for row in rows] == [1, 4]
-    assert [row.cell["x"] for row in read_cells(out)] == [1, 2]
+    assert [row.experiment["x"] for row in read_experiments(out)] == [1, 2]
 
 
 def test_a_folder_serves_one_grid_and_one_run(tmp_path):
     out = tmp_path / "out"
-    run_cells(GRID, square, out, config={"base": "a"})
+    run_experiments(GRID, square, out, config={"base": "a"})
     with pytest.raises(InputError, match="holds another grid \\(base: "):
-        run_cells(GRID, square, out, config={"base": "b"})
+        run_experiments(GRID, square, out, config={"base": "b"})
     (tmp_path / "other").mkdir()
     (tmp_path / "other/mine.txt").write_text("mine")
     with pytest.raises(InputError, match="is not empty and holds no grid"):
-        run_cells(GRID, square, tmp_path / "other")
+        run_experiments(GRID, square, tmp_path / "other")
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["mine.txt"]
     with pytest.raises(InputError, match="is a file"):
-        run_cells(GRID, square, tmp_path / "other/mine.txt")
+        run_experiments(GRID, square, tmp_path / "other/mine.txt")
     with pytest.raises(InputError, match="no grid here"):
-        read_cells(tmp_path / "other")
+        read_experiments(tmp_path / "other")
 
-    def nested(cell):
-        return {"y": len(run_cells(GRID, square, out, config={"base": "a"}))}
+    def nested(experiment):
+        return {"y": len(run_experiments(GRID, square, out, config={"base": "a"}))}
 
-    inner = run_cells([{"x": 9}], nested, out, config={"base": "a"})
+    inner = run_experiments([{"x": 9}], nested, out, config={"base": "a"})
     assert "another run is writing here" in inner[0].error
 
 
 def test_a_damaged_line_is_named(tmp_path):
     out = tmp_path / "out"
-    run_cells(GRID, square, out)
+    run_experiments(GRID, square, out)
     lines = (out / "rows.jsonl").read_text().splitlines()
     (out / "rows.jsonl").write_text("\n".join([lines[0], "{oops", lines[1]]) + "\n")
     with pytest.raises(InputError, match=r"rows\.jsonl: line 2 is damaged"):
-        read_cells(out)
+        read_experiments(out)
