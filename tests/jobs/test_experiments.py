@@ -57,7 +57,7 @@ def test_workers_give_the_rows_of_one(tmp_path):
 def test_a_killed_run_goes_on_where_it_was(tmp_path):
     script = (
         "import os, sys, time\nfrom specbasis.jobs.experiments import run_experiments\n"
-        "def run(experiment):\n    if experiment['x'] == 2: os.kill(os.getpid(), 9)\n    return {'y': experiment['x']}\n"
+        "def run(e):\n    if e['x'] == 2: os.kill(os.getpid(), 9)\n    return {'y': e['x']}\n"
         "run_experiments([{'x': 1}, {'x': 2}], run, sys.argv[1])\n"
     )
     out = tmp_path / "out"
