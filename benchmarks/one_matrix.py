@@ -16,7 +16,8 @@ from collections.abc import Callable
 import torch
 
 from specbasis import decompose
-from specbasis.core.svd import approximate_svd, half_svd
+from specbasis.core.krylov import approximate_svd
+from specbasis.core.svd import half_svd
 
 
 def timed(work: Callable[[], object]) -> tuple[float, float, object]:

@@ -64,8 +64,12 @@ OPENINGS = {
     "np.load",
 }
 DECOMPOSITIONS |= {"linalg.eigh_tridiagonal", "linalg.eigvalsh_tridiagonal", "lapack.dsytrd", "linalg.eig_banded"}
+SOLVERS = ("core.gram", "core.krylov", "core.low_rank")
 DOORS = {
-    "a decomposition": (DECOMPOSITIONS, {"core.svd": DECOMPOSITIONS, "core.subspace": {"linalg.svdvals"}}),
+    "a decomposition": (
+        DECOMPOSITIONS,
+        {**dict.fromkeys(SOLVERS, DECOMPOSITIONS), "core.subspace": {"linalg.svdvals"}},
+    ),
     # subspace.py takes the singular values of a product of two orthonormal bases and of its remainder: cosines and
     # sines, of k columns, not of a weight.
     "opening a weights file": (OPENINGS, {"checkpoint": OPENINGS}),
@@ -258,12 +262,12 @@ def test_the_map_in_contributing_has_the_rooms_in_order():
         ("measures.alignment", "from specbasis import decompose", "imports __init__"),
         ("measures.alignment", "def f():\n    from specbasis import SVD", "imports __init__"),
         ("comparison.findings", "from specbasis.figures.tables import table", "imports figures"),
-        ("measures.alignment", "torch.linalg.svd(W)", "belongs in core.svd"),
-        ("measures.alignment", "from torch.linalg import eigh\neigh(W)", "belongs in core.svd"),
-        ("measures.alignment", "from torch import linalg as la\nla.svdvals(W)", "belongs in core.svd"),
-        ("measures.alignment", "import numpy as np\nnp.linalg.eigvalsh(W)", "belongs in core.svd"),
-        ("measures.alignment", "torch.svd_lowrank(W)", "belongs in core.svd"),
-        ("core.subspace", "torch.linalg.svd(W)", "belongs in core.svd"),
+        ("measures.alignment", "torch.linalg.svd(W)", "belongs in core.gram"),
+        ("measures.alignment", "from torch.linalg import eigh\neigh(W)", "belongs in core.gram"),
+        ("measures.alignment", "from torch import linalg as la\nla.svdvals(W)", "belongs in core.gram"),
+        ("measures.alignment", "import numpy as np\nnp.linalg.eigvalsh(W)", "belongs in core.gram"),
+        ("measures.alignment", "torch.svd_lowrank(W)", "belongs in core.gram"),
+        ("core.subspace", "torch.linalg.svd(W)", "belongs in core.gram"),
         ("architecture.pair", "import torch\ntorch.load(path)", "belongs in checkpoint"),
         ("architecture.pair", "from torch import load as read\nread(path)", "belongs in checkpoint"),
         ("cli", "from safetensors import safe_open\nsafe_open(path)", "belongs in checkpoint"),
@@ -287,7 +291,7 @@ def test_a_broken_rule_is_seen(module, source, problem):
             "measures.alignment",
             "from specbasis.core.svd import SVD\nfrom specbasis.core.subspace import principal_angles",
         ),
-        ("core.svd", "from specbasis.core.errors import InputError\ntorch.linalg.eigh(G)"),
+        ("core.gram", "from specbasis.core.errors import InputError\ntorch.linalg.eigh(G)"),
         ("core.subspace", "torch.linalg.svdvals(C)\ntorch.linalg.qr(C)"),
         ("checkpoint", "import torch\nfrom safetensors import safe_open\ntorch.load(p)\nsafe_open(p)"),
         ("checkpoint.readers", "from safetensors import safe_open\nsafe_open(path)"),

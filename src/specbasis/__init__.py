@@ -6,7 +6,8 @@ from specbasis.comparison.comparison import Comparison, load
 from specbasis.comparison.population import population
 from specbasis.core.edits import Edit
 from specbasis.core.errors import InputError, NonFiniteError
-from specbasis.core.svd import SVD, decompose, low_rank_svd
+from specbasis.core.low_rank import low_rank_svd
+from specbasis.core.svd import SVD, decompose
 from specbasis.finetuning.runs import finetune
 from specbasis.interventions import Subject, edited, intervene, matrix_edits
 from specbasis.lineage.tree import lineage

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from specbasis.checkpoint import open_checkpoint, open_tuned
 from specbasis.core.errors import InputError
-from specbasis.core.svd import decompose, low_rank_svd
+from specbasis.core.low_rank import low_rank_svd
+from specbasis.core.svd import decompose
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")

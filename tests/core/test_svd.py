@@ -13,7 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specbasis import InputError, NonFiniteError, decompose, low_rank_svd
-from specbasis.core.svd import DEFLATE, IMPLIED, PROBES, approximate_svd, cosines, half_svd
+from specbasis.core.cosines import cosines
+from specbasis.core.gram import DEFLATE, IMPLIED
+from specbasis.core.krylov import approximate_svd
+from specbasis.core.residuals import PROBES
+from specbasis.core.svd import half_svd
 from tests.helpers.exact import exact_svd, sines, true_residuals, value_errors
 from tests.helpers.matrices import (
     gaussian,
@@ -33,7 +37,7 @@ EPS = torch.finfo(torch.float64).eps
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("column", [0, -1])
 def test_a_bad_entry_is_found_in_every_column_block(monkeypatch, value, transposed, column):
-    monkeypatch.setattr("specbasis.core.svd._BLOCK_BYTES", 8 * 4 * 3)  # blocks of 3 columns
+    monkeypatch.setattr("specbasis.core.blocks.BLOCK_BYTES", 8 * 4 * 3)  # blocks of 3 columns
     W = gaussian(4, 20).float()
     W[1, column] = value
     with pytest.raises(NonFiniteError, match=r"layer\.7: 1 of 80 entries"):
@@ -403,7 +407,7 @@ def test_a_view_is_as_good_as_its_copy(view, dtype):
 def test_a_short_float_matrix_is_never_copied_whole(shape, tmp_path, monkeypatch):
     """Peak of all that is allocated beside W: a few blocks, and vectors of the one rank asked for."""
     block = 2**22
-    monkeypatch.setattr("specbasis.core.svd._BLOCK_BYTES", block)
+    monkeypatch.setattr("specbasis.core.blocks.BLOCK_BYTES", block)
     W = torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32).bfloat16()
     with torch.profiler.profile(profile_memory=True) as profile:
         decompose(W, 1)
@@ -593,7 +597,7 @@ def test_a_bad_entry_in_a_factor_is_refused(value):
 @pytest.mark.parametrize(("mine", "theirs"), [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.float16)])
 @pytest.mark.parametrize("shape", [(9, 14), (14, 9)])
 def test_a_difference_is_subtracted_in_float64(mine, theirs, shape, monkeypatch):
-    monkeypatch.setattr("specbasis.core.svd._BLOCK_BYTES", 8 * 9 * 4)  # blocks of 4 columns
+    monkeypatch.setattr("specbasis.core.blocks.BLOCK_BYTES", 8 * 9 * 4)  # blocks of 4 columns
     W, base = gaussian(*shape).to(mine), gaussian(*shape, 1).to(theirs)
     a, b = decompose(W, minus=base), decompose(W.double() - base.double())
     for field in dataclasses.fields(a):
@@ -719,7 +723,7 @@ def test_the_iteration_gives_the_leading_ranks_with_a_true_certificate(monkeypat
     W = weight_like(*shape).double()
     T = W + 0.1 * gaussian(*shape, 5) / math.sqrt(sum(shape))
     start = half_svd(W, 6).X if warm else None
-    monkeypatch.setattr("specbasis.core.svd.half_svd", lambda *a, **k: pytest.fail("fell back"))
+    monkeypatch.setattr("specbasis.core.krylov.half_svd", lambda *a, **k: pytest.fail("fell back"))
     d = approximate_svd(T, 6, start=start)
     U, S, Vh = np.linalg.svd(T.numpy(), full_matrices=False)
     assert d.spectrum.numpy()[:6] == pytest.approx(S[:6], rel=1e-12)
@@ -757,7 +761,7 @@ def test_a_subset_of_eigenvectors_gives_the_same_ranks(monkeypatch, shape, kind)
     whole = decompose(W, 8)
     seen = []
     real = torch.linalg.eigh
-    monkeypatch.setattr("specbasis.core.svd.SUBSET_SIDE", 32)
+    monkeypatch.setattr("specbasis.core.gram.SUBSET_SIDE", 32)
     monkeypatch.setattr("torch.linalg.eigh", lambda *a, **k: (seen.append(1), real(*a, **k))[1])
     subset = decompose(W, 8)
     assert bool(seen) == (kind == "deep")

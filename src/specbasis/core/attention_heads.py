@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from specbasis.core.svd import stacked_svd
+from specbasis.core.low_rank import stacked_svd
 
 RANKS = 10
 """Leading ranks of a head over which its alignment is averaged; a head has 32 … 128 of them."""

@@ -12,9 +12,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from specbasis.core.attention_heads import HeadFigures
+from specbasis.core.cosines import Cosines, cosines
 from specbasis.core.groups import degenerate_groups, grouped
 from specbasis.core.nulls import Core, Rounding, core
-from specbasis.core.svd import SVD, Cosines, HalfSVD, cosines
+from specbasis.core.svd import SVD, HalfSVD
 
 _T = TypeVar("_T")
 _V = TypeVar("_V")

@@ -14,8 +14,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from specbasis.core.errors import InputError, NonFiniteError
+from specbasis.core.krylov import approximate_svd
 from specbasis.core.subspace import chance_alignment
-from specbasis.core.svd import HalfSVD, approximate_svd, half_svd
+from specbasis.core.svd import HalfSVD, half_svd
 
 PAIRWISE_BYTES = 2**30
 """Distances between all pairs of checkpoints are taken where a matrix of all of them, in float64, is no larger."""

@@ -1,0 +1,149 @@
+"""Matrices in float64 blocks of columns: products, Gram matrices and orthonormal columns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from specbasis.core.errors import InputError, NonFiniteError
+
+EPS = torch.finfo(torch.float64).eps
+BLOCK_BYTES = 32 * 2**20  # one float64 block of columns
+
+
+def short_side(W: Tensor, name: str) -> int:
+    """Length of the short side of a matrix; refuses what is none."""
+    if W.ndim != 2 or W.numel() == 0 or not W.is_floating_point():
+        raise InputError(
+            f"{name}: got {W.dtype} of shape {tuple(W.shape)}; want a floating-point matrix (out, in) with entries"
+        )
+    return min(W.shape)
+
+
+class Blocks:
+    """A matrix, or the difference of two, in float64 blocks of columns, scaled to a largest entry near 1.
+
+    The short side comes first. The scale is a power of two, so that scaling is exact and squares neither overflow
+    nor vanish. A matrix of one block is converted once and kept.
+    """
+
+    def __init__(self, operands: list[Tensor], name: str, device: torch.device) -> None:
+        # Exact, and torch has no arithmetic in 8-bit floats.
+        self.operands = [X if X.element_size() > 1 else X.to(torch.bfloat16) for X in operands]
+        self.shape, self.device = operands[0].shape, device
+        self.width = max(1, BLOCK_BYTES // (8 * self.shape[0]))
+        self.top = 0.0  # the largest singular value, once it is known
+        # torch's maximum keeps a NaN, Python's loses one that does not come first.
+        # A transposed block would be copied.
+        ends = [torch.stack((b.mT if b.stride(0) == 1 else b).aminmax()).abs().max() for b in self._entries()]
+        largest = float(torch.stack(ends).max())
+        if not math.isfinite(largest):
+            bad = sum(int((~torch.isfinite(block)).sum()) for block in self._entries())
+            raise NonFiniteError(
+                f"{name}: {bad} of {operands[0].numel()} entries are NaN or Inf: no SVD; repair or leave it out"
+            )
+        self._kept: list[Tensor] | None = None
+        exponent = math.frexp(largest)[1]
+        # 2¹⁰²⁴ is not a float. A matrix of zeros has the scale 0.
+        self.scale = 2.0 ** min(max(exponent, -1000), 1000) if largest else 0.0
+        if not largest:
+            return
+        self._kept = list(self) if self.shape[1] <= self.width else None
+
+    @classmethod
+    def of(cls, W: Tensor, minus: Tensor | None, name: str, device: torch.device | None) -> Blocks:
+        """W, or W − minus, with its short side first.
+
+        Raises:
+            InputError: W is not a floating matrix with entries, or ``minus`` has another shape.
+            NonFiniteError: either holds NaN or Inf.
+        """
+        short_side(W, name)
+        if minus is not None and (minus.shape != W.shape or not minus.is_floating_point()):
+            raise InputError(
+                f"{name}: got {tuple(W.shape)} minus {minus.dtype} {tuple(minus.shape)}; want floats of one shape"
+            )
+        operands = [W] if minus is None else [W, minus]
+        wide = W.shape[0] <= W.shape[1]
+        return cls([X if wide else X.mT for X in operands], name, device or W.device)
+
+    def _entries(self) -> Iterator[Tensor]:
+        """The entries in blocks, as stored where that says the same."""
+        whole = (self.operands[0][:, start : start + self.width] for start in range(0, self.shape[1], self.width))
+        return whole if len(self.operands) == 1 else self._columns()
+
+    def _columns(self) -> Iterator[Tensor]:
+        for start in range(0, self.shape[1], self.width):
+            first, *rest = (self._moved(X[:, start : start + self.width]) for X in self.operands)
+            yield first.sub_(rest[0]) if rest else first
+
+    def _moved(self, block: Tensor) -> Tensor:
+        """A copy of a block on the device, in float64; moved as stored, the fewest bytes, through pinned memory."""
+        if block.device != self.device and self.device.type == "cuda":
+            block = block.contiguous().pin_memory().to(self.device, non_blocking=True)
+        return block.to(self.device).to(torch.float64, copy=True)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield from self._kept if self._kept is not None else (b.div_(self.scale) for b in self._columns())
+
+    def gram(self, basis: Tensor | None) -> Tensor:
+        """Upper triangle of (basisᵀ A)(basisᵀ A)ᵀ; the basis is the identity when None."""
+        n = self.shape[0] if basis is None else basis.shape[1]
+        G = torch.zeros(n, n, dtype=torch.float64, device=self.device)
+        for block in self:
+            add_gram(G, block if basis is None else basis.mT @ block)
+        return G
+
+    def times(self, right: Tensor | Iterable[Tensor], left: Tensor | None = None) -> Tensor:
+        """A R, or L A R, for R whole or in blocks of rows as wide as this matrix's blocks of columns."""
+        rows = torch.split(right, self.width) if isinstance(right, Tensor) else right
+        out: Tensor | None = None
+        for block, part in zip(self, rows, strict=True):
+            mine = block if left is None else left @ block
+            out = mine @ part if out is None else out.addmm_(mine, part)
+        if out is None:
+            raise AssertionError("a matrix has at least one block")
+        return out
+
+    def transposed(self) -> Iterator[Tensor]:
+        """Aᵀ in blocks of rows."""
+        return (block.mT for block in self)
+
+    def transposed_times(self, X: Tensor) -> Tensor:
+        """Aᵀ X."""
+        return torch.cat([block.mT @ X for block in self])
+
+    def coupling(self, X: Tensor) -> Tensor:
+        """A (Aᵀ X), block by block: accurate relative to ‖A‖·‖Aᵀ X‖, which the Gram matrix is not."""
+        out = torch.zeros_like(X)
+        for block in self:
+            out.addmm_(block, block.mT @ X)
+        return out
+
+
+def add_gram(G: Tensor, Y: Tensor) -> None:
+    """G + Y Yᵀ in place, upper triangle only: by panels, 9/16 of the flops of the full product."""
+    n = len(G)
+    columns = max(128, -(-n // 8))
+    for c in range(0, n, columns):
+        G[: c + columns, c : c + columns].addmm_(Y[: c + columns], Y[c : c + columns].mT)
+
+
+def orthonormal(Z: Tensor) -> Tensor:
+    """Columns of Z made orthonormal in order, directions kept; zero columns become an orthonormal completion."""
+    norms = Z.norm(dim=0)
+    Q, R = torch.linalg.qr(Z / torch.where(norms > 0, norms, 1.0))
+    signed: Tensor = Q * torch.where(R.diagonal() < 0, -1.0, 1.0)
+    return signed
+
+
+def reorthonormal(Y: Tensor) -> Tensor:
+    """Nearly orthonormal columns (to about eps / DEFLATE²) made so to rounding, in order; cheaper than a QR."""
+    G = Y.new_zeros(Y.shape[1], Y.shape[1])
+    add_gram(G, Y.mT)
+    R = torch.linalg.cholesky(G, upper=True)
+    Q: Tensor = torch.linalg.solve_triangular(R, Y, upper=True, left=False)
+    return Q
