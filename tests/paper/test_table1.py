@@ -257,7 +257,7 @@ def test_controls_run_resume_and_are_rebuilt_from_rows_alone(place, tmp_path, mo
     def never(*_, **__):
         raise AssertionError("a finished cell was run again")
 
-    monkeypatch.setattr(train, "run", never)
+    monkeypatch.setattr(train, "train", never)
     done = typed(place, *words, "scratch,spectral-scratch,probe,spectral")  # the last is new, and fails
     assert done.exit_code == 2
     assert (out / "rows.jsonl").read_bytes().startswith(before)

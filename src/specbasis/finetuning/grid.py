@@ -136,19 +136,19 @@ def run_cell(cell: Mapping[str, Any], setting: Setting) -> dict[str, Any]:
         )
         name = one.method if one.rank is None else f"{one.method}@{one.rank}"
         folder = kept_model(setting, name, one.task) if kept else Path(scratch)
-        values = train.run(
+        run = train.Run(
             setting.base,
             data,
             "full" if one.method == SCRATCH else one.method,
             one.seed,
             protocol,
             Placement(one.rank, one.interval, one.blocks, checkpoint=checkpoint),
-            folder,
-            cache_prefix=None if setting.cache_prefix is None else Path(setting.cache_prefix),
-            held_back=("", ()) if one.selection else runs.held_back_texts(None, data, setting.data_dir),
+            setting.cache_prefix,
+            ("", ()) if one.selection else runs.held_back_texts(None, data, setting.data_dir),
             resumable=False,
             scratch=one.method == SCRATCH,
         )
+        values = train.train(run, folder)
     if one.selection:  # a run of the search: its score is all that is wanted
         del values["predictions"]
     return values

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specbasis.checkpoint.atomic import write_whole
+from specbasis.checkpoint.atomic import whole, write_whole, writing
 from specbasis.comparison.findings import as_json
 from specbasis.core.errors import InputError
 from specbasis.finetuning.metrics import Predictions
@@ -117,7 +117,7 @@ def finetune(
     """
     from specbasis.finetuning.base import base_sha256
     from specbasis.finetuning.methods import method_named
-    from specbasis.finetuning.train import is_main_process, run
+    from specbasis.finetuning.train import Run, is_main_process, train
 
     _check_numbers(seed, examples)
     _check_report(report_to)
@@ -162,23 +162,13 @@ def finetune(
             finished = _begin(folder, config, alone, is_main_process())
         if finished is not None:
             return finished
-        metrics = run(
-            base,
-            data,
-            chosen.name,
-            seed,
-            how,
-            where,
-            folder,
-            cache_prefix=None if cache_prefix is None else Path(cache_prefix),
-            held_back=held_back_texts(held_back, data, data_dir),
-            report_to=report_to,
-            callbacks=callbacks,
-        )
-        said = metrics.pop("predictions")
+        texts = held_back_texts(held_back, data, data_dir)
+        run = Run(base, data, chosen.name, seed, how, where, cache_prefix, texts, report_to, callbacks)
+        metrics = train(run, folder)
+        predictions = metrics.pop("predictions")
         metrics = as_json(metrics)
         if is_main_process():
-            _write_predictions(folder / PREDICTIONS, said, data.task)
+            _write_predictions(folder / PREDICTIONS, predictions, data.task)
             _finish(folder, config, metrics, data)
     return Finetuned(folder, metrics)
 
@@ -308,20 +298,19 @@ def _finish(folder: Path, config: Mapping[str, Any], metrics: Mapping[str, Any],
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
 
-def _write_predictions(path: Path, said: Mapping[str, Mapping[str, Any]], task: Task) -> None:
+def _write_predictions(path: Path, packed: Mapping[str, Mapping[str, Any]], task: Task) -> None:
     """A line for each example that was scored: set, place in it from 0, label, prediction."""
 
-    def write(target: Path) -> None:
-        with target.open("w", encoding="utf-8", newline="") as file:
-            table = csv.writer(file, lineterminator="\n")
-            table.writerow(("set", "example", "label", "predicted"))
-            for name, packed in said.items():
-                one = Predictions.unpacked(packed)
-                for example, values in enumerate(zip(one.labels.tolist(), one.predicted.tolist(), strict=True)):
-                    shown = values if task.regression else [task.labels[int(value)] for value in values]
-                    table.writerow((name, example, *shown))
+    def shown(value: float) -> float | str:
+        return value if task.regression else task.labels[int(value)]
 
-    write_whole(path, write)
+    with writing(path), whole(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(("set", "example", "label", "predicted"))
+        for name, row in packed.items():
+            split = Predictions.unpacked(row)
+            for example, (label, predicted) in enumerate(zip(split.labels, split.predicted, strict=True)):
+                table.writerow((name, example, shown(float(label)), shown(float(predicted))))
 
 
 _FULL = ("No space left", "Disk quota exceeded", "inline_container")

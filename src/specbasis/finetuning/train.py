@@ -7,7 +7,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,96 +28,102 @@ from specbasis.finetuning.forgetting import Pretraining, pretraining_loss
 from specbasis.finetuning.methods import Attached, attach
 from specbasis.finetuning.metrics import Predictions
 from specbasis.finetuning.prefix import NoPrefixError, PrefixCache, Uncut, find_cut, narrowed
+from specbasis.finetuning.prefix.rows import Collator
 from specbasis.finetuning.protocol import Placement, Protocol
 from specbasis.finetuning.tasks import Split, Task, TaskData
 
 CHECKPOINTS, TRAINED = "checkpoints", "trained.safetensors"
 
 
-def run(
-    base: str | Path,
-    data: TaskData,
-    method: str,
-    seed: int,
-    protocol: Protocol,
-    placement: Placement,
-    folder: Path,
-    *,
-    cache_prefix: Path | None = None,
-    held_back: tuple[str, Sequence[str]] = ("", ()),
-    report_to: str = "none",
-    callbacks: Sequence[TrainerCallback] = (),
-    resumable: bool = True,
-    scratch: bool = False,
-) -> dict[str, Any]:
-    """Train, score, save the adapter into ``folder``, and return the metrics: what `finetune` does, without its
-    files.
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One training: what `finetune` and the cells of a grid ask for.
 
-    Args:
+    Attributes:
         base: as of `finetune`.
-        method: likewise.
-        seed: likewise.
-        data: the examples; selection, where there are any, is scored too.
-        protocol: with epochs and learning rate given; see `resolved`.
+        data: the examples; the selection, where there is one, is scored too.
+        method: name in `methods.METHODS`.
+        seed: of the head, the method's random parts, the order of the examples, and dropout.
+        protocol: with epochs and learning rate given; see `runs.resolved`.
         placement: where the method goes.
-        folder: the adapter's, and of the checkpoints.
         cache_prefix: as of `finetune`.
-        report_to: likewise.
+        held_back: what the texts are that forgetting is measured on, and the texts.
+        report_to: as of `finetune`.
         callbacks: likewise.
-        held_back: what the texts are, and the texts.
         resumable: write a checkpoint at the end of every epoch, and go on from the last.
         scratch: begin from random weights instead of the base's.
     """
+
+    base: str | Path
+    data: TaskData
+    method: str
+    seed: int
+    protocol: Protocol
+    placement: Placement
+    cache_prefix: str | Path | None = None
+    held_back: tuple[str, Sequence[str]] = ("", ())
+    report_to: str = "none"
+    callbacks: Sequence[TrainerCallback] = ()
+    resumable: bool = True
+    scratch: bool = False
+
+    @property
+    def scored(self) -> dict[str, Split]:
+        """What is scored after training, by name: dev sets, then what was kept for choosing."""
+        return {**self.data.dev, **({"selection": self.data.selection} if len(self.data.selection) else {})}
+
+
+def train(run: Run, folder: Path) -> dict[str, Any]:
+    """Train, score, save the adapter into ``folder``, and return the metrics with the predictions."""
+    data, protocol = run.data, run.protocol
+    text, texts = run.held_back
     with quiet():
-        pretraining, before = _pretraining(str(base), data.task, tuple(held_back[1]))
+        pretraining, before = _pretraining(str(run.base), data.task, tuple(texts))
         with peak_memory() as peak:
-            set_seed(seed)
-            loaded = load_base(base, data.task, max_length=protocol.max_length, scratch=scratch)
-            attached = _attach(loaded, method, seed, placement)
+            set_seed(run.seed)
+            base = load_base(run.base, data.task, max_length=protocol.max_length, scratch=run.scratch)
+            attached = attach(base.model, run.method, seed=run.seed, **vars(run.placement))
             watch = Stopwatch()
-            with _ready(
-                loaded, attached, data, protocol, seed, folder, cache_prefix, report_to, resumable
-            ) as ready:
-                for callback in (watch, *attached.callbacks, *callbacks):
-                    ready.trainer.add_callback(callback)
-                set_seed(seed)
-                ready.trainer.train(resume_from_checkpoint=_last_checkpoint(folder) if resumable else None)
+            with _trainer(run, base, attached, folder) as trainer:
+                for callback in (watch, *attached.callbacks, *run.callbacks):
+                    trainer.add_callback(callback)
+                set_seed(run.seed)
+                trainer.train(resume_from_checkpoint=_last_checkpoint(folder) if run.resumable else None)
                 memory = peak()
-                said = {name: ready.predict(split) for name, split in _scored(data).items()}
+                predictions = {name: trainer.predictions(split) for name, split in run.scored.items()}
         after = pretraining.loss(attached.model)
         if is_main_process():
-            if not resumable:
+            if not run.resumable:
                 shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
             attached.save(folder)
             if (folder / "config.json").is_file():  # a whole model, which loads without its base
-                loaded.processor.save_pretrained(folder)
-        counts = attached.counts
-        trainer = ready.trainer
-        found = {name: one.scores(data.task) for name, one in said.items()}
-        return {
-            "score": data.task.score(next(iter(found.values()))),
-            **found,
-            "parameters": {"adapter": counts.adapter, "head": counts.head, "total": counts.total},
-            "learning_rate": protocol.learning_rate,
-            "epochs": protocol.epochs,
-            "steps": trainer.state.global_step,
-            "train_examples": len(data.train),
-            "train_loss": [round(entry["loss"], 6) for entry in trainer.state.log_history if "loss" in entry],
-            "seconds_per_epoch": _mean(watch.wall),
-            "cpu_seconds_per_epoch": _mean(watch.cpu),
-            "peak_memory_bytes": memory,
-            "file_bytes": weights_bytes(folder) if is_main_process() else None,
-            "forgetting": {
-                "definition": pretraining.definition,
-                "reason": pretraining.reason,
-                "text": held_back[0],
-                "before": before,
-                "after": after,
-            },
-            "prefix_cache": ready.cache,
-            "notes": [*data.notes, *ready.notes],
-            "predictions": {name: one.packed() for name, one in said.items()},
-        }
+                base.processor.save_pretrained(folder)
+    counts = attached.counts
+    scores = {name: split.scores(data.task) for name, split in predictions.items()}
+    return {
+        "score": data.task.score(next(iter(scores.values()))),
+        **scores,
+        "parameters": {"adapter": counts.adapter, "head": counts.head, "total": counts.total},
+        "learning_rate": protocol.learning_rate,
+        "epochs": protocol.epochs,
+        "steps": trainer.state.global_step,
+        "train_examples": len(data.train),
+        "train_loss": [round(entry["loss"], 6) for entry in trainer.state.log_history if "loss" in entry],
+        "seconds_per_epoch": _mean(watch.wall),
+        "cpu_seconds_per_epoch": _mean(watch.cpu),
+        "peak_memory_bytes": memory,
+        "file_bytes": weights_bytes(folder) if is_main_process() else None,
+        "forgetting": {
+            "definition": pretraining.definition,
+            "reason": pretraining.reason,
+            "text": text,
+            "before": before,
+            "after": after,
+        },
+        "prefix_cache": trainer.cache,
+        "notes": [*data.notes, *trainer.notes],
+        "predictions": {name: split.packed() for name, split in predictions.items()},
+    }
 
 
 @functools.lru_cache(maxsize=4)
@@ -137,29 +143,43 @@ def is_main_process() -> bool:
 
 def _last_checkpoint(folder: Path) -> str | None:
     """The last checkpoint that is whole: its state is what Trainer writes last."""
-    found = [
-        path
-        for path in (folder / CHECKPOINTS).glob("checkpoint-*")
-        if path.name.rpartition("-")[2].isdigit() and _is_json(path / "trainer_state.json")
-    ]
-    return str(max(found, key=lambda path: int(path.name.rpartition("-")[2]))) if found else None
-
-
-def _is_json(path: Path) -> bool:
-    try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
+    steps: dict[int, Path] = {}
+    for path in (folder / CHECKPOINTS).glob("checkpoint-*"):
+        with suppress(OSError, ValueError):
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            steps[int(path.name.rpartition("-")[2])] = path
+    return str(steps[max(steps)]) if steps else None
 
 
 # --- the Trainer ------------------------------------------------------------------------------------------------
 
 
 class _Trainer(Trainer):
-    """transformers' Trainer, whose checkpoints hold what is trained alone, whatever the method."""
+    """transformers' Trainer, whose checkpoints hold what is trained alone, whatever the method.
 
+    Attributes:
+        base: whose inputs it takes.
+        lengths: tokens of each training example, where batches are to be of examples of like length.
+        cache: what a report says about the prefix cache; None without one.
+        notes: what is to be said about the run.
+    """
+
+    base: Base
     lengths: Sequence[int] | None = None
+    cache: Mapping[str, Any] | None = None
+    notes: list[str]
+
+    def predictions(self, split: Split) -> Predictions:
+        """What the model says of examples, in their order; they run longest first, which needs less padding."""
+        order = sorted(range(len(split)), key=lambda i: -sum(map(len, split.inputs[i])))
+        outputs = self.predict(self.base.encode(split.take(order)))
+        logits = _logits(outputs.predictions)
+        lost = int((~np.isfinite(logits).reshape(len(split), -1).all(1)).sum())
+        if lost:
+            self.notes.append(f"diverged: {lost} of {len(split)} outputs are not finite, and count as 0")
+        finite = np.nan_to_num(logits, posinf=0, neginf=0)
+        predictions = Predictions.of(self.base.task, finite, np.asarray(outputs.label_ids))
+        return predictions.take(np.argsort(order).tolist())
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.lengths is None:
@@ -191,117 +211,65 @@ def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
 
 
-def _attach(base: Base, method: str, seed: int, placement: Placement) -> Attached:
-    return attach(
-        base.model,
-        method,
-        rank=placement.rank,
-        interval=placement.interval,
-        blocks=placement.blocks,
-        roles=placement.roles,
-        target_modules=placement.target_modules,
-        checkpoint=placement.checkpoint,
-        options=dict(placement.options),
-        seed=seed,
-    )
-
-
-def _scored(data: TaskData) -> dict[str, Split]:
-    """What is scored after training, by name: dev sets, then what was kept for choosing."""
-    return {**data.dev, **({"selection": data.selection} if len(data.selection) else {})}
-
-
-@dataclass(frozen=True, eq=False)
-class _Ready:
-    """A Trainer, ready to train and to score.
-
-    Attributes:
-        trainer: of the attached model.
-        base: whose inputs it takes.
-        collate: makes batches, with the cached activations where there are any.
-        cache: what a report says about the prefix cache; None without one.
-        notes: what is to be said about the run.
-    """
-
-    trainer: _Trainer
-    base: Base
-    collate: Callable[[list[Any]], Any]
-    cache: Mapping[str, Any] | None
-    notes: list[str]
-
-    def predict(self, split: Split) -> Predictions:
-        """What the model says of examples, in their order; they run longest first, which needs less padding."""
-        order = sorted(range(len(split)), key=lambda i: -sum(map(len, split.inputs[i])))
-        found = self.trainer.predict(self.base.encode(split.take(order)))
-        logits = _logits(found.predictions)
-        lost = int((~np.isfinite(logits).reshape(len(split), -1).all(1)).sum())
-        if lost:
-            self.notes.append(f"diverged: {lost} of {len(split)} outputs are not finite, and count as 0")
-        said = Predictions.of(
-            self.base.task, np.nan_to_num(logits, posinf=0, neginf=0), np.asarray(found.label_ids)
-        )
-        return said.take(np.argsort(order).tolist())
-
-
 @contextmanager
-def _ready(
-    base: Base,
-    attached: Attached,
-    data: TaskData,
-    protocol: Protocol,
-    seed: int,
-    folder: Path,
-    cache_prefix: Path | None,
-    report_to: str,
-    resumable: bool,
-) -> Iterator[_Ready]:
+def _trainer(run: Run, base: Base, attached: Attached, folder: Path) -> Iterator[_Trainer]:
     """A Trainer; inside, the model runs from the cached activations of its frozen prefix where there is a cache.
 
     With or without it, a model that reads the first position alone does not run its last block on the others.
     """
-    best = protocol.select == "best"
-    train, notes, about = base.encode(data.train), [], None
-    collate: Callable[[list[Any]], Any] = base.collator()
-    args = _arguments(protocol, seed, folder / CHECKPOINTS, report_to, best or resumable, best)
+    best = run.protocol.select == "best"
+    args = _arguments(run, folder / CHECKPOINTS)
+    examples = base.encode(run.data.train)
+    collator: Collator = base.collator()
+    notes: list[str] = []
     with ExitStack() as stack:
-        if cache_prefix is not None:
-            cut = find_cut(attached.model.to(args.device))
-            if isinstance(cut, Uncut):
-                notes.append(f"no prefix cache: {cut.reason}")
-            else:
-                sets = [train, *(base.encode(split) for split in _scored(data).values())]
-                try:
-                    cache = PrefixCache.build(attached.model, cut, sets, collate, cache_prefix)
-                except NoPrefixError as error:
-                    notes.append(f"no prefix cache: {error}")
-                else:
-                    collate, about = cache.collator(collate), cache.manifest()
-                    stack.enter_context(cache.suffix(attached.model))
-        if about is None:  # what runs from a cache is narrowed already
+        cache = None
+        if run.cache_prefix is not None:
+            datasets = [examples, *map(base.encode, run.scored.values())]
+            cache = _prefix_cache(attached.model.to(args.device), datasets, collator, run.cache_prefix, notes)
+        if cache is None:  # what runs from a cache is narrowed already
             stack.enter_context(narrowed(attached.model))
+        else:
+            collator = cache.collator(collator)
+            stack.enter_context(cache.suffix(attached.model))
         trainer = _Trainer(
             model=attached.model,
             args=args,
-            train_dataset=train,
-            eval_dataset=base.encode(data.selection) if best else None,
-            data_collator=collate,
-            compute_metrics=_computed(data.task) if best else None,
+            train_dataset=examples,
+            eval_dataset=base.encode(run.data.selection) if best else None,
+            data_collator=collator,
+            compute_metrics=_computed(run.data.task) if best else None,
         )
+        trainer.base, trainer.notes = base, notes
+        trainer.cache = None if cache is None else cache.manifest()
         # The mean loss of a classifier must not be scaled by the number of processes, which is for token losses.
         trainer.model_accepts_loss_kwargs = False
         trainer.remove_callback(PrinterCallback)  # the log is in the metrics, and goes where `report_to` says
-        if protocol.group_by_length:
-            trainer.lengths = train.lengths
-        yield _Ready(trainer, base, collate, about, notes)
+        if run.protocol.group_by_length:
+            trainer.lengths = examples.lengths
+        yield trainer
 
 
-def _arguments(
-    protocol: Protocol, seed: int, folder: Path, report_to: str, saves: bool, best: bool
-) -> TrainingArguments:
+def _prefix_cache(
+    model: nn.Module, datasets: list[Any], collator: Collator, folder: str | Path, notes: list[str]
+) -> PrefixCache | None:
+    """The cached activations of some datasets; None, with a note of the reason, where nothing can be cached."""
+    cut = find_cut(model)
+    try:
+        if isinstance(cut, Uncut):
+            raise NoPrefixError(cut.reason)
+        return PrefixCache.build(model, cut, datasets, collator, folder)
+    except NoPrefixError as error:
+        notes.append(f"no prefix cache: {error}")
+        return None
+
+
+def _arguments(run: Run, folder: Path) -> TrainingArguments:
+    protocol, best = run.protocol, run.protocol.select == "best"
     return TrainingArguments(
         output_dir=str(folder),
-        seed=seed,
-        data_seed=seed,
+        seed=run.seed,
+        data_seed=run.seed,
         use_cpu=not torch.accelerator.is_available(),
         num_train_epochs=float(protocol.epochs or 0),
         learning_rate=float(protocol.learning_rate or 0),
@@ -312,14 +280,14 @@ def _arguments(
         weight_decay=protocol.weight_decay,
         bf16=protocol.precision == "bf16",
         fp16=protocol.precision == "fp16",
-        save_strategy="epoch" if saves else "no",
+        save_strategy="epoch" if best or run.resumable else "no",
         save_total_limit=1,
         eval_strategy="epoch" if best else "no",
         load_best_model_at_end=best,
         metric_for_best_model="score" if best else None,
         greater_is_better=True if best else None,
         logging_strategy="epoch",
-        report_to=report_to.split(","),
+        report_to=run.report_to.split(","),
         disable_tqdm=not sys.stderr.isatty(),
         remove_unused_columns=False,
         label_names=["labels"],
@@ -336,8 +304,8 @@ def _recomputing() -> dict[str, Any]:
 
 
 def _computed(task: Task) -> Callable[[EvalPrediction], dict[str, float]]:
-    def compute(found: EvalPrediction) -> dict[str, float]:
-        values = Predictions.of(task, _logits(found.predictions), np.asarray(found.label_ids)).scores(task)
+    def compute(outputs: EvalPrediction) -> dict[str, float]:
+        values = Predictions.of(task, _logits(outputs.predictions), np.asarray(outputs.label_ids)).scores(task)
         return {**values, "score": task.score(values)}
 
     return compute
