@@ -1,7 +1,7 @@
-"""What a filter excludes by name is never looked up, and what it admits is what the whole comparison finds."""
+"""What a filter admits is what the whole comparison finds there, and no tensor is read to find it."""
 
-from collections.abc import Iterator, Mapping
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -20,36 +20,6 @@ from .test_recognition import NEOX, bert_layer, neox_layer, stored
 from .test_recorded import recorded
 
 Shapes = dict[str, tuple[int, ...]]
-
-
-class Shelf(Mapping[str, Entry]):
-    """Entries of several files, which notes the files that are contacted."""
-
-    def __init__(self, entries: Mapping[str, Entry], files: Mapping[str, str]) -> None:
-        self.entries, self.files = entries, files
-        self.contacted: set[str] = set()
-
-    def __getitem__(self, name: str) -> Entry:
-        self.contacted.add(self.files[name])
-        return self.entries[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.entries
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.entries)
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-
-def remote(whole: Checkpoint, cuts: tuple[int, ...] | int) -> tuple[Checkpoint, Shelf]:
-    """The same model in files that are contacted when a name of theirs is looked up; cut before these names."""
-    names = list(whole)
-    cuts = tuple(len(names) * i // cuts for i in range(1, cuts)) if isinstance(cuts, int) else cuts
-    files = {name: f"file {sum(i >= cut for cut in cuts)}" for i, name in enumerate(names)}
-    shelf = Shelf(whole.entries, files)
-    return Checkpoint(whole.source, shelf, (), whole.config, shards=files), shelf
 
 
 def renamed(checkpoint: Checkpoint, prefix: str) -> Checkpoint:
@@ -155,9 +125,9 @@ FILTERS = st.fixed_dictionaries(
 )
 
 
-@given(st.sampled_from(sorted(MODELS)), FILTERS, st.sampled_from(["", "wrapped.net."]), st.integers(2, 9))
+@given(st.sampled_from(sorted(MODELS)), FILTERS, st.sampled_from(["", "wrapped.net."]))
 def test_a_filter_gives_what_the_whole_comparison_gives_there(
-    name: str, wanted: dict[str, Any], prefix: str, files: int
+    name: str, wanted: dict[str, Any], prefix: str
 ) -> None:
     options = Options(**wanted)
     base, tuned = model(name), renamed(model(name), prefix)
@@ -171,75 +141,32 @@ def test_a_filter_gives_what_the_whole_comparison_gives_there(
         if "tied weights" in item.reason and item not in here.skipped:
             (ref,) = (r for r in model_map(base).shared if r.key.name == item.name)
             assert not options.admits(ref.key)
-    # On the Hub the same, except that ties with what is not read stay unknown.
-    far, shelf = remote(base, files)
-    far_tuned, tuned_shelf = remote(tuned, files)
-    found = pair(far, far_tuned, admits=options.filter)
-    untold = any("may hold the same values" in note for note in found.notes)
-    assert [m for m in names(found) if not untold or m in want] == want
-    if found.matched and not {"other", "conv"} & set(options.roles or ("other",)):
-        admitted = {m.base.parameter for m in found.matched} | {i.name for i in found.skipped}
-        blocks = {m.key.block for m in found.matched} - {None}
-        beside = {r.parameter for r in model_map(base).matrices if r.key.block in blocks}
-        expected = {shelf.files[n] for n in {*admitted, *beside} if n in shelf.files}
-        # GPT-2 is recognised by the shapes of two matrices, whose files may be others.
-        assert len(shelf.contacted - expected) <= 2 * name.startswith("gpt2")
-        assert tuned_shelf.contacted <= {tuned_shelf.files[m.tuned.parameter] for m in found.matched}
 
 
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("bert", Options(roles=("attention",), blocks=(4,))),
-        ("bert", Options(roles=("ffn.up",), blocks=(1,))),
-        ("bert", Options(roles=("embedding",))),
-        ("bert", Options(roles=("head",))),
-        ("bert", Options(name="*layer.5.attention.self.key*")),
-        ("deberta", Options(blocks=(1,), name="*[[]value]")),
-        ("experts", Options(blocks=(2,), roles=("ffn",))),
-        ("experts", Options(name="*layers.3.*[[]2][[]gate]")),
-        ("neox", Options(blocks=(3,), roles=("attention.query",))),
-        ("gpt2", Options(blocks=(3,), roles=("attention.query",))),
-        ("gpt2 linear", Options(blocks=(3,), roles=("ffn",))),
-        ("swin", Options(blocks=(7,))),
-        ("swin", Options(blocks=(0,), roles=("attention.output",))),
-        ("towers", Options(blocks=(3,))),
-        ("unknown", Options(blocks=(2,))),
-    ],
-)
 @pytest.mark.parametrize("prefix", ["", "wrapped."])
-def test_only_files_with_wanted_matrices_are_contacted(name: str, options: Options, prefix: str) -> None:
-    for files in (3, 4):
-        base, shelf = remote(model(name), files)
-        tuned, tuned_shelf = remote(renamed(model(name), prefix), files)
-        found = pair(base, tuned, admits=options.filter)
-        assert names(found) == [m for m in names(whole(name, prefix)) if options.admits(m[0])]  # type: ignore[arg-type]
-        assert found.matched
-        assert shelf.contacted == {shelf.files[m.base.parameter] for m in found.matched}
-        assert tuned_shelf.contacted == {tuned_shelf.files[m.tuned.parameter] for m in found.matched}
+def test_recognition_and_pairing_read_no_tensor_but_those_that_may_be_tied(prefix: str) -> None:
+    read: list[str] = []
+
+    def load(name: str) -> torch.Tensor:
+        read.append(name)
+        return torch.ones(2, 2)
+
+    entries = {name: replace(e, load=partial(load, name)) for name, e in llama_with_experts().entries.items()}
+    base = Checkpoint("counted", entries)
+    for options in (Options(roles=("attention",), blocks=(2,)), Options(name="*layers.3.*[[]2][[]gate]")):
+        assert pair(base, renamed(base, prefix), admits=options.filter).matched
+    assert read == []
+    pair(base, renamed(base, prefix))
+    assert set(read) == {"lm_head.weight", "model.embed_tokens.weight"}
 
 
-def straddling(last_down: tuple[int, int]) -> Checkpoint:
-    """Three blocks in file 0, but the reader of the third block's ffn.up in file 1."""
-    shapes = {name: shape for n in range(3) for name, shape in bert_layer(f"encoder.layer.{n}.").items()}
-    return stored(shapes | {"encoder.layer.2.output.dense.weight": last_down})
-
-
-def test_a_neighbour_in_another_file_is_checked_on_the_blocks_at_hand() -> None:
-    base, shelf = remote(straddling((8, 24)), (17,))
-    (up,) = model_map(base, admits=Options(roles=("ffn.up",), blocks=(2,)).filter).matrices
-    assert (up.key.role, up.shape, shelf.contacted) == ("ffn.up", (24, 8), {"file 0"})
-
-
-def test_a_role_that_nothing_at_hand_confirms_costs_a_header() -> None:
-    # Each block in its own file but for the reader of ffn.up: a gated feed-forward layer must not pass as ffn.up.
+def test_a_gated_layer_whose_neighbour_is_filtered_out_does_not_pass_as_ffn_up() -> None:
     shapes = bert_layer("encoder.layer.0.") | {"encoder.layer.0.output.dense.weight": (8, 12)}
-    base, shelf = remote(stored(shapes), (5,))
-    mapped = model_map(base, admits=Options(roles=("ffn.up",)).filter)
-    assert not mapped.matrices
-    assert shelf.contacted == {"file 0", "file 1"}
+    mapped = model_map(stored(shapes), admits=Options(name="*intermediate*").filter)
+    assert [ref.key.role for ref in mapped.matrices] == ["other"]
     assert mapped.unnamed == ("encoder.layer.0.intermediate.dense.weight",)
     assert any("have the role other" in note for note in mapped.notes)
+    assert not model_map(stored(shapes), admits=Options(roles=("ffn.up",)).filter).matrices
 
 
 def test_what_is_not_asked_for_is_not_listed() -> None:
@@ -257,16 +184,13 @@ def test_what_is_not_asked_for_is_not_listed() -> None:
     assert not any("hold no matrix" in n for n in pair(base, tuned, admits=Options(blocks=(2,)).filter).notes)
 
 
-def test_ties_with_what_is_not_read_are_said_to_be_unknown() -> None:
+def test_ties_are_known_whatever_is_asked_for() -> None:
     tied = llama_with_experts()
-    head = Options(roles=("head",)).filter
-    assert not model_map(tied, admits=head).matrices
-    assert model_map(tied, admits=head).skipped[0].reason.startswith("holds the values of model.embed_tokens")
-    far, shelf = remote(tied, 3)
-    mapped = model_map(far, admits=head)
-    assert [ref.key.name for ref in mapped.matrices] == ["lm_head.weight"]
-    assert any("lm_head.weight may hold the same values as model.embed_tokens.weight" in n for n in mapped.notes)
-    assert shelf.contacted == {"file 2"}
+    head = model_map(tied, admits=Options(roles=("head",)).filter)
+    assert not head.matrices
+    assert head.skipped[0].reason.startswith("holds the values of model.embed_tokens")
+    (embedding,) = model_map(tied, admits=Options(roles=("embedding",)).filter).matrices
+    assert embedding.parameter == "model.embed_tokens.weight"
 
 
 def test_shapes_decide_between_towers_that_names_do_not_tell_apart() -> None:
@@ -275,18 +199,15 @@ def test_shapes_decide_between_towers_that_names_do_not_tell_apart() -> None:
         part = {name.removeprefix(stack): e for name, e in both.entries.items() if name.startswith(stack)}
         # As many blocks as both towers have: names alone fit either.
         part = {name: e for name, e in part.items() if name.startswith(("layer.0.", "layer.1."))}
-        far, _ = remote(both, 4)
         for options in (Options(roles=("attention.query",)), Options(roles=("ffn",), blocks=(0,))):
-            found = pair(far, Checkpoint("part", part), admits=options.filter)
+            found = pair(both, Checkpoint("part", part), admits=options.filter)
             assert found.matched
             assert all(m.base.parameter == stack + m.tuned.parameter for m in found.matched)
 
 
-def test_nothing_in_common_is_told_from_names() -> None:
-    base, shelf = remote(berts(), 3)
+def test_nothing_in_common_is_said() -> None:
     with pytest.raises(InputError, match="no parameter in common"):
-        pair(base, stored({"a.b": (5, 5)}), admits=Options(roles=("embedding",)).filter)
-    assert shelf.contacted == {"file 0"}
+        pair(berts(), stored({"a.b": (5, 5)}), admits=Options(roles=("embedding",)).filter)
     # The last components agree, and the shapes do not.
     with pytest.raises(InputError, match="no parameter in common"):
-        pair(base, stored({"a.weight": (5, 5)}), admits=Options(roles=("head",)).filter)
+        pair(berts(), stored({"a.weight": (5, 5)}), admits=Options(roles=("head",)).filter)

@@ -8,6 +8,7 @@ import os
 import struct
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
-from specbasis.checkpoint import content_sha256, open_checkpoint, open_tuned
+from specbasis.architecture.pair import pair
+from specbasis.checkpoint import ABSENT, content_sha256, open_checkpoint, open_tuned
+from specbasis.checkpoint import hub as hub_of_checkpoints
 from specbasis.checkpoint.hub import RETRIES, Address, parse_address
 from specbasis.checkpoint.readers import _parse_header
 from specbasis.core.errors import InputError
@@ -118,36 +121,58 @@ def test_every_form_of_address_gives_the_model_at_its_commit(hub, source, stream
     assert all(f"/resolve/{COMMIT}/" in seen.path for seen in hub.requests("/resolve/"))
 
 
-def test_names_cost_no_byte_of_any_shard(hub):
+@pytest.fixture
+def first_bytes(monkeypatch):
+    """So many bytes of a shard come with its header that the header is among them, and no tensor whole."""
+    monkeypatch.setattr(hub_of_checkpoints, "FIRST_BYTES", 300)
+    return 300
+
+
+def test_opening_asks_for_the_header_of_each_shard_once_and_for_all_at_once(hub, first_bytes, monkeypatch):
+    together = threading.Barrier(3, timeout=20)  # breaks unless three requests are under way at the same time
+    read_range = hub_of_checkpoints._read_range
+    monkeypatch.setattr(hub_of_checkpoints, "_read_range", lambda *given: (together.wait(), read_range(*given))[1])
     checkpoint = open_checkpoint("org/big")
+    assert [checkpoint.entries[name].shape for name in checkpoint] == [(20, 10)] * 6
     assert list(checkpoint) == NAMES
-    assert "layer.3.weight" in checkpoint
-    assert not hub.requests("safetensors$")
+    ranges = [seen.range for seen in hub.requests("safetensors$") if seen.host == "files"]
+    assert ranges == ["bytes=0-299"] * 3
+    assert hub.bodies("safetensors$") == 3 * first_bytes
 
 
-def test_streaming_fetches_the_wanted_ranges_and_nothing_else(hub):
-    checkpoint = open_checkpoint("hub:org/big", stream=True).select(["layer.2.weight"])
+def test_a_header_longer_than_the_first_bytes_costs_a_second_request(hub, monkeypatch):
+    monkeypatch.setattr(hub_of_checkpoints, "FIRST_BYTES", 50)
+    same(open_checkpoint("org/small", stream=True), tensors(1))
+    stop = header_bytes(hub.repositories["org/small"]["model.safetensors"])
+    ranges = [seen.range for seen in hub.requests("safetensors$") if seen.host == "files"]
+    assert ranges[:2] == ["bytes=0-49", f"bytes=50-{stop - 1}"]
+
+
+def test_streaming_fetches_the_wanted_tensors_and_no_other(hub, first_bytes):
+    checkpoint = open_checkpoint("hub:org/big", stream=True)
+    hub.seen.clear()
     assert torch.equal(checkpoint["layer.2.weight"], tensors()["layer.2.weight"])
     wanted = "model-00002-of-00003.safetensors"
     assert not hub.requests("00001-of|00003-of")
-    content = hub.repositories["org/big"][wanted]
-    assert hub.bodies(wanted) == header_bytes(content) + 20 * 10 * 4
-    start = header_bytes(content)
-    ranges = [seen.range for seen in hub.requests(wanted) if seen.host == "files"]
-    assert ranges == ["bytes=0-7", f"bytes=8-{start - 1}", f"bytes={start}-{start + 799}"]
+    start = header_bytes(hub.repositories["org/big"][wanted])
+    assert [seen.range for seen in hub.requests(wanted) if seen.host == "files"] == [f"bytes={start}-{start + 799}"]
     assert not list(hub.cache.rglob("*"))
 
 
-def test_without_streaming_only_the_wanted_shard_is_downloaded(hub):
+def test_without_streaming_only_the_wanted_shard_is_downloaded(hub, first_bytes):
     checkpoint = open_checkpoint("hub:org/big")
     wanted = "model-00002-of-00003.safetensors"
-    assert checkpoint.entries["layer.2.weight"].shape == (20, 10)
-    content = hub.repositories["org/big"][wanted]
-    assert hub.bodies(wanted) == header_bytes(content)
     for name in ("layer.2.weight", "layer.3.weight"):
         assert torch.equal(checkpoint[name], tensors()[name])
-    assert hub.bodies(wanted) == header_bytes(content) + len(content)
-    assert not hub.requests("00001-of|00003-of")
+    assert hub.bodies(wanted) == first_bytes + len(hub.repositories["org/big"][wanted])
+    assert hub.bodies("00001-of|00003-of") == 2 * first_bytes
+
+
+def test_a_filter_downloads_the_shards_of_what_it_admits(hub, first_bytes):
+    pairing = pair(open_checkpoint("org/big"), open_checkpoint(tensors(1)), admits=lambda key: key.block == 2)
+    (matched,) = pairing.matched
+    assert torch.equal(matched.base.read(open_checkpoint("org/big")), tensors()["layer.2.weight"])
+    assert hub.bodies("00001-of") == 2 * first_bytes
 
 
 def test_a_second_run_takes_everything_from_the_cache(hub):
@@ -237,7 +262,7 @@ def test_the_token_goes_to_the_hub_and_not_to_the_file_host(hub, monkeypatch, st
     assert {seen.token for seen in hub.seen if seen.host == "files"} == {""}
 
 
-def test_an_adapter_on_the_hub(hub):
+def test_an_adapter_on_the_hub(hub, first_bytes):
     torch.manual_seed(0)
     B, A = torch.randn(20, 2), torch.randn(2, 10)
     prefix = "base_model.model.layer.1.lora_"
@@ -249,7 +274,7 @@ def test_an_adapter_on_the_hub(hub):
     base = open_checkpoint("org/big", stream=True)
     tuned = open_tuned("hub:org/adapter", base, stream=True)
     assert torch.allclose(tuned["layer.1.weight"], tensors()["layer.1.weight"] + 2 * B @ A, atol=1e-5)
-    assert not hub.requests("00002-of|00003-of")
+    assert hub.bodies("00002-of|00003-of") == 2 * first_bytes
     assert list(tuned) == list(base)
     assert tuned.revision == COMMIT
     assert set(tuned.digests) == {"adapter_model.safetensors", "adapter_config.json"}  # its scale is in the config
@@ -267,8 +292,12 @@ def test_offline_reads_the_cache_and_only_the_cache(hub, monkeypatch):
         checkpoint = open_checkpoint(source)
         assert checkpoint.revision == COMMIT
         assert torch.equal(checkpoint["layer.3.weight"], tensors()["layer.3.weight"])
+        assert checkpoint.entries["layer.0.weight"].dtype == ABSENT
         with pytest.raises(InputError, match=r"00001-of-00003.*not in the cache and HF_HUB_OFFLINE is set"):
             checkpoint["layer.0.weight"]
+        pairing = pair(checkpoint, open_checkpoint(tensors(1)))
+        assert [m.key.name for m in pairing.matched] == ["layer.2.weight", "layer.3.weight"]
+        assert {"in a file that is not in the cache" in s.reason for s in pairing.skipped} == {True}
     refused("org/small", "HF_HUB_OFFLINE is set and org/small at main is not in the cache")
     refused("org/big", "nothing can be streamed", stream=True)
     assert not hub.seen

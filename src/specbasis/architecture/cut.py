@@ -4,75 +4,17 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
-from specbasis.architecture.family import skeleton_of
-from specbasis.checkpoint import Checkpoint, Entry
+import torch
+
+from specbasis.architecture.family import bind, multiples_hold, shape_fits, skeleton_of
+from specbasis.architecture.key import MatrixRef
+from specbasis.checkpoint import ABSENT, Checkpoint, Entry
 from specbasis.checkpoint.names import bare_name
-
-
-class Names:
-    """A checkpoint's names without wrappers, grouped by skeleton: the name with its numbers set to 00.
-
-    A model of 20 000 tensors has a few hundred skeletons, and patterns are tried on those alone. Numbers that a
-    pattern spells out (net.2) stay.
-    """
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.entries = checkpoint.entries
-        self.config = checkpoint.config
-        self.shards = checkpoint.shards
-        self.bare = {name: bare_name(name) for name in checkpoint.entries}
-        self.stored = {bare: name for name, bare in self.bare.items()}
-        self.skeleton = {name: skeleton_of(bare) for name, bare in self.bare.items()}
-        self.alike: dict[str, list[str]] = defaultdict(list)
-        for name, skeleton in self.skeleton.items():
-            self.alike[skeleton].append(name)
-        self._contacted: set[str | None] = {None}
-        self._stand_ins: dict[tuple[str, tuple[int, ...], str], tuple[int, ...] | None] = {}
-
-    def at_hand(self, names: Iterable[str]) -> None:
-        """From here on the files of these names are contacted anyway, so that all that they hold is at hand."""
-        self._contacted = {None, *map(self.shards.get, names)}
-
-    def is_at_hand(self, name: str) -> bool:
-        """Whether looking a name up contacts no further file."""
-        return self.shards.get(name) in self._contacted
-
-    def shape(self, skeleton: str) -> tuple[int, ...]:
-        """The shape of the first parameter with a skeleton, of those at hand where there are any."""
-        alike = self.alike[skeleton]
-        return self.entries[next(filter(self.is_at_hand, alike), alike[0])].shape
-
-    def sibling(self, place: Place, name: str) -> tuple[int, ...] | None:
-        """The shape of a parameter in the same block, by its name behind the block; None where it is missing."""
-        name = f".{name.format(**place.slots)}"
-        stored = self.stored.get(place.base + name)
-        if stored is None:
-            return None
-        known = None if self.is_at_hand(stored) else self._stand_in(place, name)
-        return known or self.entries[stored].shape
-
-    def _stand_in(self, place: Place, name: str) -> tuple[int, ...] | None:
-        """The shape that a sibling has in every block at hand in which this parameter has the same shape.
-
-        None where there is no such block, or where they differ.
-        """
-        own = self.stored[place.base + place.rest]
-        shape = self.entries[own].shape
-        key = (place.rest, shape, name)
-        if key not in self._stand_ins:
-            found = set()
-            for twin in filter(self.is_at_hand, self.alike[self.skeleton[own]]):
-                sibling = self.stored.get(self.bare[twin].removesuffix(place.rest) + name, "")
-                comparable = self.bare[twin].endswith(place.rest) and self.entries[twin].shape == shape
-                if comparable and sibling and self.is_at_hand(sibling):
-                    found.add(self.entries[sibling].shape)
-            self._stand_ins[key] = found.pop() if len(found) == 1 else None
-        return self._stand_ins[key]
 
 
 @dataclass(frozen=True)
@@ -87,16 +29,8 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Meaning:
-    """What a parameter is: the [[matrix]] entry that holds for it, and its place where it lies in a block."""
-
-    entry: Mapping[str, Any]
-    place: Place | None
-
-
-@dataclass(frozen=True)
 class Part:
-    """One matrix of a parameter before its block is numbered: role, label behind the name, and how to cut it."""
+    """One matrix of a parameter: its role, the label behind the parameter's name, and how to cut it out."""
 
     role: str
     shape: tuple[int, int]
@@ -104,20 +38,52 @@ class Part:
     cut: Mapping[str, Any] = field(default_factory=dict)
 
 
-def meaning_of(
+class Names:
+    """A checkpoint's names without wrappers, and the shapes that stand behind them.
+
+    A model of 20 000 tensors has a few hundred skeletons, names with their numbers set to 00, and patterns are
+    tried on those alone. Numbers that a pattern spells out (net.2) stay.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.entries = checkpoint.entries
+        self.config = checkpoint.config
+        self.bare = {name: bare_name(name) for name in checkpoint.entries}
+        self._stored = {bare: name for name, bare in self.bare.items()}
+        self._first: dict[str, str] = {}
+        for name, bare in self.bare.items():
+            first = self._first.setdefault(skeleton_of(bare), name)
+            if not self.entries[first].shape:  # a scalar, or a tensor that is not in the cache: it tells nothing
+                self._first[skeleton_of(bare)] = name
+
+    @property
+    def skeletons(self) -> Collection[str]:
+        """Every skeleton, in the order of the checkpoint."""
+        return self._first.keys()
+
+    def shape(self, skeleton: str) -> tuple[int, ...]:
+        """The shape of the first parameter with a skeleton."""
+        return self.entries[self._first[skeleton]].shape
+
+    def sibling(self, place: Place, name: str) -> tuple[int, ...] | None:
+        """The shape of a parameter in the same block, by its name behind the block; None where it is missing."""
+        stored = self._stored.get(f"{place.base}.{name.format(**place.slots)}")
+        return None if stored is None else self.entries[stored].shape
+
+
+def meaning(
     entries: Iterable[Mapping[str, Any]], shape: tuple[int, ...], place: Place | None, names: Names
-) -> Meaning | None:
+) -> Mapping[str, Any] | None:
     """What a family's file says of a parameter: the first of the entries with its name that holds, or None."""
-    entry = next((entry for entry in entries if _holds(entry, shape, place, names)), None)
-    return None if entry is None else Meaning(entry, place)
+    return next((entry for entry in entries if _holds(entry, shape, place, names)), None)
 
 
-def place_of(bare: str, found: re.Match[str]) -> Place:
+def place_of(bare: str, match: re.Match[str]) -> Place:
     """The place of a name whose block a pattern matches."""
-    numbers = [int(text) for key, text in found.groupdict().items() if key.startswith("block_")]
-    slots = {key: text for key, text in found.groupdict().items() if not key.startswith("block")}
-    end = found.end("block")
-    return Place(bare[: found.start()], tuple(numbers), bare[:end], bare[end:], slots)
+    numbers = [int(text) for key, text in match.groupdict().items() if key.startswith("block_")]
+    slots = {key: text for key, text in match.groupdict().items() if not key.startswith("block")}
+    end = match.end("block")
+    return Place(bare[: match.start()], tuple(numbers), bare[:end], bare[end:], slots)
 
 
 def _holds(entry: Mapping[str, Any], shape: tuple[int, ...], place: Place | None, names: Names) -> bool:
@@ -167,41 +133,23 @@ def _fit_together(patterns: Mapping[str, Sequence[str]], place: Place, names: Na
     shapes = [(pattern, names.sibling(place, name)) for name, pattern in patterns.items()]
     # Plain letters of all patterns first, so that multiples can refer to them.
     return all(
-        shape is not None and len(shape) == len(pattern) and _bind(pattern, shape, sizes)
+        shape is not None and len(shape) == len(pattern) and bind(pattern, shape, sizes)
         for pattern, shape in shapes
-    ) and all(shape is not None and _multiples(pattern, shape, sizes) for pattern, shape in shapes)
+    ) and all(shape is not None and multiples_hold(pattern, shape, sizes) for pattern, shape in shapes)
 
 
-def shape_fits(pattern: Sequence[str], shape: tuple[int, ...]) -> bool:
-    """Whether a shape fits a pattern of letters (equal letters, equal sizes), multiples (3d), numbers and ``*``."""
-    sizes: dict[str, int] = {}
-    return len(pattern) == len(shape) and _bind(pattern, shape, sizes) and _multiples(pattern, shape, sizes)
-
-
-def _bind(pattern: Sequence[str], shape: tuple[int, ...], sizes: dict[str, int]) -> bool:
-    letters = [(token, size) for token, size in zip(pattern, shape, strict=True) if token.isalpha()]
-    return all(sizes.setdefault(token, size) == size for token, size in letters)
-
-
-def _multiples(pattern: Sequence[str], shape: tuple[int, ...], sizes: Mapping[str, int]) -> bool:
-    for token, size in zip(pattern, shape, strict=True):
-        number, letter = token.rstrip("abcdefghijklmnopqrstuvwxyz"), token.lstrip("0123456789")
-        if number.isdigit() and size != int(number) * (sizes.get(letter, -1) if letter else 1):
-            return False
-    return True
-
-
-def cut(found: Meaning, shape: tuple[int, ...], names: Names) -> tuple[tuple[Part, ...], str]:
+def cut(
+    entry: Mapping[str, Any], shape: tuple[int, ...], place: Place | None, names: Names
+) -> tuple[tuple[Part, ...], str]:
     """The matrices that a parameter holds, and why it could not be taken apart where it could not."""
-    entry = found.entry
     whole = _oriented(entry, shape)
     transposed = {"transposed": True} if entry.get("layout", "").endswith("transposed") else {}
     if "role" in entry:
         cuts, doubt = [Part(entry["role"], whole)], ""
     elif "columns" in entry:
-        cuts, doubt = _column_parts(entry, whole, found.place, names)
+        cuts, doubt = _column_parts(entry, whole, place, names)
     else:
-        cuts, doubt = _row_parts(entry, whole, found.place, names)
+        cuts, doubt = _row_parts(entry, whole, place, names)
     cuts = cuts or [Part("other", whole)]
     if not entry.get("stacked"):
         return tuple(replace(part, cut=transposed | dict(part.cut)) if transposed else part for part in cuts), doubt
@@ -232,8 +180,9 @@ def _row_parts(
     parts, start = [], 0
     for role, size in zip(roles, sizes, strict=True):
         stop = start + size // groups
-        cut = {"rows": (start, stop)} | ({"groups": groups} if groups > 1 else {})
-        parts.append(Part(role, (size, columns), part_label(role), cut))
+        # In interleaved weights each head brings its own query, key and value: the same few rows of every group.
+        rows_of_group = {"rows": (start, stop)} | ({"groups": groups} if groups > 1 else {})
+        parts.append(Part(role, (size, columns), part_label(role), rows_of_group))
         start = stop
     return parts, ""
 
@@ -258,12 +207,12 @@ def _groups(entry: Mapping[str, Any], rows: int, columns: int, names: Names) -> 
         return rows // len(entry["rows"])
     if isinstance(groups, int):
         return groups
-    found = {
+    counts = {
         config[key]
         for config in _configs(names.config, columns)
         for key in [key for key in groups if isinstance(config.get(key), int)][:1]
     }
-    return found.pop() if len(found) == 1 and min(found) > 0 else None
+    return counts.pop() if len(counts) == 1 and min(counts) > 0 else None
 
 
 _WIDTHS = ("hidden_size", "n_embd", "d_model", "embed_dim", "dim")
@@ -293,6 +242,8 @@ def unusable(name: str, entries: Mapping[str, Entry]) -> str:
     """Why a parameter holds no weights that can be read as a matrix, whatever its family, or an empty string."""
     entry = entries[name]
     leaf = name.rpartition(".")[2]
+    if entry.dtype == ABSENT:
+        return "in a file that is not in the cache, and HF_HUB_OFFLINE is set"
     if not entry.is_float:
         return f"stored as {entry.dtype}, not as floating-point weights"
     if 0 in entry.shape:
@@ -345,3 +296,38 @@ def is_matrix_like(entry: Entry) -> bool:
 def part_label(role: str) -> str:
     """What stands behind the name of a parameter for a part of it."""
     return f"[{role.rpartition('.')[2]}]"
+
+
+# --- tied weights -----------------------------------------------------------------------------------------------
+
+
+def may_be_tied(ref: MatrixRef) -> bool:
+    """Whether a matrix is an embedding or a head."""
+    return ref.key.role in ("embedding", "head")
+
+
+def shared_values(matrices: Iterable[MatrixRef], checkpoint: Checkpoint) -> dict[MatrixRef, str]:
+    """Embeddings and heads that repeat the values of an earlier one → the parameter that they repeat.
+
+    Nothing is read where config.json says that embeddings are not tied.
+    """
+    nested = (inner for inner in checkpoint.config.values() if isinstance(inner, Mapping))
+    if any(config.get("tie_word_embeddings") is False for config in (checkpoint.config, *nested)):
+        return {}
+    first: dict[tuple[int, int], list[MatrixRef]] = defaultdict(list)
+    shared: dict[MatrixRef, str] = {}
+    for ref in matrices:
+        if not may_be_tied(ref) or len(checkpoint.entries[ref.parameter].shape) != 2:
+            continue
+        twin = next((t for t in first[ref.shape] if equal_values(checkpoint, ref.parameter, t.parameter)), None)
+        if twin is not None:
+            shared[ref] = twin.parameter
+        else:
+            first[ref.shape].append(ref)
+    return shared
+
+
+def equal_values(checkpoint: Checkpoint, a: str, b: str) -> bool:
+    """Whether two parameters hold the same numbers, not all zero."""
+    A, B = checkpoint[a], checkpoint[b]
+    return A.shape == B.shape and A.dtype == B.dtype and torch.equal(A, B) and bool(A.any())

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from specbasis.architecture.cut import unusable
+from specbasis.architecture.cut import equal_values, unusable
 from specbasis.architecture.family import Family
 from specbasis.architecture.key import Admits, MatrixKey, MatrixRef, Skipped
-from specbasis.architecture.recognise import equal_values, mapped_with_reader
-from specbasis.checkpoint import Checkpoint
-from specbasis.checkpoint.names import align, stripped
+from specbasis.architecture.recognise import Recognition
+from specbasis.checkpoint import ABSENT, Checkpoint
+from specbasis.checkpoint.names import alignments, bare_name, stripped
+from specbasis.core.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -52,76 +53,96 @@ def pair(
         tuned: the finetuned checkpoint.
         common_rows: compare the first rows that both have where only the number of rows differs (a vocabulary that
             grew), instead of skipping the matrix.
-        admits: which matrices are wanted, as in `model_map`; what it excludes is neither looked up in either
-            checkpoint nor listed as skipped.
+        admits: which matrices are wanted, as in `model_map`; what it excludes is not listed as skipped.
 
     Raises:
         InputError: no name in common, or two alignments of prefixes fit equally well.
     """
-    model, reader = mapped_with_reader(base, admits)
-    refs = (*model.matrices, *model.shared)
-    partial = admits is not None and bool(base.shards or tuned.shards)
-    drop_base, drop_tuned = align(base, tuned, {ref.parameter for ref in refs} if partial else None)
-    theirs = {stripped(name, drop_tuned): name for name in tuned}
-    counterparts = (theirs.get(stripped(ref.parameter, drop_base)) for ref in refs)
-    at_hand = {tuned.shards.get(name) for name in counterparts if name} | {None} if partial else None
-    untied = _untied(model.shared, tuned, theirs, drop_base, at_hand)
+    recognition = Recognition(base)
+    model = recognition.model(admits)
+    drop_base, drop_tuned = _align(base, tuned)
+    counterparts = {stripped(name, drop_tuned): name for name in tuned}
     matched: list[MatrixPair] = []
     skipped: list[Skipped] = []
     notes: list[str] = list(model.notes)
     if drop_base or drop_tuned:
         notes.append(f"names aligned: base without {drop_base!r}, tuned without {drop_tuned!r}")
 
+    untied = _untied(model.shared, tuned, counterparts, drop_base)
     for ref in (*model.matrices, *untied):
-        other = theirs.get(stripped(ref.parameter, drop_base))
-        if other is None:
+        name = counterparts.get(stripped(ref.parameter, drop_base))
+        if name is None:
             skipped.append(Skipped(ref.key.name, "base", "not in tuned"))
             continue
-        shape, their_shape = base.entries[ref.parameter].shape, tuned.entries[other].shape
-        partner = replace(ref, parameter=other)
+        shape, tuned_shape = base.entries[ref.parameter].shape, tuned.entries[name].shape
+        partner = replace(ref, parameter=name)
         whole = ref.rows is None and ref.columns is None and ref.expert is None and not ref.transposed
-        if reason := unusable(other, tuned.entries):
+        if reason := unusable(name, tuned.entries):
             skipped.append(Skipped(ref.key.name, "both", f"in tuned: {reason}"))
-        elif shape == their_shape:
+        elif shape == tuned_shape:
             matched.append(MatrixPair(ref.key, ref, partner))
-        elif common_rows and shape[1:] == their_shape[1:] and whole:
-            rows = (0, min(shape[0], their_shape[0]))
+        elif common_rows and shape[1:] == tuned_shape[1:] and whole:
+            rows = (0, min(shape[0], tuned_shape[0]))
             cut = (rows[1], ref.shape[1])
             matched.append(
                 MatrixPair(ref.key, replace(ref, rows=rows, shape=cut), replace(partner, rows=rows, shape=cut))
             )
-            notes.append(f"{ref.key.name}: first {rows[1]} rows of {shape[0]} (base) and {their_shape[0]} (tuned)")
+            notes.append(f"{ref.key.name}: first {rows[1]} rows of {shape[0]} (base) and {tuned_shape[0]} (tuned)")
         else:
-            hint = "; --common-rows compares the rows that both have" if shape[1:] == their_shape[1:] else ""
-            skipped.append(Skipped(ref.key.name, "both", f"shape {shape} in base, {their_shape} in tuned{hint}"))
-    ours = {stripped(name, drop_base) for name in base}
+            hint = "; --common-rows compares the rows that both have" if shape[1:] == tuned_shape[1:] else ""
+            skipped.append(Skipped(ref.key.name, "both", f"shape {shape} in base, {tuned_shape} in tuned{hint}"))
     skipped += [
-        replace(item, side="both" if stripped(item.name, drop_base) in theirs else "base")
+        replace(item, side="both" if stripped(item.name, drop_base) in counterparts else "base")
         for item in model.skipped
         if item.name not in {ref.key.name for ref in untied}
     ]
-    for bare, name in theirs.items():
-        if bare not in ours and (admits is None or reader.is_wanted(drop_base + bare, admits)):
-            known = at_hand is None or tuned.shards.get(name) in at_hand
-            skipped.append(Skipped(name, "tuned", (known and unusable(name, tuned.entries)) or "not in base"))
+    ours = {stripped(name, drop_base) for name in base}
+    skipped += [
+        Skipped(name, "tuned", unusable(name, tuned.entries) or "not in base")
+        for bare, name in counterparts.items()
+        if bare not in ours and recognition.may_hold(drop_base + bare, admits)
+    ]
     return Pairing(model.family, tuple(matched), tuple(skipped), tuple(notes))
 
 
 def _untied(
-    shared: Mapping[MatrixRef, str],
-    tuned: Checkpoint,
-    theirs: Mapping[str, str],
-    prefix: str,
-    at_hand: Collection[str | None] | None,
+    shared: Mapping[MatrixRef, str], tuned: Checkpoint, counterparts: Mapping[str, str], prefix: str
 ) -> list[MatrixRef]:
-    """Matrices that base ties to another one and tuned does not: they are compared after all.
+    """Matrices that base ties to another one and tuned does not: they are compared after all."""
+    names = {
+        ref: [counterparts.get(stripped(n, prefix)) for n in (ref.parameter, twin)] for ref, twin in shared.items()
+    }
+    return [ref for ref, (name, twin) in names.items() if name and twin and not equal_values(tuned, name, twin)]
 
-    So are those whose twin in tuned lies in a file that is not otherwise read.
+
+def _align(base: Checkpoint, tuned: Checkpoint) -> tuple[str, str]:
+    """The prefixes to drop from base's and tuned's names so that the most names and shapes agree.
+
+    The shortest such prefixes win. Two equally short ones that agree equally often are ambiguous, and refused:
+    a decoder must never be compared with an encoder.
+
+    Raises:
+        InputError: nothing agrees, or the choice is ambiguous.
     """
-    found = []
-    for ref, twin in shared.items():
-        mine, other = theirs.get(stripped(ref.parameter, prefix)), theirs.get(stripped(twin, prefix))
-        if mine and other:
-            known = at_hand is None or tuned.shards.get(other) in at_hand
-            found += [] if known and equal_values(tuned, mine, other) else [ref]
-    return found
+    ours, theirs = (
+        {bare_name(name): entry.shape for name, entry in c.entries.items() if entry.dtype != ABSENT}
+        for c in (base, tuned)
+    )
+    agreeing, ways = alignments(ours, theirs)
+    if not agreeing and (common := [name for name in ours if name in theirs]):
+        raise InputError(
+            f"{base.source} and {tuned.source}: {len(common)} names in common, none of them with the same shape "
+            f"(e.g. {common[0]}: {ours[common[0]]} and {theirs[common[0]]}); want two checkpoints of one size"
+        )
+    if not agreeing:
+        raise InputError(
+            f"{base.source} and {tuned.source}: no parameter in common by name and shape "
+            f"(e.g. {bare_name(next(iter(base)))!r} and {bare_name(next(iter(tuned)))!r}); "
+            "want two checkpoints of one architecture"
+        )
+    if len(ways) > 1 and len("".join(ways[0])) == len("".join(ways[1])):
+        raise InputError(
+            f"{base.source} and {tuned.source}: names can be aligned in several ways "
+            f"({ways[0]} or {ways[1]} dropped); rename one side"
+        )
+    return ways[0]

@@ -7,15 +7,12 @@ family names, or whose shape contradicts the pattern, gets the role ``other``, a
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from math import prod
 from typing import Any
-
-import torch
 
 from specbasis.architecture.cut import (
     ADAPTER,
@@ -24,24 +21,25 @@ from specbasis.architecture.cut import (
     Place,
     cut,
     is_matrix_like,
-    meaning_of,
+    may_be_tied,
+    meaning,
     not_a_matrix,
     part_label,
     place_of,
-    shape_fits,
+    shared_values,
     unusable,
 )
 from specbasis.architecture.family import (
     STRUCTURAL,
     Family,
-    block_matcher,
-    families,
+    Rule,
+    claims,
     family_named,
-    matcher,
+    is_inside,
     skeleton_of,
 )
 from specbasis.architecture.key import ROLES, Admits, MatrixKey, MatrixRef, Skipped
-from specbasis.checkpoint import Checkpoint, Entry
+from specbasis.checkpoint import Checkpoint
 from specbasis.checkpoint.names import bare_name
 
 
@@ -101,79 +99,15 @@ def model_map(checkpoint: Checkpoint, *, admits: Admits | None = None) -> ModelM
     """Every matrix of a checkpoint with its block and role; every other parameter with the reason.
 
     In a known family, a matrix that its file does not name gets the role ``other``. Only headers are read, except
-    where an embedding and a head have equal shape and config.json does not say whether they are tied.
+    where an embedding and a head have equal shape and config.json does not say that they are not tied: then both
+    are read and compared, unless neither is wanted.
 
     Args:
-        checkpoint: the model; all of its names are read, which costs nothing.
+        checkpoint: the model.
         admits: which matrices are wanted; all when None. A parameter that by its name can hold none of them is not
-            looked up and not listed. Every name can turn out to be ``other`` by its shape, so asking for that role
-            looks up every matrix.
-
-    Where looking a name up contacts a file (`Checkpoint.shards`), only the files that hold wanted names are. A role
-    that rests on the shape of a neighbour in another file is checked on the blocks that are at hand, where the
-    parameter has the same shape and they agree; else that file's header is read. So is a header for each shape that
-    a family is recognised by and that no wanted file shows. Embeddings and heads are compared for equal values
-    with those at hand only, and a note says so.
+            listed as skipped. The notes speak of the whole model.
     """
-    return mapped_with_reader(checkpoint, admits)[0]
-
-
-def mapped_with_reader(checkpoint: Checkpoint, admits: Admits | None) -> tuple[ModelMap, _Reader]:
-    """`model_map`, and what the names alone tell of this model and of others whose names are alike."""
-    names = Names(checkpoint)
-    if admits is not None and names.shards:
-        # What a first guess wants is where recognition may look at shapes.
-        names.at_hand(_Reader(names, _claims(names, shapes=False)).wanted(admits))
-    towers = _claims(names)
-    reader = _Reader(names, towers)
-    wanted = reader.wanted(admits)
-    names.at_hand(wanted)
-    tied = {name for name in names.bare if reader.may_be_tied(name)}
-    looked = wanted | {name for name in tied if names.is_at_hand(name)} if wanted & tied else wanted
-    drafts: list[_Draft] = []
-    skipped: list[Skipped] = []
-    doubts = Counter[str]()
-    for name in names.bare:
-        if name not in looked:
-            continue
-        entry = checkpoint.entries[name]
-        reason = unusable(name, checkpoint.entries)
-        reading = reader.read(name)
-        found = None if reason else meaning_of(reading.entries, entry.shape, reading.place, names)
-        reason = reason or (found.entry.get("skip", "") if found else not_a_matrix(name, entry))
-        if reason:
-            skipped += [Skipped(name, "both", reason)] if name in wanted else []
-        elif found is None:
-            drafts.append(_unnamed(name, entry, reading))
-        else:
-            parts, doubt = cut(found, entry.shape, names)
-            drafts.append(_Draft(name, reading.tower, found.place, parts, named=not doubt))
-            doubts.update([doubt] if doubt else [])
-    matrices = tuple(ref for draft in drafts for ref in reader.matrices(draft))
-    shared = _shared(matrices, checkpoint)
-    mapped = ModelMap(
-        reader.main_family(),
-        tuple(ref for ref in matrices if ref not in shared),
-        tuple(skipped),
-        towers,
-        tuple(draft.name for draft in drafts if not draft.named and draft.name in wanted),
-        shared,
-        tuple(f"{n} parameters: {text}" for text, n in doubts.items()),
-    )
-    notes = (*mapped.notes, *_remarks(mapped, checkpoint, reader, looked), *_untold(tied - looked, tied & wanted))
-    kept = [ref for ref in matrices if admits is None or admits(ref.key)]
-    shared = {ref: shared[ref] for ref in kept if ref in shared}
-    twins = (
-        Skipped(ref.key.name, "both", f"holds the values of {twin} (tied weights): counted once")
-        for ref, twin in shared.items()
-    )
-    return replace(
-        mapped,
-        matrices=tuple(ref for ref in kept if ref not in shared),
-        skipped=(*skipped, *twins),
-        shared=shared,
-        notes=notes,
-    ), reader
+    return Recognition(checkpoint).model(admits)
 
 
 def coverage(mapped: ModelMap, checkpoint: Checkpoint) -> Coverage:
@@ -200,19 +134,8 @@ def coverage(mapped: ModelMap, checkpoint: Checkpoint) -> Coverage:
     )
 
 
-# --- which family claims which stack of blocks ------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
-class _Rule:
-    """The [[matrix]] entries with a pattern that matches a skeleton, and the expression that finds its block."""
-
-    entries: tuple[Mapping[str, Any], ...]
-    regex: re.Pattern[str]
-
-
-@dataclass(frozen=True)
-class _Reading:
+class Reading:
     """What a name alone tells of a parameter.
 
     Attributes:
@@ -223,7 +146,7 @@ class _Reading:
     """
 
     tower: str | None
-    rule: _Rule | None
+    rule: Rule | None
     place: Place | None
     around: Place | None
 
@@ -233,214 +156,158 @@ class _Reading:
         return self.rule.entries if self.rule else ()
 
 
-@dataclass(frozen=True)
-class _Draft:
-    """A parameter's matrices before blocks are numbered and stacks are labelled."""
-
-    name: str
-    tower: str | None
-    place: Place | None
-    parts: tuple[Part, ...]
-    named: bool
-
-
-def _claims(names: Names, *, shapes: bool = True) -> dict[str, Family]:
-    """Container (as a skeleton) of every recognised stack of blocks → the family that claims it, in file order.
-
-    A family claims a container where all its recognising patterns occur with equal text before the block and none
-    of its `unless` patterns does. Of several, the one that names most skeletons there wins, then the one with more
-    evidence. Of two containers one inside the other, the one with more named skeletons stays. Without shapes, what
-    a recognising pattern says of them is taken to hold.
-    """
-    skeletons = tuple(names.alike)
-    told = names if shapes else None
-    best: dict[str, tuple[tuple[int, int, str], Family]] = {}
-    for family in families():
-        if not family.recognised_by or not _occur(family.beside, skeletons):
-            continue
-        anchored = [set(_containers(family, anchor, skeletons, told)) for anchor in family.recognised_by]
-        look_alikes = {c for p in family.unless for c in _containers(family, {"name": p}, skeletons, told)}
-        for container in set.intersection(*anchored) - look_alikes:
-            named = sum(_inside(s, container) and _block_rule(s, container, family) is not None for s in skeletons)
-            rank = (named, len(family.recognised_by) + len(family.beside), family.name)
-            if container not in best or rank > best[container][0]:
-                best[container] = (rank, family)
-    claimed: dict[str, Family] = {}
-    for container in sorted(best, key=lambda c: (-best[c][0][0], c)):
-        if not any(_inside(container, other) or _inside(other, container) for other in claimed):
-            claimed[container] = best[container][1]
-    return {
-        c: claimed[c]
-        for c in sorted(claimed, key=lambda c: next(i for i, s in enumerate(skeletons) if _inside(s, c)))
-    }
-
-
-def _occur(patterns: Iterable[str], skeletons: Iterable[str]) -> bool:
-    return all(any(matcher(pattern).search(skeleton) for skeleton in skeletons) for pattern in patterns)
-
-
-def _containers(
-    family: Family, anchor: Mapping[str, Any], skeletons: Iterable[str], told: Names | None
-) -> Iterator[str]:
-    """The text before the block in every skeleton that an anchor matches, by name and, where given, by shape."""
-    for skeleton in skeletons:
-        found = next(filter(None, (matcher(anchor["name"], form).search(skeleton) for form in family.blocks)), None)
-        if found and (told is None or "shape" not in anchor or shape_fits(anchor["shape"], told.shape(skeleton))):
-            yield skeleton[: found.start()]
-
-
-def _inside(name: str, container: str) -> bool:
-    """Whether a name, or a container, lies in a container."""
-    return not container or name == container or name.startswith(container + ".")
-
-
-def _block_rule(skeleton: str, container: str, family: Family) -> _Rule | None:
-    """The first entry of a family that matches a skeleton with its block right behind the container."""
-    for form in family.blocks:
-        for entry in family.matrices:
-            if "{block}" in entry["name"]:
-                regex = matcher(entry["name"], form)
-                found = regex.search(skeleton)
-                if found and skeleton[: found.start()] == container:
-                    return _rule_of(entry, family, form)
-    return None
-
-
-def _rule_of(entry: Mapping[str, Any], family: Family, form: str = "{layer}") -> _Rule:
-    alternatives = tuple(other for other in family.matrices if other["name"] == entry["name"])
-    return _Rule(alternatives, matcher(entry["name"], form))
-
-
-def _rule(skeleton: str, towers: Mapping[str, Family]) -> tuple[str | None, _Rule | None]:
-    """The tower whose blocks hold a skeleton, and the entry that names it.
-
-    Inside a block only the family that claims it gives a role, and what all families share may mark a table;
-    outside of the blocks the family of the nearest tower comes first.
-    """
-    for container, family in towers.items():
-        if _inside(skeleton, container) and (rule := _block_rule(skeleton, container, family)):
-            return container, rule
-    tower = next((c for c, family in towers.items() if _in_block(skeleton, c, family)), None)
-    near = [tower] if tower is not None else sorted(towers, key=lambda c: -_common_components(c, skeleton))
-    for family in dict.fromkeys((*(towers[c] for c in near), family_named("common"))):
-        for entry in family.matrices:
-            only_tables = not towers or (tower is not None and family.name == "common")
-            if "{block}" in entry["name"] or (only_tables and "skip" not in entry):
-                continue
-            if matcher(entry["name"]).search(skeleton):
-                return tower, _rule_of(entry, family)
-    return tower, None
-
-
-def _in_block(name: str, container: str, family: Family) -> re.Match[str] | None:
-    """Where a name that lies in a container continues with one of the family's block forms."""
-    start = len(container) + 1 if container else 0
-    forms = (block_matcher(form).match(name, start) for form in family.blocks)
-    return next(filter(None, forms), None) if _inside(name, container) else None
-
-
-def _common_components(a: str, b: str) -> int:
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a.split("."), b.split("."), strict=False)))
-
-
-def _around(bare: str, skeleton: str, tower: str, family: Family) -> Place | None:
-    """The place of a name that lies in a tower's blocks, whatever it is."""
-    found = _in_block(skeleton, tower, family)
-    if found is None:
-        return None
-    parts = bare.split(".")
-    start = len(tower.split(".")) if tower else 0
-    stop = start + found.group(0).rstrip(".").count(".") + 1
-    numbers = tuple(int(part) for part in parts[start:stop] if part.isdigit())
-    base = ".".join(parts[:stop])
-    return Place(".".join(parts[:start]), numbers, base, bare[len(base) :])
-
-
-def _unnamed(name: str, entry: Entry, reading: _Reading) -> _Draft:
-    """A matrix that no pattern names: a kernel by its axes, else other; its block where its tower tells it."""
-    shape = (entry.shape[0], prod(entry.shape[1:]))
-    kernel = len(entry.shape) > 2
-    part = Part("conv" if kernel else "other", shape)
-    return _Draft(name, reading.tower, reading.around, (part,), named=kernel)
-
-
 # --- the whole model --------------------------------------------------------------------------------------------
 
 
-class _Reader:
-    """What a model's names alone tell: rules, blocks counted on over stages, stacks labelled by what differs."""
+class Recognition:
+    """A model's names, read: rules, blocks counted on over stages, stacks labelled by what differs."""
 
-    def __init__(self, names: Names, towers: Mapping[str, Family]) -> None:
-        self.names = names
-        self.towers = towers
-        self._rules: dict[str, tuple[str | None, _Rule | None]] = {}
-        self._readings = {name: self._read(bare) for name, bare in names.bare.items()}
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.names = Names(checkpoint)
+        self.towers = claims(self.names.skeletons, self.names.shape)
+        self._rules: dict[str, tuple[str | None, Rule | None]] = {}
+        self._readings = {name: self._read(bare) for name, bare in self.names.bare.items()}
         numbers: dict[str, set[tuple[int, ...]]] = defaultdict(set)
         owner: dict[str, Family] = {}
         for reading in self._readings.values():
             place = reading.place or reading.around
             if place is not None and reading.tower is not None:
                 numbers[place.container].add(place.numbers)
-                owner[place.container] = towers[reading.tower]
+                owner[place.container] = self.towers[reading.tower]
         # A name that lies in a stage but in no block of it has fewer numbers than a block has.
-        self._depth = depth = {c: max(map(len, found)) for c, found in numbers.items()}
+        self._depth = {container: max(map(len, stages)) for container, stages in numbers.items()}
         self._rank = {
-            c: {place: i for i, place in enumerate(sorted(place for place in found if len(place) == depth[c]))}
-            for c, found in numbers.items()
+            container: {stage: i for i, stage in enumerate(sorted(s for s in stages if len(s) == depth))}
+            for (container, stages), depth in zip(numbers.items(), self._depth.values(), strict=True)
         }
         self._labels = _labels(owner)
 
-    def read(self, name: str) -> _Reading:
-        """The reading of one of the model's names, or of one that another checkpoint has."""
-        return self._readings.get(name) or self._read(bare_name(name))
-
-    def _read(self, bare: str) -> _Reading:
-        skeleton = skeleton_of(bare)
-        if skeleton not in self._rules:
-            self._rules[skeleton] = _rule(skeleton, self.towers)
-        tower, rule = self._rules[skeleton]
-        found = rule.regex.search(bare) if rule else None
-        return _Reading(
-            tower,
-            rule if found else None,
-            place_of(bare, found) if found and "block" in found.re.groupindex else None,
-            None if tower is None else _around(bare, skeleton, tower, self.towers[tower]),
+    def model(self, admits: Admits | None) -> ModelMap:
+        """`model_map` of this checkpoint."""
+        matrices: list[MatrixRef] = []
+        skipped: list[Skipped] = []
+        unnamed: list[str] = []
+        doubts = Counter[str]()
+        for name, reading in self._readings.items():
+            parts, doubt, reason = self._parts(name, reading)
+            if reason:
+                skipped += [Skipped(name, "both", reason)] if self.may_hold(name, admits) else []
+                continue
+            named = bool(parts) and not doubt
+            place = reading.place if parts else reading.around
+            doubts.update([doubt] if doubt else [])
+            shape = self.checkpoint.entries[name].shape
+            if (
+                not parts
+            ):  # no pattern names it: a kernel by its axes, else other; its block where its tower tells it
+                named = len(shape) > 2
+                parts = (Part("conv" if named else "other", (shape[0], prod(shape[1:]))),)
+            unnamed += [] if named else [name]
+            block, stack = self._where(name, place, named)
+            matrices += (
+                MatrixRef(MatrixKey(block, part.role, name + part.label, stack), name, part.shape, **part.cut)
+                for part in parts
+            )
+        wanted = [ref for ref in matrices if admits is None or admits(ref.key)]
+        shared = shared_values(matrices, self.checkpoint) if any(map(may_be_tied, wanted)) else {}
+        family = self._main_family()
+        whole = ModelMap(
+            family,
+            tuple(ref for ref in matrices if ref not in shared),
+            tuple(skipped),
+            self.towers,
+            tuple(unnamed),
+            shared,
+            tuple(f"{n} parameters: {text}" for text, n in doubts.items()),
+        )
+        twins = {ref: shared[ref] for ref in wanted if ref in shared}
+        skipped += (
+            Skipped(ref.key.name, "both", f"holds the values of {twin} (tied weights): counted once")
+            for ref, twin in twins.items()
+        )
+        asked = {ref.parameter for ref in wanted}
+        return replace(
+            whole,
+            matrices=tuple(ref for ref in wanted if ref not in shared),
+            skipped=tuple(skipped),
+            unnamed=tuple(name for name in unnamed if name in asked),
+            shared=twins,
+            notes=(*whole.notes, *self._remarks(whole)),
         )
 
-    def wanted(self, admits: Admits | None) -> set[str]:
-        """The names that may hold an admitted matrix."""
-        return {name for name in self.names.bare if admits is None or self.is_wanted(name, admits)}
+    def may_hold(self, name: str, admits: Admits | None) -> bool:
+        """Whether a parameter of this model, or of one with its names, may hold a wanted matrix, by its name."""
+        return admits is None or any(map(admits, self._keys(name)))
 
-    def is_wanted(self, name: str, admits: Admits) -> bool:
-        """Whether a parameter may hold an admitted matrix, by its name alone."""
-        return any(map(admits, self._possible(name)))
-
-    def may_be_tied(self, name: str) -> bool:
-        """Whether a parameter may be an embedding or a head, by its name alone."""
-        rule = self.read(name).rule
-        return rule is not None and any(entry.get("role") in ("embedding", "head") for entry in rule.entries)
-
-    def _possible(self, name: str) -> Iterator[MatrixKey]:
-        """Every key that a matrix of this parameter can turn out to have."""
-        reading = self.read(name)
+    def _keys(self, name: str) -> Iterator[MatrixKey]:
+        """Keys of the matrices that a parameter may hold, by its name: other where no pattern names it."""
+        reading = self._readings.get(name) or self._read(bare_name(name))
         for entry in reading.entries:
-            if "skip" in entry:
-                if "shape" not in entry:
-                    return
-                continue
-            roles = entry.get("rows") or entry.get("columns") or [entry["role"]]
-            labels = [""] if "role" in entry else [part_label(role) for role in roles]
-            whole = [] if "role" in entry else [("other", "", False)]
-            for role, label, named in (*((r, n, True) for r, n in zip(roles, labels, strict=True)), *whole):
-                block, stack = self.where(name, reading.place, named)
-                for expert in range(_MOST_EXPERTS) if entry.get("stacked") else [None]:
-                    number = "" if expert is None else f"[{expert}]"
-                    yield MatrixKey(block, role, f"{name}{number}{label}", stack)
-        for role in ("other", "conv") if name.endswith("weight") else ("other",):
-            block, stack = self.where(name, reading.around, role == "conv")
-            yield MatrixKey(block, role, name, stack)
+            for role in entry.get("rows") or entry.get("columns") or [entry.get("role")]:
+                if role is not None:
+                    block, stack = self._where(name, reading.place, named=True)
+                    yield MatrixKey(block, role, name + ("" if "role" in entry else part_label(role)), stack)
+        if not reading.entries:
+            block, stack = self._where(name, reading.around, named=False)
+            yield MatrixKey(block, "other", name, stack)
 
-    def where(self, name: str, place: Place | None, named: bool) -> tuple[int | None, str]:
+    def _parts(self, name: str, reading: Reading) -> tuple[tuple[Part, ...], str, str]:
+        """The matrices of a parameter that its family names, a doubt about them, and why it is none."""
+        entry = self.checkpoint.entries[name]
+        reason = unusable(name, self.checkpoint.entries)
+        if reason:
+            return (), "", reason
+        meant = meaning(reading.entries, entry.shape, reading.place, self.names)
+        if meant is None:
+            return (), "", not_a_matrix(name, entry)
+        if "skip" in meant:
+            return (), "", meant["skip"]
+        return *cut(meant, entry.shape, reading.place, self.names), ""
+
+    def _read(self, bare: str) -> Reading:
+        skeleton = skeleton_of(bare)
+        if skeleton not in self._rules:
+            self._rules[skeleton] = self._rule(skeleton)
+        tower, rule = self._rules[skeleton]
+        match = rule.regex.search(bare) if rule else None
+        return Reading(
+            tower,
+            rule if match else None,
+            place_of(bare, match) if match and "block" in match.re.groupindex else None,
+            None if tower is None else self._around(bare, skeleton, tower),
+        )
+
+    def _rule(self, skeleton: str) -> tuple[str | None, Rule | None]:
+        """The tower whose blocks hold a skeleton, and the entry that names it.
+
+        Inside a block only the family that claims it gives a role, and what all families share may mark a table;
+        outside of the blocks the family of the nearest tower comes first.
+        """
+        for container, family in self.towers.items():
+            if is_inside(skeleton, container) and (rule := family.block_rule(skeleton, container)):
+                return container, rule
+        tower = next((c for c, family in self.towers.items() if family.block_at(skeleton, c)), None)
+        near = [tower] if tower is not None else sorted(self.towers, key=lambda c: -_common_components(c, skeleton))
+        for family in dict.fromkeys((*(self.towers[c] for c in near), family_named("common"))):
+            only_tables = not self.towers or (tower is not None and family.name == "common")
+            if rule := family.outer_rule(skeleton, only_tables=only_tables):
+                return tower, rule
+        return tower, None
+
+    def _around(self, bare: str, skeleton: str, tower: str) -> Place | None:
+        """The place of a name that lies in a tower's blocks, whatever it is."""
+        block = self.towers[tower].block_at(skeleton, tower)
+        if not block:
+            return None
+        parts = bare.split(".")
+        start = len(tower.split(".")) if tower else 0
+        stop = start + block.count(".")
+        numbers = tuple(int(part) for part in parts[start:stop] if part.isdigit())
+        base = ".".join(parts[:stop])
+        return Place(".".join(parts[:start]), numbers, base, bare[len(base) :])
+
+    def _where(self, name: str, place: Place | None, named: bool) -> tuple[int | None, str]:
         """Block and stack of a parameter that lies in a place, or in none."""
         if place is not None:
             single = self._depth.get(place.container, 1) == 1
@@ -448,29 +315,55 @@ class _Reader:
             return block, self._labels.get(place.container, ("", ""))[0]
         if self.towers and named:
             bare = bare_name(name)
-            inside = (label for label, path in self._labels.values() if path and _inside(bare, path))
+            inside = (label for label, path in self._labels.values() if path and is_inside(bare, path))
             return None, next(inside, "")
-        return _block_from_name(name)
+        # Unknown: the block is the first number among the components, and the stack what stands before it.
+        components = name.split(".")
+        before = list(takewhile(lambda part: not part.isdigit(), components))
+        if len(before) == len(components):
+            return None, ""
+        return int(components[len(before)]), ".".join(before)
 
-    def matrices(self, draft: _Draft) -> Iterator[MatrixRef]:
-        """The matrices of a parameter, with their keys."""
-        block, stack = self.where(draft.name, draft.place, draft.named)
-        for part in draft.parts:
-            key = MatrixKey(block, part.role, draft.name + part.label, stack)
-            yield MatrixRef(key, draft.name, part.shape, **part.cut)
-
-    def main_family(self) -> Family:
+    def _main_family(self) -> Family:
         """The family whose patterns name most parameters in its blocks; of equals the first."""
         counts = Counter(
             self.towers[reading.tower].name
             for reading in self._readings.values()
-            if reading.tower is not None and reading.rule and any("skip" not in e for e in reading.rule.entries)
+            if reading.tower is not None and any("skip" not in entry for entry in reading.entries)
         )
-        return family_named(counts.most_common(1)[0][0]) if counts else next(iter(self.towers.values()), STRUCTURAL)
+        most = family_named(counts.most_common(1)[0][0]) if counts else None
+        return most or next(iter(self.towers.values()), STRUCTURAL)
+
+    def _remarks(self, whole: ModelMap) -> Iterator[str]:
+        """What a person should know before trusting the roles."""
+        if self.towers and whole.unnamed:
+            counted = coverage(whole, self.checkpoint)
+            share = counted.unnamed / max(1, counted.total)
+            yield (
+                f"{len(whole.unnamed)} matrices ({share:.1%} of the matrix parameters) are not in the map of "
+                f"{whole.family.name} and have the role other, e.g. {whole.unnamed[0]}"
+            )
+        if any(ADAPTER.search(name) for name in self.checkpoint.entries):
+            yield "holds an adapter that is not merged: the matrices it adapts are read without it"
+        blocks: dict[tuple[str, str], set[int]] = defaultdict(set)
+        for ref in whole.matrices if self.towers else ():
+            if ref.key.block is not None:
+                blocks[ref.key.stack, ref.parameter.split(".")[0]].add(ref.key.block)
+        for (stack, _), numbers in blocks.items():
+            missing = sorted(set(range(max(numbers))) - numbers)
+            if missing:
+                where = f" of {stack}" if stack else ""
+                shown = ", ".join(map(str, missing[:8])) + (" …" if len(missing) > 8 else "")
+                yield f"blocks {shown}{where} hold no matrix"
+        for family in dict.fromkeys(self.towers.values()):
+            times = self.checkpoint.config.get(family.repeated)
+            stored = len({ref.key.block for ref in whole.matrices} - {None})
+            if isinstance(times, int) and times > stored:
+                yield f"{stored} stored block(s) are run through {times} times ({family.repeated}) and counted once"
 
 
-_MOST_EXPERTS = 1024
-"""Matrices in one stacked parameter that a pattern of names can address without the parameter being looked up."""
+def _common_components(a: str, b: str) -> int:
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a.split("."), b.split("."), strict=False)))
 
 
 def _labels(owner: Mapping[str, Family]) -> dict[str, tuple[str, str]]:
@@ -495,82 +388,3 @@ def _labels(owner: Mapping[str, Family]) -> dict[str, tuple[str, str]]:
         99,
     )
     return {c: (".".join(path[start:stop]), ".".join(path[:stop])) for c, path in paths.items()}
-
-
-def _block_from_name(name: str) -> tuple[int | None, str]:
-    """The first number among a name's components, and what stands before it."""
-    parts = name.split(".")
-    at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-    return (None, "") if at is None else (int(parts[at]), ".".join(parts[:at]))
-
-
-def _shared(matrices: Sequence[MatrixRef], checkpoint: Checkpoint) -> dict[MatrixRef, str]:
-    """Embeddings and heads that repeat the values of an earlier one → the parameter that they repeat.
-
-    Nothing is read where config.json says that embeddings are not tied.
-    """
-    if any(c.get("tie_word_embeddings") is False for c in (checkpoint.config, *_nested(checkpoint.config))):
-        return {}
-    first: dict[tuple[int, int], list[MatrixRef]] = defaultdict(list)
-    shared: dict[MatrixRef, str] = {}
-    for ref in matrices:
-        if ref.key.role not in ("embedding", "head") or len(checkpoint.entries[ref.parameter].shape) != 2:
-            continue
-        twin = next((t for t in first[ref.shape] if equal_values(checkpoint, ref.parameter, t.parameter)), None)
-        if twin is not None:
-            shared[ref] = twin.parameter
-        else:
-            first[ref.shape].append(ref)
-    return shared
-
-
-def _nested(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    return (inner for inner in config.values() if isinstance(inner, Mapping))
-
-
-def equal_values(checkpoint: Checkpoint, a: str, b: str) -> bool:
-    """Whether two parameters hold the same numbers, not all zero."""
-    A, B = checkpoint[a], checkpoint[b]
-    return A.shape == B.shape and A.dtype == B.dtype and torch.equal(A, B) and bool(A.any())
-
-
-def _untold(unread: Collection[str], wanted: Collection[str]) -> Iterator[str]:
-    """That ties with embeddings and heads which were not looked up are not known."""
-    if unread and wanted:
-        yield (
-            f"{min(wanted)} may hold the same values as {min(unread)} (tied weights), which was not read: "
-            "its file holds nothing that was asked for"
-        )
-
-
-def _remarks(mapped: ModelMap, checkpoint: Checkpoint, reader: _Reader, looked: Collection[str]) -> Iterator[str]:
-    """What a person should know before trusting the roles; names that were not looked up count as matrices."""
-    if mapped.towers and mapped.unnamed:
-        share = coverage(mapped, checkpoint)
-        of = "the matrix parameters" + (" looked at" if len(looked) < len(checkpoint) else "")
-        yield (
-            f"{len(mapped.unnamed)} matrices ({share.unnamed / max(1, share.total):.1%} of {of}) "
-            f"are not in the map of {mapped.family.name} and have the role other, e.g. {mapped.unnamed[0]}"
-        )
-    if any(ADAPTER.search(name) for name in checkpoint.entries):
-        yield "holds an adapter that is not merged: the matrices it adapts are read without it"
-    found_in = [(ref.parameter, ref.key.block, ref.key.stack) for ref in mapped.matrices]
-    for name in checkpoint.entries:
-        if name not in looked:
-            reading = reader.read(name)
-            found_in.append((name, *reader.where(name, reading.place or reading.around, reading.rule is not None)))
-    blocks: dict[tuple[str, str], set[int]] = defaultdict(set)
-    for name, block, stack in found_in:
-        if block is not None and mapped.towers:
-            blocks[stack, name.split(".")[0]].add(block)
-    for (stack, _), found in blocks.items():
-        missing = sorted(set(range(max(found))) - found)
-        if missing:
-            where = f" of {stack}" if stack else ""
-            shown = ", ".join(map(str, missing[:8])) + (" …" if len(missing) > 8 else "")
-            yield f"blocks {shown}{where} hold no matrix"
-    for family in dict.fromkeys(mapped.towers.values()):
-        times = checkpoint.config.get(family.repeated)
-        stored = len({block for _, block, _ in found_in} - {None})
-        if isinstance(times, int) and times > stored:
-            yield f"{stored} stored block(s) are run through {times} times ({family.repeated}) and counted once"

@@ -18,13 +18,14 @@ from torch import Tensor
 
 from specbasis.checkpoint.adapter_file import is_adapter
 from specbasis.checkpoint.choice import open_place
-from specbasis.checkpoint.entry import Checkpoint, Entry
+from specbasis.checkpoint.entry import ABSENT, Checkpoint, Entry
 from specbasis.checkpoint.peft import open_adapter
 from specbasis.checkpoint.places import locate
 from specbasis.checkpoint.readers import tensor_entries
 from specbasis.core.errors import InputError
 
 __all__ = [
+    "ABSENT",
     "Checkpoint",
     "Entry",
     "content_sha256",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from specbasis.checkpoint.entry import Checkpoint, Entry, check_names, json_object, no_key, reading, shown
+from specbasis.checkpoint.entry import ABSENT, Checkpoint, Entry, check_names, json_object, no_key, reading, shown
 from specbasis.checkpoint.places import Place
 from specbasis.checkpoint.readers import with_scale
 from specbasis.core.errors import InputError
@@ -41,11 +41,9 @@ def open_place(place: Place, key: str = "") -> Checkpoint:
         names = [place.given] if place.given else _choose(place)
         notes: list[str] = []
         entries: Mapping[str, Entry]
-        shards: Mapping[str, str] = {}
         if names[0].endswith(".index.json"):
             no_key(key, place.source)
             entries, names, notes = _open_index(place, names[0])
-            shards = {} if place.eager else entries.files
         elif place.given or (len(names) == 1 and not _SHARD.match(names[0])):
             entries = place.entries(names[0], key)
         else:
@@ -56,7 +54,7 @@ def open_place(place: Place, key: str = "") -> Checkpoint:
         config, config_notes = read_config(place, "config.json")
         files, digests = place.provenance(names)
         notes = [*notes, *config_notes, *_beside(place, names)]
-        return Checkpoint(place.source, entries, files, config, place.revision, digests, tuple(notes), shards)
+        return Checkpoint(place.source, entries, files, config, place.revision, digests, tuple(notes))
 
 
 def read_config(place: Place, name: str) -> tuple[dict[str, Any], list[str]]:
@@ -110,7 +108,7 @@ def _beside(place: Place, names: list[str]) -> list[str]:
     return [f"{other} lies beside the weights and was not read" for other in others if other in place.names]
 
 
-def _open_index(place: Place, index: str) -> tuple[_Sharded, list[str], list[str]]:
+def _open_index(place: Place, index: str) -> tuple[dict[str, Entry], list[str], list[str]]:
     """The shards that an index names: each must be there and, when opened, hold what the index says and no more."""
     try:
         weight_map = json_object(place.text(index))["weight_map"]
@@ -124,8 +122,6 @@ def _open_index(place: Place, index: str) -> tuple[_Sharded, list[str], list[str
             f"{place.source}: {index} is not an index (want a JSON object whose weight_map maps names to files)"
         ) from error
     check_names(weight_map, place.source)
-    for shard in shards:
-        place.require(shard)
     unlisted = set(place.names) - set(shards)
     series = {found.group(1, 3, 4) for shard in shards if (found := _SHARD.match(shard))}
     for name in sorted(unlisted):
@@ -135,53 +131,37 @@ def _open_index(place: Place, index: str) -> tuple[_Sharded, list[str], list[str
                 f"{place.source}: {shown(name)} is here, and {index} does not list it; repair the index or remove "
                 "the file"
             )
-    entries = _Sharded(weight_map, index, place)
-    if place.eager:
-        for shard in shards:
-            entries.part(shard)
+    here = [shard for shard in shards if place.require(shard)]
+    parts = dict(zip(here, place.all_entries(here), strict=True))
+    for shard, part in parts.items():
+        _check_part(part, shard, weight_map, index, place.source)
+    entries = {
+        name: with_scale(parts[shard][name], name, weight_map) if shard in parts else _absent(place, shard, name)
+        for name, shard in weight_map.items()
+    }
     left = [name for name in sorted(unlisted) if name.endswith(Path(shards[0]).suffix)] if shards else []
     left = [name for name in left if not any(fnmatchcase(name, pattern) for pattern in _BESIDE)]
     notes = [f"not in {index} and not read: {', '.join(map(shown, left))}"] if left else []
     return entries, shards, notes
 
 
-class _Sharded(Mapping[str, Entry]):
-    """Entries of several files, each opened when one of its names is first looked up."""
+def _check_part(
+    part: Mapping[str, Entry], shard: str, weight_map: Mapping[str, str], index: str, source: str
+) -> None:
+    """Refuse a shard that does not hold what the index says, or more."""
+    listed = {name for name, file in weight_map.items() if file == shard}
+    for name in sorted(listed - set(part)):
+        raise InputError(f"{source}: {index} puts {name!r} into {shard}, which does not hold it")
+    for name in sorted(set(part) - listed):
+        other = weight_map.get(name)
+        raise InputError(
+            f"{source}: {shard} holds {len(set(part) - listed)} tensors that {index} "
+            f"{f'puts into {other}' if other else 'does not list'}, e.g. {name!r}; repair the index"
+        )
 
-    def __init__(self, weight_map: dict[str, str], index: str, place: Place) -> None:
-        self.files = weight_map
-        self._index = index
-        self._place = place
-        self._parts: dict[str, Mapping[str, Entry]] = {}
 
-    def part(self, shard: str) -> Mapping[str, Entry]:
-        if shard not in self._parts:
-            source = self._place.source
-            part = self._place.entries(shard)
-            listed = {name for name, where in self.files.items() if where == shard}
-            for name in sorted(listed - set(part)):
-                raise InputError(f"{source}: {self._index} puts {name!r} into {shard}, which does not hold it")
-            for name in sorted(set(part) - listed):
-                also = self.files.get(name)
-                raise InputError(
-                    f"{source}: {shard} holds {len(set(part) - listed)} tensors that {self._index} "
-                    f"{f'puts into {also}' if also else 'does not list'}, e.g. {name!r}; repair the index"
-                )
-            self._parts[shard] = part
-        return self._parts[shard]
-
-    def __getitem__(self, name: str) -> Entry:
-        with reading(self._place.source):
-            return with_scale(self.part(self.files[name])[name], name, self.files)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.files
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.files)
-
-    def __len__(self) -> int:
-        return len(self.files)
+def _absent(place: Place, shard: str, name: str) -> Entry:
+    return Entry((), ABSENT, lambda: place.all_entries([shard])[0][name].load())
 
 
 def _open_shards(place: Place, names: list[str]) -> dict[str, Entry]:
@@ -194,8 +174,7 @@ def _open_shards(place: Place, names: list[str]) -> dict[str, Entry]:
     if sorted(int(number.group(2)) for number in numbers if number) != list(range(1, expected + 1)):
         raise InputError(f"{place.source}: {len(names)} of {expected} shards are here, and no index names them all")
     entries: dict[str, Entry] = {}
-    for shard in names:
-        part = place.entries(shard)
+    for shard, part in zip(names, place.all_entries(names), strict=True):
         twice = sorted(set(part) & set(entries))
         if twice:
             raise InputError(f"{place.source}: {twice[0]!r} is in {shown(shard)} and in another shard")

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from specbasis.core.errors import InputError
 
+ABSENT = "absent"
+"""The dtype of a tensor whose file is not in the cache where the Hub must not be asked: it has a name alone."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -45,16 +48,13 @@ class Checkpoint(Mapping[str, Tensor]):
 
     Attributes:
         source: what the user called it.
-        entries: name → shape, dtype and reader, in file order. On the Hub, a shard is first contacted when an entry
-            of it is looked up; the names alone cost nothing where there is an index.
+        entries: name → shape, dtype and reader, in file order.
         files: the files on disk that hold the weights, for provenance.
         config: the model's config.json where there is one, else empty.
         revision: the commit, for a repository on the Hub.
         digests: file name → digest as the Hub lists it at that commit, ``sha256:…`` or, for a small file that is
             kept in git itself, ``git-sha1:…``. Empty for files on disk.
         notes: what a person should know about how it was read, one sentence each.
-        shards: name → the file that is contacted when the name is looked up, where that is not done when opening:
-            on the Hub, with an index. Names that are not in it cost nothing to look up.
     """
 
     source: str
@@ -64,7 +64,6 @@ class Checkpoint(Mapping[str, Tensor]):
     revision: str = ""
     digests: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    shards: Mapping[str, str] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Tensor:
         with reading(self.source):
@@ -90,7 +89,7 @@ class Checkpoint(Mapping[str, Tensor]):
             return None if factors is None else factors()
 
     def select(self, names: Iterable[str]) -> Checkpoint:
-        """The same checkpoint with these names only; shards that hold none of them are not contacted."""
+        """The same checkpoint with these names only."""
         return replace(self, entries={name: self.entries[name] for name in names})
 
 

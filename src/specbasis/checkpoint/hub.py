@@ -12,7 +12,8 @@ import logging
 import re
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,15 @@ WAIT_SECONDS = 8.0
 """Wait before the first repetition; it doubles with each. A server's Retry-After wins, up to `MAX_WAIT_SECONDS`."""
 
 MAX_WAIT_SECONDS = 300.0
+
+REQUESTS = 8
+"""Requests that are under way at once."""
+
+FIRST_BYTES = 100_000
+"""Bytes of a file that one request brings where the length of its header is not known; few headers are longer."""
+
+LONGEST_HEADER = 100_000_000
+"""Bytes; the same limit as in the safetensors library."""
 
 T = TypeVar("T")
 
@@ -140,6 +150,26 @@ class Repository:
         url = _client().hf_hub_url(self.name, file, revision=self.commit)
         return self._patiently(lambda: _read_range(url, start, stop, whole), file)
 
+    def header(self, file: str) -> bytearray:
+        """The first bytes of a safetensors file, its length first, up to the end of its header.
+
+        One request, and a second where the header is longer than `FIRST_BYTES`: with `at_once`, a model of s shards
+        costs s requests and at most s · `FIRST_BYTES` bytes, and every worker process asks for itself.
+
+        Raises:
+            InputError: the file is too short for the header that it announces.
+        """
+        size = self.files[file].size
+        if size < 8:
+            raise InputError(f"{self.source}: {file} is no safetensors file ({size} bytes)")
+        head = self.read(file, 0, min(size, FIRST_BYTES))
+        stop = 8 + int.from_bytes(head[:8], "little")
+        if not 10 <= stop <= min(size, 8 + LONGEST_HEADER):
+            raise InputError(
+                f"{self.source}: {file} is truncated or corrupted (header of {stop - 8} bytes in a file of {size})"
+            )
+        return head[:stop] + (self.read(file, len(head), stop) if stop > len(head) else b"")
+
     def _verify(self, path: Path, file: str) -> None:
         listed = self.files.get(file)
         if listed is None:
@@ -169,6 +199,12 @@ class Repository:
 
     def _patiently(self, call: Callable[[], T], file: str) -> T:
         return _patiently(call, self.source, self.name, file)
+
+
+def at_once(task: Callable[[str], T], files: Sequence[str]) -> list[T]:
+    """What a task that waits for the Hub gives for each of several files, `REQUESTS` at a time."""
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        return list(pool.map(task, files))
 
 
 def find_repository(source: str, address: Address) -> Repository:

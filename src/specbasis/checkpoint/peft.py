@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from specbasis.checkpoint.adapter_file import CONFIG, AdapterFile, read_adapter
 from specbasis.checkpoint.entry import Checkpoint, Entry
+from specbasis.checkpoint.names import alignments
 from specbasis.checkpoint.places import Place
 from specbasis.core.errors import InputError
 from specbasis.core.svd import decompose
@@ -70,17 +71,10 @@ def open_adapter(place: Place, base: Checkpoint) -> Checkpoint:
     names = _Names(base, modules, place.source)
     saved = {names.saved(path): entry for path, entry in file.saved.items()}
     adapted = {names.parameter(module): module for module in modules}
-    stored_in_out = _stored_in_out(file.config, {module: name for name, module in adapted.items()}, modules, base)
-
-    def update(name: str) -> Entry:
-        module = adapted[name]
-        stored_base = saved.get(name) or base.entries[name]
-        flipped = partial(stored_in_out, base.shards.get(name))
-        return _Update(module, modules[module], file, stored_base, flipped).entry()
-
-    entries = _Tuned(base.entries, saved, adapted, update)
-    for name in () if base.shards else adapted:
-        entries[name]  # what does not fit is refused now, where looking it up contacts nothing
+    in_out = _stored_in_out(file.config, {module: name for name, module in adapted.items()}, modules, base)
+    entries = {**base.entries, **saved}
+    for name, module in adapted.items():
+        entries[name] = _Update(module, modules[module], file, entries[name], in_out).entry()
     return replace(
         base,
         source=file.source,
@@ -117,37 +111,6 @@ def _as_factors(file: AdapterFile) -> Mapping[str, Mapping[str, Entry]]:
 def _left_factor(U: Entry, M: Entry, S: Entry | None) -> Tensor:
     C = M.load().double()
     return U.load().double() @ (C if S is None else S.load().double()[:, None] * C)
-
-
-class _Tuned(Mapping[str, Entry]):
-    """The base's entries with those that the adapter changes or adds, made when they are first looked up.
-
-    A view: the base's shards on the Hub are contacted for the names that are looked up, and for no other.
-    """
-
-    def __init__(
-        self,
-        base: Mapping[str, Entry],
-        saved: Mapping[str, Entry],
-        adapted: Collection[str],
-        update: Callable[[str], Entry],
-    ) -> None:
-        self._base, self._saved, self._adapted = base, saved, adapted
-        self._update = cache(update)
-
-    def __getitem__(self, name: str) -> Entry:
-        if name in self._adapted:
-            return self._update(name)
-        return self._saved[name] if name in self._saved else self._base[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._saved or name in self._base
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(dict.fromkeys((*self._base, *self._saved)))
-
-    def __len__(self) -> int:
-        return len(self._base) + sum(name not in self._base for name in self._saved)
 
 
 def _check(file: AdapterFile) -> None:
@@ -201,45 +164,33 @@ class _Names:
         return f"{add}{module.removeprefix(drop)}.weight"
 
     def _align(self, modules: Mapping[str, Mapping[str, Entry]]) -> tuple[str, str]:
-        if self._fits(modules, "", ""):
+        adapted = {f"{module}.weight": parts for module, parts in modules.items()}
+        if adapted.keys() <= self.base.entries.keys():
             return "", ""
-        drops = _prefixes(modules)
-        adds = _prefixes(name.removesuffix(".weight") for name in self.base)
-        ways = [(drop, add) for drop in drops for add in adds if self._fits(modules, drop, add)]
-        targets = {self._base_name(next(iter(modules)), *way) for way in ways}
-        if len(targets) > 1:
-            sized = [way for way in ways if self._sizes_fit(modules, *way)]
-            targets = {self._base_name(next(iter(modules)), *way) for way in sized}
-            ways = sized or ways
-        if len(targets) > 1:
+        _, ways = alignments(dict.fromkeys(adapted), dict.fromkeys(self.base.entries))
+        ways = [way for way in ways if all(way[1] + name.removeprefix(way[0]) in self.base for name in adapted)]
+        if len(ways) > 1:
+            sizes = {
+                name: parts["B"].shape[0] * math.prod(parts["A"].shape[1:])
+                for name, parts in adapted.items()
+                if {"A", "B"} <= set(parts)
+            }
+            agreeing, sized = alignments(sizes, {n: math.prod(e.shape) for n, e in self.base.entries.items()})
+            ways = [way for way in sized if agreeing == len(sizes) and way in ways] or ways
+        if not ways:
+            missing = next(name for name in adapted if name not in self.base).removesuffix(".weight")
             raise InputError(
-                f"{self.source}: fits several parts of the base ({', '.join(sorted(targets)[:3])}); "
+                f"{self.source}: the base {self.base.source} has no {missing!r}, which the adapter changes; "
+                "give the checkpoint that it was trained on (tied weights stored once: store both)"
+            )
+        if len(ways) > 1:
+            parts_of_base = sorted(way[1] + next(iter(adapted)).removeprefix(way[0]) for way in ways)
+            raise InputError(
+                f"{self.source}: fits several parts of the base ({', '.join(parts_of_base[:3])}); "
                 "give the part that it was trained on as the base"
             )
-        if ways:
-            return min(ways, key=lambda way: (len(way[0]) + len(way[1]), way))
-        missing = next(iter(m for m in modules if f"{m}.weight" not in self.base), "such modules")
-        raise InputError(
-            f"{self.source}: the base {self.base.source} has no {missing!r}, which the adapter changes; "
-            "give the checkpoint that it was trained on (tied weights stored once: store both)"
-        )
-
-    def _fits(self, modules: Iterable[str], drop: str, add: str) -> bool:
-        return all(self._base_name(module, drop, add) in self.base for module in modules)
-
-    def _sizes_fit(self, modules: Mapping[str, Mapping[str, Entry]], drop: str, add: str) -> bool:
-        return all(
-            math.prod(self.base.entries[self._base_name(module, drop, add)].shape)
-            == parts["B"].shape[0] * math.prod(parts["A"].shape[1:])
-            for module, parts in modules.items()
-            if {"A", "B"} <= set(parts)
-        )
-
-
-def _prefixes(names: Iterable[str]) -> set[str]:
-    """The empty prefix and the leading one and two components of dotted names."""
-    parts = {tuple(name.split(".")[:2]) for name in names}
-    return {"", *(f"{one[0]}." for one in parts), *(".".join(two) + "." for two in parts if len(two) == 2)}
+        drop, add = ways[0]
+        return drop, add
 
 
 def _stored_in_out(
@@ -247,28 +198,19 @@ def _stored_in_out(
     parameters: Mapping[str, str],
     modules: Mapping[str, Mapping[str, Entry]],
     base: Checkpoint,
-) -> Callable[[str | None], bool]:
+) -> bool:
     """Whether the base stores its adapted linear layers (in, out): what a square matrix's shape cannot tell.
 
-    Told by those that are not square, of the same shard where it has any; the config's fan_in_fan_out decides where
-    all are square.
+    Told by those that are not square; the config's fan_in_fan_out decides where all are square.
     """
     sizes = {
         parameters[module]: (parts["B"].shape[0], parts["A"].shape[-1])
         for module, parts in modules.items()
         if {"A", "B"} <= set(parts) and "embedding" not in parts
     }
-    oblong = [name for name, (rows, columns) in sizes.items() if rows != columns]
-
-    @cache
-    def told(shard: str | None) -> bool:
-        near = [name for name in oblong if base.shards.get(name) == shard] or oblong[:1]
-        found = [
-            base.entries[name].shape == sizes[name][::-1] for name in near if len(base.entries[name].shape) == 2
-        ]
-        return any(found) if found else bool(config.get("fan_in_fan_out"))
-
-    return told
+    shapes = {name: base.entries[name].shape for name, (rows, columns) in sizes.items() if rows != columns}
+    turned = [shape == sizes[name][::-1] for name, shape in shapes.items() if len(shape) == 2]
+    return any(turned) if turned else bool(config.get("fan_in_fan_out"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -279,7 +221,7 @@ class _Update:
     parts: Mapping[str, Entry]
     file: AdapterFile
     base: Entry
-    flipped: Callable[[], bool]
+    in_out: bool
 
     def entry(self) -> Entry:
         """The tuned parameter, checked by shapes alone."""
@@ -309,7 +251,7 @@ class _Update:
         if "embedding" in self.parts:
             return True
         size = (self.parts["B"].shape[0], math.prod(self.parts["A"].shape[1:]))
-        return len(self.base.shape) == 2 and (size != self.base.shape or (size[0] == size[1] and self.flipped()))
+        return len(self.base.shape) == 2 and (size != self.base.shape or (size[0] == size[1] and self.in_out))
 
     def _stored_size(self) -> tuple[int, int]:
         B, A = self.parts["B"].shape, self.parts["A"].shape

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -33,10 +33,6 @@ class Place(Protocol):
         """The one file that the user named, or empty."""
 
     @property
-    def eager(self) -> bool:
-        """Whether opening a file is cheap, so that every shard can be checked at once."""
-
-    @property
     def revision(self) -> str:
         """The commit, for a repository on the Hub."""
 
@@ -47,14 +43,20 @@ class Place(Protocol):
     def below(self) -> Iterator[str]:
         """Paths of files one folder down, for a hint."""
 
-    def require(self, name: str) -> None:
-        """Raise InputError unless the file is there and inside."""
+    def require(self, name: str) -> bool:
+        """Whether a file can be opened: not where it is not in the cache and the Hub must not be asked.
+
+        Raises InputError unless it is there and inside.
+        """
 
     def text(self, name: str) -> bytes:
         """Content of a small file."""
 
     def entries(self, name: str, key: str = "") -> Mapping[str, Entry]:
         """The tensors of one weights file."""
+
+    def all_entries(self, names: Sequence[str]) -> list[Mapping[str, Entry]]:
+        """The tensors of several weights files; what they are is asked of all at once."""
 
     def provenance(self, names: Iterable[str]) -> tuple[tuple[Path, ...], dict[str, str]]:
         """The files on disk, or the digests that the Hub lists."""
@@ -109,7 +111,6 @@ class _Folder:
     path: Path
     source: str
     given: str = ""
-    eager: bool = True
     revision: str = ""
 
     @cached_property
@@ -121,14 +122,17 @@ class _Folder:
     def below(self) -> Iterator[str]:
         return (path.relative_to(self.path).as_posix() for path in islice(self.path.glob("*/*"), 10_000))
 
-    def require(self, name: str) -> None:
-        self._path(name)
+    def require(self, name: str) -> bool:
+        return self._path(name).exists()
 
     def text(self, name: str) -> bytes:
         return self._path(name).read_bytes()
 
     def entries(self, name: str, key: str = "") -> Mapping[str, Entry]:
         return file_entries(self._path(name), self.source, key)
+
+    def all_entries(self, names: Sequence[str]) -> list[Mapping[str, Entry]]:
+        return [self.entries(name) for name in names]
 
     def provenance(self, names: Iterable[str]) -> tuple[tuple[Path, ...], dict[str, str]]:
         return tuple(self.path / name for name in names), {}
@@ -146,7 +150,6 @@ class _Remote:
     source: str
     stream: bool
     given: str = ""
-    eager: bool = False
 
     @property
     def revision(self) -> str:
@@ -159,11 +162,12 @@ class _Remote:
     def below(self) -> Iterator[str]:
         return (name for name in self._relative() if name.count("/") == 1)
 
-    def require(self, name: str) -> None:
+    def require(self, name: str) -> bool:
         if not is_plain(name):
             raise InputError(f"{self.source}: {name!r} leads out of its folder and is refused")
         if self.repository.online and self._full(name) not in self.repository.files:
             raise InputError(f"{self.source}: {name} is missing from {self.repository.name}")
+        return self._full(name) in self.repository.files
 
     def text(self, name: str) -> bytes:
         self.require(name)
@@ -187,6 +191,9 @@ class _Remote:
                 "Read it without streaming"
             )
         return file_entries(self.repository.path(file), self.source, key)
+
+    def all_entries(self, names: Sequence[str]) -> list[Mapping[str, Entry]]:
+        return hub.at_once(self.entries, names)
 
     def provenance(self, names: Iterable[str]) -> tuple[tuple[Path, ...], dict[str, str]]:
         listed = {name: self.repository.files.get(self._full(name)) for name in names}

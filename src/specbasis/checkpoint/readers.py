@@ -122,16 +122,9 @@ def remote_entries(repository: Repository, file: str, source: str, stream: bool)
 
     A tensor is read by its own byte range when streaming, else from the whole file, downloaded at first need.
     """
-    size = repository.files[file].size
-    if size < 8:
-        raise InputError(f"{source}: {file} is no safetensors file ({size} bytes)")
-    length = int.from_bytes(repository.read(file, 0, 8), "little")
-    if not 2 <= length <= min(size - 8, _LONGEST_HEADER):
-        raise InputError(
-            f"{source}: {file} is truncated or corrupted (header of {length} bytes in a file of {size})"
-        )
+    head = repository.header(file)
     try:
-        header = _parse_header(repository.read(file, 8, 8 + length), size - 8 - length)
+        header = _parse_header(head[8:], repository.files[file].size - len(head))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{source}: {file} is truncated or corrupted ({first_line(error)})") from error
     check_names(header, source)
@@ -146,17 +139,13 @@ def remote_entries(repository: Repository, file: str, source: str, stream: bool)
         shape, dtype, start, stop = header[name]
         if dtype not in FORMATS:
             raise InputError(f"{source}: {name!r} is stored as {dtype}, which cannot be streamed")
-        return _numbers(repository.read(file, 8 + length + start, 8 + length + stop), dtype, shape)
+        return _numbers(repository.read(file, len(head) + start, len(head) + stop), dtype, shape)
 
     load = part if stream else whole
     entries = {
         name: Entry(shape, dtype, lambda name=name: load(name)) for name, (shape, dtype, *_) in header.items()
     }
     return {name: with_scale(entry, name, entries) for name, entry in entries.items()}
-
-
-_LONGEST_HEADER = 100_000_000
-"""Bytes; the same limit as in the safetensors library."""
 
 
 def _parse_header(text: bytes | bytearray, size: int) -> dict[str, tuple[tuple[int, ...], str, int, int]]:
