@@ -256,7 +256,7 @@ def test_filters(pair: tuple[Path, Path]) -> None:
 
 
 def test_what_cannot_run_leaves_no_folder(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="got engine 'nonsense'"):
+    with pytest.raises(InputError, match="got engine = 'nonsense'"):
         specbasis.compare(*pair, tmp_path / "out", engine="nonsense")
     with pytest.raises(InputError, match="workers = 0"):
         job.plan(*pair, workers=0)

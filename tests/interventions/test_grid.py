@@ -278,11 +278,12 @@ def test_an_edited_checkpoint_is_what_the_live_edit_is_and_transformers_loads_it
     assert done.exit_code == 0, done.output
     model = BertForSequenceClassification.from_pretrained(one)
     loaded = BertForSequenceClassification.from_pretrained(tmp_path / "new")
+    from specbasis.architecture.selection import Selection
     from specbasis.interventions import matrix_edits
-    from specbasis.interventions.live import blocks_and_roles, state
+    from specbasis.interventions.live import state
 
     edit = Edit("swap", 3, sides="left")
-    admits = blocks_and_roles(["ffn"], [])
+    admits = Selection(("ffn",)).filter
     with edited(model, matrix_edits(edit, state(model), open_checkpoint(two), admits=admits)):
         assert bits(model) == bits(loaded)
     assert bits(model) != bits(loaded)

@@ -143,7 +143,7 @@ def test_nulls_need_the_whole_spectrum(states):
 
 
 def test_own_measures_stand_in_the_terminal_by_role(tmp_path, capsys):
-    from specbasis.cli.compare import print_comparison
+    from specbasis.cli.tables import print_comparison
 
     base = bert_state(1)
     result = specbasis.compare(base, finetuned(base), measures=[gap_ratio, normed], out=tmp_path / "out")

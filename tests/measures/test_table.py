@@ -40,7 +40,7 @@ def added(tmp_path, monkeypatch):
 
 
 def test_an_added_measure_is_in_rows_terminal_and_page(added, tmp_path, capsys):
-    from specbasis.cli.compare import print_comparison
+    from specbasis.cli.tables import print_comparison
 
     base = bert_state(1)
     result = specbasis.compare(base, finetuned(base), measures=["largest*", "squares"], out=tmp_path / "out")

@@ -1,4 +1,4 @@
-"""The command line: verbs and flags. No science here."""
+"""The command line: verbs and flags. No science here, and no large library before a verb needs it."""
 
 from __future__ import annotations
 
@@ -8,18 +8,31 @@ from typing import Annotated
 import typer
 
 import specbasis
-from specbasis.cli import compare as comparing
-from specbasis.cli import figures as _figures  # noqa: F401 - adds its verbs to reproduce
-from specbasis.cli import finetune as finetuning
-from specbasis.cli import intervene as intervening
-from specbasis.cli import pretrain as pretraining
 from specbasis.cli.adapter import adapter_app
 from specbasis.cli.common import STDERR, STDOUT, line
+from specbasis.cli.compare import compare, inspect, list_findings, list_measures, report, spectra
+from specbasis.cli.finetune import finetune, list_methods
+from specbasis.cli.flags import flags
+from specbasis.cli.intervene import edit, intervene, list_kinds
 from specbasis.cli.population import lineage, population
-from specbasis.cli.reproduce import reproduce_app
-from specbasis.cli.spectra import spectra
-from specbasis.cli.zoo import zoo_app
+from specbasis.cli.reproduce import pretrain, reproduce_app, zoo_app
+from specbasis.cli.track import track
 from specbasis.core.errors import InputError
+
+VERBS = (
+    flags(compare, measures=list_measures, fail_on=list_findings),
+    flags(report, fail_on=list_findings),
+    inspect,
+    spectra,
+    flags(edit, kind=list_kinds),
+    flags(intervene, kinds=list_kinds),
+    flags(finetune, method=list_methods),
+    population,
+    lineage,
+    flags(pretrain),
+    flags(track),
+)
+GROUPS = {"zoo": zoo_app, "adapter": adapter_app, "reproduce": reproduce_app}
 
 app = typer.Typer(
     help="What finetuning changes in the singular vectors and values of a model's weights.",
@@ -27,18 +40,13 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-VERBS = (
-    *(comparing.compare, comparing.report, comparing.inspect, spectra),
-    *(intervening.edit, intervening.intervene),
-    finetuning.finetune,
-    *(population, lineage),
-    *(pretraining.pretrain, pretraining.track),
-)
 for verb in VERBS:
     app.command()(verb)
-app.add_typer(zoo_app, name="zoo")
-app.add_typer(adapter_app, name="adapter")
-app.add_typer(reproduce_app, name="reproduce")
+for name, group in GROUPS.items():
+    app.add_typer(group, name=name)
+
+_USAGE: type[Exception] = typer.BadParameter.__bases__[0]
+"""What typer raises for a command line that it cannot read: an unknown flag or verb, a missing argument."""
 
 
 @app.callback(invoke_without_command=True)
@@ -51,11 +59,14 @@ def _version(version: Annotated[bool, typer.Option("--version", help="print the 
 def main() -> None:
     """Entry point: what a user can mend is one line on stderr and exit code 2, never a traceback."""
     try:
-        app()
+        code = app(standalone_mode=False)
     except InputError as error:
+        code = 2
         line(f"error: {error}", console=STDERR, style="red")
-        sys.exit(2)
-    except SystemExit as stop:
-        if stop.code == 130:  # what typer makes of Ctrl-C
-            line("interrupted: what is done is kept, and the same command continues", console=STDERR)
-        raise
+    except (_USAGE, typer.Abort) as error:
+        code = getattr(error, "exit_code", 2)
+        if hasattr(error, "format_message"):
+            line(f"error: {error.format_message()}", console=STDERR, style="red")
+    if code == 130:  # what typer makes of Ctrl-C
+        line("interrupted: what is done is kept, and the same command continues", console=STDERR)
+    sys.exit(code if isinstance(code, int) else 0)

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from specbasis.adapter import folder as folders
 from specbasis.cli.common import line
 
 ADAPTER = Annotated[Path, typer.Argument(metavar="DIR", help="the folder of a saved spectral adapter")]
@@ -22,6 +21,8 @@ adapter_app = typer.Typer(help="Spectral adapters on disk.", no_args_is_help=Tru
 @adapter_app.command("info")
 def adapter_info(folder: ADAPTER) -> None:
     """Print what an adapter holds and what it did to each matrix, from its own file."""
+    from specbasis.adapter import folder as folders
+
     found = folders.info(folder)
     for name in ("base", "basis", "scale"):
         line(f"{name}: {found[name]}")
@@ -40,6 +41,8 @@ def adapter_info(folder: ADAPTER) -> None:
 @adapter_app.command("verify")
 def adapter_verify(folder: ADAPTER, base: ADAPTER_BASE = None) -> None:
     """Check every vector of the basis against the base; exit code 2 and the reason where they differ."""
+    from specbasis.adapter import folder as folders
+
     checked = folders.verify(folder, base)
     line(f"verified: {len(checked)} matrices meet the basis that they were trained in")
 
@@ -47,6 +50,8 @@ def adapter_verify(folder: ADAPTER, base: ADAPTER_BASE = None) -> None:
 @adapter_app.command("merge")
 def adapter_merge(folder: ADAPTER, out: ADAPTER_OUT, base: ADAPTER_BASE = None) -> None:
     """Write the base with the adapter merged in, as a folder that transformers loads."""
+    from specbasis.adapter import folder as folders
+
     line(f"merged: {folders.merge(folder, out, base)}")
 
 
@@ -58,4 +63,6 @@ def adapter_export_lora(
     rank: Annotated[int | None, typer.Option(help="best approximation at this rank; default: exact")] = None,
 ) -> None:
     """Write the adapter as LoRA, for PEFT without this package."""
+    from specbasis.adapter import folder as folders
+
     line(f"exported: {folders.export_lora(folder, out, base, rank)}")

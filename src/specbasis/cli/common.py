@@ -1,26 +1,23 @@
-"""What the verbs share: output, progress, and the words that flags take."""
+"""What the verbs share: output and progress."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Annotated
+from json import dumps
+from typing import TYPE_CHECKING, Any
 
 import typer
+from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
+from rich.table import Table
 
-from specbasis.core.errors import InputError
-from specbasis.jobs.progress import Progress
+if TYPE_CHECKING:
+    from specbasis.jobs.experiments import Row
+    from specbasis.jobs.progress import Progress
 
 STDOUT = Console()
 STDERR = Console(stderr=True)
-
-OUT = Annotated[Path, typer.Option("--out", help="folder for rows, manifest, page; the same command continues it")]
-STREAM = Annotated[bool, typer.Option("--stream", help="from the Hub read only the bytes that are wanted")]
 
 
 def line(text: str, *, console: Console = STDOUT, style: str = "") -> None:
@@ -28,9 +25,25 @@ def line(text: str, *, console: Console = STDOUT, style: str = "") -> None:
     console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
+def document(content: Any) -> None:
+    """Print one JSON document and nothing else."""
+    print(dumps(content, indent=1, ensure_ascii=False))  # noqa: T201 - as it is, for other programs
+
+
+def plain_table(headings: Iterable[str], left: Iterable[str] = (), **column: Any) -> Table:
+    """An empty table without a frame: numbers to the right, the named columns to the left."""
+    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in left else "right", **column)
+    return table
+
+
 @contextmanager
 def progress() -> Iterator[Callable[[Progress], None]]:
     """A bar with the time left, where there is a terminal."""
+    from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn())
     percent = TextColumn("{task.percentage:>3.0f}%")
     quiet = not STDERR.is_terminal
@@ -39,18 +52,25 @@ def progress() -> Iterator[Callable[[Progress], None]]:
         yield lambda p: bar.update(task, completed=p.done, total=p.total, description=p.name[-60:])
 
 
-def words(text: str) -> list[str]:
-    """The words of a list with commas."""
-    return [word.strip() for word in text.split(",") if word.strip()]
+@contextmanager
+def progress_by_run() -> Iterator[Callable[[Progress], None]]:
+    """The bar, and a line for each run that ended, where there is no terminal."""
+    with progress() as bar:
+
+        def tell(now: Progress) -> None:
+            bar(now)
+            if not STDERR.is_terminal:
+                line(f"{now.done:g} of {now.total:g}: {now.name}", console=STDERR)
+
+        yield tell
 
 
-def numbers(text: str, flag: str = "--blocks") -> list[int]:
-    """Numbers from a list with ranges, of blocks or what the flag names: "0,10-11" is 0, 10, 11."""
-    numbers: list[int] = []
-    for word in words(text):
-        found = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", word, re.ASCII)
-        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
-        if first > last:
-            raise InputError(f"{flag} got {word!r}; want numbers and ascending ranges, such as 0,10-11")
-        numbers += range(first, last + 1)
-    return numbers
+def exit_on_failures(rows: Iterable[Row]) -> None:
+    """Name the cells of a grid that failed, and end with exit code 2 where one did."""
+    rows = list(rows)
+    failed = [row for row in rows if row.error is not None]
+    for row in failed[:10]:
+        line(f"error: {' '.join(map(str, row.experiment.values()))}: {row.error}", console=STDERR, style="red")
+    if failed:
+        line(f"{len(failed)} of {len(rows)} cells failed; the same command tries them again", console=STDERR)
+        raise typer.Exit(2)

@@ -1,4 +1,4 @@
-"""From a dataclass of options to flags; and the words that all verbs share."""
+"""From a dataclass of options to flags; and the arguments and flags that several verbs share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from specbasis.core.options import Options, Rule, default, parser, rules, without_none
+from specbasis.core.options import PYTHON, Options, default, parser, rules, without_none
 
 BASE = Annotated[
     str, typer.Argument(metavar="BASE", help="pretrained: file, folder, hub:org/name, timm:name, pkg:…")
@@ -20,10 +20,18 @@ OUT = Annotated[Path, typer.Option("--out", help="folder of the results; the sam
 JSON = Annotated[bool, typer.Option("--json", help="print one JSON document, nothing else")]
 STREAM = Annotated[bool, typer.Option("--stream", help="from the Hub read only the bytes that are wanted")]
 NO_RUN = Annotated[bool, typer.Option("--no-run", help="only draw again, from the rows that are there")]
+REPORT = Annotated[bool, typer.Option(help="write the page and the figures")]
+SCORES = Annotated[Path | None, typer.Option(help="CSV with a column pair (or model) and one of scores")]
+COLUMN = Annotated[str, typer.Option(help="which column of --scores, where it has several")]
 
 
-def flags(verb: Callable[..., Any]) -> Callable[..., Any]:
-    """The verb with a flag for each field of the options classes among its parameters."""
+def flags(verb: Callable[..., Any], **lists: Callable[[], None]) -> Callable[..., Any]:
+    """A verb with a flag for each field of the options classes among its parameters.
+
+    Args:
+        verb: its parameters are typer's, or have a class of options as their type.
+        **lists: name of a field → what ``--FIELD help`` prints before it ends.
+    """
     hints = get_type_hints(verb, include_extras=True)
     parameters: list[inspect.Parameter] = []
     taken: dict[str, type[Options]] = {}
@@ -31,54 +39,69 @@ def flags(verb: Callable[..., Any]) -> Callable[..., Any]:
         kind = hints[parameter.name]
         if isinstance(kind, type) and issubclass(kind, Options):
             taken[parameter.name] = kind
-            parameters += [_flag(kind, name, rule, hint) for name, (rule, hint) in rules(kind).items() if rule.help]
+            names = [name for name, (rule, _) in rules(kind).items() if rule.panel != PYTHON]
+            parameters += [_flag(kind, name, lists.get(name)) for name in names]
         else:
             parameters.append(parameter.replace(annotation=kind))
-    # Arguments first, then flags that must be given: Python wants those without a default in front.
+    # Python wants what must be given in front of what has a default.
     parameters.sort(key=lambda parameter: parameter.default is not inspect.Parameter.empty)
+    parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
 
     @wraps(verb)
     def run(**given: Any) -> Any:
-        for parameter, kind in taken.items():
-            values = {name: _value(kind, name, given.pop(name)) for name in rules(kind) if name in given}
-            given[parameter] = kind(**values)
-        return verb(**given)
+        options = {
+            parameter: kind(**{name: _value(kind, name, given.pop(name)) for name in rules(kind) if name in given})
+            for parameter, kind in taken.items()
+        }
+        return verb(**given, **options)
 
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
 
 
-def _flag(kind: type[Options], name: str, rule: Rule, hint: Any) -> inspect.Parameter:
+def _spelling(kind: type[Options], name: str) -> str:
+    return rules(kind)[name][0].flag or "--" + name.replace("_", "-")
+
+
+def _flag(kind: type[Options], name: str, print_list: Callable[[], None] | None) -> inspect.Parameter:
     """The flag of one field, as typer reads parameters."""
-    value = default(kind, name)
-    plain = without_none(hint)
+    rule, hint = rules(kind)[name]
+    value, spelling, plain = default(kind, name), _spelling(kind, name), without_none(hint)
     if parser(rule, hint):
-        plain, value = str, _spelled(value)
-    spelling = rule.flag or "--" + name.replace("_", "-")
-    declared = f"{spelling}/--no-{spelling[2:]}" if plain is bool and value else spelling
+        plain = str
+        value = ",".join(map(str, value)) if isinstance(value, tuple) else value
+        value = str(value) if isinstance(value, int) else value
     said = typer.Option(
-        declared,
-        help=rule.help,
+        f"{spelling}/--no-{spelling[2:]}" if plain is bool and value else spelling,
+        help=rule.help + ("; `help` lists them" if print_list else ""),
         rich_help_panel=rule.panel or None,
         metavar=rule.metavar or None,
-        show_default=value not in ("", None, False, inspect.Parameter.empty),
+        show_default=value not in ("", None, False),
+        is_eager=print_list is not None,
+        callback=listing(print_list) if print_list else None,
     )
     annotation = Annotated[plain | None if value is None else plain, said]  # type: ignore[valid-type]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value, annotation=annotation)
 
 
+def listing(print_list: Callable[[], None]) -> Callable[[str], str]:
+    """``--FLAG help`` prints a list and ends, whatever else is there."""
+
+    def answer(value: str) -> str:
+        if value == "help":
+            print_list()
+            raise typer.Exit
+        return value
+
+    return answer
+
+
 def _value(kind: type[Options], name: str, given: Any) -> Any:
     """What a flag's text means."""
-    rule, hint = rules(kind)[name]
-    parse = parser(rule, hint)
+    parse = parser(*rules(kind)[name])
     if parse is None or given is None:
         return given
     if given == "" and default(kind, name) is None:
         return None
-    return parse(given, rule.flag or "--" + name.replace("_", "-"))
-
-
-def _spelled(value: Any) -> Any:
-    """A default as the text that means it."""
-    return ",".join(map(str, value)) if isinstance(value, tuple) else value
+    return parse(given, _spelling(kind, name))

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from json import dumps
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich import box
-from rich.table import Table
 
-from specbasis.cli.common import STDERR, STDOUT, line, words
-from specbasis.core.errors import InputError
-from specbasis.figures.tables import number
+from specbasis.cli.common import document, line
+from specbasis.cli.flags import COLUMN, JSON, SCORES
+from specbasis.core.grammar import intervals, words
 
 RESULTS = Annotated[
     list[str],
@@ -29,22 +27,25 @@ def modalities(results: list[str]) -> tuple[list[str], dict[str, str]]:
 def population(
     results: RESULTS,
     out: Annotated[Path | None, typer.Option("--out", help="folder for the tables as CSV and JSON")] = None,
-    scores: Annotated[Path | None, typer.Option(help="CSV with a column pair (or model) and one of scores")] = None,
-    column: Annotated[str, typer.Option(help="which column of --scores, where it has several")] = "",
-    ranks: Annotated[str, typer.Option(help="ranges of ranks, from 1")] = "1-10,11-30,31-100,101-200",
+    scores: SCORES = None,
+    column: COLUMN = "",
+    ranks: Annotated[str, typer.Option(help="ranges of ranks, e.g. 0:10,10:30")] = "0:10,10:30,30:100,100:200",
     roles: Annotated[str, typer.Option(help="correlate only matrices with these roles, e.g. ffn")] = "",
-    json: Annotated[bool, typer.Option("--json", help="print one JSON document, nothing else")] = False,
+    json: JSON = False,
 ) -> None:
     """Summarise many comparisons, and correlate alignment, by depth and rank, with scores."""
-    from dataclasses import asdict
-
+    from specbasis.architecture.selection import check_roles
+    from specbasis.cli.tables import print_population
     from specbasis.comparison.findings import as_json
     from specbasis.comparison.population import population as run
     from specbasis.comparison.population import read_scores
 
+    check_roles(words(roles))
     found, name = read_scores(scores, column) if scores else (None, "score")
     paths, modality = modalities(results)
-    whole = run(paths, scores=found, score=name, modality=modality, ranks=_ranges(ranks), roles=words(roles))
+    # Population counts ranks from 1 and includes both ends, as its tables do.
+    ends = [(first + 1, stop) for first, stop in intervals(ranks, "--ranks", origin=1)]
+    whole = run(paths, scores=found, score=name, modality=modality, ranks=ends, roles=words(roles))
     if out:
         whole.write(out)
     if json:
@@ -55,32 +56,9 @@ def population(
             "power": whole.power,
             "unscored": whole.unscored,
         }
-        print(dumps(as_json(content), indent=1, ensure_ascii=False))  # noqa: T201 - as it is, for other programs
+        document(as_json(content))
         return
-    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
-    for heading in ("pair", "verdict", "top-10 L", "R", "chance", "‖Δ‖/‖W‖", "findings"):
-        table.add_column(heading, justify="left" if heading in ("pair", "verdict", "findings") else "right")
-    for m in whole.models:
-        figures = (number(m[key], ".3f") for key in ("top10_left", "top10_right", "chance_left"))
-        table.add_row(m["pair"], m["verdict"], *figures, number(m["relative_update"], ".2g"), m["findings"])
-    STDOUT.print(table)
-    if whole.correlations:
-        for c in whole.correlations:
-            place = " ".join(filter(None, (c.modality, c.depth, c.ranks)))
-            line(
-                f"{c.method} {place}: r {number(c.r, '.2f')} [{number(c.low, '.2f')}, {number(c.high, '.2f')}], "
-                f"p {number(c.p, '.3g')}, BH {number(c.q_bh, '.3g')}, BY {number(c.q_by, '.3g')} "
-                f"({c.models} models, {c.clusters} {c.unit}s, {c.family} tests)"
-            )
-        for entry in whole.power:
-            line(
-                f"power{' in ' + entry['modality'] if entry['modality'] else ''}: "
-                f"{entry['clusters']} {entry['unit']}s show "
-                f"|r| ≥ {number(entry['alone'], '.2f')} 4 times in 5 in one test, "
-                f"≥ {number(entry['family'], '.2f')} among {entry['tests']} tests"
-            )
-    if whole.unscored:
-        line(f"without a score: {', '.join(whole.unscored)}", console=STDERR)
+    print_population(whole)
     if out:
         line(f"tables: {out}")
 
@@ -90,15 +68,16 @@ def lineage(
         list[str], typer.Argument(metavar="MODELS...", help="checkpoints, or one folder that holds several")
     ],
     align: Annotated[bool, typer.Option(help="take the alignment of leading vectors too")] = True,
-    json: Annotated[bool, typer.Option("--json", help="print one JSON document, nothing else")] = False,
+    json: JSON = False,
 ) -> None:
     """Draw which checkpoint was trained from which, as far as their weights alone can tell."""
+    from specbasis.figures.tables import number
     from specbasis.lineage.tree import lineage as run
     from specbasis.lineage.tree import members_of
 
     found = run(members_of(Path(models[0])) if len(models) == 1 else models, align=align)
     if json:
-        print(dumps(found.summary(), indent=1, ensure_ascii=False))  # noqa: T201 - as it is, for other programs
+        document(found.summary())
         return
     line(found.as_text())
     for tree in found.trees:
@@ -112,14 +91,3 @@ def lineage(
             f"{nearest.cosine:.3f}, top-10 alignment {number(nearest.alignment, '.3f')} "
             f"(chance {number(nearest.chance, '.3f')})"
         )
-
-
-def _ranges(text: str) -> list[tuple[int, int]]:
-    """Ranges of ranks: "1-10,11-30"."""
-    ranges = []
-    for word in words(text):
-        low, dash, high = word.partition("-")
-        if not (low.isdigit() and (high.isdigit() or not dash)) or int(low) < 1 or int(high or low) < int(low):
-            raise InputError(f"--ranks got {word!r}; want ascending ranges from 1, such as 1-10,11-30")
-        ranges.append((int(low), int(high or low)))
-    return ranges

@@ -1,7 +1,385 @@
-"""`reproduce`: the experiments of the paper, one verb each."""
+"""The paper's experiments: `reproduce`, one verb a figure or table, `pretrain`, and `zoo`.
+
+Nothing else imports the room of the paper. The verbs of `reproduce` are made when the first of them is asked for.
+"""
 
 from __future__ import annotations
 
-import typer
+from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-reproduce_app = typer.Typer(help="The paper's experiments, figures and tables.", no_args_is_help=True)
+import typer
+from rich.table import Table
+from typer.core import TyperGroup
+
+from specbasis.cli.common import STDERR, STDOUT, exit_on_failures, line, progress, progress_by_run
+from specbasis.cli.compare import write_page
+from specbasis.cli.flags import COLUMN, NO_RUN, OUT, REPORT, SCORES, STREAM, flags
+from specbasis.cli.population import modalities
+from specbasis.core.errors import InputError
+from specbasis.core.grammar import words
+from specbasis.paper.options import (
+    FormationOptions,
+    GlueOptions,
+    PanelOptions,
+    PretrainOptions,
+    TableOptions,
+    Training,
+)
+
+if TYPE_CHECKING:
+    from specbasis.finetuning.grid import Setting
+    from specbasis.paper.formation_claims import Claim
+    from specbasis.paper.formation_grid import Formation
+
+GRIDS = {
+    "table1": "Tab. 1: every method on every task over seeds, as a grid that resumes; missing runs stay empty.",
+    "controls": "The spectral adapter in other bases (random, from scratch, shuffled, other ranks).",
+}
+PANELS = {
+    "fig5a": "Fig. 5A: the spectral adapter's rank budget, [0, m) for m = 50 … 700 or the model's limit.",
+    "fig5b": "Fig. 5B: the spectral adapter's place among the blocks, two at a time.",
+    "fig5c": "Fig. 5C: a block of 200 ranks, from the first to the last.",
+}
+INTERVENTIONS = {
+    "fig2d": "Fig. 2D: pretrained singular vectors in finetuned models, against random vectors and zero.",
+    "fig2e": "Fig. 2E: change of the metric by singular vectors of other tasks.",
+    "fig12": "Fig. 12: pretrained to finetuned, feed-forward layers (the grid's first group).",
+    "fig13": "Fig. 13: singular vectors of other tasks, feed-forward layers (the first group).",
+    "fig14": "Fig. 14: pretrained to finetuned, attention (the second group).",
+    "fig15": "Fig. 15: singular vectors of other tasks, attention (the second group).",
+    "fig17": "Fig. 17: masking from the leading ranks down, and from the trailing ranks up.",
+    "sharing": "Sharing across tasks as a number: table and figure of every swap, with overlap of subspaces.",
+}
+FORMATION = {
+    "fig4": "Between checkpoints of pretraining; larger sets against smaller, after a new task and on new data.",
+    "fig9": "True against random labels, from pretrained and from random weights.",
+    "fig21": "Every size of pretraining set, with equal steps and with equal epochs.",
+    "scratch": "The same training from random weights; two seeds compared; all cells of the other figures.",
+}
+
+
+class _Verbs(TyperGroup):
+    """The verbs of `reproduce`, which come with the room of the paper."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(self._filled())
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        return self._filled().get(cmd_name)
+
+    def _filled(self) -> MutableMapping[str, Any]:
+        if not self.commands:
+            from specbasis.paper.figures import RECIPES
+
+            app = typer.Typer()
+            for recipe in RECIPES:
+                about = f"{recipe.source}: {recipe.title}, from the rows of comparisons."
+                app.command(recipe.name, help=about)(_of(_from_rows, recipe.name))
+            for table, verb in (
+                (INTERVENTIONS, _from_grid),
+                (GRIDS, _table),
+                (PANELS, _panel),
+                (FORMATION, _formation),
+            ):
+                for name, about in table.items():
+                    app.command(name, help=about)(_of(verb, name))
+            group: Any = typer.main.get_group(app)
+            self.commands.update(group.commands)
+        return self.commands
+
+
+reproduce_app = typer.Typer(cls=_Verbs, help="The paper's experiments, figures and tables.", no_args_is_help=True)
+zoo_app = typer.Typer(help="The pairs of models that the paper compares; without a verb it lists them.")
+
+
+def _of(verb: Callable[..., None], figure: str) -> Callable[..., None]:
+    """The verb of one figure: those of a family differ in its name alone."""
+    with_flags = flags(verb)
+    signature = with_flags.__signature__  # type: ignore[attr-defined]
+
+    def run(**given: Any) -> None:
+        with_flags(figure=figure, **given)
+
+    parameters = [parameter for name, parameter in signature.parameters.items() if name != "figure"]
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+def _written(paths: Sequence[Path]) -> None:
+    for path in paths:
+        line(f"written: {path}")
+
+
+# --- from rows ----------------------------------------------------------------------------------------------------
+
+
+def _from_rows(
+    figure: str,
+    results: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RESULTS...",
+            help="folders that compare wrote, or finetunes to compare with --base first; MODALITY=…",
+        ),
+    ],
+    out: OUT,
+    base: Annotated[str, typer.Option(help="compare this pretrained checkpoint with RESULTS first")] = "",
+    scores: SCORES = None,
+    column: COLUMN = "",
+) -> None:
+    from specbasis.comparison.compare import compare
+    from specbasis.comparison.population import read_scores
+    from specbasis.paper.figures import reproduce
+
+    paths, modality = modalities(results)
+    sources: Sequence[Any] = paths
+    if base:
+        with progress() as tell:
+            comparison = compare(base, paths, out / "comparison", nulls=True, progress=tell)
+        names = dict(zip(comparison.manifest["pairs"], paths, strict=True))
+        modality = {label: modality[path] for label, path in names.items() if path in modality}
+        sources = [comparison]
+    known = read_scores(scores, column)[0] if scores else None
+    drawn = reproduce(figure, sources, out, modality=modality, scores=known)
+    for note in drawn.notes:
+        line(f"note: {note}", console=STDERR)
+    for file in drawn.files:
+        line(str(file))
+
+
+def _from_grid(
+    figure: str,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="a folder that intervene wrote")],
+    only: Annotated[str, typer.Option(help="only these models, e.g. sst2,cola")] = "",
+    out: Annotated[Path | None, typer.Option("--out", help="folder to write; default: DIR/figures")] = None,
+) -> None:
+    from specbasis.figures.interventions_report import write_figures
+
+    _written(write_figures(folder, (figure,), only=words(only), out=out))
+
+
+# --- finetuning ---------------------------------------------------------------------------------------------------
+
+
+def _setting(out: Path, options: GlueOptions, keep: Sequence[str] = ()) -> Setting:
+    from specbasis.finetuning.grid import SCRATCH, Setting
+
+    return Setting(
+        options.base,
+        None if options.data_dir is None else str(options.data_dir),
+        {"group_by_length": True} if options.group_by_length else {},
+        None if options.cache_prefix is None else str(options.cache_prefix),
+        models=str(out.with_name(f"{out.name}-models")),
+        keep=(SCRATCH, *keep),
+        first_seed=options.seeds[0],
+    )
+
+
+def _table(figure: str, out: OUT, options: TableOptions, no_run: NO_RUN = False) -> None:
+    from specbasis.finetuning.grid import Search, kept_model, stored
+    from specbasis.finetuning.tasks import GLUE, task_named
+    from specbasis.jobs.experiments import read_experiments
+    from specbasis.paper import table1, table1_page
+
+    def by_task(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, number in pairs:
+            found |= {task_named(name).name: number} if name else dict.fromkeys(GLUE, number)
+        return found
+
+    task = task_named(options.search_task).name if options.search_task else None
+    experiment = table1.comparison(
+        figure,
+        tasks=options.tasks,
+        methods=options.methods,
+        seeds=options.seeds,
+        epochs=by_task(options.epochs),
+        examples=by_task(options.examples),
+        search=Search(options.search, task) if options.search else None,
+    )
+    setting = _setting(out, options, options.keep)
+    kept = _kept(options.keep, experiment.methods)
+    if no_run:
+        searched = stored(experiment.search_cells(read_experiments(out)), out)
+        factors = experiment.factors(searched)
+        rows = [*searched, *stored(experiment.cells(factors), out)]
+    else:
+        with progress_by_run() as tell:
+            rows, factors = table1.run(experiment, setting, out, tell)
+    paths = table1_page.write(experiment, rows, factors, setting.base_name, out)
+    line(paths[0].read_text(encoding="utf-8"))
+    _written(paths)
+    for method, name in [(method, name) for method in kept for name in experiment.tasks]:
+        folder = kept_model(setting, method, name)
+        missing = f"not kept: {method} on {name}, whose row is older than --keep, or missing"
+        line(f"kept: {folder}" if (folder / "method.json").is_file() else missing)
+    exit_on_failures(rows)
+
+
+def _kept(asked: Sequence[str], methods: Sequence[str]) -> list[str]:
+    """The methods of a grid, at each of their ranks, whose models are asked for."""
+    absent = [name for name in asked if name not in {method.partition("@")[0] for method in methods}]
+    if absent:
+        raise InputError(f"--keep got {absent[0]!r}; want some of this grid's methods: {', '.join(methods)}")
+    return [method for method in methods if method.partition("@")[0] in asked]
+
+
+def _panel(figure: str, out: OUT, options: PanelOptions, no_run: NO_RUN = False) -> None:
+    from specbasis.finetuning.base import shape_of
+    from specbasis.finetuning.grid import stored
+    from specbasis.finetuning.options import require_libraries
+    from specbasis.paper import fig5
+
+    require_libraries()
+    ranks, blocks = shape_of(options.base)
+    panel = fig5.panel(
+        figure,
+        ranks=ranks,
+        blocks=blocks,
+        task=options.task,
+        seeds=options.seeds,
+        epochs=options.epochs,
+        learning_rate=options.learning_rate,
+        examples=options.examples,
+    )
+    setting = _setting(out, options)
+    if no_run:
+        rows = stored(panel.cells(), out)
+    else:
+        with progress_by_run() as tell:
+            rows = fig5.run(panel, setting, out, tell)
+    paths = fig5.write(panel, rows, setting.base_name, out)
+    line(paths[0].read_text(encoding="utf-8"))
+    _written(paths)
+    exit_on_failures(rows)
+
+
+# --- how a basis forms --------------------------------------------------------------------------------------------
+
+
+def pretrain(out: OUT, options: PretrainOptions) -> None:
+    """Train the paper's masked autoencoder, or a classifier on its encoder; the same command continues it."""
+    from specbasis.paper.images import open_images
+    from specbasis.paper.training import train
+
+    opened = open_images(options.data)
+    for note in opened.train.notes + opened.test.notes:
+        line(f"passed over: {note}", console=STDERR)
+    images = opened.train.sample(len(opened.train) if options.images is None else options.images, options.seed)
+    if options.shuffle_labels:
+        images = images.shuffled_labels(options.seed)
+    with progress() as tell:
+        run = train(
+            images,
+            opened.test.last(options.validation),
+            out,
+            training=options.part(Training),
+            start=options.start,
+            classes=opened.train.classes or None,
+            device=options.device,
+            progress=tell,
+        )
+    last = run.log[-1]
+    accuracy = f", accuracy {last['accuracy']:.3f}" if "accuracy" in last else ""
+    losses = f"loss {last['loss']:.4f}, validation {last['validation']:.4f}{accuracy}"
+    line(f"{last['step']} steps on {len(images)} images: {losses}")
+    line(f"best checkpoint: {run.best}")
+    line(f"follow the run:  specbasis track {out} --out {out}-track")
+
+
+def _formation(figure: str, out: OUT, options: FormationOptions, no_run: NO_RUN = False) -> None:
+    from specbasis.core.extras import require
+    from specbasis.jobs.experiments import read_experiments
+    from specbasis.paper.formation import cells_of, write_outcome
+    from specbasis.paper.formation_grid import run_formation
+
+    require("matplotlib", extra="report", purpose="figures need")
+    plan = _plan(options)
+    if not no_run:
+        with progress() as tell:
+            rows = run_formation(plan, out, cells=cells_of(figure, plan), progress=tell)
+        for row in rows:
+            if row.error is not None:
+                line(f"failed: {' '.join(map(str, row.experiment.values()))}: {row.error}", style="yellow")
+    paths, claims = write_outcome(figure, read_experiments(out), out)
+    STDOUT.print(_claims(claims))
+    _written(paths)
+
+
+def _plan(options: FormationOptions) -> Formation:
+    from specbasis.paper.formation import SMALL, paper
+
+    small = options.size == "small"
+    plan = (
+        replace(SMALL, data=options.data, second=options.second) if small else paper(options.data, options.second)
+    )
+    sizes = tuple((images, options.steps or 0) for images in options.images)
+    return replace(
+        plan,
+        seeds=options.seeds,
+        passes=(sizes,) if sizes else plan.passes,
+        validation=options.validation or plan.validation,
+        same_task_images=options.post_images or plan.same_task_images,
+        new_task_images=options.post_images or plan.new_task_images,
+    )
+
+
+def _claims(claims: Sequence[Claim]) -> Table:
+    table = Table(title="effects, with 95 % intervals over seeds")
+    for column in ("claim", "setting", "matrices", "effect", "interval", "seeds", "verdict"):
+        table.add_column(column, justify="right" if column in ("effect", "seeds") else "left", overflow="fold")
+    for claim in claims:
+        ends = "–" if claim.low != claim.low else f"{claim.low:+.3f} … {claim.high:+.3f}"
+        name, effect = f"{claim.claim}: {claim.measure}", f"{claim.effect:+.3f}"
+        table.add_row(name, claim.setting, claim.group, effect, ends, str(claim.seeds), claim.verdict)
+    return table
+
+
+# --- zoo ----------------------------------------------------------------------------------------------------------
+
+
+@zoo_app.callback(invoke_without_command=True)
+def zoo_list(context: typer.Context) -> None:
+    """List the pairs that the paper compares, with the accuracy that it prints; `zoo run` compares them."""
+    from specbasis.paper.zoo import zoo
+
+    if context.invoked_subcommand:
+        return
+    known = zoo()
+    for pair in known.pairs:
+        accuracy = "" if pair.accuracy is None else f", {pair.accuracy:g} %"
+        sides = f"{pair.base} -> {pair.tuned}" if pair.obtainable else "nothing published"
+        line(f"{pair.name} ({pair.table}, {pair.modality}, {pair.task}{accuracy}): {sides}")
+        for note in pair.notes:
+            line(f"  note: {note}")
+    for note in known.notes:
+        line(f"note: {note}")
+
+
+@zoo_app.command("run")
+def zoo_run(
+    out: OUT,
+    only: Annotated[str, typer.Option(help="names, tables or modalities, e.g. '*bert*,EEG'")] = "",
+    ranks: Annotated[int, typer.Option(help="leading ranks whose singular vectors are compared")] = 200,
+    stream: STREAM = False,
+    report: REPORT = True,
+) -> None:
+    """Compare the paper's pairs, each into its own folder; what cannot be had is reported and passed over."""
+    from specbasis.cli.tables import print_comparison
+    from specbasis.paper.zoo import run_zoo
+
+    missing = 0
+    with progress() as tell:
+        for _, outcome in run_zoo(out, words(only), ranks=ranks, stream=stream, progress=tell):
+            if isinstance(outcome, InputError):
+                missing += 1
+                line(f"error: {outcome}", console=STDERR, style="red")
+                continue
+            print_comparison(outcome)
+            if report:
+                write_page(outcome)
+    line(f"{missing} pairs could not be compared" if missing else "all pairs compared")

@@ -24,6 +24,9 @@ from specbasis.core.grammar import numbers, words
 SELECTION, ADVANCED = "Selection", "Advanced"
 """Panels of ``--help`` after the everyday ones, in this order."""
 
+PYTHON = "Python"
+"""The panel of what only a call from Python can say: it has no flag."""
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -63,7 +66,7 @@ class Options:
     def __post_init__(self) -> None:
         for name, (rule, kind) in rules(type(self)).items():
             value = getattr(self, name)
-            if get_origin(kind) is tuple and value is not None and not isinstance(value, tuple):
+            if get_origin(without_none(kind)) is tuple and value is not None and not isinstance(value, tuple):
                 if isinstance(value, str) or not isinstance(value, Sequence):
                     raise InputError(f"got {name} = {value!r}; want a list, such as [{value!r}]")
                 object.__setattr__(self, name, tuple(value))
@@ -164,8 +167,8 @@ def _check(name: str, value: Any, rule: Rule, kind: Any) -> None:
         noun = NOUNS.get(get_origin(wanted) or wanted, "another value")
         raise InputError(f"got {name} = {value!r}; want {noun}{least}")
     if rule.choices and value not in rule.choices:
-        near = guess(str(value), rule.choices)
-        raise InputError(f"got {name} {value!r}; {near}want one of {', '.join(rule.choices)}")
+        near = guess(str(value), rule.choices).rstrip()
+        raise InputError(f"got {name} = {value!r}; want one of {', '.join(rule.choices)} {near}".rstrip())
 
 
 def _fits(value: Any, kind: Any) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from specbasis.core.errors import InputError
-from specbasis.finetuning.protocol import Placement, Protocol
+from specbasis.finetuning.options import Placement, Protocol, require_libraries
 from specbasis.finetuning.sources import load_task
 from specbasis.finetuning.tasks import TaskData, subset
 from specbasis.jobs.experiments import Row, read_experiments, run_experiments
@@ -158,6 +158,7 @@ def run_grid(
     cells: Iterable[Cell], setting: Setting, out: str | Path, progress: Callable[[Progress], None] | None = None
 ) -> list[Row]:
     """Run the cells that have no row yet; see `jobs.experiments.run_experiments`."""
+    require_libraries()
     run = functools.partial(run_cell, setting=setting)
     return run_experiments([cell.row() for cell in cells], run, out, config=setting.config(), progress=progress)
 

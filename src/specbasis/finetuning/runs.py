@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 from specbasis.checkpoint.atomic import whole, write_whole, writing
 from specbasis.comparison.findings import as_json
 from specbasis.core.errors import InputError
+from specbasis.core.options import takes
 from specbasis.finetuning.metrics import Predictions
-from specbasis.finetuning.protocol import Placement, Protocol
+from specbasis.finetuning.options import FinetuneOptions, Placement, Protocol, require_libraries
 from specbasis.finetuning.sources import load_task
 from specbasis.finetuning.tasks import Task, TaskData, selection_size, subset
 from specbasis.jobs.folder import Kind, environment, opened, refuse_another, write_json
@@ -55,31 +56,15 @@ class Finetuned:
         return float(self.metrics["score"])
 
 
+@takes(FinetuneOptions)
 def finetune(
     base: str | Path,
     task: str | Path | TaskData,
     method: str = "spectral",
     *,
     out: str | Path,
-    seed: int = 42,
-    data_dir: str | Path | None = None,
-    dev: str | Path | None = None,
-    text: Sequence[str] = (),
-    label: str = "",
-    regression: bool = False,
-    examples: int | None = None,
-    rank: int | None = None,
-    interval: tuple[int, int] | None = None,
-    blocks: Sequence[int] | None = None,
-    roles: Sequence[str] | None = None,
-    target_modules: Sequence[str] | None = None,
-    checkpoint: str | None = None,
-    options: Mapping[str, Any] | None = None,
-    cache_prefix: str | Path | None = None,
-    held_back: str | Path | Sequence[str] | None = None,
-    report_to: str = "none",
     callbacks: Sequence[TrainerCallback] = (),
-    **protocol: Any,
+    **keywords: Any,
 ) -> Finetuned:
     """Finetune a base on a task by a method, and write adapter, metrics, predictions, manifest and model card.
 
@@ -90,27 +75,8 @@ def finetune(
         task: name of a GLUE task, the path of a table or of a folder of images, or examples that are read already.
         method: name in `methods.METHODS`.
         out: folder of the run.
-        seed: of the head, the method's random parts, the order of the examples, and dropout.
-        data_dir: GLUE in its official layout; from the Hub when None.
-        dev: dev set of a user's own task; see `tasks.load_task`, as for the next three.
-        text: columns of the one or two texts.
-        label: column of the label.
-        regression: the label is a number.
-        examples: train on a fixed part of train, of this size.
-        rank: the method's size; see `methods.attach`, as for the next six.
-        interval: ranks [k, m) of the spectral methods.
-        blocks: that are adapted.
-        roles: of the matrices that are adapted.
-        target_modules: names of the modules that are adapted.
-        checkpoint: model whose singular vectors are the basis.
-        options: settings of the method.
-        cache_prefix: folder in which the activations below the first trained module are kept, computed once.
-        held_back: texts, or a file with one a line, for the loss before and after (`forgetting`); by default the
-            premises of RTE's dev set where GLUE is at hand, else the texts of the task's own dev set.
-        report_to: "tensorboard", "wandb", "trackio", … as transformers has it; several with commas. TensorBoard's
-            files are in ``OUT/runs`` when the run is finished.
         callbacks: of transformers' Trainer, beside the method's own.
-        protocol: fields of `Protocol`.
+        **keywords: the fields of `FinetuneOptions`, below.
 
     Raises:
         InputError: an argument does not fit, the data are damaged, the folder holds another run, the disk is full.
@@ -119,29 +85,23 @@ def finetune(
     from specbasis.finetuning.methods import method_named
     from specbasis.finetuning.train import Run, is_main_process, train
 
-    _check_numbers(seed, examples)
-    _check_report(report_to)
-    known = {field.name for field in dataclasses.fields(Protocol)}
-    if set(protocol) - known:
-        raise InputError(
-            f"got {sorted(set(protocol) - known)[0]!r}; want fields of Protocol: {', '.join(sorted(known))}"
-        )
+    options = FinetuneOptions.of(None, keywords)
+    require_libraries()
+    _check_report(options.report_to)
     chosen = method_named(method)
-    how = Protocol(**protocol)
-    where = Placement(
-        rank,
-        interval,
-        None if blocks is None else tuple(blocks),
-        None if roles is None else tuple(roles),
-        None if target_modules is None else tuple(target_modules),
-        checkpoint,
-        dict(options or {}),
-    )
+    how, where = options.part(Protocol), options.part(Placement)
     if isinstance(task, TaskData):
         data = task
     else:
-        data = load_task(task, data_dir=data_dir, dev=dev, text=text, label=label, regression=regression)
-    how, data = resolved(how, chosen.name, data, examples)
+        data = load_task(
+            task,
+            data_dir=options.data_dir,
+            dev=options.dev,
+            text=options.text,
+            label=options.label,
+            regression=options.regression,
+        )
+    how, data = resolved(how, chosen.name, data, options.examples)
     config = {
         "base": str(base),
         "base_sha256": base_sha256(base),
@@ -149,10 +109,10 @@ def finetune(
         "head": {name: getattr(data.task, name) for name in ("name", "title", "metrics", "labels", "images")},
         "data": data.digest,
         "method": chosen.name,
-        "seed": seed,
+        "seed": options.seed,
         "protocol": dataclasses.asdict(how),
         "placement": dataclasses.asdict(where),
-        "cache_prefix": cache_prefix is not None,
+        "cache_prefix": options.cache_prefix is not None,
     }
     folder = Path(out)
     from accelerate import PartialState
@@ -162,8 +122,19 @@ def finetune(
             finished = _begin(folder, config, alone, is_main_process())
         if finished is not None:
             return finished
-        texts = held_back_texts(held_back, data, data_dir)
-        run = Run(base, data, chosen.name, seed, how, where, cache_prefix, texts, report_to, callbacks)
+        texts = held_back_texts(options.held_back, data, options.data_dir)
+        run = Run(
+            base,
+            data,
+            chosen.name,
+            options.seed,
+            how,
+            where,
+            options.cache_prefix,
+            texts,
+            options.report_to,
+            callbacks,
+        )
         metrics = train(run, folder)
         predictions = metrics.pop("predictions")
         metrics = as_json(metrics)
@@ -171,13 +142,6 @@ def finetune(
             _write_predictions(folder / PREDICTIONS, predictions, data.task)
             _finish(folder, config, metrics, data)
     return Finetuned(folder, metrics)
-
-
-def _check_numbers(seed: int, examples: int | None) -> None:
-    if not 0 <= seed < 2**32:
-        raise InputError(f"got seed = {seed}; want a number in 0 … 2³² − 1")
-    if examples is not None and examples < 1:
-        raise InputError(f"got examples = {examples}; want at least 1, or none given for all of train")
 
 
 def _check_report(report_to: str) -> None:

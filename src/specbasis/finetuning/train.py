@@ -27,9 +27,9 @@ from specbasis.finetuning.costs import Stopwatch, peak_memory, weights_bytes
 from specbasis.finetuning.forgetting import Pretraining, pretraining_loss
 from specbasis.finetuning.methods import Attached, attach
 from specbasis.finetuning.metrics import Predictions
+from specbasis.finetuning.options import Placement, Protocol
 from specbasis.finetuning.prefix import NoPrefixError, PrefixCache, Uncut, find_cut, narrowed
 from specbasis.finetuning.prefix.rows import Collator
-from specbasis.finetuning.protocol import Placement, Protocol
 from specbasis.finetuning.tasks import Split, Task, TaskData
 
 CHECKPOINTS, TRAINED = "checkpoints", "trained.safetensors"

@@ -1,9 +1,14 @@
 """Interventions: swap, replace, randomise and mask singular vectors of a model, and see what its task says."""
 
-from specbasis.interventions.evaluators import Classification, Harness, Numbering, Text, judge
-from specbasis.interventions.grid import Subject, intervene, read_grid
-from specbasis.interventions.live import edited, matrix_edits
-from specbasis.interventions.samples import Sample
+from typing import TYPE_CHECKING
+
+from specbasis.core.lazy import lazily
+
+if TYPE_CHECKING:
+    from specbasis.interventions.evaluators import Classification, Harness, Numbering, Text, judge
+    from specbasis.interventions.grid import Subject, intervene, read_grid
+    from specbasis.interventions.live import edited, matrix_edits
+    from specbasis.interventions.samples import Sample
 
 __all__ = [
     "Classification",
@@ -18,3 +23,13 @@ __all__ = [
     "matrix_edits",
     "read_grid",
 ]
+
+__getattr__ = lazily(
+    __name__,
+    {
+        **dict.fromkeys(("Classification", "Harness", "Numbering", "Text", "judge"), "evaluators"),
+        **dict.fromkeys(("Subject", "intervene", "read_grid"), "grid"),
+        **dict.fromkeys(("edited", "matrix_edits"), "live"),
+        "Sample": "samples",
+    },
+)

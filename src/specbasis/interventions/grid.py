@@ -16,13 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from specbasis.architecture.key import Admits, MatrixRef
+from specbasis.architecture.selection import Selection
 from specbasis.checkpoint import Checkpoint, open_checkpoint, weights_sha256
 from specbasis.core.edits import KINDS, Edit
 from specbasis.core.errors import InputError
-from specbasis.core.grammar import parse_bytes
+from specbasis.core.grammar import numbers, parse_bytes
+from specbasis.core.options import takes
 from specbasis.core.svd import ALGORITHM, SVD
 from specbasis.interventions.evaluators import describe
-from specbasis.interventions.live import blocks_and_roles, bound, edited, sites, state
+from specbasis.interventions.live import bound, edited, sites, state
+from specbasis.interventions.options import GridOptions
 from specbasis.interventions.samples import Evaluator, Sample, as_samples, summarise
 from specbasis.jobs.cache import Cache, mapped
 from specbasis.jobs.cost import cache_folder
@@ -37,8 +40,6 @@ CONTROLS = ("random", "zero")
 
 BASE = "base"
 """The source that stands for the pretrained model."""
-
-RANKS: tuple[int | str, ...] = (1, 5, 10, 30, 100, 200, "all")
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,24 +68,15 @@ class Subject:
         return load(self.source).eval()
 
 
+@takes(GridOptions)
 def intervene(
     base: str,
     subjects: Mapping[str, Subject],
     out: str | Path,
+    options: GridOptions | None = None,
     *,
-    kinds: Sequence[str] = ("swap", "random_complement"),
-    ranks: Sequence[int | str] = RANKS,
-    roles: Sequence[str] = ("ffn", "attention"),
-    blocks: Sequence[str] = ("",),
-    sources: Sequence[str] | None = None,
-    seeds: int = 3,
-    sides: str = "both",
-    groups: float = 0.0,
-    resamples: int = 1000,
-    cache: str | Path | None = None,
-    cache_size: str = "20GB",
-    workers: int = 1,
     progress: Callable[[Progress], None] | None = None,
+    **keywords: Any,
 ) -> list[Row]:
     """Judge finetuned models while parts of their singular vectors are replaced, one edit after the other.
 
@@ -101,20 +93,9 @@ def intervene(
         base: the pretrained checkpoint.
         subjects: label → finetuned model and its evaluator. Of one base, they are also sources for each other.
         out: folder of the rows; the same grid continues it.
-        kinds: names in `specbasis.core.edits.KINDS`.
-        ranks: sets of ranks: n leading ones, "all", "k:m"; -n, the n trailing ones, for the kind zero alone.
-        roles: groups of matrices that are edited together; roles in a group are joined by +, as in
-            "attention+cross_attention".
-        blocks: groups of blocks, such as "" (all), "0-5", "10,11"; each with every group of roles.
-        sources: labels that vectors are taken from, ``base`` among them; all when None.
-        seeds: how many draws of each random kind.
-        sides: "both", "left" or "right".
-        groups: see `specbasis.core.edits.replace`.
-        resamples: of the intervals and tests.
-        cache: folder of decompositions; the user's cache folder when None.
-        cache_size: what the entries of the cache may take together.
-        workers: processes side by side, each with its own model.
+        options: all options as one value; or each as a keyword.
         progress: called as work goes on.
+        **keywords: the fields of `GridOptions`, below.
 
     Returns:
         The rows in the order of the grid; `specbasis.jobs.experiments.read_experiments` reads them again.
@@ -126,86 +107,61 @@ def intervene(
     """
     if not subjects:
         raise InputError("got no subject; want at least one finetuned model with its evaluator")
+    chosen = GridOptions.of(options, keywords)
     if BASE in subjects:
         raise InputError(f"{BASE!r} is the name of the pretrained model; give the subject another label")
     grid = Grid(
         base,
         dict(subjects),
-        str(cache or cache_folder() / "factors"),
-        parse_bytes(cache_size),
-        resamples,
+        str(chosen.cache or cache_folder() / "factors"),
+        parse_bytes(chosen.cache_size),
+        chosen.resamples,
     )
-    cells = grid_cells(
-        list(subjects),
-        kinds=kinds,
-        ranks=ranks,
-        roles=roles,
-        blocks=blocks,
-        sources=sources,
-        seeds=seeds,
-        sides=sides,
-        groups=groups,
-    )
+    cells = grid_cells(list(subjects), chosen)
     places = {(cell["roles"], cell["blocks"]) for cell in cells if cell["kind"] != BASELINE}
     grid.decompose_all([admitted(*place) for place in sorted(places)], progress or (lambda _: None))
     try:
         return run_experiments(
-            cells, partial(run_cell, grid), out, config=grid.config(), workers=workers, progress=progress
+            cells, partial(run_cell, grid), out, config=grid.config(), workers=chosen.workers, progress=progress
         )
     finally:
         _STAGES.clear()
 
 
-def grid_cells(
-    labels: Sequence[str],
-    *,
-    kinds: Sequence[str],
-    ranks: Sequence[int | str],
-    roles: Sequence[str],
-    blocks: Sequence[str] = ("",),
-    sources: Sequence[str] | None = None,
-    seeds: int = 3,
-    sides: str = "both",
-    groups: float = 0.0,
-) -> list[dict[str, Any]]:
+def grid_cells(labels: Sequence[str], options: GridOptions) -> list[dict[str, Any]]:
     """The cells of a grid, subject by subject, so that each model is loaded once.
 
     Raises:
         InputError: an unknown kind or source, or ranks that are none.
     """
     known = (BASE, *labels)
-    wrong = [source for source in sources or () if source not in known]
+    wrong = [source for source in options.sources or () if source not in known]
     if wrong:
         raise InputError(f"no source {wrong[0]!r}; there is: {', '.join(known)}")
     cells: list[dict[str, Any]] = []
     for label in labels:
         cells.append({"tuned": label, "kind": BASELINE})
-        others = [source for source in sources or known if source != label]
-        for group, part in ((group, part) for group in roles for part in blocks):
+        others = [source for source in options.sources or known if source != label]
+        for group, part in ((group, part) for group in options.roles for part in options.blocks):
             admitted(group, part)
-            for which in ranks:
-                for kind in dict.fromkeys((*kinds, *CONTROLS)):
-                    edit = Edit(kind, which, sides=sides, groups=groups)  # says what is wrong before any work
+            for which in options.ranks:
+                for kind in dict.fromkeys((*options.kinds, *CONTROLS)):
+                    # Says what is wrong before any work.
+                    edit = Edit(kind, which, sides=options.sides, groups=options.groups)
                     if str(which).startswith("-") and kind != "zero":
                         continue
                     for source in (others if kind != "noise" else [BASE]) if edit.needs_other else [""]:
-                        for seed in range(seeds) if edit.is_random else (0,):
+                        for seed in options.draws if edit.is_random else (0,):
                             cells.append(
                                 {"tuned": label, "kind": kind, "source": source, "roles": group, "blocks": part}
-                                | {"ranks": which, "sides": sides, "groups": groups, "seed": seed}
+                                | {"ranks": which, "sides": options.sides, "groups": options.groups, "seed": seed}
                             )
     return cells
 
 
 def admitted(roles: str, blocks: str) -> Admits | None:
     """The filter of a group of roles and a group of blocks, as cells write them."""
-    numbers: list[int] = []
-    for word in filter(None, blocks.split(",")):
-        first, _, last = word.partition("-")
-        if not (first.isdecimal() and (last or first).isdecimal() and int(first) <= int(last or first)):
-            raise InputError(f"got blocks {blocks!r}; want numbers and ascending ranges, such as 0,10-11")
-        numbers += range(int(first), int(last or first) + 1)
-    return blocks_and_roles([role for role in roles.split("+") if role], numbers)
+    return Selection(tuple(filter(None, roles.split("+"))), numbers(blocks)).filter
 
 
 @dataclass(frozen=True, eq=False)

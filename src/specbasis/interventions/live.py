@@ -236,13 +236,6 @@ class _Interrupts:
         self._former(number, frame)
 
 
-def blocks_and_roles(roles: Sequence[str], blocks: Sequence[int], name: str = "") -> Admits | None:
-    """The filter that `compare` has, by roles, blocks and name; None where everything is wanted."""
-    from specbasis.comparison.options import Options
-
-    return Options(roles=tuple(roles), blocks=tuple(blocks), name=name).filter
-
-
 def labelled(key: MatrixKey) -> str:
     """A matrix for a table: its stack, block and role."""
     block = "" if key.block is None else f" {key.block}"

@@ -14,9 +14,10 @@ from specbasis.finetuning.tasks import GLUE, task_named
 from specbasis.jobs.experiments import Row
 from specbasis.jobs.progress import Progress
 from specbasis.paper.differences import MEANING, Run, difference, percent, runs
+from specbasis.paper.options import PanelOptions
 
-LEARNING_RATE, EPOCHS, TASK = 1e-4, 3.0, "mnli"
-"""Of all three panels (Yu et al. 2026, App. M)."""
+DEFAULTS = PanelOptions()
+"""Task, epochs and learning rate of all three panels (Yu et al. 2026, App. M)."""
 WIDTH, STEP, MOST = 200, 50, 700
 
 
@@ -54,10 +55,10 @@ class Panel:
     name: str
     axis: str
     points: tuple[Point, ...]
-    task: str = TASK
+    task: str = DEFAULTS.task
     seeds: tuple[int, ...] = (42,)
-    epochs: float = EPOCHS
-    learning_rate: float = LEARNING_RATE
+    epochs: float = DEFAULTS.epochs
+    learning_rate: float = DEFAULTS.learning_rate
     examples: int | None = None
 
     def cell(self, point: Point, seed: int) -> Cell:
@@ -83,10 +84,10 @@ def panel(
     *,
     ranks: int,
     blocks: int,
-    task: str = TASK,
+    task: str = DEFAULTS.task,
     seeds: Sequence[int] = (42,),
-    epochs: float = EPOCHS,
-    learning_rate: float = LEARNING_RATE,
+    epochs: float = DEFAULTS.epochs,
+    learning_rate: float = DEFAULTS.learning_rate,
     examples: int | None = None,
 ) -> Panel:
     """A panel for a model of this many singular values in its feed-forward matrices, and this many blocks.

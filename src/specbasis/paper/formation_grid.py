@@ -25,7 +25,8 @@ from specbasis.jobs.experiments import Row, run_experiments
 from specbasis.jobs.progress import Progress
 from specbasis.paper.images import ImageData, Images, open_images
 from specbasis.paper.mae import MAE
-from specbasis.paper.training import NEW_TASK, PRETRAINING, SAME_TASK, Run, Training, train
+from specbasis.paper.options import Training
+from specbasis.paper.training import NEW_TASK, PRETRAINING, SAME_TASK, Run, train
 from specbasis.tracking.trajectory import Trajectory, follow
 
 POSTS = ("same_task", "second_data", "true_labels", "random_labels")

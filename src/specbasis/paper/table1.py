@@ -26,7 +26,6 @@ from specbasis.jobs.experiments import Row
 from specbasis.jobs.progress import Progress
 from specbasis.paper.differences import Difference, Run, difference, runs
 
-BASE = "microsoft/deberta-v3-base"
 OURS = "spectral"
 EPOCHS = {"sst2": 20, "mrpc": 12, "mnli": 5, "cola": 30, "qnli": 10, "qqp": 10, "rte": 20, "stsb": 10}
 """Epochs of each task, for every method (Yu et al. 2026, Tab. 5)."""

@@ -24,7 +24,7 @@ from torch import Tensor
 from specbasis.checkpoint import open_checkpoint, sha256
 from specbasis.checkpoint.atomic import whole, write_whole, writing
 from specbasis.core.errors import InputError
-from specbasis.jobs.folder import Kind, environment, opened, write_json
+from specbasis.jobs.folder import environment, opened, write_json
 from specbasis.jobs.progress import Progress
 from specbasis.paper.images import Images
 from specbasis.paper.mae import (
@@ -38,55 +38,7 @@ from specbasis.paper.mae import (
     new_mae,
     save_model,
 )
-
-RECONSTRUCT, CLASSIFY = "reconstruct", "classify"
-
-TRAINING = Kind("training", manifest="run.json", keys=("config", "state", "done"))
-
-
-@dataclass(frozen=True)
-class Training:
-    """How a model is trained; the defaults are the paper's pretraining.
-
-    Attributes:
-        task: "reconstruct" (hidden patches) or "classify".
-        epochs: passes over the images; ignored where ``steps`` is given.
-        steps: optimizer steps; `epochs` passes when None.
-        batch: images a step; the last batch of an epoch is smaller.
-        rate: learning rate at the start; it falls to 0 along half a cosine, step by step.
-        weight_decay: of AdamW.
-        clip: largest norm of the gradient.
-        checkpoints: how many are kept, evenly spaced, after that of step 0; at most one a step.
-        early: keep steps 1, 2, 4, … before the first of these too: weights move fastest at the start.
-        validations: how often the validation loss is taken, evenly spaced; the best model by it is kept.
-        seed: of weights, order of images, and masks.
-
-    Source: Yu et al. 2026, App. L.
-    """
-
-    task: str = RECONSTRUCT
-    epochs: int = 200
-    steps: int | None = None
-    batch: int = 64
-    rate: float = 1.5e-3
-    weight_decay: float = 1e-4
-    clip: float = 1.0
-    checkpoints: int = 50
-    early: bool = False
-    validations: int = 200
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.task not in (RECONSTRUCT, CLASSIFY):
-            raise InputError(f"got task {self.task!r}; want {RECONSTRUCT} or {CLASSIFY}")
-        counts = (self.epochs, self.batch, self.checkpoints, self.validations, self.steps or 1)
-        if min(counts) < 1 or not self.rate > 0 or not self.clip > 0 or self.weight_decay < 0:
-            raise InputError(f"got {self}; want counts of at least 1, rate and clip over 0, no negative decay")
-
-    def total(self, images: int) -> int:
-        """Optimizer steps on so many images."""
-        return self.steps or self.epochs * math.ceil(images / self.batch)
-
+from specbasis.paper.options import CLASSIFY, Training
 
 PRETRAINING = Training()
 """Yu et al. 2026, App. L: 200 epochs at 1.5e-3."""

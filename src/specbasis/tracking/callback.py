@@ -18,11 +18,11 @@ from transformers import TrainerCallback
 from specbasis.architecture.key import MatrixRef
 from specbasis.architecture.recognise import model_map
 from specbasis.checkpoint import open_checkpoint
-from specbasis.comparison.options import Options
 from specbasis.core.errors import InputError
 from specbasis.core.intruders import intruders
 from specbasis.core.subspace import alignment
 from specbasis.core.svd import SVD, decompose
+from specbasis.tracking.options import TrackOptions
 
 _LOG = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ class SpectralCallback(TrainerCallback):
                 f"got every = {every}, budget = {budget}, threshold = {threshold}; want every of at "
                 "least 1, the others in (0, 1]"
             )
-        self.options = Options(ranks=ranks, subspace=1, roles=tuple(roles), blocks=tuple(blocks), name=name)
+        self.options = TrackOptions(ranks=ranks, roles=tuple(roles), blocks=tuple(blocks), name=name)
         self.every, self.budget = every, budget
         self.given, self.on_intruders, self.threshold = start, on_intruders, threshold
         self.history: list[dict[str, Any]] = []

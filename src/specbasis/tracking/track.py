@@ -19,8 +19,8 @@ from torch import Tensor
 from specbasis.architecture.key import MatrixRef
 from specbasis.checkpoint import Checkpoint
 from specbasis.comparison.decomposition import LARGE
-from specbasis.comparison.options import Options
 from specbasis.core.errors import InputError
+from specbasis.core.options import takes
 from specbasis.core.svd import ALGORITHM
 from specbasis.jobs import engine as engines
 from specbasis.jobs import results as store
@@ -30,6 +30,7 @@ from specbasis.jobs.progress import Report
 from specbasis.jobs.results import COMPARISON, Results
 from specbasis.measures.measure import RESOLVED
 from specbasis.measures.table import choose
+from specbasis.tracking.options import TrackOptions
 from specbasis.tracking.runs import Series, Source, open_series
 from specbasis.tracking.trajectory import SIDES, Trajectory, follow
 
@@ -71,45 +72,31 @@ class Tracking:
         return [about["step"] for about in self.manifest["checkpoints"]]
 
 
+@takes(TrackOptions)
 def track(
     run: Source | Sequence[Source],
     out: str | Path | None = None,
+    options: TrackOptions | None = None,
     *,
-    ranks: int = 32,
-    top: int = 10,
-    roles: Sequence[str] = (),
-    blocks: Sequence[int] = (),
-    name: str = "",
-    stream: bool = False,
-    approximate: bool = False,
-    workers: int | None = None,
     progress: Report | None = None,
+    **keywords: Any,
 ) -> Tracking:
     """Alignment of every checkpoint of a training to the first, the last and the one before, per matrix and rank.
 
     Args:
         run: a folder of checkpoints, a pattern of revisions on the Hub, or a list of sources; see `open_series`.
         out: folder for rows and manifest, new or of the same checkpoints; a temporary one when None.
-        ranks: leading ranks that are followed.
-        top: leading ranks over which the alignment between all pairs of checkpoints (the heat map) is averaged.
-        roles: only these roles, such as ``["ffn"]``.
-        blocks: only these blocks.
-        name: only matrices whose name matches this pattern.
-        stream: from the Hub, read only the byte ranges that are wanted.
-        approximate: matrices whose short side is over 8192 by block Krylov iteration, each started from the
-            checkpoint before, where at most an eighth of their ranks is wanted.
-        workers: matrices at the same time, one thread each; as many as there are cores when None.
+        options: all options as one value; or each as a keyword.
         progress: called at the start and after each matrix.
+        **keywords: the fields of `TrackOptions`, below.
 
     Raises:
         InputError: fewer than two checkpoints can be read, or ``out`` cannot be used.
 
     Source: Yu et al. 2026, §4.3, Fig. 4A.
     """
-    options = Options(ranks=ranks, subspace=1, roles=tuple(roles), blocks=tuple(blocks), name=name)
-    if top < 1 or (workers is not None and workers < 1):
-        raise InputError(f"got top = {top} and workers = {workers}; want at least 1 of each")
-    series = open_series(run, admits=options.filter, stream=stream)
+    chosen = TrackOptions.of(options, keywords)
+    series = open_series(run, admits=chosen.filter, stream=chosen.stream)
     kept = tempfile.TemporaryDirectory(prefix="specbasis-") if out is None else None
     folder = Path(kept.name) if kept else Path(str(out))
     about = [
@@ -121,12 +108,7 @@ def track(
     config = {
         "kind": TRACKING.mark,
         "algorithm": ALGORITHM,
-        "ranks": ranks,
-        "top": top,
-        "roles": list(roles),
-        "blocks": list(blocks),
-        "name": name,
-        "approximate": approximate,
+        **chosen.config(),
         "checkpoints": [[one["label"], one["identity"]] for one in about],
     }
     with store.create(folder, config, TRACKING) as results:
@@ -141,11 +123,11 @@ def track(
         )
         results.write_manifest()
         jobs = [
-            _Job(series, refs, ranks, top, LARGE if approximate else None)
+            _Job(series, refs, chosen.ranks, chosen.top, LARGE if chosen.approximate else None)
             for name, refs in series.matrices.items()
             if not results.is_done(_PART, name)
         ]
-        _run(jobs, results, workers or cpu_count(), progress)
+        _run(jobs, results, chosen.workers or cpu_count(), progress)
     return Tracking(results, results.rows(), kept)
 
 

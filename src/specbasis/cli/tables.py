@@ -1,0 +1,202 @@
+"""What the verbs print of a comparison, a plan, a model, a population, and a grid of interventions."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from specbasis.architecture.key import ROLES, MatrixRef
+from specbasis.architecture.recognise import coverage, model_map
+from specbasis.checkpoint import Checkpoint
+from specbasis.cli.common import STDERR, STDOUT, line, plain_table
+from specbasis.comparison.compare import Plan
+from specbasis.comparison.comparison import Comparison
+from specbasis.comparison.population import Population
+from specbasis.comparison.summary import RoleSummary, named_parts
+from specbasis.core.grammar import human_bytes
+from specbasis.figures.tables import SEVERITIES, by_reason, cells, number, over_all_ranks
+from specbasis.interventions.grid import BASELINE, read_grid
+from specbasis.jobs.cost import rates
+from specbasis.jobs.experiments import Row
+
+
+def print_comparison(comparison: Comparison) -> None:
+    """Print each pair's table, notes, verdict and findings, and what failed."""
+    for pair in comparison.pairs:
+        about = comparison.manifest["pairs"][pair]
+        STDOUT.print(_summary_table(pair, comparison.summaries[pair]))
+        # Not the table's caption, which would wrap at the width of a narrow table.
+        line("L left, R right; ?: unresolved ranks, left out of the means", style="italic dim")
+        if every := over_all_ranks(comparison.summaries[pair][-1]):
+            line(every, style="italic dim")
+        if comparison.own[pair]:
+            STDOUT.print(_own_table(comparison.own[pair]))
+            line(
+                "own measures: means over matrices, of the leading 10 ranks where they have ranks",
+                style="italic dim",
+            )
+        for note in about["notes"]:
+            line(f"note: {note}")
+        for reason, names in by_reason(about["skipped"]).items():
+            line(f"not compared: {len(names)}, {reason}: {named_parts(names, 2)}")
+        line(comparison.verdicts[pair].sentence, style="bold")
+        for finding in comparison.findings[pair]:
+            line(f"{SEVERITIES[finding.severity]} {finding.sentence}")
+        line("")
+    for failure in comparison.failed:
+        line(f"error: {failure['error']}", console=STDERR, style="red")
+
+
+def print_plan(plan: Plan) -> None:
+    """One line per shape, and what it comes to."""
+    table = plain_table(("out × in", "n", "Gflop each", "s each", "memory each"), no_wrap=True)
+    shapes = Counter((task.shape, task.work) for task in plan.tasks)
+    for (shape, work), count in shapes.items():
+        seconds = f"{work.seconds(rates()):.2g}"
+        size = "×".join(map(str, shape))
+        table.add_row(size, str(count), f"{work.flops / 1e9:.3g}", seconds, human_bytes(work.bytes))
+    STDOUT.print(table)
+    line(
+        f"{len(plan.tasks)} matrices, {plan.workers} at a time: about {plan.seconds:.3g} s on an idle machine, "
+        f"{human_bytes(plan.bytes)} beside the libraries (budget {human_bytes(plan.memory)})"
+    )
+
+
+def print_model(name: str, checkpoint: Checkpoint) -> None:
+    """Print how a model is understood."""
+    mapped = model_map(checkpoint)
+    covered = coverage(mapped, checkpoint)
+    line(f"{name}: {mapped.family.title}", style="bold")
+    for tower, family in mapped.towers.items():
+        blocks = {m.key.block for m in mapped.matrices if m.parameter.startswith(tower) and m.key.block is not None}
+        line(f"{tower or 'the model'}: {len(blocks)} blocks, {family.name}")
+    table = plain_table(
+        ("stack", "role", "matrices", "blocks", "parameters", "share"), ("stack", "role"), no_wrap=True
+    )
+    for (stack, role), members in _by_role(mapped.matrices).items():
+        size = sum(m.shape[0] * m.shape[1] for m in members)
+        blocks = {m.key.block for m in members if m.key.block is not None}
+        share = f"{size / covered.total:.1%}" if covered.total else "–"
+        table.add_row(stack, role, str(len(members)), str(len(blocks) or "–"), f"{size:,}", share)
+    STDOUT.print(table)
+    line(f"{covered.named:.1%} of {covered.total:,} matrix parameters have a named role")
+    for note in (*checkpoint.notes, *mapped.notes):
+        line(f"note: {note}")
+    if mapped.unnamed:
+        line(f"no pattern names: {named_parts(mapped.unnamed, 6)}")
+    skipped = [{"name": s.name, "side": "both", "reason": s.reason} for s in mapped.skipped]
+    for reason, names in by_reason(skipped).items():
+        line(f"no matrix: {len(names)}, {reason}: {named_parts(names, 2)}")
+
+
+def print_population(population: Population) -> None:
+    """One line per pair, then the correlations with what they could have shown."""
+    headings = ("pair", "verdict", "top-10 L", "R", "chance", "‖Δ‖/‖W‖", "findings")
+    table = plain_table(headings, ("pair", "verdict", "findings"))
+    for m in population.models:
+        figures = (number(m[key], ".3f") for key in ("top10_left", "top10_right", "chance_left"))
+        table.add_row(m["pair"], m["verdict"], *figures, number(m["relative_update"], ".2g"), m["findings"])
+    STDOUT.print(table)
+    for c in population.correlations:
+        part = " ".join(filter(None, (c.modality, c.depth, c.ranks)))
+        line(
+            f"{c.method} {part}: r {number(c.r, '.2f')} [{number(c.low, '.2f')}, {number(c.high, '.2f')}], "
+            f"p {number(c.p, '.3g')}, BH {number(c.q_bh, '.3g')}, BY {number(c.q_by, '.3g')} "
+            f"({c.models} models, {c.clusters} {c.unit}s, {c.family} tests)"
+        )
+    for entry in population.power:
+        line(
+            f"power{' in ' + entry['modality'] if entry['modality'] else ''}: "
+            f"{entry['clusters']} {entry['unit']}s show "
+            f"|r| ≥ {number(entry['alone'], '.2f')} 4 times in 5 in one test, "
+            f"≥ {number(entry['family'], '.2f')} among {entry['tests']} tests"
+        )
+    if population.unscored:
+        line(f"without a score: {', '.join(population.unscored)}", console=STDERR)
+
+
+def print_grid(out: Path) -> None:
+    """The change of each model's metric by kind and ranks, mean over seeds; * where every draw has p < 0.05."""
+    rows, metrics = read_grid(out)
+    for label, metric in metrics.items():
+        done = [row for row in rows if row.experiment["tuned"] == label and row.error is None]
+        before = next(row.values for row in done if row.experiment["kind"] == BASELINE)
+        groups = dict.fromkeys(
+            (r.experiment["roles"], r.experiment["blocks"]) for r in done if r.experiment["kind"] != BASELINE
+        )
+        for roles, blocks in groups:
+            group = [r for r in done if r.experiment.get("roles") == roles and r.experiment.get("blocks") == blocks]
+            where = roles + (f", blocks {blocks}" if blocks else "")
+            line(f"{label}: {metric} {before[metric]:.4f}; its change by edits of {where}", style="bold")
+            STDOUT.print(_changes(group, metric))
+    line(
+        "*: every draw changes it, p < 0.05, paired test; not corrected for the number of cells", style="italic dim"
+    )
+
+
+def print_names(entries: Mapping[str, str]) -> None:
+    """Names, each with what it is."""
+    table = plain_table(("name", "what it is"), ("name", "what it is"), overflow="fold")
+    for name, about in entries.items():
+        table.add_row(name, about)
+    STDOUT.print(table)
+
+
+def _summary_table(pair: str, lines: list[RoleSummary]) -> Table:
+    """One line per role; narrow enough for 80 columns."""
+    table = Table(
+        title=pair, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0, show_edge=False
+    )
+    headings = ("role", "n", "top-10\nL     R", "top-30\nL     R", "chance\nL    R", "RSD", "‖Δ‖/‖W‖", "?")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "role" else "right", no_wrap=True)
+    for summary in lines:
+        if summary is lines[-1]:
+            table.add_section()
+        role, matrices, *sides, rsd, update, unresolved = cells(summary)
+        both = (f"{left} {right}" for left, right in zip(sides[::2], sides[1::2], strict=True))
+        table.add_row(role, matrices, *both, rsd, update, unresolved)
+    return table
+
+
+def _own_table(lines: Sequence[dict[str, Any]]) -> Table:
+    """A user's own measures, one line per role."""
+    table = plain_table(lines[0], ("role",), overflow="fold")
+    for values in lines:
+        if values is lines[-1]:
+            table.add_section()
+        table.add_row(*(v if isinstance(v, str) else number(v, ".4g") for v in values.values()))
+    return table
+
+
+def _by_role(matrices: Iterable[MatrixRef]) -> dict[tuple[str, str], list[MatrixRef]]:
+    """Matrices by stack and role, roles in the order of `ROLES`."""
+    groups: dict[tuple[str, str], list[MatrixRef]] = {}
+    for m in sorted(matrices, key=lambda m: (m.key.stack, ROLES.index(m.key.role))):
+        groups.setdefault((m.key.stack, m.key.role), []).append(m)
+    return groups
+
+
+def _changes(rows: list[Row], metric: str) -> Table:
+    """A line per kind and source, a column per set of ranks."""
+    sizes = list(dict.fromkeys(row.experiment["ranks"] for row in rows))
+    table = plain_table(("", *map(str, sizes)), ("",), no_wrap=True)
+    for kind, source in dict.fromkeys((row.experiment["kind"], row.experiment["source"]) for row in rows):
+        texts = []
+        for size in sizes:
+            draws = [
+                r.values
+                for r in rows
+                if (r.experiment["kind"], r.experiment["source"], r.experiment["ranks"]) == (kind, source, size)
+                and metric in r.values
+            ]
+            change = sum(v[f"{metric}.change"] for v in draws) / max(1, len(draws))
+            sure = draws and all(v.get(f"{metric}.p", 1.0) < 0.05 for v in draws)
+            texts.append(f"{change:+.3f}{'*' if sure else ' '}" if draws else "")
+        table.add_row(f"{kind} {source}".strip(), *texts)
+    return table

@@ -1,0 +1,163 @@
+"""What `pretrain` and the experiments of `reproduce` are asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from specbasis.core.errors import InputError
+from specbasis.core.grammar import words
+from specbasis.core.options import ADVANCED, PYTHON, Options, option
+
+RECONSTRUCT, CLASSIFY = "reconstruct", "classify"
+DATA = "fashion-mnist, mnist-5k, a folder (CIFAR-10, idx files, images), or an .npz file"
+
+
+@dataclass(frozen=True)
+class Training(Options):
+    """How a masked autoencoder or a classifier is trained; the defaults are the paper's pretraining.
+
+    The last batch of an epoch is smaller. The learning rate falls to 0 along half a cosine, step by step.
+    ``checkpoints`` are kept after that of step 0, at most one a step; with ``early`` steps 1, 2, 4, … before the
+    first of these are kept too, since weights move fastest at the start.
+
+    Source: Yu et al. 2026, App. L.
+    """
+
+    task: str = option(RECONSTRUCT, "reconstruct (hidden patches) or classify")
+    epochs: int = option(200, "passes over the images")
+    steps: int | None = option(None, "optimizer steps, in place of epochs")
+    batch: int = option(64, "images a step", flag="--batch-size")
+    rate: float = option(1.5e-3, "at the start of the cosine", flag="--learning-rate")
+    weight_decay: float = option(1e-4, "of AdamW", panel=PYTHON)
+    clip: float = option(1.0, "largest norm of the gradient", panel=PYTHON)
+    checkpoints: int = option(50, "how many are kept, evenly spaced")
+    early: bool = option(False, "keep steps 1, 2, 4, … too", panel=PYTHON)
+    validations: int = option(200, "how often the validation loss is taken, evenly spaced", panel=PYTHON)
+    seed: int = option(0, "of images, weights, order and masks")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.task not in (RECONSTRUCT, CLASSIFY):
+            raise InputError(f"got task {self.task!r}; want {RECONSTRUCT} or {CLASSIFY}")
+        counts = (self.epochs, self.batch, self.checkpoints, self.validations, self.steps or 1)
+        if min(counts) < 1 or not self.rate > 0 or not self.clip > 0 or self.weight_decay < 0:
+            raise InputError(f"got {self}; want counts of at least 1, rate and clip over 0, no negative decay")
+
+    def total(self, images: int) -> int:
+        """Optimizer steps on so many images."""
+        return self.steps or self.epochs * -(-images // self.batch)
+
+
+@dataclass(frozen=True)
+class PretrainOptions(Training):
+    """A training, and the images that it is done with."""
+
+    data: str = option("fashion-mnist", DATA)
+    images: int | None = option(None, "learn from so many of them, drawn by the seed; default: all")
+    start: str | Path | None = option(None, "checkpoint to start from; default: random weights")
+    shuffle_labels: bool = option(False, "learn from labels in random order", panel=ADVANCED)
+    validation: int = option(5000, "so many of the last test images choose the best checkpoint", panel=ADVANCED)
+    device: str | None = option(None, "cpu, cuda, …; default: a GPU where there is one", panel=ADVANCED)
+
+
+@dataclass(frozen=True)
+class FormationOptions(Options):
+    """The grids of Fig. 4, 9, 21 and of training from scratch; sizes in place of the plan's want ``images`` and
+    ``steps``.
+    """
+
+    data: str = option("fashion-mnist", DATA)
+    second: str = option("mnist-5k", "images of another distribution, as --data")
+    size: str = option("small", "small (CPU) or paper (App. L; a GPU)", choices=("small", "paper"))
+    seeds: tuple[int, ...] = option((0, 1, 2), "e.g. 0:3,7")
+    images: tuple[int, ...] = option((), "sizes of the pretraining sets, e.g. 500,2000; with --steps")
+    steps: int | None = option(None, "optimizer steps of each of these pretrainings")
+    post_images: int | None = option(
+        None, "images to train on after pretraining; default: as planned", panel=ADVANCED, least=1
+    )
+    validation: int | None = option(
+        None, "test images for validation; default: as planned", panel=ADVANCED, least=1
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if bool(self.images) != (self.steps is not None):
+            raise InputError("got one of --images and --steps; want both, or neither for the plan's own sizes")
+        if not self.seeds:
+            raise InputError("got no seeds; want at least one")
+
+
+def _factors(text: str, flag: str) -> tuple[float, ...]:
+    try:
+        factors = tuple(float(word) for word in words(text))
+    except ValueError:
+        factors = (0.0,)
+    if any(factor <= 0 for factor in factors):
+        raise InputError(f"{flag} got {text!r}; want positive factors, such as 1,4,16")
+    return factors
+
+
+def _by_task(kind: type[int] | type[float]) -> Any:
+    def parse(text: str, flag: str) -> tuple[tuple[str, Any], ...]:
+        """Task and number, from 3 (for every one: the name is empty) or sst2=2,rte=3."""
+        pairs = []
+        for word in words(text):
+            name, _, value = word.rpartition("=")
+            try:
+                number = kind(value)
+            except ValueError:
+                number = kind(0)
+            if number <= 0:
+                raise InputError(f"{flag} got {word!r}; want a number, or TASK=NUMBER")
+            pairs.append((name, number))
+        return tuple(pairs)
+
+    return parse
+
+
+@dataclass(frozen=True)
+class GlueOptions(Options):
+    """What every experiment on GLUE is asked for."""
+
+    base: str = option("microsoft/deberta-v3-base", "the pretrained model")
+    seeds: tuple[int, ...] = option((42,), "e.g. 42,43,44")
+    data_dir: str | Path | None = option(None, "GLUE in its official layout; default: from the Hub")
+    group_by_length: bool = option(False, "batches of texts of like length: less padding", panel=ADVANCED)
+    cache_prefix: str | Path | None = option(
+        None, "folder of activations: what lies below the first trained module runs once an example"
+    )
+
+
+@dataclass(frozen=True)
+class TableOptions(GlueOptions):
+    """Tab. 1 and its controls; ``epochs`` and ``examples`` for all tasks (an empty name) or for some."""
+
+    tasks: tuple[str, ...] = option((), "e.g. sst2,rte; default: the paper's")
+    methods: tuple[str, ...] = option((), "e.g. spectral,spectral@300,lora; default: all")
+    epochs: tuple[tuple[str, float], ...] = option(
+        (), "for all tasks, or for some: 3, or sst2=2,rte=3; default: the paper's", parse=_by_task(float)
+    )
+    examples: tuple[tuple[str, int], ...] = option(
+        (), "train on a fixed part: 8000, or sst2=8000; default: all", parse=_by_task(int)
+    )
+    search: tuple[float, ...] = option(
+        (), "factors on each method's learning rate, tried on a part of train: 1,4,16", parse=_factors
+    )
+    search_task: str = option(
+        "", "task on which learning rates are searched for all; default: each on its own", panel=ADVANCED
+    )
+    keep: tuple[str, ...] = option(
+        (), "methods whose model of the first seed is left in OUT-models, e.g. full,spectral", panel=ADVANCED
+    )
+
+
+@dataclass(frozen=True)
+class PanelOptions(GlueOptions):
+    """A panel of Fig. 5."""
+
+    task: str = option("mnli", "a GLUE task")
+    epochs: float = option(3.0, "passes over train")
+    learning_rate: float = option(1e-4, "at its peak")
+    examples: int | None = option(None, "train on a fixed part of this size")
