@@ -1,12 +1,14 @@
 """Findings: each check sees what it is for, on pico models by the real path, and nothing on a plain finetune."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
 
 import specbasis
+from specbasis.comparison.check import Found, Judged, check
+from specbasis.comparison.facts import Facts
 from specbasis.comparison.findings import CHECKS, find, kinds
 from specbasis.core.errors import InputError
 from tests.pico import State, bert_state, finetuned
@@ -72,8 +74,8 @@ def test_a_check_sees_what_it_is_for(kind: str) -> None:
     assert kind in found
     assert found[kind].sentence.startswith(f"{kind}: ")
     assert found[kind].evidence
-    check = next(check for check in CHECKS if check.kind == kind)
-    assert (found[kind].severity, found[kind].threshold) == (check.severity, check.threshold)
+    known = next(known for known in CHECKS if known.kind == kind)
+    assert (found[kind].severity, found[kind].threshold) == (known.severity, known.threshold)
     if kind in ("reordered", "rank-collapse", "outlier-layer"):
         assert found[kind].matrices == (FFN,)
     json.dumps(c.summary(), allow_nan=False)
@@ -88,10 +90,36 @@ def test_a_matrix_that_failed_is_a_finding() -> None:
     tuned[FFN] = torch.full_like(tuned[FFN], torch.nan)
     c = specbasis.compare(BASE, tuned, ranks=12, workers=1)
     assert [f.kind for f in c.findings["state_dict"]] == ["failed"]
-    assert find(c.rows, "state_dict") == []
+    assert find(Facts(c.rows), c.verdicts["state_dict"]) == []
 
 
 def test_unknown_findings_are_refused_by_name() -> None:
     assert kinds(["frozen"]) == ("frozen",)
-    with pytest.raises(InputError, match="no finding is called nonsense; there is: failed, wrong-base"):
+    with pytest.raises(InputError, match=r"no finding 'nonsense'; .*there is: failed, wrong-base"):
         kinds(["frozen", "nonsense"])
+
+
+def test_a_check_that_is_added_is_told_wherever_findings_are() -> None:
+    try:
+
+        @check("many-matrices", "more matrices than one has patience for", "problem", matrices=2)
+        def _many(pair: Judged, threshold: Mapping[str, float]) -> Found | None:
+            n = len(pair.facts.matrices)
+            return (f"{n} matrices", [], {"matrices": n}) if n > threshold["matrices"] else None
+
+        c = specbasis.compare(BASE, _trained(), ranks=12, workers=1)
+        assert [(f.kind, f.threshold) for f in c.findings["state_dict"]] == [("many-matrices", {"matrices": 2})]
+        assert "many-matrices" in json.dumps(c.summary())
+        assert "many-matrices: " in c._repr_html_()
+        assert "many-matrices: " in c.report().read_text()
+        assert kinds(["many-matrices"]) == ("many-matrices",)
+    finally:
+        CHECKS[:] = [kind for kind in CHECKS if kind.kind != "many-matrices"]
+
+
+def test_a_pair_is_judged_once_and_its_rows_are_not_copied() -> None:
+    c = specbasis.compare(BASE, [_trained(), _trained(0.2)], ranks=12, workers=1)
+    assert sum(len(facts.rows) for facts in c.facts.values()) == len(c.rows)
+    assert c.findings.keys() == c.verdicts.keys() == c.facts.keys() == set(c.pairs)
+    first = c.facts[c.pairs[0]].rows["value"].chunk(0)
+    assert first.buffers()[1].address == c.rows["value"].chunk(0).buffers()[1].address

@@ -36,9 +36,9 @@ def population(
     """Summarise many comparisons, and correlate alignment, by depth and rank, with scores."""
     from specbasis.architecture.selection import check_roles
     from specbasis.cli.tables import print_population
-    from specbasis.comparison.findings import as_json
     from specbasis.comparison.population import population as run
     from specbasis.comparison.population import read_scores
+    from specbasis.jobs.folder import plain
 
     check_roles(words(roles))
     found, name = read_scores(scores, column) if scores else (None, "score")
@@ -56,7 +56,7 @@ def population(
             "power": whole.power,
             "unscored": whole.unscored,
         }
-        document(as_json(content))
+        document(plain(content))
         return
     print_population(whole)
     if out:

@@ -17,7 +17,8 @@ from specbasis.cli.common import STDERR, STDOUT, line, plain_table
 from specbasis.comparison.compare import Plan
 from specbasis.comparison.comparison import Comparison
 from specbasis.comparison.population import Population
-from specbasis.comparison.summary import RoleSummary, named_parts
+from specbasis.comparison.summary import RoleSummary
+from specbasis.comparison.verdict import named_parts
 from specbasis.core.grammar import human_bytes
 from specbasis.figures.tables import SEVERITIES, by_reason, cells, number, over_all_ranks
 from specbasis.interventions.grid import BASELINE, read_grid

@@ -10,10 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from specbasis.comparison.findings import Finding, as_json, find
-from specbasis.comparison.summary import RoleSummary, Verdict, judge, own_means, summarise
+from specbasis.comparison.check import Finding
+from specbasis.comparison.facts import Facts, by_pair
+from specbasis.comparison.findings import find
+from specbasis.comparison.summary import RoleSummary, own_means, summarise
+from specbasis.comparison.verdict import Verdict, judge
 from specbasis.core.errors import InputError
 from specbasis.jobs import results as store
+from specbasis.jobs.folder import plain
 from specbasis.jobs.results import Results
 
 if TYPE_CHECKING:
@@ -22,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """What `compare` found: rows, a manifest, and what they add up to.
+    """What `compare` returns: rows, a manifest, and what they add up to.
 
     Attributes:
         results: the folder with the rows and the manifest.
@@ -50,25 +54,30 @@ class Comparison:
         return [label for label in self.manifest["pairs"] if label in present]
 
     @cached_property
+    def facts(self) -> dict[str, Facts]:
+        """For each pair: its rows and what they say of each matrix, read once for all that follows."""
+        return by_pair(self.rows, self.pairs, self.failed)
+
+    @cached_property
     def summaries(self) -> dict[str, list[RoleSummary]]:
         """For each pair: one line per role, and one over all matrices."""
-        return {label: summarise(self.rows, label) for label in self.pairs}
+        return {label: summarise(facts) for label, facts in self.facts.items()}
 
     @cached_property
     def verdicts(self) -> dict[str, Verdict]:
         """For each pair: identical, finetuned, independent or mixed, with the evidence."""
-        return {label: judge(self.rows, label) for label in self.pairs}
+        return {label: judge(facts) for label, facts in self.facts.items()}
 
     @cached_property
     def findings(self) -> dict[str, list[Finding]]:
         """For each pair: what a user of it should know, problems first; see `specbasis.comparison.findings`."""
-        return {label: find(self.rows, label, self.failed) for label in self.pairs}
+        return {label: find(facts, self.verdicts[label]) for label, facts in self.facts.items()}
 
     @cached_property
     def own(self) -> dict[str, list[dict[str, Any]]]:
         """For each pair: a user's own measures by role; empty without any. See `summary.own_means`."""
         names = [measure["name"] for measure in self.manifest.get("measures", [])]
-        return {label: own_means(self.rows, label, names) if names else [] for label in self.pairs}
+        return {label: own_means(facts, names) for label, facts in self.facts.items()}
 
     @property
     def failed(self) -> list[dict[str, str]]:
@@ -90,7 +99,7 @@ class Comparison:
         Keys: base, folder, failed, and pairs, which has for each label verdict, findings and summaries with the
         fields of `Verdict`, `Finding` and `RoleSummary`, and own, the user's own measures by role.
         """
-        found = {
+        pairs = {
             label: {
                 "tuned": self.manifest["pairs"][label]["tuned"]["source"],
                 "verdict": asdict(self.verdicts[label]),
@@ -101,8 +110,8 @@ class Comparison:
             for label in self.pairs
         }
         whole = {"base": self.manifest["base"]["source"], "folder": str(self.folder), "failed": self.failed}
-        plain: dict[str, Any] = as_json(whole | {"pairs": found})
-        return plain
+        content: dict[str, Any] = plain(whole | {"pairs": pairs})
+        return content
 
     def report(self, path: str | Path | None = None) -> Path:
         """Write the page, and the same figures as PNG and SVG beside it; returns the page's path.

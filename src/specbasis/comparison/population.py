@@ -6,21 +6,23 @@ Reads the rows of results folders, and nothing else.
 from __future__ import annotations
 
 import csv
-import json
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from specbasis.architecture.key import MatrixKey
+from specbasis.architecture.selection import Selection
 from specbasis.comparison.comparison import Comparison, load
-from specbasis.comparison.findings import as_json
-from specbasis.comparison.summary import SIDES, summarise
+from specbasis.comparison.facts import SIDES, Facts
+from specbasis.comparison.summary import RoleSummary, summarise
 from specbasis.core.errors import InputError
 from specbasis.core.statistics import (
     LEVEL,
@@ -32,6 +34,7 @@ from specbasis.core.statistics import (
     detectable,
 )
 from specbasis.jobs import results as store
+from specbasis.jobs.folder import plain, write_json
 
 DEPTHS = ("shallow", "middle", "deep")
 """Thirds of each stack of blocks, from the input."""
@@ -160,9 +163,7 @@ class Population:
                 if lines:
                     _write_csv(out / f"{name}.csv", lines)
             whole = {"score": self.score, "unscored": self.unscored, "power": self.power} | tables
-            (out / "population.json").write_text(
-                json.dumps(as_json(whole), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-            )
+            write_json(out / "population.json", plain(whole))
         except OSError as error:
             raise InputError(
                 f"{out}: cannot be written ({error.strerror or error}); choose another place"
@@ -273,6 +274,7 @@ def read_scores(path: Path, column: str = "") -> tuple[dict[str, float], str]:
 
 
 def _model(member: Member) -> dict[str, Any]:
+    """A pair's line among the models."""
     comparison, pair = member.comparison, member.pair
     verdict, line = comparison.verdicts[pair], comparison.summaries[pair][-1]
     return {
@@ -288,7 +290,7 @@ def _model(member: Member) -> dict[str, Any]:
     }
 
 
-def _figures(line: Any) -> dict[str, float]:
+def _figures(line: RoleSummary) -> dict[str, float]:
     sides = {
         f"{name}_{side}": getattr(line, name)[i]
         for name in ("top10", "top30", "chance")
@@ -299,83 +301,62 @@ def _figures(line: Any) -> dict[str, float]:
 
 def _parts(member: Member) -> list[dict[str, Any]]:
     """A pair's lines by role and by block."""
-    rows, pair = member.comparison.rows, member.pair
-    lines = [
-        {"pair": member.name, "kind": "role", "part": line.role, "matrices": line.matrices, **_figures(line)}
-        for line in member.comparison.summaries[pair][:-1]
+    rows = member.comparison.facts[member.pair].rows
+    parts = [("role", line.role, line) for line in member.comparison.summaries[member.pair][:-1]]
+    for stack, block in _places(rows):
+        of_block = rows.filter((pc.field("block") == block) & (pc.field("stack") == stack))
+        parts.append(("block", f"{stack} {block}".strip(), summarise(Facts(of_block))[-1]))
+    return [
+        {"pair": member.name, "kind": kind, "part": part, "matrices": line.matrices, **_figures(line)}
+        for kind, part, line in parts
     ]
-    mine = rows.filter(pc.field("pair") == pair)
-    places = sorted(
-        {
-            (stack or "", block)
-            for stack, block in zip(mine["stack"].to_pylist(), mine["block"].to_pylist(), strict=True)
-            if block is not None
-        }
-    )
-    for stack, block in places:
-        part = mine.filter((pc.field("block") == block) & (pc.field("stack") == stack))
-        line = summarise(part, pair)[-1]
-        lines.append(
-            {
-                "pair": member.name,
-                "kind": "block",
-                "part": f"{stack} {block}".strip(),
-                "matrices": line.matrices,
-                **_figures(line),
-            }
-        )
-    return lines
+
+
+def _places(rows: pa.Table) -> list[tuple[str, int]]:
+    """(stack, block) of every block."""
+    places = rows.filter(pc.is_valid(pc.field("block"))).group_by(["stack", "block"]).aggregate([])
+    return sorted(zip(places["stack"].to_pylist(), places["block"].to_pylist(), strict=True))
 
 
 def cells(
     member: Member, ranks: Sequence[tuple[int, int]] = RANKS, roles: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
     """Mean alignment of a pair by third of the depth and range of ranks: over matrices, then over both sides."""
-    mine = member.comparison.rows.filter(pc.field("pair") == member.pair)
+    rows = member.comparison.facts[member.pair].rows
     # Depth is counted in each stack over all of its blocks, whatever roles are asked for.
-    last: dict[str, int] = {}
-    for stack, block in zip(mine["stack"].to_pylist(), mine["block"].to_pylist(), strict=True):
-        if block is not None:
-            last[stack or ""] = max(last.get(stack or "", 0), block)
-    aligned = mine.filter(pc.is_in(pc.field("measure"), _values([f"alignment_{side}" for side in SIDES])))
-    aligned = aligned.filter((pc.field("resolved") == True) & pc.is_valid(pc.field("block")))  # noqa: E712
-    if roles:
-        keep = [any(r == role or r.startswith(role + ".") for role in roles) for r in aligned["role"].to_pylist()]
-        aligned = aligned.filter(np.array(keep, bool))
-    index, value = (aligned[name].to_numpy().astype(np.float64) for name in ("index", "value"))
-    depth = np.array(
-        [
-            min(len(DEPTHS) - 1, len(DEPTHS) * block // (last[stack or ""] + 1))
-            for stack, block in zip(aligned["stack"].to_pylist(), aligned["block"].to_pylist(), strict=True)
-        ],
-        int,
+    last = dict(_places(rows))
+    aligned = rows.filter(
+        pc.is_in(pc.field("measure"), pa.array([f"alignment_{side}" for side in SIDES]))
+        & (pc.field("resolved") == True)  # noqa: E712 - may be null
+        & pc.is_valid(pc.field("block"))
     )
-    matrix = np.unique(np.array(aligned["matrix"].to_pylist(), dtype=str), return_inverse=True)[1]
-    side = np.array([text.endswith("right") for text in aligned["measure"].to_pylist()], bool)
+    selection = Selection(roles=tuple(roles))
+    means: dict[tuple[str, tuple[int, int], str], list[float]] = {}
+    for low, high in ranks:
+        within = aligned.filter((pc.field("index") >= low - 1) & (pc.field("index") < high))
+        of_matrices = within.group_by(["stack", "block", "role", "matrix", "measure"]).aggregate(
+            [("value", "mean")]
+        )
+        for line in of_matrices.to_pylist():
+            if selection.admits(MatrixKey(line["block"], line["role"], line["matrix"])):
+                depth = DEPTHS[min(len(DEPTHS) - 1, len(DEPTHS) * line["block"] // (last[line["stack"]] + 1))]
+                side = line["measure"].removeprefix("alignment_")
+                means.setdefault((depth, (low, high), side), []).append(line["value_mean"])
     lines = []
-    for d, name in enumerate(DEPTHS):
-        for low, high in ranks:
-            here = (depth == d) & (index + 1 >= low) & (index + 1 <= high)
-            sides = [_mean_of_means(matrix[here & which], value[here & which]) for which in (~side, side)]
-            lines.append(
-                {
-                    "pair": member.name,
-                    "modality": member.modality,
-                    "depth": name,
-                    "ranks": f"{low}-{high}",
-                    "alignment": mean(sides),
-                    "alignment_left": sides[0],
-                    "alignment_right": sides[1],
-                }
-            )
+    for depth, (low, high) in itertools.product(DEPTHS, ranks):
+        left, right = (float(np.mean(means.get((depth, (low, high), side), [math.nan]))) for side in SIDES)
+        lines.append(
+            {
+                "pair": member.name,
+                "modality": member.modality,
+                "depth": depth,
+                "ranks": f"{low}-{high}",
+                "alignment": (left + right) / 2,
+                "alignment_left": left,
+                "alignment_right": right,
+            }
+        )
     return lines
-
-
-def _mean_of_means(groups: NDArray[Any], values: Floats) -> float:
-    if not len(values):
-        return math.nan
-    sums, counts = np.bincount(groups, values), np.bincount(groups)
-    return float(np.mean(sums[counts > 0] / counts[counts > 0]))
 
 
 # --- correlations -----------------------------------------------------------------------------------------------
@@ -424,12 +405,6 @@ def _test(method: str, x: Floats, y: Floats, of: NDArray[Any]) -> tuple[float, f
     if math.isnan(p):
         return (math.nan,) * 4
     return correlation(x, y, method), *correlation_interval(x, y, of, RESAMPLES // 5, method), p
-
-
-def _values(names: Sequence[str]) -> Any:
-    import pyarrow as pa
-
-    return pa.array(names)
 
 
 def _few(names: Sequence[str]) -> str:

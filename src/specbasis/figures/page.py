@@ -15,8 +15,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from specbasis.comparison.facts import Facts
 from specbasis.comparison.findings import find
-from specbasis.comparison.summary import judge, summarise
+from specbasis.comparison.summary import summarise
+from specbasis.comparison.verdict import judge
 from specbasis.figures.data import (
     MARKED_RANKS,
     SIDES,
@@ -120,14 +122,12 @@ def _columns(manifest: dict[str, Any], pairs: list[Pair]) -> list[tuple[str, str
 def _about(pair: Pair, manifest: dict[str, Any]) -> dict[str, Any]:
     """What the page says in words and in its summary table about a pair."""
     about = manifest["pairs"][pair.label]
-    summaries = summarise(pair.rows, pair.label)
+    facts = Facts(pair.rows, [failure for failure in manifest["failed"] if failure["pair"] == pair.label])
+    summaries, verdict = summarise(facts), judge(facts)
     return {
         "label": pair.label,
-        "verdict": judge(pair.rows, pair.label),
-        "findings": [
-            {"finding": finding, "evidence": evidence(finding)}
-            for finding in find(pair.rows, pair.label, manifest["failed"])
-        ],
+        "verdict": verdict,
+        "findings": [{"finding": finding, "evidence": evidence(finding)} for finding in find(facts, verdict)],
         "lines": [cells(line) for line in summaries],
         "over_all_ranks": over_all_ranks(summaries[-1]),
         "notes": about["notes"],
@@ -135,7 +135,7 @@ def _about(pair: Pair, manifest: dict[str, Any]) -> dict[str, Any]:
         "tuned": about["tuned"],
         "skipped": by_reason(about["skipped"]),
         "skipped_count": len(about["skipped"]),
-        "failed": [failure for failure in manifest["failed"] if failure["pair"] == pair.label],
+        "failed": facts.failed,
     }
 
 

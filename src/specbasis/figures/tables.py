@@ -7,11 +7,13 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from specbasis.comparison.summary import SIDES, RoleSummary, Verdict, named_parts
+from specbasis.comparison.facts import SIDES
+from specbasis.comparison.summary import RoleSummary
+from specbasis.comparison.verdict import Verdict, named_parts
 
 if TYPE_CHECKING:
+    from specbasis.comparison.check import Finding
     from specbasis.comparison.comparison import Comparison
-    from specbasis.comparison.findings import Finding
 
 HEADINGS: tuple[tuple[str, str, int], ...] = (
     ("role", "what the matrices do in their block", 1),

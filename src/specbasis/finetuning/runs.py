@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specbasis.checkpoint.atomic import whole, write_whole, writing
-from specbasis.comparison.findings import as_json
 from specbasis.core.errors import InputError
 from specbasis.core.options import takes
 from specbasis.finetuning.metrics import Predictions
 from specbasis.finetuning.options import FinetuneOptions, Placement, Protocol, require_libraries
 from specbasis.finetuning.sources import load_task
 from specbasis.finetuning.tasks import Task, TaskData, selection_size, subset
-from specbasis.jobs.folder import Kind, environment, opened, refuse_another, write_json
+from specbasis.jobs.folder import Kind, environment, opened, plain, refuse_another, write_json
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -137,7 +136,7 @@ def finetune(
         )
         metrics = train(run, folder)
         predictions = metrics.pop("predictions")
-        metrics = as_json(metrics)
+        metrics = plain(metrics)
         if is_main_process():
             _write_predictions(folder / PREDICTIONS, predictions, data.task)
             _finish(folder, config, metrics, data)

@@ -8,7 +8,6 @@ seconds, time and commit. Tables and figures are made from rows alone.
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from typing import Any
 
 from specbasis.checkpoint.atomic import writing
 from specbasis.core.errors import InputError
-from specbasis.jobs.folder import ALWAYS, Folder, Kind, environment, opened
+from specbasis.jobs.folder import ALWAYS, Folder, Kind, environment, opened, plain
 from specbasis.jobs.progress import Progress, Report, silent
 
 GRID = Kind("grid", version=("cells", 1), keys=("config", "runs"))
@@ -64,7 +63,7 @@ class Row:
         """The row as a line of the file."""
         outcome = {"values": self.values} if self.error is None else {"error": self.error}
         about = {"seconds": self.seconds, "written": self.written, "commit": self.commit}
-        return json.dumps({"cell": _plain(self.experiment)} | outcome | about, ensure_ascii=False) + "\n"
+        return json.dumps({"cell": plain(self.experiment)} | outcome | about, ensure_ascii=False) + "\n"
 
 
 def run_experiments(
@@ -145,7 +144,7 @@ def _run(run: Run, experiments: Sequence[dict[str, Any]], workers: int) -> Itera
 def _row(run: Run, experiment: dict[str, Any]) -> Row:
     started, values, error = time.perf_counter(), {}, None
     try:
-        values = _plain(dict(run(dict(experiment))))
+        values = plain(dict(run(dict(experiment))))
     except Exception as failure:  # whatever an experiment may raise, the others go on
         error = f"{type(failure).__name__}: {failure}".splitlines()[0]
     seconds = time.perf_counter() - started
@@ -153,21 +152,8 @@ def _row(run: Run, experiment: dict[str, Any]) -> Row:
     return Row(experiment, values, error, round(seconds, 3), now["written"], now["commit"])
 
 
-def _plain(value: Any) -> Any:
-    """As JSON has it: what is not a finite number becomes None, a tensor or an array a list."""
-    if isinstance(value, Mapping):
-        return {str(name): _plain(inner) for name, inner in value.items()}
-    if hasattr(value, "tolist"):  # tensors, arrays and their scalars
-        return _plain(value.tolist())
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
 def _key(experiment: Experiment) -> str:
-    return json.dumps(_plain(dict(experiment)), sort_keys=True)
+    return json.dumps(plain(dict(experiment)), sort_keys=True)
 
 
 def _name(experiment: Experiment) -> str:

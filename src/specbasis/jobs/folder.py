@@ -8,6 +8,7 @@ every file is there whole or not at all. What else the folder holds is up to its
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -207,6 +208,19 @@ def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _short(value: Any) -> str:
     return textwrap.shorten(str(value), 60, placeholder=" …") if value is not None else "none"
+
+
+def plain(value: Any) -> Any:
+    """As JSON has it: what is not a finite number becomes None, a tensor or an array a list."""
+    if isinstance(value, Mapping):
+        return {str(name): plain(inner) for name, inner in value.items()}
+    if hasattr(value, "tolist"):  # tensors, arrays and their scalars
+        return plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def write_json(path: Path, value: Any) -> None:

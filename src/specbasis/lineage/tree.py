@@ -29,13 +29,13 @@ from numpy.typing import NDArray
 from specbasis.architecture.key import MatrixKey, MatrixRef
 from specbasis.architecture.pair import pair
 from specbasis.checkpoint import Checkpoint, open_checkpoint
-from specbasis.comparison.findings import as_json
-from specbasis.comparison.summary import RELATED_COSINE, RELATED_SIGMAS, UNTESTED_COSINE, copy_form
+from specbasis.comparison.verdict import RELATED_COSINE, RELATED_SIGMAS, UNTESTED_COSINE, copy_form
 from specbasis.core.entries import LEAST_SIDE, read_entries
 from specbasis.core.errors import InputError
 from specbasis.core.subspace import chance_alignment
 from specbasis.core.svd import half_svd
 from specbasis.jobs import results as store
+from specbasis.jobs.folder import plain
 
 STRAIGHT = 1e-3
 """A merge lies on the line between two others to this share of their squared distance."""
@@ -149,13 +149,13 @@ class Lineage:
 
     def summary(self) -> dict[str, Any]:
         """Trees, kinships and notes as plain data for JSON."""
-        content = {
+        content: dict[str, Any] = {
             "trees": [asdict(tree) for tree in self.trees],
             "kinships": [asdict(k) for k in self.kinships],
             "notes": list(self.notes),
         }
-        plain: dict[str, Any] = as_json(content)
-        return plain
+        plain_content: dict[str, Any] = plain(content)
+        return plain_content
 
 
 def lineage(sources: Sequence[str | Path], *, align: bool = True) -> Lineage:

@@ -21,11 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from specbasis.comparison.comparison import Comparison
-from specbasis.comparison.findings import as_json
 from specbasis.comparison.population import DEPTHS, Correlation, Member, Population, gather, population, units
-from specbasis.comparison.summary import matrix_facts
 from specbasis.core.errors import InputError
 from specbasis.figures.data import QUANTILES, SIDES, Pair, read_pairs
+from specbasis.jobs.folder import plain
 from specbasis.paper.zoo import zoo
 
 if TYPE_CHECKING:
@@ -218,7 +217,7 @@ def _write(recipe: Recipe, material: Material, figure: Figure | None, table: Tab
             for m in material.models
         ],
     }
-    files[f"{recipe.name}.json"] = (json.dumps(as_json(about), indent=1, ensure_ascii=False) + "\n").encode()
+    files[f"{recipe.name}.json"] = (json.dumps(plain(about), indent=1, ensure_ascii=False) + "\n").encode()
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
@@ -853,7 +852,7 @@ def table4(material: Material) -> tuple[None, Table]:
     """Change of the spectrum of the FFN matrices of the last block, with what size and rounding would give."""
     table: Table = []
     for m in material.models:
-        facts = {f["matrix"]: f for f in matrix_facts(m.pair.rows, m.member.pair)}
+        facts = {f["matrix"]: f for f in m.member.comparison.facts[m.member.pair].matrices}
         for i in _last_ffn(m, material.notes):
             f = facts[m.pair.matrices["name"][i]]
             get = {key: f.get(key, math.nan) for key in ("rsd", "mrc", "max_rc", "t1_rc", "tail_rc")}
