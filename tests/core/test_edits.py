@@ -6,21 +6,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specbasis import InputError, decompose
+from specbasis.core.columns import random_orthonormal
 from specbasis.core.edits import (
     KINDS,
     Edit,
-    _random_orthonormal,
     keep,
     mask,
     noise_like,
     randomise,
-    rank_set,
     replace,
     replace_values,
     rescale,
     truncate,
     whole_groups,
 )
+from specbasis.core.ranks import rank_set
 from tests.helpers.matrices import gaussian, off_orthonormal, orthonormal, rotated, weight_like, with_spectrum
 from tests.helpers.tolerance import rounding
 
@@ -147,7 +147,7 @@ def test_random_vectors_in_the_complement_keep_an_svd_and_plain_ones_do_not(shap
 def test_random_vectors_are_uniformly_distributed(d, r):
     # Under Haar's measure on O(d): mean 0, every entry's square 1/d, the trace's square 1 for a whole matrix.
     n, random = 1500, torch.Generator().manual_seed(0)
-    drawn = torch.stack([_random_orthonormal(d, r, random) for _ in range(n)])
+    drawn = torch.stack([random_orthonormal(d, r, random) for _ in range(n)])
     gram = drawn.mT @ drawn
     torch.testing.assert_close(gram, torch.eye(r).double().expand_as(gram), rtol=0, atol=1e-13)
     assert float(drawn.mean(0).abs().max()) < 5 / (d * n) ** 0.5

@@ -9,7 +9,7 @@ import torch
 from scipy.stats import beta, kstest
 
 from specbasis import decompose
-from specbasis.core import nulls
+from specbasis.core import draws, nulls, perturbation, rounding
 from specbasis.core.errors import InputError
 from specbasis.core.svd import half_svd
 from tests.helpers.matrices import gaussian, orthonormal, with_spectrum
@@ -22,7 +22,7 @@ def base_of(shape):
 
 
 def core_of(W, D, k):
-    return nulls.core(half_svd(W, k, every=True), half_svd(W + D, 0, minus=W), k, float(D.norm()))
+    return perturbation.core(half_svd(W, k, every=True), half_svd(W + D, 0, minus=W), k, float(D.norm()))
 
 
 def sides(W, pair):
@@ -35,8 +35,8 @@ def sides(W, pair):
 def test_first_order_rotation_is_that_of_the_decompositions(shape, k):
     W, D = base_of(shape), 1e-5 * gaussian(*shape, 1)
     a, b = decompose(W), decompose(W + D)
-    turned = sides(W, nulls.response(core_of(W, D, k)))
-    predicted = sides(W, nulls.predicted_alignment(core_of(W, D, k)))
+    turned = sides(W, perturbation.response(core_of(W, D, k)))
+    predicted = sides(W, perturbation.predicted_alignment(core_of(W, D, k)))
     for side, rotation, aligned in zip(("left", "right"), turned, predicted, strict=True):
         cosines = (a.vectors(side, k) * b.vectors(side, k)).sum(0)
         assert torch.allclose(1 - cosines.square(), rotation, rtol=1e-2, atol=1e-14)
@@ -47,7 +47,7 @@ def test_two_ranks_are_predicted_exactly_whatever_the_update():
     for seed in range(20):
         W, D = torch.diag(torch.tensor([1.0, 0.8])).double(), 0.3 * gaussian(2, 2, seed)
         a, b = decompose(W), decompose(W + D)
-        predicted = nulls.predicted_alignment(core_of(W, D, 2))
+        predicted = perturbation.predicted_alignment(core_of(W, D, 2))
         for side, aligned in zip(("left", "right"), predicted, strict=True):
             cosines = (a.vectors(side) * b.vectors(side)).sum(0).abs()
             assert torch.allclose(aligned, cosines, atol=1e-10)
@@ -57,7 +57,7 @@ def test_the_core_of_a_low_rank_update_and_of_a_rank_deficient_base():
     S = torch.cat([torch.linspace(3, 1, 6), torch.zeros(6)]).double()
     W, D = with_spectrum(S, 12, 30, seed=5), 1e-4 * gaussian(12, 2, 1) @ gaussian(2, 30, 2)
     a, b = decompose(W), decompose(W + D)
-    turned = nulls.response(core_of(W, D, 6))
+    turned = perturbation.response(core_of(W, D, 6))
     for side, rotation in zip(("left", "right"), turned, strict=True):
         cosines = (a.vectors(side, 6) * b.vectors(side, 6)).sum(0)
         assert torch.allclose(1 - cosines.square(), rotation, rtol=2e-2, atol=1e-12)
@@ -83,7 +83,7 @@ def test_a_rotated_update_has_the_gaussian_expectation_whatever_its_spectrum():
     W = base_of(shape)
     D = 1e-4 * gaussian(24, 1, 1) @ gaussian(1, 40, 2)  # rank one: as far from Gaussian as can be
     g = torch.Generator().manual_seed(0)
-    turned = [nulls.response(core_of(W, nulls.draw("rotated", W, W + D, g), k)) for _ in range(600)]
+    turned = [perturbation.response(core_of(W, draws.draw("rotated", W, W + D, g), k)) for _ in range(600)]
     expected = nulls.sensitivity(decompose(W).spectrum, shape, k)
     size = float(D.square().sum() / W.square().sum())
     for i in range(2):
@@ -101,7 +101,7 @@ def test_p_values_are_uniform_under_the_gaussian_null():
         D = 0.3 * gaussian(
             *shape, seed
         )  # so large that first order is no angle any more: the law holds all the same
-        found = nulls.p_gaussian(nulls.core(base, half_svd(W + D, 0, minus=W), k, float(D.norm())))
+        found = nulls.p_gaussian(perturbation.core(base, half_svd(W + D, 0, minus=W), k, float(D.norm())))
         p.append(torch.stack(found))
     every = torch.stack(p)  # (draws, sides, ranks)
     for side in range(2):
@@ -134,19 +134,19 @@ def test_independent_directions_and_the_best_of_many():
     assert float(nulls.p_independent(torch.tensor([1.0 - 1e-12], dtype=torch.float64), 768)[0]) < 1e-300
 
 
-@pytest.mark.parametrize("kind", nulls.KINDS)
+@pytest.mark.parametrize("kind", draws.KINDS)
 def test_sampled_p_values_are_uniform_on_their_steps(kind):
     W, T = base_of((24, 24)), (base_of((24, 24)) + 0.05 * gaussian(24, 24, 9)).to(torch.bfloat16)
     a, p = decompose(W), []
     g = torch.Generator().manual_seed(1)
 
     def aligned():
-        update = nulls.draw(kind, W, T, g)
+        update = draws.draw(kind, W, T, g)
         return (a.U[:, :3] * decompose(W + update, 3).U).sum(0).abs()
 
     for _ in range(40):
         drawn = torch.stack([aligned() for _ in range(4)])
-        p.append(nulls.p_sampled(aligned(), drawn))
+        p.append(draws.p_sampled(aligned(), drawn))
     every = torch.stack(p)[:, 0].numpy()
     assert every.min() >= 0.2
     jittered = every - 0.2 * np.random.default_rng(0).random(len(every))  # steps of a fifth made continuous
@@ -156,19 +156,19 @@ def test_sampled_p_values_are_uniform_on_their_steps(kind):
 @pytest.mark.parametrize("kind", ["gaussian", "permuted", "rotated"])
 def test_a_drawn_update_has_the_size_and_what_its_kind_keeps(kind):
     W, T = gaussian(8, 12, 1), gaussian(8, 12, 2)
-    D, delta = nulls.draw(kind, W, T, torch.Generator().manual_seed(0)), T - W
+    D, delta = draws.draw(kind, W, T, torch.Generator().manual_seed(0)), T - W
     assert float(D.norm()) == pytest.approx(float(delta.norm()))
     if kind == "permuted":
         assert torch.equal(D.flatten().sort().values, delta.flatten().sort().values)
     if kind == "rotated":
         assert torch.allclose(decompose(D).S, decompose(delta).S)
     with pytest.raises(InputError, match="got null 'x'"):
-        nulls.draw("x", W, T, torch.Generator())
+        draws.draw("x", W, T, torch.Generator())
 
 
 def test_rounding_is_what_casting_does():
     W = gaussian(200, 300, 1)
-    found = nulls.rounding(W.float())
+    found = rounding.rounding(W.float())
     assert found.stored == "float32"
     for form in (torch.bfloat16, torch.float16):
         error = float((W.to(form).double() - W).square().mean())
@@ -177,7 +177,7 @@ def test_rounding_is_what_casting_does():
     assert found.variance["int8"] == pytest.approx(
         float(((W / scale).round() * scale - W).square().mean()), rel=0.02
     )
-    assert nulls.rounding(W.to(torch.bfloat16)).stored == "bfloat16"
+    assert rounding.rounding(W.to(torch.bfloat16)).stored == "bfloat16"
 
 
 @pytest.mark.parametrize(
@@ -206,11 +206,11 @@ def test_intervals_cover_the_alignment_before_rounding(turn, noise, k):
             variance = partial(torch.full_like, fill_value=1e-6)
         else:
             T = clean.to(getattr(torch, noise))
-            variance = partial(nulls.entry_variance, form=noise)
+            variance = partial(rounding.entry_variance, form=noise)
         t = decompose(T.double())
         X, Y = t.U[:, :k], t.Vh[:k].mT
         cosines = (U[:, :k].mT @ X, V[:, :k].mT @ Y)
-        found = nulls.intervals(cosines, (X, Y), t.spectrum, T.double(), variance)
+        found = rounding.intervals(cosines, (X, Y), t.spectrum, T.double(), variance)
         for side, (low, high), B, C in zip(covered, found, (U, V), (Ut, Vt), strict=True):
             truth = (B * C).sum(0).abs().clamp(max=1.0)[:k]
             covered[side].append((low <= truth) & (truth <= high))
@@ -224,8 +224,8 @@ def test_intervals_cover_the_alignment_before_rounding(turn, noise, k):
 def test_the_variance_of_each_entry_adds_up_to_that_of_the_matrix():
     W = gaussian(40, 30, 1).to(torch.float16)
     for form in ("bfloat16", "float16"):
-        each = nulls.entry_variance(W, form)
-        assert float(each.mean()) == pytest.approx(nulls.rounding(W, form).variance[form])
+        each = rounding.entry_variance(W, form)
+        assert float(each.mean()) == pytest.approx(rounding.rounding(W, form).variance[form])
 
 
 def test_the_share_of_size():

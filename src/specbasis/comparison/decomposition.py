@@ -11,13 +11,14 @@ from torch import Tensor
 from specbasis.comparison.options import Options
 from specbasis.core.attention_heads import compare_heads
 from specbasis.core.cosines import cosines
+from specbasis.core.draws import KINDS, draw
 from specbasis.core.dtypes import BY_PRECISION, name_of
 from specbasis.core.entries import read_entries
 from specbasis.core.errors import InputError
 from specbasis.core.krylov import approximate_svd
 from specbasis.core.low_rank import low_rank_svd
-from specbasis.core.nulls import KINDS, Rounding, draw
-from specbasis.core.nulls import rounding as rounding_of
+from specbasis.core.rounding import Rounding
+from specbasis.core.rounding import rounding as rounding_of
 from specbasis.core.svd import SVD, HalfSVD, half_svd
 from specbasis.jobs.cache import Cache, Samples
 from specbasis.measures.table import needed, reads

@@ -17,8 +17,8 @@ from specbasis.architecture.pair import MatrixPair
 from specbasis.checkpoint import Checkpoint, open_checkpoint, open_tuned
 from specbasis.comparison.decomposition import decompose_pair
 from specbasis.comparison.options import Options
+from specbasis.core.draws import KINDS
 from specbasis.core.errors import NonFiniteError
-from specbasis.core.nulls import KINDS
 from specbasis.jobs.cost import Work, matrix_work
 from specbasis.jobs.results import SCHEMA
 from specbasis.measures.measure import Measure, Values

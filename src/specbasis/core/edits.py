@@ -10,9 +10,7 @@ and the second form is what is computed: a triplet that is replaced by itself ad
 changes nothing returns W bit for bit, in whatever format it is stored. (Where most ranks really change, the
 triplets that stay and those that come in are fewer columns, and are multiplied out instead.)
 
-Ranks are 0-based and given as an int n (the leading n; the trailing |n| where negative), "all", "k:m" or a range
-(the interval [k, m)), or a sequence of ranks. What goes beyond the last rank is cut off, since the matrices of one
-model have different numbers of ranks.
+Which ranks an edit takes is said as in `specbasis.core.ranks`.
 
 Source: Yu et al. 2026, §4.1, App. G (replacement) and App. I (masking); the complement-preserving random vectors,
 the groups and the noise of equal norm are this project's.
@@ -20,9 +18,7 @@ the groups and the noise of equal norm are this project's.
 
 from __future__ import annotations
 
-import hashlib
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -30,42 +26,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from specbasis.core.columns import columns, generator_of, random_complement, random_orthonormal
 from specbasis.core.errors import InputError
+from specbasis.core.groups import chains
+from specbasis.core.ranks import Ranks, parsed, rank_set
 from specbasis.core.svd import SVD, decompose
-
-Ranks = int | str | range | Sequence[int]
 
 SIDES: Mapping[str, tuple[bool, bool]] = {"both": (True, True), "left": (True, False), "right": (False, True)}
 """Name → whether the left and the right singular vectors are replaced."""
-
-
-def rank_set(ranks: Ranks, count: int) -> Int[Tensor, " r"]:
-    """The ranks that are meant, of a matrix that has ``count`` of them, ascending.
-
-    Raises:
-        InputError: no rank is left, a rank is negative, or the text is none of the forms above.
-    """
-    given: int | Sequence[int] = _parsed(ranks, count) if isinstance(ranks, str) else ranks
-    if isinstance(given, int):
-        return torch.arange(min(given, count)) if given > 0 else torch.arange(max(count + given, 0), count)
-    chosen = sorted(set(given))
-    if chosen and chosen[0] < 0:
-        raise InputError(f"got rank {chosen[0]}; want ranks from 0")
-    if chosen and chosen[0] >= count:
-        raise InputError(f"got ranks {ranks!r}; the matrix has the ranks 0 … {count - 1}")
-    return torch.tensor([rank for rank in chosen if rank < count], dtype=torch.long)
-
-
-def _parsed(text: str, count: int) -> int | range:
-    if text == "all":
-        return range(count)
-    if found := re.fullmatch(r"(\d{1,7}):(\d{1,7})", text, re.ASCII):
-        first, last = int(found[1]), int(found[2])
-        if first < last:
-            return range(first, last)
-    elif re.fullmatch(r"-?\d{1,7}", text, re.ASCII):
-        return int(text)
-    raise InputError(f"got ranks {text!r}; want n (the leading n), -n (the trailing n), k:m with k < m, or all")
 
 
 # --- the edits ----------------------------------------------------------------------------------------------------
@@ -102,7 +70,7 @@ def replace(
     if groups > 0:
         chosen = whole_groups(chosen, groups, svd.S, other.S)
     left, right = _sides(sides)
-    U, Vh = _columns(other.U, chosen), _columns(other.Vh.mT, chosen).mT
+    U, Vh = columns(other.U, chosen), columns(other.Vh.mT, chosen).mT
     if not (left and right and groups <= 0 and _most_move(svd, chosen, U, Vh)):  # there signs cancel
         U, Vh = _aligned(svd, other, chosen, left, right, groups)
     return _corrected(W, svd, chosen, U=U if left else None, Vh=Vh if right else None)
@@ -137,11 +105,11 @@ def randomise(
     """
     chosen = rank_set(ranks, len(svd.S))
     left, right = _sides(sides)
-    generator = _generator(seed)
+    generator = generator_of(seed)
     U, V = (
-        _random_complement(basis, chosen, generator)
+        random_complement(basis, chosen, generator)
         if complement
-        else _random_orthonormal(len(basis), len(chosen), generator).to(basis.device)
+        else random_orthonormal(len(basis), len(chosen), generator).to(basis.device)
         for basis in (svd.U, svd.Vh.mT)
     )
     return _corrected(W, svd, chosen, U=U if left else None, Vh=V.mT if right else None)
@@ -169,7 +137,7 @@ def mask(W: Float[Tensor, "out in"], svd: SVD, ranks: Ranks) -> Float[Tensor, "o
     exact = W.to(torch.float64, copy=True)
     if not len(part):
         return exact if direct else torch.zeros_like(exact)
-    rest = exact.addmm(_columns(svd.U, part) * svd.S[part], _columns(svd.Vh.mT, part).mT, alpha=-1)
+    rest = exact.addmm(columns(svd.U, part) * svd.S[part], columns(svd.Vh.mT, part).mT, alpha=-1)
     taken = torch.sub(exact, rest, out=rest)
     return exact.sub_(taken) if direct else taken
 
@@ -216,7 +184,7 @@ def noise_like(
     size = torch.linalg.vector_norm(edited - exact, dtype=torch.float64)
     if size == 0:
         return exact
-    G = torch.randn(exact.shape, generator=_generator(seed)).to(exact.device)
+    G = torch.randn(exact.shape, generator=generator_of(seed)).to(exact.device)
     return exact.add_(G, alpha=float(size / torch.linalg.vector_norm(G, dtype=torch.float64)))
 
 
@@ -229,7 +197,7 @@ class Edit:
 
     Attributes:
         kind: a name in `KINDS`.
-        ranks: which ranks, as in this module's first lines.
+        ranks: which ranks; see `specbasis.core.ranks`.
         sides: "both", "left" or "right", for replacements.
         seed: of the random kinds; each matrix draws its own numbers from it.
         factor: of the kind "rescale".
@@ -248,7 +216,7 @@ class Edit:
             raise InputError(f"got kind {self.kind!r}; want one of {', '.join(KINDS)}")
         _sides(self.sides)
         if isinstance(self.ranks, str):
-            _parsed(self.ranks, 1)
+            parsed(self.ranks)
 
     @property
     def needs_other(self) -> bool:
@@ -331,11 +299,11 @@ def _corrected(
     Vh: Tensor | None = None,
 ) -> Tensor:
     """W with the triplets of some ranks replaced; what is not given stays."""
-    mine, rows, S_old = _columns(svd.U, ranks), _columns(svd.Vh.mT, ranks).mT, svd.S[ranks]
+    mine, rows, S_old = columns(svd.U, ranks), columns(svd.Vh.mT, ranks).mT, svd.S[ranks]
     if S is None and _most_move(svd, ranks, U, Vh):
         stay = torch.ones(len(svd.S), dtype=torch.bool).index_fill_(0, ranks, False).nonzero().flatten()
         come_in = (mine if U is None else U, S_old, rows if Vh is None else Vh)
-        return _multiplied(come_in, (_columns(svd.U, stay), svd.S[stay], _columns(svd.Vh.mT, stay).mT))
+        return _multiplied(come_in, (columns(svd.U, stay), svd.S[stay], columns(svd.Vh.mT, stay).mT))
     out = W.to(torch.float64, copy=True)
     old = mine * S_old
     new = (mine if U is None else U) * (S_old if S is None else S)
@@ -374,23 +342,15 @@ def _multiplied(*triplets: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     return out
 
 
-def _columns(X: Tensor, ranks: Tensor) -> Tensor:
-    """Some columns: a view where they follow one another, since gathering them costs more than using them."""
-    if len(ranks) and int(ranks[-1] - ranks[0]) + 1 == len(ranks):
-        return X[:, int(ranks[0]) : int(ranks[-1]) + 1]
-    return X[:, ranks]
-
-
 def whole_groups(ranks: Int[Tensor, " r"], gap: float, *spectra: Float[Tensor, " k"]) -> Int[Tensor, " s"]:
     """These ranks and those joined to them: i and i + 1 are where (σ_i − σ_{i+1}) / σ_i < gap in any spectrum."""
     group = _groups(gap, *spectra)
     return torch.isin(group, group[ranks]).nonzero().flatten()
 
 
-def _groups(gap: float, *spectra: Tensor) -> Tensor:
-    """Number of the group of each rank, ascending."""
-    apart = torch.stack([(S[:-1] - S[1:]) >= gap * S[:-1] for S in spectra]).all(dim=0)
-    return torch.cat([apart.new_zeros(1, dtype=torch.long), apart.long()]).cumsum(0)
+def _groups(gap: float, *spectra: Tensor) -> Int[Tensor, " k"]:
+    """The first rank of the group of each rank."""
+    return chains(torch.stack([(S[:-1] - S[1:]) >= gap * S[:-1] for S in spectra]).all(dim=0))
 
 
 def _aligned(svd: SVD, other: SVD, ranks: Tensor, left: bool, right: bool, groups: float) -> tuple[Tensor, Tensor]:
@@ -398,8 +358,8 @@ def _aligned(svd: SVD, other: SVD, ranks: Tensor, left: bool, right: bool, group
 
     The only place where signs are decided.
     """
-    U, Vh = _columns(other.U, ranks), _columns(other.Vh.mT, ranks).mT
-    agreement = left * (U * _columns(svd.U, ranks)).sum(0) + right * (Vh.mT * _columns(svd.Vh.mT, ranks)).sum(0)
+    U, Vh = columns(other.U, ranks), columns(other.Vh.mT, ranks).mT
+    agreement = left * (U * columns(svd.U, ranks)).sum(0) + right * (Vh.mT * columns(svd.Vh.mT, ranks)).sum(0)
     sign = torch.where(agreement < 0, -1.0, 1.0).to(U.dtype)
     U, Vh = U * sign, Vh * sign[:, None]
     if groups <= 0 or not len(ranks):
@@ -413,44 +373,6 @@ def _aligned(svd: SVD, other: SVD, ranks: Tensor, left: bool, right: bool, group
             R = core.U @ core.Vh
             U[:, k:m], Vh[k:m] = theirs[0] @ R, R.mT @ theirs[1]
     return U, Vh
-
-
-def _random_orthonormal(d: int, r: int, generator: torch.Generator) -> Tensor:
-    """(d, r), uniformly distributed orthonormal columns.
-
-    The Q of a Gaussian matrix, whose Householder vectors are themselves Gaussian: they are drawn, and nothing is
-    factored (Stewart 1980, SIAM J. Numer. Anal. 17, 403).
-    """
-    Z = _gaussian(d, r, generator)
-    first, norm = Z.diagonal(), Z.tril().square_().sum(0).sqrt_()
-    beta = torch.where(first < 0, norm, -norm)
-    Z, tau = Z / (first - beta), (beta - first) / beta
-    Q: Tensor = torch.linalg.householder_product(Z, tau)
-    return Q.mul_(beta.sign())
-
-
-def _random_complement(basis: Tensor, ranks: Tensor, generator: torch.Generator) -> Tensor:
-    """(d, r), such columns, one for each of some ranks of a basis (d, k), orthogonal to its other ranks."""
-    if len(basis) == basis.shape[1]:  # the complement is what these ranks span
-        return _columns(basis, ranks) @ _random_orthonormal(len(ranks), len(ranks), generator).to(basis.device)
-    Z = _gaussian(len(basis), len(ranks), generator).to(basis.device)
-    for _ in range(2):  # twice is enough to be orthogonal to rounding
-        inside = basis.mT @ Z
-        inside[ranks] = 0
-        Z.addmm_(basis, inside, alpha=-1)
-    Q, R = torch.linalg.qr(Z)
-    vectors: Tensor = Q * torch.where(R.diagonal() < 0, -1.0, 1.0)  # the sign that makes the distribution uniform
-    return vectors
-
-
-def _gaussian(rows: int, columns: int, generator: torch.Generator) -> Tensor:
-    """Independent normal numbers, drawn in float32, which is five times faster than in float64 and as random."""
-    return torch.randn(rows, columns, generator=generator).to(torch.float64)
-
-
-def _generator(seed: int | str) -> torch.Generator:
-    number = seed if isinstance(seed, int) else int.from_bytes(hashlib.sha256(seed.encode()).digest()[:7], "big")
-    return torch.Generator().manual_seed(number)
 
 
 def _sides(name: str) -> tuple[bool, bool]:

@@ -7,7 +7,7 @@ from functools import lru_cache
 from statistics import mean, stdev
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 BAND = 10
@@ -29,8 +29,13 @@ def degenerate_groups(S: Float[Tensor, " n"], variance: float, k: int) -> Int[Te
         k: number of leading ranks.
     """
     gaps = S[: min(k, len(S)) - 1] - S[1 : min(k, len(S))]
-    begins = torch.cat([torch.ones(1, dtype=torch.bool), gaps.cpu() > math.sqrt(2 * variance)])
-    places = torch.arange(len(begins))
+    return chains(gaps.cpu() > math.sqrt(2 * variance))
+
+
+def chains(apart: Bool[Tensor, " k-1"]) -> Int[Tensor, " k"]:
+    """The first of the chain that each of some neighbours belongs to, from whether each is apart from the next."""
+    begins = torch.cat([apart.new_ones(1), apart])
+    places = torch.arange(len(begins), device=begins.device)
     return torch.where(begins, places, 0).cummax(dim=0).values
 
 

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from specbasis.core.svd import SVD, HalfSVD
+from specbasis.core.svd import SVD, HalfSVD, inverse_values
 
 INTRUDER_COSINE = 0.5
 """A tuned vector whose best cosine with all vectors of base is below this is an intruder."""
 
 INTRUDER_RANKS = 10
 """Leading ranks of tuned among which intruders are counted."""
-
-_FLOOR = 1e-6
-"""Below this share of the largest singular value the other side's vector has no digits."""
 
 
 def best_cosine(base: Float[Tensor, "d n"], tuned: Float[Tensor, "d k"]) -> Float[Tensor, " k"]:
@@ -53,10 +49,7 @@ def intruder_cosine(base: SVD | HalfSVD, tuned: SVD | HalfSVD, side: str, k: int
     if (side == "left") == base.wide:
         cosines = tuned.short_side()[:, :k].mT @ base.short_side()
     else:
-        S = base.spectrum
-        usable = S > _FLOOR * S[0]
-        inverse = torch.where(usable, 1 / torch.where(usable, S, 1.0), 0.0)
-        cosines = (base.times(tuned.long_side(0, k)).mT @ base.short_side()) * inverse
+        cosines = (base.times(tuned.long_side(0, k)).mT @ base.short_side()) * inverse_values(base.spectrum)
     return _best(cosines)
 
 

@@ -28,6 +28,10 @@ ALGORITHM = "gram-deflated-2"
 """Name and version of the numerical route; results made by different routes are not bit-equal."""
 
 
+FLOOR = 1e-6
+"""Below this share of the largest singular value a vector that is taken through the other side has no digits."""
+
+
 class _Ranked:
     """What every decomposition says about its ranks."""
 
@@ -355,6 +359,12 @@ def _zeros(A: Blocks, k: int, wide: bool) -> HalfSVD:
     X, Y = (torch.eye(d, k, dtype=torch.float64, device=A.device) for d in (n, m))
     every, held = X.new_zeros(n), X.new_zeros(k)
     return HalfSVD(A, X, held, 0, Y, every, every, held, held, wide, X[:, :0])
+
+
+def inverse_values(S: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """1/σ_i, and 0 below `FLOOR`: what turns products with a matrix into cosines with its vectors."""
+    usable = S > FLOOR * S[0]
+    return torch.where(usable, 1 / torch.where(usable, S, 1.0), 0.0)
 
 
 def signs(U: Tensor) -> Tensor:

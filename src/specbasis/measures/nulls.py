@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from specbasis.core import nulls
+from specbasis.core import nulls, perturbation, rounding
 from specbasis.measures.measure import BOTH_SIDES, PAIR, SIDES, measure
 from specbasis.measures.triple import Triple
 
@@ -43,7 +43,7 @@ def _ones(t: Triple) -> Tensor:
 
 def _turned(t: Triple) -> tuple[Tensor, Tensor]:
     """Squared first-order rotations by the update, (short, long)."""
-    return t.once("response", lambda: nulls.response(t.core))
+    return t.once("response", lambda: perturbation.response(t.core))
 
 
 def _null(t: Triple, kind: str) -> tuple[Tensor, Tensor]:
@@ -59,10 +59,10 @@ def _null_alignment(t: Triple, kind: str) -> tuple[Tensor, Tensor]:
         return _ones(t), _ones(t)
     elif kind == "permuted":
         assert t.every is not None
-        entry = nulls.mean_entry(t.delta)  # type: ignore[arg-type]
+        entry = perturbation.mean_entry(t.delta)  # type: ignore[arg-type]
         if entry**2 < NEGLIGIBLE * variance:
             return _null(t, "gaussian")
-        variance, mean = max(0.0, variance - entry**2), nulls.mean_update(t.every, entry)
+        variance, mean = max(0.0, variance - entry**2), perturbation.mean_update(t.every, entry)
     return nulls.null_alignment(_spectrum(t), t.sizes, t.ranks, variance, mean)
 
 
@@ -103,7 +103,7 @@ def predicted_alignment(t: Triple, side: str) -> Tensor:
     """Alignment of {side} vectors that perturbation theory predicts of W and Δ."""
     if t.unturned:
         return _ones(t)
-    return t.of_side(t.once("predicted", lambda: nulls.predicted_alignment(t.core)), side)
+    return t.of_side(t.once("predicted", lambda: perturbation.predicted_alignment(t.core)), side)
 
 
 @of_update(formula="‖du‖² / E‖du*‖²", source=STEWART, turned=True)
@@ -130,17 +130,17 @@ def _interval(t: Triple, side: str, end: int) -> Tensor | None:
     return t.of_side(t.once("intervals", lambda: _intervals(t)), side)[end]
 
 
-def _intervals(t: Triple) -> tuple[nulls.Interval, nulls.Interval]:
+def _intervals(t: Triple) -> tuple[rounding.Interval, rounding.Interval]:
     """Intervals of the alignment before tuned was rounded, (short, long)."""
     assert t.entries is not None
     short, long = SIDES if t.base_wide else SIDES[::-1]
     form = t.rounding["tuned"].stored
-    return nulls.intervals(
+    return rounding.intervals(
         (t.matrix(short), t.matrix(long)),
         (t.tuned.vectors(short, t.ranks).cpu(), t.tuned.vectors(long, t.ranks).cpu()),
         t.tuned.spectrum.cpu(),
         (t.entries if t.base_wide else t.entries.mT).cpu(),
-        lambda W: nulls.entry_variance(W, form),
+        lambda W: rounding.entry_variance(W, form),
     )
 
 

@@ -9,7 +9,7 @@ from functools import partial
 
 from torch import Tensor
 
-from specbasis.core import nulls
+from specbasis.core import draws
 from specbasis.measures.measure import PAIR, SIDES, Values, measure
 from specbasis.measures.triple import Triple
 
@@ -21,16 +21,16 @@ def _drawn(t: Triple, kind: str, side: str) -> Tensor | None:
 def sampled_alignment(t: Triple, kind: str, side: str) -> Values | None:
     """Mean {side} alignment over N decompositions of W plus a random update ({kind}); bound: 2 standard errors."""
     drawn = _drawn(t, kind, side)
-    return None if drawn is None else Values(drawn.mean(dim=0), 2 * nulls.standard_error(drawn))
+    return None if drawn is None else Values(drawn.mean(dim=0), 2 * draws.standard_error(drawn))
 
 
 def p_sampled(t: Triple, kind: str, side: str) -> Tensor | None:
     """Chance of so high a {side} alignment under these updates ({kind})."""
     drawn = _drawn(t, kind, side)
-    return None if drawn is None else nulls.p_sampled(t.observed(side), drawn)
+    return None if drawn is None else draws.p_sampled(t.observed(side), drawn)
 
 
-for _kind in nulls.KINDS:  # in the rows, what was sampled from one kind stands together
+for _kind in draws.KINDS:  # in the rows, what was sampled from one kind stands together
     of_kind = partial(
         measure,
         index="rank",

@@ -14,7 +14,8 @@ from torch import Tensor
 from specbasis.core.attention_heads import HeadFigures
 from specbasis.core.cosines import Cosines, cosines
 from specbasis.core.groups import degenerate_groups, grouped
-from specbasis.core.nulls import Core, Rounding, core
+from specbasis.core.perturbation import Core, core
+from specbasis.core.rounding import Rounding
 from specbasis.core.svd import SVD, HalfSVD
 
 _T = TypeVar("_T")

@@ -1,0 +1,68 @@
+"""Random updates of the same size as one that was observed, and what a sample of them says."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from specbasis.core.dtypes import FORMATS
+from specbasis.core.errors import InputError
+from specbasis.core.rounding import rounding
+
+KINDS = ("gaussian", "permuted", "rotated", "rounding")
+"""Updates without a direction: see `draw`."""
+
+
+def draw(kind: str, W: Float[Tensor, "out in"], T: Float[Tensor, "out in"], generator: torch.Generator) -> Tensor:
+    """A random update of the same size as T − W, float64, (out, in).
+
+    - gaussian: independent normal entries, scaled to the Frobenius norm of T − W;
+    - permuted: the entries of T − W in random places;
+    - rotated: Q₁ (T − W) Q₂ with uniformly random orthogonal Q₁ and Q₂: the spectrum stays;
+    - rounding: errors of rounding T to the format in which it is stored, uniform within half a step.
+
+    Raises:
+        InputError: the kind is unknown.
+    """
+    shape = W.shape
+    if kind == "rounding":
+        stored = FORMATS[rounding(T).stored]
+        step = 2.0 ** (torch.frexp(T.double()).exponent - 1).clamp(min=stored.exponent).double() * stored.step
+        error: Tensor = step * (torch.rand(shape, generator=generator, dtype=torch.float64) - 0.5)
+        return error
+    delta = T.double() - W.double()
+    if kind == "gaussian":
+        Z = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return Z.mul_(torch.linalg.vector_norm(delta) / torch.linalg.vector_norm(Z))
+    if kind == "permuted":
+        return delta.flatten()[torch.randperm(delta.numel(), generator=generator)].reshape(shape)
+    if kind == "rotated":
+        return _haar(shape[0], generator) @ delta @ _haar(shape[1], generator)
+    raise InputError(f"got null {kind!r}; want one of {', '.join(KINDS)}")
+
+
+def _haar(d: int, generator: torch.Generator) -> Tensor:
+    """A uniformly random orthogonal matrix (Mezzadri 2007)."""
+    Q, R = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64))
+    rotation: Tensor = Q * R.diagonal().sign()
+    return rotation
+
+
+def p_sampled(observed: Float[Tensor, " k"], drawn: Float[Tensor, "draws k"]) -> Float[Tensor, " k"]:
+    """Probability of an alignment at least as high under a sampled null, (1 + #{drawn ≥ observed})/(1 + draws).
+
+    Never 0, and uniform on its steps where the observed one is a draw as well.
+
+    Source: Phipson & Smyth 2010.
+    """
+    p: Tensor = (1 + (drawn >= observed).sum(dim=0).double()) / (1 + len(drawn))
+    return p
+
+
+def standard_error(drawn: Float[Tensor, "draws k"]) -> Float[Tensor, " k"]:
+    """Monte-Carlo standard error of the mean over draws; ∞ for a single one."""
+    spread = drawn.std(dim=0, correction=1) if len(drawn) > 1 else torch.full_like(drawn[0], math.inf)
+    return spread.div_(math.sqrt(len(drawn)))
