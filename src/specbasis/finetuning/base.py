@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from specbasis.checkpoint import hub, open_checkpoint, weights_sha256
+from specbasis.checkpoint import hub
+from specbasis.checkpoint.entry import first_line
 from specbasis.checkpoint.places import locate
 from specbasis.core.errors import InputError
 from specbasis.finetuning.tasks import Split, Task
@@ -40,26 +41,23 @@ class Base:
     max_length: int
 
     def encode(self, split: Split) -> Examples:
-        """The inputs of every example; texts are tokenised here, images are read when they are asked for.
+        """The inputs of every example with its label; texts are tokenised here, images are read when asked for.
 
         Raises:
             InputError: the greatest length leaves no room for a text.
         """
         if self.task.images:
             return Images(split, self.processor)
-        if not split.inputs:
-            return Texts([], [], self.task)
-        columns = list(zip(*split.inputs, strict=True))
+        columns = list(map(list, zip(*split.inputs, strict=True)))
         added = self.processor.num_special_tokens_to_add(pair=len(columns) > 1)
         if self.max_length <= added:
             raise InputError(
                 f"got max_length = {self.max_length}; want more than {added}: the tokenizer adds so many tokens"
             )
-        encoded = self.processor(*map(list, columns), truncation=True, max_length=self.max_length)
+        encoded = self.processor(*columns, truncation=True, max_length=self.max_length) if columns else {}
         names = [name for name in encoded if name in self.processor.model_input_names]
-        return Texts(
-            [{name: encoded[name][i] for name in names} for i in range(len(split))], split.labels, self.task
-        )
+        labels = split.labels if self.task.regression else map(int, split.labels)
+        return [{**{name: encoded[name][i] for name in names}, "labels": y} for i, y in enumerate(labels)]
 
     def collator(self) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
         """Batches: padded to the longest of each batch."""
@@ -71,29 +69,8 @@ class Base:
         return collate
 
 
-class Texts(Dataset[dict[str, Any]]):
-    """Tokenised texts with their labels.
-
-    Attributes:
-        lengths: tokens of each example.
-    """
-
-    def __init__(self, encoded: Sequence[dict[str, Any]], labels: Sequence[float], task: Task) -> None:
-        kind = float if task.regression else int
-        self.items = [{**one, "labels": kind(label)} for one, label in zip(encoded, labels, strict=True)]
-        self.lengths: list[int] | None = [len(one["input_ids"]) for one in encoded]
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.items[index]
-
-
 class Images(Dataset[dict[str, Any]]):
     """Images with their labels, read from their files one by one."""
-
-    lengths: list[int] | None = None
 
     def __init__(self, split: Split, processor: Any) -> None:
         self.split, self.processor = split, processor
@@ -113,7 +90,8 @@ class Images(Dataset[dict[str, Any]]):
         return {"pixel_values": pixels, "labels": int(self.split.labels[index])}
 
 
-Examples = Texts | Images
+Examples = list[dict[str, Any]] | Images
+"""What a Trainer takes as a dataset."""
 
 
 def load_base(base: str | Path, task: Task, *, max_length: int = 256, scratch: bool = False) -> Base:
@@ -199,30 +177,18 @@ def encoder_of(model: nn.Module) -> nn.Module:
     """The backbone below the task head, whatever method is on it."""
     get_base = getattr(model, "get_base_model", None)
     inner = get_base() if callable(get_base) else model
-    prefix = getattr(inner, "base_model_prefix", "")
-    found = getattr(inner, prefix, None) if prefix else None
-    return found if isinstance(found, nn.Module) else inner
-
-
-def base_sha256(base: str | Path) -> str:
-    """SHA-256 of a base's weights, for manifests; see `weights_sha256`.
-
-    Raises:
-        InputError: nothing there, or weights that cannot be read as data.
-    """
-    return weights_sha256(open_checkpoint(base))
+    backbone = getattr(inner, getattr(inner, "base_model_prefix", "") or "base_model", None)
+    return backbone if isinstance(backbone, nn.Module) else inner
 
 
 def _address(base: str | Path) -> dict[str, Any]:
     text = str(base)
-    there = text.startswith("pkg:") or Path(text).expanduser().exists()
-    if not there and (isinstance(base, Path) or text.startswith(("/", ".", "~"))):
-        raise InputError(f"{text}: no such file or folder")
-    if not there:
-        found = hub.parse_address(text)
-        return {"pretrained_model_name_or_path": found.repository} | {
-            key: value for key, value in (("revision", found.revision), ("subfolder", found.subfolder)) if value
-        }
+    if not (text.startswith("pkg:") or Path(text).expanduser().exists()):
+        if isinstance(base, Path) or text.startswith(("/", ".", "~")):
+            raise InputError(f"{text}: no such file or folder")
+        address = hub.parse_address(text)
+        parts = {"revision": address.revision, "subfolder": address.subfolder}
+        return {"pretrained_model_name_or_path": address.repository, **{k: v for k, v in parts.items() if v}}
     place, _ = locate(text)
     if "config.json" not in place.names:
         raise InputError(f"{text}: holds no config.json; want a folder that transformers' save_pretrained wrote")
@@ -237,8 +203,7 @@ def _loading(base: str | Path, load: Callable[[], Any]) -> Any:
     try:
         return load()
     except (*_FAILURES, SafetensorError, UnpicklingError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{base}: transformers cannot load it: {first}") from error
+        raise InputError(f"{base}: transformers cannot load it: {first_line(error)}") from error
 
 
 def shape_of(base: str | Path) -> tuple[int, int]:

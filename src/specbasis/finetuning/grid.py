@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from specbasis.checkpoint import open_checkpoint, weights_sha256
 from specbasis.core.errors import InputError
 from specbasis.finetuning.options import Placement, Protocol, require_libraries
 from specbasis.finetuning.sources import load_task
@@ -102,9 +103,7 @@ class Setting:
     @functools.cached_property
     def base_sha256(self) -> str:
         """Of the base's weights, which are read once for all lists of cells of a command."""
-        from specbasis.finetuning.base import base_sha256
-
-        return base_sha256(self.base)
+        return weights_sha256(open_checkpoint(self.base))
 
     def config(self) -> dict[str, Any]:
         """What the manifest of a grid says: all that decides the values."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from specbasis.checkpoint import open_checkpoint, weights_sha256
 from specbasis.checkpoint.atomic import whole, write_whole, writing
 from specbasis.core.errors import InputError
 from specbasis.core.options import takes
@@ -80,7 +81,6 @@ def finetune(
     Raises:
         InputError: an argument does not fit, the data are damaged, the folder holds another run, the disk is full.
     """
-    from specbasis.finetuning.base import base_sha256
     from specbasis.finetuning.methods import method_named
     from specbasis.finetuning.train import Run, is_main_process, train
 
@@ -103,7 +103,7 @@ def finetune(
     how, data = resolved(how, chosen.name, data, options.examples)
     config = {
         "base": str(base),
-        "base_sha256": base_sha256(base),
+        "base_sha256": weights_sha256(open_checkpoint(base)),
         "task": data.task.name,
         "head": {name: getattr(data.task, name) for name in ("name", "title", "metrics", "labels", "images")},
         "data": data.digest,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from specbasis.checkpoint.entry import first_line
 from specbasis.core.errors import InputError
 from specbasis.finetuning.tables import READERS, class_names, column_names, examples, lines, read_table, tab_rows
 from specbasis.finetuning.tasks import CORRELATIONS, GLUE, Layout, Split, Task, TaskData, task_key, task_named
@@ -119,10 +120,9 @@ def _glue_hub(task: Task, layout: Layout) -> TaskData:
         repository = datasets.load_dataset("nyu-mll/glue", task.name)
         tables = [repository[name] for name in names]
     except Exception as error:  # the client's errors are of many classes
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"{task.title}: cannot be had from the Hub ({reason}); name the folder of its official files "
-            "with --data-dir"
+            f"{task.title}: cannot be had from the Hub ({first_line(error)}); name the folder of its official "
+            "files with --data-dir"
         ) from error
     columns = layout.hub_texts or layout.texts
     indices = {index: index for index in range(len(task.labels))}

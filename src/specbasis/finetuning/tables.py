@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from specbasis.checkpoint.entry import first_line
 from specbasis.core.errors import InputError
 from specbasis.finetuning.tasks import Split
 
@@ -176,7 +177,7 @@ def _parquet_rows(path: Path) -> Rows:
     try:
         yield from enumerate(pq.read_table(path).to_pylist(), 1)
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{path}: not a readable Parquet file: {first_line(error)}") from error
 
 
 READERS: dict[str, Callable[[Path], Rows]] = {

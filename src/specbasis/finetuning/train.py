@@ -22,7 +22,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from specbasis.checkpoint import open_checkpoint
 from specbasis.core.errors import InputError
-from specbasis.finetuning.base import Base, load_base, quiet
+from specbasis.finetuning.base import Base, Images, load_base, quiet
 from specbasis.finetuning.costs import Stopwatch, peak_memory, weights_bytes
 from specbasis.finetuning.forgetting import Pretraining, pretraining_loss
 from specbasis.finetuning.methods import Attached, attach
@@ -245,8 +245,8 @@ def _trainer(run: Run, base: Base, attached: Attached, folder: Path) -> Iterator
         # The mean loss of a classifier must not be scaled by the number of processes, which is for token losses.
         trainer.model_accepts_loss_kwargs = False
         trainer.remove_callback(PrinterCallback)  # the log is in the metrics, and goes where `report_to` says
-        if run.protocol.group_by_length:
-            trainer.lengths = examples.lengths
+        if run.protocol.group_by_length and not isinstance(examples, Images):
+            trainer.lengths = [len(example["input_ids"]) for example in examples]
         yield trainer
 
 
