@@ -25,8 +25,8 @@ from torch import nn
 
 from specbasis import Edit, Subject, edited, intervene, matrix_edits
 from specbasis.checkpoint import open_checkpoint
-from specbasis.interventions.grid import Grid, _Size, _Stage, admitted
 from specbasis.interventions.live import state
+from specbasis.interventions.stage import Setting, Size, Stage, admitted
 from specbasis.jobs.cache import Cache
 
 EDITS = (
@@ -97,13 +97,13 @@ def main() -> None:
 def cost(given: argparse.Namespace, folder: str) -> None:
     judge = Judge(given.sentences)
     subject = Subject(given.tuned, judge, load)
-    stage = _Stage(Grid(given.base, {"tuned": subject}, f"{folder}/factors", 10**11, 0), "tuned")
+    stage = Stage(Setting(given.base, {"tuned": subject}, Cache(Path(folder) / "factors", 10**11), 0), "tuned")
     base = open_checkpoint(given.base)
     print(f"judging {given.sentences} sentences of 32 tokens; medians of {given.turns} turns of processor time")
     for roles in ("ffn", "attention"):
         for edit in EDITS:
             places = matrix_edits(edit, state(stage.model), base, admits=admitted(roles, ""), factors=stage.factors)
-            edits = {ref: _Size().of(one) for ref, one in places.items()}  # as a grid does
+            edits = {ref: Size().of(one) for ref, one in places.items()}  # as a grid does
             with edited(stage.model, edits, originals=stage.originals):
                 pass  # decomposes
             shares = []

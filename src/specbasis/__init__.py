@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from specbasis.core.low_rank import low_rank_svd
     from specbasis.core.svd import SVD, decompose
     from specbasis.finetuning.runs import finetune
-    from specbasis.interventions.grid import Subject, intervene
+    from specbasis.interventions.grid import intervene
     from specbasis.interventions.live import edited, matrix_edits
+    from specbasis.interventions.stage import Subject
     from specbasis.lineage.tree import lineage
 
 __version__ = "0.1.0"
@@ -55,7 +56,8 @@ __getattr__ = lazily(
         "low_rank_svd": "core.low_rank",
         **dict.fromkeys(("SVD", "decompose"), "core.svd"),
         "finetune": "finetuning.runs",
-        **dict.fromkeys(("Subject", "intervene"), "interventions.grid"),
+        "Subject": "interventions.stage",
+        "intervene": "interventions.grid",
         **dict.fromkeys(("edited", "matrix_edits"), "interventions.live"),
         "lineage": "lineage.tree",
     },

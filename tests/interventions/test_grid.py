@@ -111,7 +111,7 @@ def test_a_grid_resumes_and_its_models_are_decomposed_once(models, tmp_path, mon
     )
     first = run(models, tmp_path / "out", ranks=(1,))
     assert len(calls) == 3 * 4
-    monkeypatch.setattr(grids, "run_cell", lambda *a: pytest.fail("a finished cell ran again"))
+    monkeypatch.setattr(grids, "run_experiment", lambda *a: pytest.fail("a finished experiment ran again"))
     assert [row.experiment for row in run(models, tmp_path / "out", ranks=(1,))] == [
         row.experiment for row in first
     ]
@@ -146,7 +146,7 @@ def test_an_evaluator_that_fails_marks_its_cells_and_the_grid_goes_on(models, tm
     assert errors[0] == "RuntimeError: no memory"
     assert "metric 'm': 5 of 5 values of the evaluator are NaN or Inf" in errors[1]
     assert len(errors) == 2
-    assert not grids._STAGES
+    assert not grids.STAGES
     again = run(models, tmp_path / "out", evaluate=evaluate, ranks=(2,))
     assert all(row.error is None for row in again)
     # Once for each model, and once for each cell that had failed.
@@ -183,7 +183,7 @@ def test_ctrl_c_in_a_cell_leaves_rows_and_the_next_call_continues(models, tmp_pa
     stored = {label: {n: t.clone() for n, t in c.items()} for label, c in before.items()}
     with pytest.raises(KeyboardInterrupt):
         run(models, tmp_path / "out", evaluate=evaluate, ranks=(2,))
-    assert not grids._STAGES
+    assert not grids.STAGES
     assert len((tmp_path / "out/rows.jsonl").read_text().splitlines()) == 3
     assert all(row.error is None for row in run(models, tmp_path / "out", evaluate=evaluate, ranks=(2,)))
     for label, path in models.items():

@@ -65,8 +65,8 @@ def intervene(
     """Judge finetunes while their singular vectors are swapped, randomised and masked, against controls."""
     from specbasis.cli.tables import print_grid
     from specbasis.interventions.evaluators import judge
-    from specbasis.interventions.grid import Subject
     from specbasis.interventions.grid import intervene as run
+    from specbasis.interventions.stage import Subject
 
     found: dict[str, Subject] = {}
     directory = None if data_dir is None else str(data_dir)

@@ -21,7 +21,8 @@ from specbasis.comparison.summary import RoleSummary
 from specbasis.comparison.verdict import named_parts
 from specbasis.core.grammar import human_bytes
 from specbasis.figures.tables import SEVERITIES, by_reason, cells, number, over_all_ranks
-from specbasis.interventions.grid import BASELINE, read_grid
+from specbasis.interventions.grid import read_grid
+from specbasis.interventions.stage import BASELINE
 from specbasis.jobs.cost import rates
 from specbasis.jobs.experiments import Row
 

@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 
 from specbasis.core.errors import InputError
 from specbasis.figures.figures import COLORS, DASHES, QUIET, grid_of_panels, render
-from specbasis.interventions.grid import BASE, BASELINE
 from specbasis.interventions.sharing import Shared
+from specbasis.interventions.stage import BASE, BASELINE
 from specbasis.jobs.experiments import Row
 
 NAMES: Mapping[str, str] = {

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from specbasis.architecture.key import Admits, MatrixKey, MatrixRef
+from specbasis.architecture.key import Admits, MatrixRef
 from specbasis.architecture.pair import pair
 from specbasis.architecture.recognise import model_map
 from specbasis.checkpoint import Checkpoint, open_checkpoint
@@ -195,7 +195,7 @@ def _resolved(
         if tensor.is_meta or not tensor.is_floating_point() or not tensor.is_contiguous():
             what = f"{tensor.dtype} on {tensor.device}, contiguous: {tensor.is_contiguous()}"
             raise InputError(f"{ref.parameter}: cannot be edited in place ({what}); want contiguous floats")
-        place = (tensor.data_ptr(), ref.rows, ref.columns, ref.groups, ref.expert)
+        place = (tensor.data_ptr(), *region(ref))
         if place in places:
             raise InputError(f"{ref.key.name} and {places[place]} are the same numbers (tied); edit one of them")
         places[place] = ref.key.name
@@ -236,7 +236,6 @@ class _Interrupts:
         self._former(number, frame)
 
 
-def labelled(key: MatrixKey) -> str:
-    """A matrix for a table: its stack, block and role."""
-    block = "" if key.block is None else f" {key.block}"
-    return f"{key.stack}{block} {key.role}".strip()
+def region(ref: MatrixRef) -> tuple[object, ...]:
+    """Which part of its parameter a matrix is."""
+    return (ref.rows, ref.columns, ref.groups, ref.expert)

@@ -16,8 +16,8 @@ from specbasis.core.errors import InputError
 from specbasis.core.statistics import spearman
 from specbasis.core.subspace import subspace_overlap
 from specbasis.core.svd import decompose
-from specbasis.interventions.grid import BASE, BASELINE, admitted
 from specbasis.interventions.live import Decompose
+from specbasis.interventions.stage import BASE, BASELINE, admitted
 from specbasis.jobs.experiments import Row
 
 
