@@ -20,7 +20,7 @@ from specbasis.comparison.options import Options
 from specbasis.core.draws import KINDS
 from specbasis.core.errors import NonFiniteError
 from specbasis.jobs.cost import Work, matrix_work
-from specbasis.jobs.results import SCHEMA
+from specbasis.jobs.results import Figures, rows_of
 from specbasis.measures.measure import Measure, Values
 from specbasis.measures.table import measure_all
 from specbasis.measures.triple import Absent, Decomposition
@@ -142,34 +142,14 @@ def _key(source: Source, base: Source | None) -> Any:
 
 def _table(label: str, matched: MatrixPair, measured: Iterable[tuple[Measure, Values]]) -> pa.Table:
     """The rows of one matrix of one pair."""
-    key, measured = matched.key, list(measured)
-    lengths = [len(values.value) for _, values in measured]
-    n = sum(lengths)
-    places = np.arange(max(lengths, default=0), dtype=np.float64)
-    figures = {name: np.full(n, np.nan) for name in ("index", "value", "bound", "resolved")}
-    stop = 0
-    for (measure, values), length in zip(measured, lengths, strict=True):
-        rows = slice(stop, stop := stop + length)
-        figures["value"][rows] = values.value.cpu().numpy()
-        if measure.index:
-            figures["index"][rows] = values.index or places[:length]
-        resolved = values.resolved(relative=measure.unit == "weight")
-        if resolved is not None and values.bound is not None:
-            figures["bound"][rows] = values.bound.cpu().numpy()
-            figures["resolved"][rows] = resolved.cpu().numpy()
-    figures["index"][figures["index"] < 0] = np.nan
-    # Words as codes at once: a list of equal strings takes longer to encode than many measures to compute.
-    words = {"pair": label, "matrix": key.name, "stack": key.stack, "role": key.role}
-    arrays: dict[str, Any] = {
-        name: pa.DictionaryArray.from_arrays(np.zeros(n, np.int32), [word]) for name, word in words.items()
-    }
-    codes = np.repeat(np.arange(len(measured), dtype=np.int32), lengths)
-    arrays["measure"] = pa.DictionaryArray.from_arrays(codes, [measure.name for measure, _ in measured])
-    out, into = matched.base.shape
-    numbers = {"block": key.block, "out_features": out, "in_features": into}
-    arrays |= {name: pa.repeat(pa.scalar(v, SCHEMA.field(name).type), n) for name, v in numbers.items()}
-    # A bound of NaN is one of a NaN figure; where there is none at all, resolved is NaN as well.
-    missing = {"index": np.isnan(figures["index"])}
-    missing["bound"] = missing["resolved"] = np.isnan(figures["resolved"])
-    arrays |= {name: pa.array(values, mask=missing.get(name)) for name, values in figures.items()}
-    return pa.table([arrays[name].cast(SCHEMA.field(name).type) for name in SCHEMA.names], SCHEMA)
+    return rows_of(matched.key, matched.base.shape, (_figures(label, *figures) for figures in measured))
+
+
+def _figures(label: str, measure: Measure, values: Values) -> Figures:
+    index = (values.index or np.arange(len(values.value))) if measure.index else None
+    resolved = values.resolved(relative=measure.unit == "weight")
+    if resolved is None or values.bound is None:
+        return Figures(label, measure.name, values.value.cpu().numpy(), index)
+    return Figures(
+        label, measure.name, values.value.cpu().numpy(), index, values.bound.cpu().numpy(), resolved.cpu().numpy()
+    )

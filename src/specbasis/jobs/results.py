@@ -8,16 +8,19 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from specbasis.architecture.key import MatrixKey
 from specbasis.checkpoint.atomic import write_whole
 from specbasis.core.errors import InputError
 from specbasis.jobs.folder import Folder, Kind, opened
@@ -48,6 +51,61 @@ SCHEMA = pa.schema(
 
 _REPEATED = [name for name in SCHEMA.names if name not in ("value", "bound", "resolved")]
 """Columns that a dictionary makes smaller; looking for repetition among figures takes time and finds none."""
+
+
+@dataclass(frozen=True, eq=False)
+class Figures:
+    """What one measure gave for one matrix of one pair: (n,) numbers on the CPU, or None for what there is not.
+
+    Attributes:
+        pair: label of the tuned checkpoint.
+        measure: name of the measure.
+        value: the figures.
+        index: rank or k of each; a negative one is none.
+        bound: bound on the numerical error of each.
+        resolved: whether the bound is small; where it is NaN there is no bound.
+    """
+
+    pair: str
+    measure: str
+    value: npt.ArrayLike
+    index: npt.ArrayLike | None = None
+    bound: npt.ArrayLike | None = None
+    resolved: npt.ArrayLike | None = None
+
+
+def rows_of(key: MatrixKey, shape: tuple[int, int], figures: Iterable[Figures]) -> pa.Table:
+    """The rows of one matrix, in the order of the figures."""
+    figures = list(figures)
+    lengths = [len(np.atleast_1d(f.value)) for f in figures]
+    n, stop = sum(lengths), 0
+    numbers = {name: np.full(n, np.nan) for name in ("index", "value", "bound", "resolved")}
+    for f, length in zip(figures, lengths, strict=True):
+        rows = slice(stop, stop := stop + length)
+        for name, column in numbers.items():
+            values = getattr(f, name)
+            if values is not None:
+                column[rows] = values
+    numbers["index"][numbers["index"] < 0] = np.nan
+    # A bound of NaN is one of a NaN figure; where there is none at all, resolved is NaN as well.
+    missing = {"index": np.isnan(numbers["index"])}
+    missing["bound"] = missing["resolved"] = np.isnan(numbers["resolved"])
+    arrays = {name: pa.array(values, mask=missing.get(name)) for name, values in numbers.items()}
+    # Words as codes at once: a list of equal strings takes longer to encode than many measures to compute.
+    arrays |= {name: _words([getattr(f, name) for f in figures], lengths) for name in ("pair", "measure")}
+    words = {"matrix": key.name, "stack": key.stack, "role": key.role}
+    arrays |= {name: _words([word], [n]) for name, word in words.items()}
+    constants = {"block": key.block, "out_features": shape[0], "in_features": shape[1]}
+    arrays |= {name: pa.repeat(pa.scalar(v, SCHEMA.field(name).type), n) for name, v in constants.items()}
+    return pa.table([arrays[name].cast(SCHEMA.field(name).type) for name in SCHEMA.names], SCHEMA)
+
+
+def _words(words: Sequence[str], counts: Sequence[int]) -> pa.Array:
+    """Each word so many times, stored once."""
+    codes = {word: code for code, word in enumerate(dict.fromkeys(words))}
+    return pa.DictionaryArray.from_arrays(
+        np.repeat(np.array([codes[word] for word in words], dtype=np.int32), counts), list(codes)
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -31,9 +31,7 @@ ON_INTRUDERS = ("ignore", "warn", "stop")
 
 @dataclass(frozen=True, eq=False)
 class _Start:
-    """A matrix when training began: itself, its leading vectors, and all left ones where intruders are looked
-    for.
-    """
+    """A matrix when training began, its leading vectors, and all left ones where intruders are looked for."""
 
     ref: MatrixRef
     W: Tensor
@@ -43,7 +41,7 @@ class _Start:
     def measure(self, W: Tensor, ranks: int, threshold: float) -> dict[str, Any]:
         now = decompose(W, min(ranks, *W.shape), name=self.ref.key.name)
         update = torch.linalg.vector_norm(W.to(torch.float64) - self.W)
-        found = {
+        figures = {
             "alignment_left": alignment(self.svd.U, now.U).tolist(),
             "alignment_right": alignment(self.svd.Vh.mT, now.Vh.mT).tolist(),
             "singular_values": now.S.tolist(),
@@ -51,8 +49,8 @@ class _Start:
             "relative_update": float(update / torch.linalg.vector_norm(self.W.to(torch.float64))),
         }
         if self.left is not None:
-            found["intruders"] = intruders(self.left, now.U, threshold)
-        return found
+            figures["intruders"] = intruders(self.left, now.U, threshold)
+        return figures
 
 
 class SpectralCallback(TrainerCallback):
@@ -107,11 +105,10 @@ class SpectralCallback(TrainerCallback):
         """
         if on_intruders not in ON_INTRUDERS:
             raise InputError(f"got on_intruders = {on_intruders!r}; want one of {', '.join(ON_INTRUDERS)}")
-        if (every is not None and every < 1) or not 0 < budget <= 1 or not 0 < threshold <= 1:
-            raise InputError(
-                f"got every = {every}, budget = {budget}, threshold = {threshold}; want every of at "
-                "least 1, the others in (0, 1]"
-            )
+        if every is not None and every < 1:
+            raise InputError(f"got every = {every}; want at least 1")
+        if not 0 < budget <= 1 or not 0 < threshold <= 1:
+            raise InputError(f"got budget = {budget}, threshold = {threshold}; want both in (0, 1]")
         self.options = TrackOptions(ranks=ranks, roles=tuple(roles), blocks=tuple(blocks), name=name)
         self.every, self.budget = every, budget
         self.given, self.on_intruders, self.threshold = start, on_intruders, threshold
@@ -159,10 +156,8 @@ class SpectralCallback(TrainerCallback):
         if not self.history:
             return
         named = {f"spectral/{name}": value for name, value in _means(self.history[-1]).items()}
-        for log in (
-            kwargs.get("logs"),
-            *state.log_history[-1:],
-        ):  # reporters read the first, the Trainer keeps the second
+        # Reporters read the first, the Trainer keeps the second.
+        for log in (kwargs.get("logs"), *state.log_history[-1:]):
             if log is not None:
                 log.update(named)
 
@@ -182,27 +177,28 @@ class SpectralCallback(TrainerCallback):
     def _measure(self, model: nn.Module, step: int, control: Any) -> None:
         started = time.perf_counter()
         weights = _weights(model)
-        ranks = self.options.ranks
-        found = {
-            name: one.measure(one.ref.read(weights), ranks, self.threshold) for name, one in self._starts.items()
+        matrices = {
+            name: start.measure(start.ref.read(weights), self.options.ranks, self.threshold)
+            for name, start in self._starts.items()
         }
-        self.history.append({"step": step, "matrices": found})
+        self.history.append({"step": step, "matrices": matrices})
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(self.history[-1]) + "\n")
         self._last = time.perf_counter() - started
         self.seconds += self._last
-        self._tell_of_intruders(found, step, control)
+        self._warn(matrices, step, control)
 
-    def _tell_of_intruders(self, found: Mapping[str, dict[str, Any]], step: int, control: Any) -> None:
-        with_intruders = {name: one["intruders"] for name, one in found.items() if one.get("intruders")}
-        for name, ranks in with_intruders.items():
+    def _warn(self, matrices: Mapping[str, dict[str, Any]], step: int, control: Any) -> None:
+        """Name each matrix with intruders once, and stop the training if that is asked for."""
+        intruding = {name: figures["intruders"] for name, figures in matrices.items() if figures.get("intruders")}
+        for name, ranks in intruding.items():
             if name not in self._warned:
                 numbers = ", ".join(str(rank + 1) for rank in ranks)
                 _LOG.warning("step %d: intruder directions in %s (ranks %s)", step, name, numbers)
                 self._warned.add(name)
-        if with_intruders and self.on_intruders == "stop":
+        if intruding and self.on_intruders == "stop":
             control.should_training_stop = True
 
 

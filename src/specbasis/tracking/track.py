@@ -13,7 +13,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 from loky import cpu_count
-from numpy.typing import NDArray
 from torch import Tensor
 
 from specbasis.architecture.key import MatrixRef
@@ -27,7 +26,7 @@ from specbasis.jobs import results as store
 from specbasis.jobs.cost import Work, matrix_work
 from specbasis.jobs.folder import environment
 from specbasis.jobs.progress import Report
-from specbasis.jobs.results import COMPARISON, Results
+from specbasis.jobs.results import COMPARISON, Figures, Results, rows_of
 from specbasis.measures.measure import RESOLVED
 from specbasis.measures.table import choose
 from specbasis.tracking.options import TrackOptions
@@ -203,7 +202,7 @@ class _Job:
             t = follow(self._read, count, ranks=self.ranks, approximate=approximate, name=self._name)
         except InputError as error:
             return None, dict.fromkeys(range(count), str(error))
-        return _rows(t, self.ref, self.series.labels, self.top), t.failed
+        return rows_of(self.ref.key, t.shape, _figures(t, self.series.labels, self.top)), t.failed
 
     def _read(self, c: int) -> Tensor | None:
         ref = self.refs[c]
@@ -216,77 +215,28 @@ class _Job:
 # --- rows -------------------------------------------------------------------------------------------------------
 
 
-def _rows(t: Trajectory, ref: MatrixRef, labels: Sequence[str], top: int) -> pa.Table:
-    """Every measure of one matrix over its checkpoints, checkpoint by checkpoint."""
-    found = list(_measures(t, top))
-    counts = [len(column.value) for column in found]
-    n = sum(counts)
-    numbers = {
-        "index": np.concatenate([_or_nan(column.index, len(column.value)) for column in found]),
-        "value": np.concatenate([column.value.numpy() for column in found]),
-        "bound": np.concatenate([_or_nan(column.bound, len(column.value)) for column in found]),
-    }
-    key = ref.key
-    constant = {
-        "matrix": key.name,
-        "stack": key.stack,
-        "block": key.block,
-        "role": key.role,
-        "out_features": t.shape[0],
-        "in_features": t.shape[1],
-    }
-    arrays: dict[str, Any] = {
-        name: pa.repeat(pa.scalar(value, type=pa.int32() if value is None else None), n)
-        for name, value in constant.items()
-    }
-    arrays["pair"] = _words([labels[t.index[column.place]] for column in found], counts)
-    arrays["measure"] = _words([column.measure for column in found], counts)
-    arrays |= {name: pa.array(values, mask=np.isnan(values)) for name, values in numbers.items()}
-    arrays["resolved"] = pa.array(numbers["bound"] <= RESOLVED, mask=np.isnan(numbers["bound"]))
-    return pa.table([arrays[name].cast(store.SCHEMA.field(name).type) for name in store.SCHEMA.names], store.SCHEMA)
-
-
-def _words(words: Sequence[str], counts: Sequence[int]) -> pa.Array:
-    """Each word so many times, stored once."""
-    different = list(dict.fromkeys(words))
-    codes = np.repeat(np.array([different.index(word) for word in words], dtype=np.int32), counts)
-    return pa.DictionaryArray.from_arrays(codes, different)
-
-
-def _or_nan(values: Any, n: int) -> NDArray[np.float64]:
-    return np.full(n, np.nan) if values is None else np.asarray(values, dtype=np.float64)
-
-
-@dataclass(frozen=True, eq=False)
-class _Column:
-    """Figures of one measure at one checkpoint, with their index and bounds."""
-
-    place: int
-    measure: str
-    value: Tensor
-    index: Sequence[int] | None = None
-    bound: Tensor | None = None
-
-
-def _measures(t: Trajectory, top: int) -> Iterator[_Column]:
-    """Everything that is measured at each checkpoint."""
+def _figures(t: Trajectory, labels: Sequence[str], top: int) -> Iterator[Figures]:
+    """Every measure of one matrix at each checkpoint."""
     count, ranks = len(t.index), range(t.S.shape[1])
     bounds, mean, size = t.alignment_bound(), t.mean_alignment(top), t.relative_distance()
-    for place in range(count):
-        yield _Column(place, "singular_value", t.S[place], ranks)
-        yield _Column(place, "relative_gap", t.relative_gap[place], ranks)
-        yield _Column(place, "norm", t.norms[place : place + 1])
+    for c in range(count):
+        label = labels[t.index[c]]
+        yield Figures(label, "singular_value", t.S[c], ranks)
+        yield Figures(label, "relative_gap", t.relative_gap[c], ranks)
+        yield Figures(label, "norm", t.norms[c : c + 1])
         for name in REFERENCES:
-            other = {"first": 0, "last": count - 1, "previous": place - 1}[name]
+            other = {"first": 0, "last": count - 1, "previous": c - 1}[name]
             if other < 0:
                 continue
+            bound = bounds[other, c].numpy()
+            resolved = np.where(np.isnan(bound), np.nan, bound <= RESOLVED)
             for side in SIDES:
-                aligned, bound = t.alignment(side)[other, place], bounds[other, place]
-                yield _Column(place, f"alignment_{side}_{name}", aligned, ranks, bound)
-            early, late = sorted((other, place))  # the size of the update from the earlier to the later
+                aligned = t.alignment(side)[other, c]
+                yield Figures(label, f"alignment_{side}_{name}", aligned, ranks, bound, resolved)
+            early, late = sorted((other, c))  # the size of the update from the earlier to the later
             if not torch.isnan(size[early, late]):
-                yield _Column(place, f"relative_update_{name}", size[early, late : late + 1])
-        others = [other for other in range(count) if other != place]
-        yield _Column(place, "mean_alignment", mean[place, others], [t.index[other] for other in others])
-        known = [other for other in others if not torch.isnan(size[other, place])]
-        yield _Column(place, "relative_update", size[known, place], [t.index[other] for other in known])
+                yield Figures(label, f"relative_update_{name}", size[early, late : late + 1])
+        others = [other for other in range(count) if other != c]
+        yield Figures(label, "mean_alignment", mean[c, others], [t.index[other] for other in others])
+        measured = [other for other in others if not torch.isnan(size[other, c])]
+        yield Figures(label, "relative_update", size[measured, c], [t.index[other] for other in measured])
