@@ -177,7 +177,7 @@ def encoder_of(model: nn.Module) -> nn.Module:
     """The backbone below the task head, whatever method is on it."""
     get_base = getattr(model, "get_base_model", None)
     inner = get_base() if callable(get_base) else model
-    backbone = getattr(inner, getattr(inner, "base_model_prefix", "") or "base_model", None)
+    backbone = getattr(inner, getattr(inner, "base_model_prefix", "") or "no prefix", None)
     return backbone if isinstance(backbone, nn.Module) else inner
 
 

@@ -1,4 +1,4 @@
-"""Cells of finetuning: the unit of a grid is one run, (task, method, seed, learning rate, placement)."""
+"""Experiments of finetuning: the unit of a grid is one run, (task, method, seed, learning rate, placement)."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from specbasis.jobs.experiments import Row, read_experiments, run_experiments
 from specbasis.jobs.progress import Progress
 
 SCRATCH = "scratch"
-"""As a cell's method: full finetuning from random weights. As its checkpoint: the model which that left."""
+"""As an experiment's method: full finetuning from random weights. As its checkpoint: the model which that left."""
 
 BEYOND = 3
 """How many factors a search of learning rates tries beyond those that it was given."""
 
 
 @dataclass(frozen=True)
-class Cell:
+class Experiment:
     """What tells one run of a grid from the others; None is the default of the method.
 
     Attributes:
@@ -56,7 +56,7 @@ class Cell:
     checkpoint: str | None = None
 
     def row(self) -> dict[str, Any]:
-        """As `cells` wants it: flat, and without what is not set."""
+        """As `jobs.experiments` wants it: flat, and without what is not set."""
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in asdict(self).items()
@@ -64,22 +64,20 @@ class Cell:
         }
 
     @classmethod
-    def of(cls, row: Mapping[str, Any]) -> Cell:
-        """The cell of a row."""
-        given: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in row.items()
-        }
-        return cls(**given)
+    def of(cls, row: Mapping[str, Any]) -> Experiment:
+        """The experiment of a row."""
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
+        return cls(**fields)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all cells of a grid share.
+    """What all experiments of a grid share.
 
     Attributes:
         base: the pretrained model.
         data_dir: GLUE in its official layout; from the Hub when None.
-        protocol: fields of `train.Protocol` beside epochs and learning rate.
+        protocol: fields of `Protocol` beside epochs and learning rate.
         cache_prefix: folder of cached activations.
         models: folder in which the models of `keep` are left, as ``METHOD-TASK``.
         keep: methods whose model of the first seed is kept.
@@ -102,7 +100,7 @@ class Setting:
 
     @functools.cached_property
     def base_sha256(self) -> str:
-        """Of the base's weights, which are read once for all lists of cells of a command."""
+        """Of the base's weights, which are read once for all lists of experiments of a command."""
         return weights_sha256(open_checkpoint(self.base))
 
     def config(self) -> dict[str, Any]:
@@ -115,61 +113,64 @@ class Setting:
         }
 
 
-def run_cell(cell: Mapping[str, Any], setting: Setting) -> dict[str, Any]:
-    """Run one cell: the metrics of `train.run`.
+def run_experiment(row: Mapping[str, Any], setting: Setting) -> dict[str, Any]:
+    """Run one experiment: the metrics of `train.train`.
 
     Raises:
-        InputError: the cell wants a basis from scratch, and no such model was trained yet.
+        InputError: the experiment wants a basis from scratch, and no such model was trained yet.
     """
     from specbasis.finetuning import runs, train
 
-    one = Cell.of(cell)
-    data = _data(one.task, setting.data_dir, one.examples, one.selection)
-    protocol = Protocol(epochs=one.epochs, learning_rate=one.learning_rate, **setting.protocol)
-    checkpoint = str(kept_model(setting, SCRATCH, one.task)) if one.checkpoint == SCRATCH else one.checkpoint
-    if one.checkpoint == SCRATCH and not Path(str(checkpoint)).is_dir():
-        raise InputError(f"no model of {one.task} from scratch yet; run its cell of method {SCRATCH} first")
-    with tempfile.TemporaryDirectory() as scratch:
-        kept = (
-            one.method in setting.keep and one.seed == setting.first_seed and setting.models and not one.selection
-        )
-        name = one.method if one.rank is None else f"{one.method}@{one.rank}"
-        folder = kept_model(setting, name, one.task) if kept else Path(scratch)
-        run = train.Run(
-            setting.base,
-            data,
-            "full" if one.method == SCRATCH else one.method,
-            one.seed,
-            protocol,
-            Placement(one.rank, one.interval, one.blocks, checkpoint=checkpoint),
-            setting.cache_prefix,
-            ("", ()) if one.selection else runs.held_back_texts(None, data, setting.data_dir),
-            resumable=False,
-            scratch=one.method == SCRATCH,
-        )
-        values = train.train(run, folder)
-    if one.selection:  # a run of the search: its score is all that is wanted
+    experiment = Experiment.of(row)
+    task, method, seed, searches = experiment.task, experiment.method, experiment.seed, bool(experiment.selection)
+    data = _data(task, setting.data_dir, experiment.examples, experiment.selection)
+    checkpoint = experiment.checkpoint
+    if checkpoint == SCRATCH:
+        checkpoint = str(kept_model(setting, SCRATCH, task))
+        if not Path(checkpoint).is_dir():
+            raise InputError(f"no model of {task} from scratch yet; run its experiment of method {SCRATCH} first")
+    run = train.Run(
+        setting.base,
+        data,
+        "full" if method == SCRATCH else method,
+        seed,
+        Protocol(epochs=experiment.epochs, learning_rate=experiment.learning_rate, **setting.protocol),
+        Placement(experiment.rank, experiment.interval, experiment.blocks, checkpoint=checkpoint),
+        setting.cache_prefix,
+        ("", ()) if searches else runs.held_back_texts(None, data, setting.data_dir),
+        resumable=False,
+        scratch=method == SCRATCH,
+    )
+    with tempfile.TemporaryDirectory() as temporary:
+        kept = method in setting.keep and seed == setting.first_seed and setting.models and not searches
+        name = method if experiment.rank is None else f"{method}@{experiment.rank}"
+        values = train.train(run, kept_model(setting, name, task) if kept else Path(temporary))
+    if searches:  # its score is all that is wanted
         del values["predictions"]
     return values
 
 
 def run_grid(
-    cells: Iterable[Cell], setting: Setting, out: str | Path, progress: Callable[[Progress], None] | None = None
+    experiments: Iterable[Experiment],
+    setting: Setting,
+    out: str | Path,
+    progress: Callable[[Progress], None] | None = None,
 ) -> list[Row]:
-    """Run the cells that have no row yet; see `jobs.experiments.run_experiments`."""
+    """Run the experiments that have no row yet; see `jobs.experiments.run_experiments`."""
     require_libraries()
-    run = functools.partial(run_cell, setting=setting)
-    return run_experiments([cell.row() for cell in cells], run, out, config=setting.config(), progress=progress)
+    run = functools.partial(run_experiment, setting=setting)
+    rows = [experiment.row() for experiment in experiments]
+    return run_experiments(rows, run, out, config=setting.config(), progress=progress)
 
 
-def stored(cells: Iterable[Cell], out: str | Path) -> list[Row]:
-    """The rows of these cells that are in a grid's folder.
+def stored(experiments: Iterable[Experiment], out: str | Path) -> list[Row]:
+    """The rows of these experiments that are in a grid's folder.
 
     Raises:
         InputError: no grid there.
     """
-    wanted = set(cells)
-    return [row for row in read_experiments(out) if Cell.of(row.experiment) in wanted]
+    wanted = set(experiments)
+    return [row for row in read_experiments(out) if Experiment.of(row.experiment) in wanted]
 
 
 @dataclass(frozen=True)
@@ -191,9 +192,9 @@ class Search:
     epochs: float = 2
     seed: int = 0
 
-    def cells(self, task: str, method: str, rows: Iterable[Row] = ()) -> list[Cell]:
+    def experiments(self, task: str, method: str, rows: Iterable[Row] = ()) -> list[Experiment]:
         """The runs of a method's search, as far as they are known from the rows that are there."""
-        return [self._cell(task, method, factor) for factor in self.tried(task, method, rows)]
+        return [self._experiment(task, method, factor) for factor in self.tried(task, method, rows)]
 
     def tried(self, task: str, method: str, rows: Iterable[Row] = ()) -> list[float]:
         """The factors of these runs, ascending."""
@@ -218,16 +219,16 @@ class Search:
 
     def _best(self, task: str, method: str, factors: Sequence[float], rows: Iterable[Row]) -> float | None:
         """The best of some factors; of equal ones the nearest to 1. None where one has no score yet."""
-        scores = {Cell.of(row.experiment): row.values["score"] for row in rows if row.error is None}
-        cells = [self._cell(task, method, factor) for factor in factors]
-        if not all(cell in scores for cell in cells):
+        scores = {Experiment.of(row.experiment): row.values["score"] for row in rows if row.error is None}
+        score = {factor: scores.get(self._experiment(task, method, factor)) for factor in factors}
+        if None in score.values():
             return None
-        return max(zip(factors, cells, strict=True), key=lambda one: (scores[one[1]], -abs(math.log(one[0]))))[0]
+        return max(factors, key=lambda factor: (score[factor], -abs(math.log(factor))))
 
-    def _cell(self, task: str, method: str, factor: float) -> Cell:
-        where = self.task or task
-        rate = scaled_rate(method, where, factor)
-        return Cell(where, method, self.seed, self.epochs, rate, *search_sizes(where))
+    def _experiment(self, task: str, method: str, factor: float) -> Experiment:
+        task = self.task or task
+        rate = scaled_rate(method, task, factor)
+        return Experiment(task, method, self.seed, self.epochs, rate, *search_sizes(task))
 
 
 SEARCH_SIZES = {"cola": (7000, 1500), "rte": (1660, 830), "wnli": (420, 210)}
@@ -248,12 +249,11 @@ def scaled_rate(method: str, task: str, factor: float = 1.0) -> float:
     return float(f"{rate:.6g}")
 
 
-def by_seed(rows: Iterable[Row], wanted: Iterable[Cell]) -> dict[int, Mapping[str, Any]]:
-    """The values of each seed among the wanted cells, for those that ran."""
-    cells = set(wanted)
-    return {
-        row.experiment["seed"]: row.values for row in rows if row.error is None and Cell.of(row.experiment) in cells
-    }
+def by_seed(rows: Iterable[Row], experiments: Iterable[Experiment]) -> dict[int, Mapping[str, Any]]:
+    """The values of each seed among some experiments, for those that ran."""
+    wanted = set(experiments)
+    ran = [row for row in rows if row.error is None and Experiment.of(row.experiment) in wanted]
+    return {row.experiment["seed"]: row.values for row in ran}
 
 
 def kept_model(setting: Setting, method: str, task: str) -> Path:

@@ -17,7 +17,7 @@ from specbasis.core.statistics import (
     paired_t_test,
     percentile_interval,
 )
-from specbasis.finetuning.grid import Cell, by_seed
+from specbasis.finetuning.grid import Experiment, by_seed
 from specbasis.finetuning.metrics import METRICS, Predictions
 from specbasis.finetuning.tasks import GLUE, Task
 from specbasis.jobs.experiments import Row
@@ -69,7 +69,7 @@ class Run:
         return self.task.score(most.scores(self.task))
 
 
-def runs(rows: Iterable[Row], cells: Sequence[Cell]) -> dict[int, Run]:
+def runs(rows: Iterable[Row], cells: Sequence[Experiment]) -> dict[int, Run]:
     """The runs of some cells of one task that differ in nothing but the seed, by seed."""
     return {seed: Run(GLUE[cells[0].task], values) for seed, values in by_seed(rows, cells).items()}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from specbasis.checkpoint.atomic import write_whole
 from specbasis.core.errors import InputError
 from specbasis.core.statistics import mean_and_spread
-from specbasis.finetuning.grid import Cell, Setting, run_grid
+from specbasis.finetuning.grid import Experiment, Setting, run_grid
 from specbasis.finetuning.tasks import GLUE, task_named
 from specbasis.jobs.experiments import Row
 from specbasis.jobs.progress import Progress
@@ -61,9 +61,9 @@ class Panel:
     learning_rate: float = DEFAULTS.learning_rate
     examples: int | None = None
 
-    def cell(self, point: Point, seed: int) -> Cell:
+    def cell(self, point: Point, seed: int) -> Experiment:
         """One run."""
-        return Cell(
+        return Experiment(
             self.task,
             "spectral",
             seed,
@@ -74,7 +74,7 @@ class Panel:
             blocks=point.blocks,
         )
 
-    def cells(self) -> list[Cell]:
+    def cells(self) -> list[Experiment]:
         """The runs, seeds outermost."""
         return [self.cell(point, seed) for seed in self.seeds for point in self.points]
 

@@ -15,7 +15,7 @@ from specbasis.core.errors import InputError
 from specbasis.core.statistics import mean_and_spread
 from specbasis.finetuning.grid import (
     SCRATCH,
-    Cell,
+    Experiment,
     Search,
     Setting,
     run_grid,
@@ -102,7 +102,7 @@ class Comparison:
     examples: Mapping[str, int] = field(default_factory=dict)
     search: Search | None = None
 
-    def cells(self, factors: Factors) -> list[Cell]:
+    def cells(self, factors: Factors) -> list[Experiment]:
         """The runs, seeds outermost."""
         return [
             self.cell(task, method, seed, factors)
@@ -111,10 +111,10 @@ class Comparison:
             for method in self.methods
         ]
 
-    def cell(self, task: str, method: str, seed: int, factors: Factors) -> Cell:
+    def cell(self, task: str, method: str, seed: int, factors: Factors) -> Experiment:
         """One run."""
         name, _, rank = method.partition("@")
-        return Cell(
+        return Experiment(
             task,
             name,
             seed,
@@ -125,11 +125,11 @@ class Comparison:
             checkpoint=SCRATCH if name == "spectral-scratch" else None,
         )
 
-    def search_cells(self, rows: Sequence[Row] = ()) -> list[Cell]:
+    def search_cells(self, rows: Sequence[Row] = ()) -> list[Experiment]:
         """The runs that choose the learning rates, as far as they are known from the rows that are there."""
         if self.search is None:
             return []
-        found = [cell for task, name in self._searched() for cell in self.search.cells(task, name, rows)]
+        found = [cell for task, name in self._searched() for cell in self.search.experiments(task, name, rows)]
         return list(dict.fromkeys(found))
 
     def factors(self, rows: Sequence[Row]) -> Factors:
