@@ -33,6 +33,7 @@ from specbasis.figures.data import (
     turned,
 )
 from specbasis.figures.tables import HEADINGS, SEVERITIES, VERDICTS, by_reason, cells, evidence, over_all_ranks
+from specbasis.measures.table import registered
 
 MOST_RANKS = 256
 """Ranks kept of each matrix, at most; the others are thinned out."""
@@ -40,41 +41,28 @@ MOST_RANKS = 256
 MOST_POINTS = 200_000
 """Matrices × ranks that the page holds before it keeps fewer ranks of each (about 50 bytes a point)."""
 
-HEADS = (
-    "head_rotation",
-    "head_update_share",
-    "head_relative_update",
-    "head_alignment_left",
-    "head_alignment_right",
+EFFECTIVE_RANK_CHANGE = (
+    "effective_rank_change",
+    "ΔER",
+    "effective rank of tuned minus that of base",
+    "s1",
 )
-"""Measures that the map of heads shows."""
 
-PER_RANK = (
-    *(f"{kind}_{side}" for kind in ("alignment", "update_alignment") for side in SIDES),
-    *(f"singular_value_{which}" for which in ("base", "tuned", "delta", "change", "ratio")),
-    *(f"subspace_overlap_{side}" for side in SIDES),
-    *(f"principal_angle_{side}" for side in SIDES),
-    *HEADS,
-)
-"""Measures of which the page holds the figures of every matrix."""
 
-TABLE = (
-    ("n", "n", "number of singular values", "d"),
-    ("rsd", "RSD", "relative spectral distance: ‖S_tuned − S_base‖ / ‖S_base‖", "f"),
-    ("mrc", "MRC", "mean over ranks of |S_tuned − S_base| / S_base", "f"),
-    ("max_rc", "MaxRC", "maximum over ranks of |S_tuned − S_base| / S_base", "f"),
-    ("t1_rc", "T1RC", "relative change of the largest singular value, signed", "s"),
-    ("tail_rc", "TailRC", "mean relative change over the last 10 % of ranks, signed", "s"),
-    ("effective_rank_base", "ER base", "effective rank of base: exp of the entropy of S / ΣS", "1"),
-    ("effective_rank_tuned", "ER tuned", "effective rank of tuned", "1"),
-    ("effective_rank_change", "ΔER", "effective rank of tuned minus that of base", "s1"),
-    ("stable_rank_base", "SR base", "stable rank of base: ‖W‖_F² / S_1²", "1"),
-    ("stable_rank_tuned", "SR tuned", "stable rank of tuned", "1"),
-    ("stable_rank_delta", "SR Δ", "stable rank of the update", "1"),
-    ("relative_update", "‖Δ‖/‖W‖", "Frobenius norm of the update over that of base", "f"),
-    ("weight_cosine", "cosine", "cosine between base and tuned as vectors; independent: 0", "f"),
-)
-"""Columns of the table of matrices: key, heading, meaning, number format."""
+def _per_rank() -> list[str]:
+    """Measures of which the page holds the figures of every matrix."""
+    return [m.name for m in registered() if m.shown == "ranks"]
+
+
+def _table() -> list[tuple[str, str, str, str]]:
+    """Columns of the table of matrices: key, heading, meaning, number format."""
+    columns = [("n", "n", "number of singular values", "d")]
+    for m in registered():
+        if m.shown == "matrices":
+            columns.append((m.name, m.heading, f"{m.title}: {m.formula}", m.digits))
+        if m.name == "effective_rank_tuned":
+            columns.append(EFFECTIVE_RANK_CHANGE)
+    return columns
 
 
 def render(manifest: dict[str, Any], pairs: list[Pair], bands: list[dict[str, dict[str, Band]]]) -> bytes:
@@ -103,7 +91,7 @@ def render(manifest: dict[str, Any], pairs: list[Pair], bands: list[dict[str, di
         hashes=[_hash(script) for script in scripts],
         shown={
             "nulls": any("null_alignment_gaussian_left" in pair.series for pair in pairs),
-            "heads": any(HEADS[0] in pair.series for pair in pairs),
+            "heads": any("head_rotation" in pair.series for pair in pairs),
             "own": any(own_ranks(pair) for pair in pairs),
         },
         shared=Markup(_json({"table": _columns(manifest, pairs), "marked": MARKED_RANKS})),
@@ -116,7 +104,7 @@ def _columns(manifest: dict[str, Any], pairs: list[Pair]) -> list[tuple[str, str
     """Columns of the table of matrices: the built-in ones, and a user's own figures of whole matrices."""
     titles = {measure["name"]: measure["title"] for measure in manifest.get("measures", [])}
     mine = dict.fromkeys(name for pair in pairs for name in own_numbers(pair))
-    return [*TABLE, *((name, name, titles[name], "f") for name in mine)]
+    return [*_table(), *((name, name, titles[name], "f") for name in mine)]
 
 
 def _about(pair: Pair, manifest: dict[str, Any]) -> dict[str, Any]:
@@ -141,7 +129,7 @@ def _about(pair: Pair, manifest: dict[str, Any]) -> dict[str, Any]:
 
 def _data(pair: Pair, bands: dict[str, dict[str, Band]], limit: int) -> dict[str, Any]:
     """What the figures of a pair draw, compactly."""
-    whole = {key: pair.whole(key) for key, *_ in TABLE if key not in ("n", "effective_rank_change")}
+    whole = {key: pair.whole(key) for key, *_ in _table() if key not in ("n", "effective_rank_change")}
     whole["effective_rank_change"] = whole["effective_rank_tuned"] - whole["effective_rank_base"]
     whole |= {f"chance_alignment_{side}": pair.whole(f"chance_alignment_{side}") for side in SIDES}
     whole |= {name: pair.whole(name) for name in pair.own if name not in own_ranks(pair)}
@@ -153,7 +141,7 @@ def _data(pair: Pair, bands: dict[str, dict[str, Band]], limit: int) -> dict[str
         "label": pair.label,
         "matrices": pair.matrices,
         "whole": {key: _floats(values) for key, values in whole.items()},
-        "series": {name: _series(pair.series[name].thinned(limit)) for name in PER_RANK if name in pair.series},
+        "series": {name: _series(pair.series[name].thinned(limit)) for name in _per_rank() if name in pair.series},
         "bands": {
             profile: {group: _band(band) for group, band in groups.items()} for profile, groups in bands.items()
         },
