@@ -7,7 +7,7 @@ import torch
 
 from specbasis import decompose
 from specbasis.jobs import cache as module
-from specbasis.jobs.cache import Cache, Samples
+from specbasis.jobs.cache import Cache
 from tests.helpers.matrices import gaussian, weight_like
 
 PARTS = ("U", "S", "Vh", "spectrum", "spectrum_error", "residual", "gap")
@@ -100,7 +100,7 @@ SIDES = (torch.ones(1, 2), torch.ones(1, 2))
     ("what", "keep"),
     [
         ("decompositions", lambda folder: Cache(folder).decompose(W_FILLS)),
-        ("samples", lambda folder: Samples(folder).write(W_FILLS, W_FILLS, "permuted", 1, 2, SIDES)),
+        ("samples", lambda folder: Cache(folder).samples(W_FILLS, W_FILLS, "permuted", 1, 2, lambda: SIDES)),
     ],
 )
 def test_a_disk_that_fills_keeps_nothing_of_a_file(tmp_path, monkeypatch, what, keep):
@@ -118,10 +118,10 @@ def test_samples_count_against_the_limit_when_they_are_written(tmp_path):
     W, T = torch.randn(6, 8), torch.randn(6, 8)
     found = (torch.rand(50, 6), torch.rand(50, 6))
     size = 2 * 50 * 6 * 4
-    kept = Samples(tmp_path, limit=2 * size + 2000)
+    kept = Cache(tmp_path, limit=2 * size + 2000)
     for draws, kind in enumerate(("gaussian", "permuted", "rotated", "rounding"), 50):
-        kept.write(W, T, kind, draws, 6, found)
-        os.utime(kept._path(W, T, kind, draws, 6), ns=(draws, draws))  # the times of use, in order
+        kept.samples(W, T, kind, draws, 6, lambda: found)
+        os.utime(next(tmp_path.glob(f"*-{kind}-*")), ns=(draws, draws))  # the times of use, in order
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= kept.limit
-    assert kept._path(W, T, "rounding", 53, 6).exists()
-    assert not kept._path(W, T, "gaussian", 50, 6).exists()
+    assert list(tmp_path.glob("*-rounding-53-6.safetensors"))
+    assert not list(tmp_path.glob("*-gaussian-50-6.safetensors"))

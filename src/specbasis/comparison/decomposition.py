@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from specbasis.core.low_rank import low_rank_svd
 from specbasis.core.rounding import Rounding
 from specbasis.core.rounding import rounding as rounding_of
 from specbasis.core.svd import SVD, HalfSVD, half_svd
-from specbasis.jobs.cache import Cache, Samples
+from specbasis.jobs.cache import Cache
 from specbasis.measures.table import needed, reads
 from specbasis.measures.triple import Absent, Decomposition, Triple
 
@@ -104,24 +105,18 @@ def _roundings(W: Tensor, T: Tensor, figures: Mapping[str, float]) -> dict[str, 
 
 def _sampled(W: Tensor, T: Tensor, ranks: int, options: Options, name: str) -> dict[str, tuple[Tensor, Tensor]]:
     """Alignments of W with W plus random updates: null → (left, right), (draws, k); kept where there is a cache."""
-    store = None if options.cache is None else Samples(Path(options.cache))
+    kept = None if options.cache is None else Cache(Path(options.cache))
     draws = options.null_samples
+    base = cache(lambda: half_svd(W.double(), ranks, name=name))
     samples: dict[str, tuple[Tensor, Tensor]] = {}
-    base: HalfSVD | None = None
     for kind in KINDS:
-        key = (W, T, kind, draws, ranks)
-        alignments = store.read(*key) if store else None
-        if alignments is None:
-            base = base or half_svd(W.double(), ranks, name=name)
-            alignments = _drawn(W, T, kind, draws, base, ranks, name)
-            if store:
-                store.write(*key, alignments)
-        samples[kind] = alignments
+        compute = partial(_drawn, W, T, kind, draws, base, ranks, name)
+        samples[kind] = kept.samples(W, T, kind, draws, ranks, compute) if kept else compute()
     return samples
 
 
 def _drawn(
-    W: Tensor, T: Tensor, kind: str, draws: int, base: HalfSVD, ranks: int, name: str
+    W: Tensor, T: Tensor, kind: str, draws: int, base: Callable[[], HalfSVD], ranks: int, name: str
 ) -> tuple[Tensor, Tensor]:
     """Alignments, left and right, of W with W plus random updates of one kind."""
     sides: dict[str, list[Tensor]] = {"left": [], "right": []}
@@ -129,7 +124,7 @@ def _drawn(
         update = draw(kind, W, T, torch.Generator().manual_seed(seed))
         random = half_svd(W.double() + update, ranks, name=name)
         for side, alignments in sides.items():
-            alignments.append(cosines(base, random, side).alignment)
+            alignments.append(cosines(base(), random, side).alignment)
     return torch.stack(sides["left"]), torch.stack(sides["right"])
 
 

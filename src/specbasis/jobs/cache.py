@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,16 +24,18 @@ from specbasis.core.svd import ALGORITHM, SVD, decompose
 LIMIT = 20 * 10**9
 """Bytes that the entries of a folder, decompositions and samples, may take together."""
 
+_SIDES = ("left", "right")
 _PARTS = ("U", "S", "Vh", "spectrum", "spectrum_error", "residual", "gap")
 
 
 @dataclass(frozen=True)
 class Cache:
-    """A folder of decompositions, one safetensors file each.
+    """A folder of decompositions, and of alignments with sampled updates, one safetensors file each.
 
-    A file's name is the SHA-256 of the matrix (shape, dtype, bytes), the algorithm and the number of ranks: an
-    entry is what `decompose` would return, bit for bit. Files are written whole or not at all, carry a
-    digest of what they hold, and are computed anew where that does not fit. The least recently used go first.
+    A file's name is the SHA-256 of the matrices (shape, dtype, bytes), the algorithm and the number of ranks: an
+    entry is what would be computed, bit for bit. Files are written whole or not at all, carry a digest of what they
+    hold, and are computed anew where that does not fit. The least recently used go first. A folder that cannot be
+    written is a warning: nothing is kept then.
 
     Attributes:
         folder: made where it is missing; may be shared by processes and machines.
@@ -48,30 +50,50 @@ class Cache:
 
         Costs one pass over W for its digest, and one over the entry.
 
-        Raises: as `decompose`. A folder that cannot be written is a warning, once: nothing is kept then.
+        Raises: as `decompose`.
         """
         path = self.path(W, ranks)
-        found = _read(path)
-        if found is None:
-            computed = decompose(W, ranks, name=name)
+        parts = _read(path, _PARTS)
+        if parts is None:
+            svd = decompose(W, ranks, name=name)
             # In the layout of what is read back: products of equal numbers can differ with the layout.
-            found = SVD(**{part: getattr(computed, part).contiguous() for part in _PARTS})
-            self._write(path, found)
-        return found
+            parts = {part: getattr(svd, part).contiguous() for part in _PARTS}
+            self._write(path, parts, "decompositions")
+        return SVD(**parts)
+
+    def samples(
+        self, W: Tensor, T: Tensor, kind: str, draws: int, k: int, draw: Callable[[], tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        """Alignments (left, right), each (draws, k), of W with sampled updates; what ``draw`` gives the first time.
+
+        Args:
+            W: pretrained.
+            T: finetuned; the updates are like that from W to T.
+            kind: of the updates.
+            draws: how many.
+            k: ranks.
+            draw: computes them.
+        """
+        path = self.folder / f"{_digest([W, T])}-{ALGORITHM}-{kind}-{draws}-{k}.safetensors"
+        sides = _read(path, _SIDES)
+        if sides is None or any(side.shape != (draws, k) for side in sides.values()):
+            sides = dict(zip(_SIDES, draw(), strict=True))
+            self._write(path, sides, "samples")
+        return sides["left"], sides["right"]
 
     def path(self, W: Float[Tensor, "out in"], ranks: int | None = None) -> Path:
         """The file that holds, or would hold, a matrix's decomposition. Costs one pass over W for its digest."""
         return self.folder / f"{_digest([W])}-{ALGORITHM}-{min(W.shape) if ranks is None else ranks}.safetensors"
 
-    def _write(self, path: Path, svd: SVD) -> None:
-        parts = {part: getattr(svd, part).cpu() for part in _PARTS}
+    def _write(self, path: Path, tensors: Mapping[str, Tensor], noun: str) -> None:
+        parts = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         digest = torch.frombuffer(bytearray.fromhex(_digest(parts.values())), dtype=torch.uint8)
         try:
             with whole(path) as temporary:
                 save_file({**parts, "digest": digest}, temporary)
             _evict(self.folder, self.limit)
         except (OSError, SafetensorError) as error:
-            warnings.warn(f"{self.folder}: decompositions cannot be kept here ({error})", stacklevel=2)
+            warnings.warn(f"{self.folder}: {noun} cannot be kept here ({error})", stacklevel=2)
 
 
 def mapped(path: Path) -> SVD | None:
@@ -84,45 +106,6 @@ def mapped(path: Path) -> SVD | None:
         return SVD(**{part: stored[part] for part in _PARTS})
     except (InputError, KeyError, OSError):
         return None
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Alignments with sampled updates, kept in the same folder by content, kind, draws and ranks.
-
-    Attributes:
-        folder: that of `Cache`.
-        limit: bytes that the folder's entries may take together.
-    """
-
-    folder: Path
-    limit: int = LIMIT
-
-    def read(self, W: Tensor, T: Tensor, kind: str, draws: int, k: int) -> tuple[Tensor, Tensor] | None:
-        """(left, right), (draws, k), where they are there and whole."""
-        path = self._path(W, T, kind, draws, k)
-        if not path.exists():
-            return None
-        try:
-            stored = dict(_open(path))
-            left, right = (stored[side].clone() for side in ("left", "right"))
-            os.utime(path)
-        except (InputError, KeyError, OSError):
-            return None
-        return (left, right) if left.shape == right.shape == (draws, k) else None
-
-    def write(self, W: Tensor, T: Tensor, kind: str, draws: int, k: int, found: tuple[Tensor, Tensor]) -> None:
-        """Keep them; a folder that cannot be written is a warning."""
-        sides = {side: x.cpu().contiguous() for side, x in zip(("left", "right"), found, strict=True)}
-        try:
-            with whole(self._path(W, T, kind, draws, k)) as temporary:
-                save_file(sides, temporary)
-            _evict(self.folder, self.limit)
-        except (OSError, SafetensorError) as error:
-            warnings.warn(f"{self.folder}: samples cannot be kept here ({error})", stacklevel=2)
-
-    def _path(self, W: Tensor, T: Tensor, kind: str, draws: int, k: int) -> Path:
-        return self.folder / f"{_digest([W, T])}-{ALGORITHM}-{kind}-{draws}-{k}.safetensors"
 
 
 def _evict(folder: Path, limit: int) -> None:
@@ -146,19 +129,20 @@ def _open(path: Path) -> Checkpoint:
     return Checkpoint(path.name, file_entries(path, path.name))
 
 
-def _read(path: Path) -> SVD | None:
+def _read(path: Path, names: Sequence[str]) -> dict[str, Tensor] | None:
     """An entry that is there and whole, marked as used now."""
     if not path.exists():
         return None
     try:
         stored = dict(_open(path))
-        parts = {part: stored[part].clone() for part in _PARTS}
-        whole = bytes(stored["digest"].tolist()).hex() == _digest(parts.values())
-        if whole:
-            os.utime(path)
+        parts = {name: stored[name].clone() for name in names}
+        # Samples that version 0.1.0 kept have no digest.
+        if "digest" in stored and bytes(stored["digest"].tolist()).hex() != _digest(parts.values()):
+            return None
+        os.utime(path)
     except (InputError, KeyError, OSError):
         return None
-    return SVD(**parts) if whole else None
+    return parts
 
 
 def _digest(tensors: Iterable[Tensor]) -> str:
