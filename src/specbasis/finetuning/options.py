@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from specbasis.core.errors import InputError
+from specbasis.core.extras import require
 from specbasis.core.grammar import intervals
 from specbasis.core.options import ADVANCED, PYTHON, Options, Rule, option
 
