@@ -261,7 +261,7 @@ def test_the_map_in_contributing_has_the_rooms_in_order():
         ("core.svd", "if TYPE_CHECKING:\n    from specbasis.jobs import cache", "core.svd imports jobs"),
         ("measures.alignment", "from specbasis import decompose", "imports __init__"),
         ("measures.alignment", "def f():\n    from specbasis import SVD", "imports __init__"),
-        ("comparison.findings", "from specbasis.figures.tables import table", "imports figures"),
+        ("comparison.findings", "from specbasis.figures.table import Table", "imports figures"),
         ("measures.alignment", "torch.linalg.svd(W)", "belongs in core.gram"),
         ("measures.alignment", "from torch.linalg import eigh\neigh(W)", "belongs in core.gram"),
         ("measures.alignment", "from torch import linalg as la\nla.svdvals(W)", "belongs in core.gram"),

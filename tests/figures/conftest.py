@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 import specbasis
 from specbasis.comparison.comparison import Comparison
-from specbasis.figures.data import bands, read_pairs
+from specbasis.figures.data import read_pairs
 from specbasis.figures.page import render
 
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=alert(1)>"
@@ -153,9 +153,8 @@ def pages(comparisons: Callable[[str], Comparison]) -> Callable[[str], Path]:
     def get(case: str) -> Path:
         if case not in made:
             c = comparisons(case)
-            pairs = read_pairs(c.rows, c.pairs)
             made[case] = c.folder / "page.html"
-            made[case].write_bytes(render(c.manifest, pairs, [bands(pair) for pair in pairs]))
+            made[case].write_bytes(render(c, read_pairs(c.rows, c.pairs)))
         return made[case]
 
     return get

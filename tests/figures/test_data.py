@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from specbasis.comparison.comparison import Comparison
-from specbasis.figures.data import MARKED_RANKS, QUANTILES, Pair, Series, _band, bands, read_pairs, representatives
+from specbasis.figures.data import MARKED_RANKS, QUANTILES, Pair, Series, quartiles, read_pairs
 
 
 def frame_of(comparison: Comparison, pair: str, measure: str) -> pd.DataFrame:
@@ -43,13 +43,12 @@ def test_series_hold_the_rows(comparisons: Callable[[str], Comparison], case: st
 def test_bands_are_quartiles_of_resolved_figures(comparisons: Callable[[str], Comparison]) -> None:
     comparison = comparisons("two_pairs")
     pair = pair_of(comparison, 1)
-    found = bands(pair)
     frame = frame_of(comparison, pair.label, "alignment_left")
     for group in ("all", "ffn.up"):
         rows = frame if group == "all" else frame[frame["role"] == group]
         rows = rows[rows["resolved"].astype(bool)]
         by_rank = rows.groupby("index")["value"]
-        band = found["alignment_left"][group]
+        band = pair.bands["alignment_left"][group]
         for q, got in ((0.25, band.low), (0.5, band.median), (0.75, band.high)):
             expected = by_rank.quantile(q)
             assert got[: len(expected)] == pytest.approx(expected.to_numpy(), rel=1e-14)
@@ -61,7 +60,7 @@ def test_unresolved_ranks_are_left_out(comparisons: Callable[[str], Comparison])
     comparison = comparisons("degenerate")
     pair = pair_of(comparison)
     eye = pair.matrices["name"].index("blocks.1.eye.weight")
-    series = pair.figures("alignment_left")
+    series = pair.measure("alignment_left")
     assert not series.resolved[series.matrix == eye].any()
     assert np.isnan(series.dense(8)[eye]).all()
     assert np.isnan(pair.at_rank("alignment_left", 1)[eye])
@@ -72,7 +71,7 @@ def test_relative_rank_reads_the_value_at_that_share_of_the_spectrum(
 ) -> None:
     comparison = comparisons("two_pairs")
     pair = pair_of(comparison)
-    got = pair.figures("singular_value_change").at_quantiles()
+    got = pair.measure("singular_value_change").at_quantiles()
     frame = frame_of(comparison, pair.label, "singular_value_change")
     for m, name in enumerate(pair.matrices["name"]):
         values = frame[frame["matrix"] == name].sort_values("index")["value"].to_numpy()
@@ -83,7 +82,7 @@ def test_relative_rank_reads_the_value_at_that_share_of_the_spectrum(
     hnp.arrays(float, st.tuples(st.integers(1, 9), st.integers(1, 5)), elements=st.floats(-9, 9) | st.just(np.nan))
 )
 def test_quartiles_ignore_what_is_missing(values: np.ndarray) -> None:
-    band = _band(np.arange(values.shape[1], dtype=float), values)
+    band = quartiles(np.arange(values.shape[1], dtype=float), values)
     for column in range(values.shape[1]):
         present = values[:, column][~np.isnan(values[:, column])]
         expected = np.quantile(present, [0.25, 0.5, 0.75]) if len(present) else [np.nan] * 3
@@ -130,5 +129,5 @@ def test_representatives_have_the_extreme_ratios(comparisons: Callable[[str], Co
     pair = pair_of(comparison)
     frame = frame_of(comparison, pair.label, "singular_value_ratio")
     leading = frame[frame["index"] == 0].set_index("matrix")["value"]
-    assert [pair.matrices["name"][m] for m in representatives(pair)] == [leading.idxmin(), leading.idxmax()]
-    assert representatives(pair_of(comparisons("identical"))) == [0]
+    assert [pair.matrices["name"][m] for m in pair.representatives()] == [leading.idxmin(), leading.idxmax()]
+    assert pair_of(comparisons("identical")).representatives() == [0]

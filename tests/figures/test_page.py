@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from specbasis.comparison.comparison import Comparison
-from specbasis.figures.data import bands, read_pairs
+from specbasis.figures.data import read_pairs
 from specbasis.figures.page import _coarse, _floats, _ints, _json, render
-from specbasis.figures.tables import cells
+from specbasis.figures.summary import summary_table
 
 from .conftest import CASES, HOSTILE, page_data
 
@@ -29,8 +29,8 @@ def test_verdicts_and_summaries_are_those_of_the_terminal(
     verdicts, summaries = comparison.verdicts, comparison.summaries
     for pair in comparison.pairs:
         assert html.escape(verdicts[pair].sentence).replace("&#x27;", "&#39;").replace("&quot;", "&#34;") in text
-        for line in summaries[pair]:
-            assert "".join(f"<td>{cell}</td>" for cell in cells(line)[1:]) in text
+        for cells in summary_table(summaries[pair]).cells:
+            assert "".join(f"<td>{cell}</td>" for cell in cells[1:]) in text
 
 
 def test_what_was_left_out_and_what_failed_is_told(
@@ -112,8 +112,7 @@ def test_equal_rows_give_an_equal_page(
     comparisons: Callable[[str], Comparison], pages: Callable[[str], Path]
 ) -> None:
     comparison = comparisons("hostile")
-    pairs = read_pairs(comparison.rows, comparison.pairs)
-    again = render(comparison.manifest, pairs, [bands(pair) for pair in pairs])
+    again = render(comparison, read_pairs(comparison.rows, comparison.pairs))
     assert again == pages("hostile").read_bytes()
 
 

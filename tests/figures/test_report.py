@@ -11,14 +11,16 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 import specbasis
 from specbasis.comparison.comparison import Comparison
 from specbasis.core.errors import InputError
-from specbasis.figures.data import bands, read_pairs
-from specbasis.figures.figures import OF_PAIR, OVER_PAIRS, WHERE_TAKEN, draw
-from specbasis.figures.tables import cells, summary_html
+from specbasis.figures.data import Pair, read_pairs
+from specbasis.figures.drawing import DRAWINGS, draw, figure, missing
+from specbasis.figures.kit import Figure, panels
+from specbasis.figures.summary import summary_html, summary_table
 from tests.helpers.patience import PATIENCE
 
 from .conftest import CASES
@@ -32,10 +34,12 @@ def test_the_folder_holds_the_page_and_every_figure_in_both_formats(
     page = comparison.report(tmp_path / "new" / "page.html")
     assert page == tmp_path / "new" / "page.html"
     figures = sorted((tmp_path / "new" / "figures").iterdir())
-    asked = sum(
-        taken(pair) for pair in read_pairs(comparison.rows, comparison.pairs) for _, taken in WHERE_TAKEN.values()
-    )
-    assert len(figures) == 2 * (len(OVER_PAIRS) + len(comparison.pairs) * len(OF_PAIR) + asked)
+    pairs = read_pairs(comparison.rows, comparison.pairs)
+    once = [d for d in DRAWINGS.values() if d.over_pairs]
+    asked = sum(d.has(pair) for pair in pairs for d in DRAWINGS.values() if d.on_request)
+    each = len(DRAWINGS) - len(once) - sum(d.on_request for d in DRAWINGS.values())
+    assert (len(once), each) == (4, 4)
+    assert len(figures) == 2 * (len(once) + len(pairs) * each + asked)
     for path in figures:
         if path.suffix == ".png":
             with Image.open(path) as image:
@@ -52,8 +56,7 @@ def test_equal_rows_give_equal_figures(comparisons: Callable[[str], Comparison])
     comparison = comparisons("single_small")
 
     def files() -> dict[str, bytes]:
-        pairs = read_pairs(comparison.rows, comparison.pairs)
-        return dict(draw(pairs, [bands(pair) for pair in pairs]))
+        return dict(draw(read_pairs(comparison.rows, comparison.pairs)))
 
     first, second = files(), files()
     assert first == second
@@ -78,14 +81,14 @@ def test_a_missing_library_is_named(
     comparisons: Callable[[str], Comparison], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, library: str
 ) -> None:
     monkeypatch.setitem(sys.modules, library, None)
-    with pytest.raises(InputError, match=rf"{library}.*pip install 'specbasis\[report\]'"):
+    with pytest.raises(InputError, match=rf"{library}.*pip install .*\[report\]"):
         comparisons("single_small").report(tmp_path / "page.html")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_package_and_a_notebook_table_need_no_drawing_library() -> None:
     code = (
-        "import sys, specbasis, specbasis.figures.tables\n"
+        "import sys, specbasis, specbasis.figures.summary, specbasis.figures.table\n"
         "heavy = {'plotly', 'matplotlib', 'jinja2', 'pandas'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
@@ -123,8 +126,8 @@ def test_a_notebook_shows_verdict_and_table(comparisons: Callable[[str], Compari
     assert "<img" not in markup
     for pair in comparison.pairs:
         assert comparison.verdicts[pair].sentence in parser.text
-        for line in comparison.summaries[pair]:
-            assert "".join(cells(line)) in parser.text
+        for cells in summary_table(comparison.summaries[pair]).cells:
+            assert "".join(cells) in parser.text
     for failure in comparison.failed:
         assert failure["error"] in parser.text
 
@@ -138,3 +141,22 @@ def test_figures_of_measures_that_were_not_taken_are_left_out(tmp_path: Path) ->
     drawn = {path.stem for path in (tmp_path / "figures").iterdir()}
     assert "singular_value_change" in drawn
     assert not {"alignment_by_rank", "ratio_against_alignment", "explained_variance"} & drawn
+
+
+def test_a_function_with_the_decorator_is_a_figure_of_every_report(
+    comparisons: Callable[[str], Comparison], tmp_path: Path
+) -> None:
+    @figure("rsd", page="distance")
+    def spectral_distance(pair: Pair) -> Figure:
+        drawing, axes = panels(1, 1, (3.0, 2.0), f"Relative spectral distance: {pair.label}")
+        axes[0][0].plot(pair.whole("rsd"), "o")
+        return drawing
+
+    try:
+        comparisons("two_pairs").report(tmp_path / "page.html")
+        few = specbasis.compare(*CASES["single_small"]()[:1], {"weight": torch.ones(7, 3)}, measures=["alignment*"])
+        assert "distance" in missing(read_pairs(few.rows, few.pairs))
+    finally:
+        del DRAWINGS["spectral_distance"]
+    names = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert {"spectral_distance-1-gentle.png", "spectral_distance-2-strong.svg"} <= names

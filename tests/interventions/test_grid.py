@@ -12,8 +12,7 @@ from typer.testing import CliRunner
 from specbasis import Edit, InputError, Subject, decompose, edited, intervene, open_checkpoint
 from specbasis.cli import app
 from specbasis.core.edits import replace
-from specbasis.figures.interventions import PLOTS, lines
-from specbasis.figures.interventions_report import write_figures
+from specbasis.figures.interventions import PLOTS, lines, write_figures
 from specbasis.interventions import grid as grids
 from specbasis.interventions import read_grid
 from specbasis.interventions.sharing import overlaps, rank_correlation, sharing

@@ -10,7 +10,10 @@ import pytest
 import specbasis
 from specbasis.comparison.comparison import Comparison
 from specbasis.core.errors import InputError
-from specbasis.paper.figures import RECIPES, random_variance, reproduce
+from specbasis.figures.kit import Figure, free_panels
+from specbasis.paper.figures import reproduce
+from specbasis.paper.material import RECIPES, Material, Records, recipe
+from specbasis.paper.spectra import random_variance
 from tests.pico import bert_state, finetuned, write
 
 
@@ -22,7 +25,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
     return specbasis.compare(write(folder / "base.safetensors", base), paths, folder / "out", nulls=True, workers=1)
 
 
-@pytest.mark.parametrize("name", [recipe.name for recipe in RECIPES])
+@pytest.mark.parametrize("name", RECIPES)
 def test_a_figure_has_its_files_and_its_table(compared: Comparison, tmp_path: Path, name: str) -> None:
     scores = {f"t{i}": float(i) for i in range(6)}
     modality = {f"t{i}": "vision" if i < 3 else "language" for i in range(6)} if name != "fig18" else {}
@@ -66,3 +69,19 @@ def test_rows_that_lack_a_measure_name_the_command_that_gives_it(tmp_path: Path)
         reproduce("fig1", [few], tmp_path)
     plain = specbasis.compare(base, finetuned(base), workers=1)
     assert "--nulls" in reproduce("fig2", [plain], tmp_path).notes[0]
+
+
+def test_a_function_with_the_decorator_is_a_figure_of_the_paper(compared: Comparison, tmp_path: Path) -> None:
+    @recipe("App. Z", "spectral distance of every model", "rsd")
+    def fig99(material: Material) -> tuple[Figure, Records]:
+        figure, axes = free_panels(1, 1, (3.0, 2.0), "Spectral distance")
+        distances = [float(m.pair.whole("rsd").mean()) for m in material.models]
+        axes[0][0].plot(distances, "o")
+        return figure, [{"pair": m.name, "rsd": d} for m, d in zip(material.models, distances, strict=True)]
+
+    try:
+        drawn = reproduce("fig99", [compared], tmp_path)
+    finally:
+        del RECIPES["fig99"]
+    assert {path.name for path in drawn.files} == {f"fig99.{form}" for form in ("csv", "json", "png", "svg")}
+    assert (tmp_path / "fig99.csv").read_text().splitlines()[0] == "pair,rsd"

@@ -8,9 +8,7 @@ from json import dumps
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 if TYPE_CHECKING:
     from specbasis.jobs.experiments import Row
@@ -28,14 +26,6 @@ def line(text: str, *, console: Console = STDOUT, style: str = "") -> None:
 def document(content: Any) -> None:
     """Print one JSON document and nothing else."""
     print(dumps(content, indent=1, ensure_ascii=False))  # noqa: T201 - as it is, for other programs
-
-
-def plain_table(headings: Iterable[str], left: Iterable[str] = (), **column: Any) -> Table:
-    """An empty table without a frame: numbers to the right, the named columns to the left."""
-    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading in left else "right", **column)
-    return table
 
 
 @contextmanager

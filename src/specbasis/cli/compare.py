@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import specbasis
-from specbasis.cli.common import STDERR, STDOUT, document, line, plain_table, progress
+from specbasis.cli.common import STDERR, STDOUT, document, line, progress
 from specbasis.cli.flags import BASE, MODEL, OUT, STREAM
 from specbasis.comparison.options import Options as CompareOptions
-from specbasis.core.errors import InputError, MissingExtra
+from specbasis.core.errors import MissingExtra
 from specbasis.core.options import Options, option
 
 if TYPE_CHECKING:
@@ -86,45 +86,40 @@ def spectra(
     stream: STREAM = False,
 ) -> None:
     """Print the power-law exponent, Marchenko-Pastur spikes and ranks of every weight matrix of one model."""
+    from specbasis.checkpoint.atomic import write_whole
+    from specbasis.cli.tables import print_columns
     from specbasis.comparison.spectra import spectra as spectra_of
+    from specbasis.figures.table import Column, Table
 
-    headings = ("matrix", "alpha", "D", "tail", "spikes", "log norm", "stable", "effective")
-    table = plain_table(headings, ("matrix",), overflow="fold")
-    rows: list[dict[str, Any]] = []
-    for key, (out, into), s in spectra_of(specbasis.open_checkpoint(model, stream=stream)):
-        rows.append({"matrix": key.name, "role": key.role, "block": key.block, "out": out, "in": into, **asdict(s)})
-        ranks = f"{s.stable_rank:.1f}", f"{s.effective_rank:.1f}"
-        table.add_row(
-            key.name, f"{s.alpha:.2f}", f"{s.distance:.3f}", str(s.tail), str(s.spikes), f"{s.log_norm:.2f}", *ranks
-        )
-    STDOUT.print(table)
+    columns = {
+        "matrix": Column("matrix", words=True),
+        "alpha": Column("alpha", ".2f"),
+        "distance": Column("D", ".3f"),
+        "tail": Column("tail"),
+        "spikes": Column("spikes"),
+        "log_norm": Column("log norm", ".2f"),
+        "stable_rank": Column("stable", ".1f"),
+        "effective_rank": Column("effective", ".1f"),
+    }
+    records: list[dict[str, Any]] = [
+        {"matrix": key.name, "role": key.role, "block": key.block, "out": out, "in": width, **asdict(spectrum)}
+        for key, (out, width), spectrum in spectra_of(specbasis.open_checkpoint(model, stream=stream))
+    ]
+    print_columns(columns, records)
     line("alpha: exponent of the eigenvalues' tail; D: its distance; spikes: eigenvalues above Marchenko-Pastur")
-    if csv_file is not None and rows:
-        _write_csv(csv_file, rows)
+    if csv_file is not None and records:
+        write_whole(csv_file, Table.of(records).csv())
         line(f"figures: {csv_file}")
-
-
-def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    import csv
-
-    try:
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another file") from error
 
 
 def list_measures() -> None:
     """What `--measures help` prints."""
+    from specbasis.figures.table import Column, Table
     from specbasis.measures.table import registered
 
-    headings = ("measure", "index", "unit", "what it is")
-    table = plain_table(headings, headings, overflow="fold")
-    for measure in registered():
-        table.add_row(measure.name, measure.index, measure.unit, measure.title)
-    STDOUT.print(table)
+    columns = tuple(Column(name, words=True) for name in ("measure", "index", "unit", "what it is"))
+    rows = tuple((m.name, m.index, m.unit, m.title) for m in registered())
+    STDOUT.print(Table(columns, rows).terminal())
 
 
 def list_findings() -> None:

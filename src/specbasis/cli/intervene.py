@@ -79,7 +79,7 @@ def intervene(
         rows = run(base, found, out, options, progress=tell)
     print_grid(out)
     if report:
-        from specbasis.figures.interventions_report import write_figures
+        from specbasis.figures.interventions import write_figures
 
         models = {"base": base, **{label: subject.source for label, subject in found.items()}}
         for path in write_figures(out, models=models, cache=options.cache):

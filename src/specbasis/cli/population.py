@@ -71,7 +71,7 @@ def lineage(
     json: JSON = False,
 ) -> None:
     """Draw which checkpoint was trained from which, as far as their weights alone can tell."""
-    from specbasis.figures.tables import number
+    from specbasis.figures.table import number
     from specbasis.lineage.tree import lineage as run
     from specbasis.lineage.tree import members_of
 

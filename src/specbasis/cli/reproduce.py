@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 from typer.core import TyperGroup
 
 from specbasis.cli.common import STDERR, STDOUT, exit_on_failures, line, progress, progress_by_run
@@ -20,6 +19,7 @@ from specbasis.cli.flags import COLUMN, NO_RUN, OUT, REPORT, SCORES, STREAM, fla
 from specbasis.cli.population import modalities
 from specbasis.core.errors import InputError
 from specbasis.core.grammar import words
+from specbasis.figures.table import Column, Table
 from specbasis.paper.options import (
     FormationOptions,
     GlueOptions,
@@ -75,7 +75,7 @@ class _Verbs(TyperGroup):
             from specbasis.paper.figures import RECIPES
 
             app = typer.Typer()
-            for recipe in RECIPES:
+            for recipe in RECIPES.values():
                 about = f"{recipe.source}: {recipe.title}, from the rows of comparisons."
                 app.command(recipe.name, help=about)(_of(_from_rows, recipe.name))
             for table, verb in (
@@ -157,7 +157,7 @@ def _from_grid(
     only: Annotated[str, typer.Option(help="only these models, e.g. sst2,cola")] = "",
     out: Annotated[Path | None, typer.Option("--out", help="folder to write; default: DIR/figures")] = None,
 ) -> None:
-    from specbasis.figures.interventions_report import write_figures
+    from specbasis.figures.interventions import write_figures
 
     _written(write_figures(folder, (figure,), only=words(only), out=out))
 
@@ -306,7 +306,7 @@ def _formation(figure: str, out: OUT, options: FormationOptions, no_run: NO_RUN 
             if row.error is not None:
                 line(f"failed: {' '.join(map(str, row.experiment.values()))}: {row.error}", style="yellow")
     paths, claims = write_outcome(figure, read_experiments(out), out)
-    STDOUT.print(_claims(claims))
+    STDOUT.print(_claims(claims).terminal())
     _written(paths)
 
 
@@ -329,14 +329,18 @@ def _plan(options: FormationOptions) -> Formation:
 
 
 def _claims(claims: Sequence[Claim]) -> Table:
-    table = Table(title="effects, with 95 % intervals over seeds")
-    for column in ("claim", "setting", "matrices", "effect", "interval", "seeds", "verdict"):
-        table.add_column(column, justify="right" if column in ("effect", "seeds") else "left", overflow="fold")
-    for claim in claims:
-        ends = "–" if claim.low != claim.low else f"{claim.low:+.3f} … {claim.high:+.3f}"
-        name, effect = f"{claim.claim}: {claim.measure}", f"{claim.effect:+.3f}"
-        table.add_row(name, claim.setting, claim.group, effect, ends, str(claim.seeds), claim.verdict)
-    return table
+    columns = (
+        *(Column(name, words=True) for name in ("claim", "setting", "matrices")),
+        Column("effect", "+.3f"),
+        Column("interval", words=True),
+        Column("seeds"),
+        Column("verdict", words=True),
+    )
+    rows = []
+    for c in claims:
+        ends = None if c.low != c.low else f"{c.low:+.3f} … {c.high:+.3f}"
+        rows.append((f"{c.claim}: {c.measure}", c.setting, c.group, c.effect, ends, c.seeds, c.verdict))
+    return Table(columns, tuple(rows), "effects, with 95 % intervals over seeds")
 
 
 # --- zoo ----------------------------------------------------------------------------------------------------------

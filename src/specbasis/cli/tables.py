@@ -7,20 +7,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.table import Table
-
 from specbasis.architecture.key import ROLES, MatrixRef
 from specbasis.architecture.recognise import coverage, model_map
 from specbasis.checkpoint import Checkpoint
-from specbasis.cli.common import STDERR, STDOUT, line, plain_table
+from specbasis.cli.common import STDERR, STDOUT, line
 from specbasis.comparison.compare import Plan
 from specbasis.comparison.comparison import Comparison
 from specbasis.comparison.population import Population
-from specbasis.comparison.summary import RoleSummary
 from specbasis.comparison.verdict import named_parts
 from specbasis.core.grammar import human_bytes
-from specbasis.figures.tables import SEVERITIES, by_reason, cells, number, over_all_ranks
+from specbasis.figures.summary import SEVERITIES, by_reason, over_all_ranks, summary_table
+from specbasis.figures.table import Column, Table, number
 from specbasis.interventions.grid import read_grid
 from specbasis.interventions.stage import BASELINE
 from specbasis.jobs.cost import rates
@@ -31,13 +28,13 @@ def print_comparison(comparison: Comparison) -> None:
     """Print each pair's table, notes, verdict and findings, and what failed."""
     for pair in comparison.pairs:
         about = comparison.manifest["pairs"][pair]
-        STDOUT.print(_summary_table(pair, comparison.summaries[pair]))
+        STDOUT.print(summary_table(comparison.summaries[pair], pair).terminal())
         # Not the table's caption, which would wrap at the width of a narrow table.
         line("L left, R right; ?: unresolved ranks, left out of the means", style="italic dim")
         if every := over_all_ranks(comparison.summaries[pair][-1]):
             line(every, style="italic dim")
         if comparison.own[pair]:
-            STDOUT.print(_own_table(comparison.own[pair]))
+            STDOUT.print(Table.of(comparison.own[pair], ".4g", total=True).terminal())
             line(
                 "own measures: means over matrices, of the leading 10 ranks where they have ranks",
                 style="italic dim",
@@ -56,13 +53,19 @@ def print_comparison(comparison: Comparison) -> None:
 
 def print_plan(plan: Plan) -> None:
     """One line per shape, and what it comes to."""
-    table = plain_table(("out × in", "n", "Gflop each", "s each", "memory each"), no_wrap=True)
     shapes = Counter((task.shape, task.work) for task in plan.tasks)
-    for (shape, work), count in shapes.items():
-        seconds = f"{work.seconds(rates()):.2g}"
-        size = "×".join(map(str, shape))
-        table.add_row(size, str(count), f"{work.flops / 1e9:.3g}", seconds, human_bytes(work.bytes))
-    STDOUT.print(table)
+    columns = (
+        Column("out × in"),
+        Column("n"),
+        Column("Gflop each", ".3g"),
+        Column("s each", ".2g"),
+        Column("memory each"),
+    )
+    rows = tuple(
+        ("×".join(map(str, shape)), count, work.flops / 1e9, work.seconds(rates()), human_bytes(work.bytes))
+        for (shape, work), count in shapes.items()
+    )
+    STDOUT.print(Table(columns, rows).terminal())
     line(
         f"{len(plan.tasks)} matrices, {plan.workers} at a time: about {plan.seconds:.3g} s on an idle machine, "
         f"{human_bytes(plan.bytes)} beside the libraries (budget {human_bytes(plan.memory)})"
@@ -77,15 +80,19 @@ def print_model(name: str, checkpoint: Checkpoint) -> None:
     for tower, family in mapped.towers.items():
         blocks = {m.key.block for m in mapped.matrices if m.parameter.startswith(tower) and m.key.block is not None}
         line(f"{tower or 'the model'}: {len(blocks)} blocks, {family.name}")
-    table = plain_table(
-        ("stack", "role", "matrices", "blocks", "parameters", "share"), ("stack", "role"), no_wrap=True
+    columns = (
+        *(Column(name, words=True) for name in ("stack", "role")),
+        *(Column(name) for name in ("matrices", "blocks")),
+        Column("parameters", ","),
+        Column("share", ".1%"),
     )
+    rows = []
     for (stack, role), members in _by_role(mapped.matrices).items():
         size = sum(m.shape[0] * m.shape[1] for m in members)
         blocks = {m.key.block for m in members if m.key.block is not None}
-        share = f"{size / covered.total:.1%}" if covered.total else "–"
-        table.add_row(stack, role, str(len(members)), str(len(blocks) or "–"), f"{size:,}", share)
-    STDOUT.print(table)
+        share = size / covered.total if covered.total else None
+        rows.append((stack, role, len(members), len(blocks) or None, size, share))
+    STDOUT.print(Table(columns, tuple(rows)).terminal())
     line(f"{covered.named:.1%} of {covered.total:,} matrix parameters have a named role")
     for note in (*checkpoint.notes, *mapped.notes):
         line(f"note: {note}")
@@ -98,12 +105,16 @@ def print_model(name: str, checkpoint: Checkpoint) -> None:
 
 def print_population(population: Population) -> None:
     """One line per pair, then the correlations with what they could have shown."""
-    headings = ("pair", "verdict", "top-10 L", "R", "chance", "‖Δ‖/‖W‖", "findings")
-    table = plain_table(headings, ("pair", "verdict", "findings"))
-    for m in population.models:
-        figures = (number(m[key], ".3f") for key in ("top10_left", "top10_right", "chance_left"))
-        table.add_row(m["pair"], m["verdict"], *figures, number(m["relative_update"], ".2g"), m["findings"])
-    STDOUT.print(table)
+    columns = {
+        "pair": Column("pair", words=True),
+        "verdict": Column("verdict", words=True),
+        "top10_left": Column("top-10 L", ".3f"),
+        "top10_right": Column("R", ".3f"),
+        "chance_left": Column("chance", ".3f"),
+        "relative_update": Column("‖Δ‖/‖W‖", ".2g"),
+        "findings": Column("findings", words=True),
+    }
+    print_columns(columns, population.models)
     for c in population.correlations:
         part = " ".join(filter(None, (c.modality, c.depth, c.ranks)))
         line(
@@ -135,7 +146,7 @@ def print_grid(out: Path) -> None:
             group = [r for r in done if r.experiment.get("roles") == roles and r.experiment.get("blocks") == blocks]
             where = roles + (f", blocks {blocks}" if blocks else "")
             line(f"{label}: {metric} {before[metric]:.4f}; its change by edits of {where}", style="bold")
-            STDOUT.print(_changes(group, metric))
+            STDOUT.print(_changes(group, metric).terminal())
     line(
         "*: every draw changes it, p < 0.05, paired test; not corrected for the number of cells", style="italic dim"
     )
@@ -143,37 +154,13 @@ def print_grid(out: Path) -> None:
 
 def print_names(entries: Mapping[str, str]) -> None:
     """Names, each with what it is."""
-    table = plain_table(("name", "what it is"), ("name", "what it is"), overflow="fold")
-    for name, about in entries.items():
-        table.add_row(name, about)
-    STDOUT.print(table)
+    STDOUT.print(Table.of([{"name": name, "what it is": about} for name, about in entries.items()]).terminal())
 
 
-def _summary_table(pair: str, lines: list[RoleSummary]) -> Table:
-    """One line per role; narrow enough for 80 columns."""
-    table = Table(
-        title=pair, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0, show_edge=False
-    )
-    headings = ("role", "n", "top-10\nL     R", "top-30\nL     R", "chance\nL    R", "RSD", "‖Δ‖/‖W‖", "?")
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading == "role" else "right", no_wrap=True)
-    for summary in lines:
-        if summary is lines[-1]:
-            table.add_section()
-        role, matrices, *sides, rsd, update, unresolved = cells(summary)
-        both = (f"{left} {right}" for left, right in zip(sides[::2], sides[1::2], strict=True))
-        table.add_row(role, matrices, *both, rsd, update, unresolved)
-    return table
-
-
-def _own_table(lines: Sequence[dict[str, Any]]) -> Table:
-    """A user's own measures, one line per role."""
-    table = plain_table(lines[0], ("role",), overflow="fold")
-    for values in lines:
-        if values is lines[-1]:
-            table.add_section()
-        table.add_row(*(v if isinstance(v, str) else number(v, ".4g") for v in values.values()))
-    return table
+def print_columns(columns: Mapping[str, Column], records: Sequence[Mapping[str, Any]]) -> None:
+    """Some fields of records, by name, as a table."""
+    rows = tuple(tuple(record[name] for name in columns) for record in records)
+    STDOUT.print(Table(tuple(columns.values()), rows).terminal())
 
 
 def _by_role(matrices: Iterable[MatrixRef]) -> dict[tuple[str, str], list[MatrixRef]]:
@@ -187,7 +174,7 @@ def _by_role(matrices: Iterable[MatrixRef]) -> dict[tuple[str, str], list[Matrix
 def _changes(rows: list[Row], metric: str) -> Table:
     """A line per kind and source, a column per set of ranks."""
     sizes = list(dict.fromkeys(row.experiment["ranks"] for row in rows))
-    table = plain_table(("", *map(str, sizes)), ("",), no_wrap=True)
+    lines = []
     for kind, source in dict.fromkeys((row.experiment["kind"], row.experiment["source"]) for row in rows):
         texts = []
         for size in sizes:
@@ -200,5 +187,5 @@ def _changes(rows: list[Row], metric: str) -> Table:
             change = sum(v[f"{metric}.change"] for v in draws) / max(1, len(draws))
             sure = draws and all(v.get(f"{metric}.p", 1.0) < 0.05 for v in draws)
             texts.append(f"{change:+.3f}{'*' if sure else ' '}" if draws else "")
-        table.add_row(f"{kind} {source}".strip(), *texts)
-    return table
+        lines.append((f"{kind} {source}".strip(), *texts))
+    return Table((Column("", words=True), *(Column(str(size)) for size in sizes)), tuple(lines))

@@ -121,10 +121,10 @@ class Comparison:
         """
         from specbasis.figures import write_report
 
-        return write_report(self.results, self.rows, Path(path) if path else self.folder / "report.html")
+        return write_report(self, Path(path) if path else self.folder / "report.html")
 
     def _repr_html_(self) -> str:
-        from specbasis.figures.tables import summary_html
+        from specbasis.figures.summary import summary_html
 
         return summary_html(self)
 

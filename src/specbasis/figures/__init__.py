@@ -1,4 +1,4 @@
-"""The report of a comparison: rows -> figures (PNG, SVG) and one self-contained page. Never touches a tensor."""
+"""Results -> pictures, tables and pages, and nothing else: from rows and manifests, never from a tensor."""
 
 from __future__ import annotations
 
@@ -7,19 +7,17 @@ from typing import TYPE_CHECKING
 
 from specbasis.checkpoint.atomic import write_whole
 from specbasis.core.errors import InputError
+from specbasis.core.extras import require
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
-    from specbasis.jobs.results import Results
+    from specbasis.comparison.comparison import Comparison
 
 
-def write_report(results: Results, rows: pa.Table, path: Path) -> Path:
-    """Write the page to ``path`` and the figures to a folder `figures` beside it.
+def write_report(comparison: Comparison, path: Path) -> Path:
+    """Write the page of a comparison to ``path``, and its figures to a folder `figures` beside it.
 
     Args:
-        results: the results folder, for its manifest.
-        rows: its rows; nothing else is measured.
+        comparison: its manifest, rows, verdicts and findings; nothing is measured.
         path: the page's file.
 
     Returns:
@@ -30,24 +28,17 @@ def write_report(results: Results, rows: pa.Table, path: Path) -> Path:
 
     Equal rows and manifests give equal files, byte for byte, with equal versions of the libraries.
     """
-    try:
-        import jinja2  # noqa: F401
-        import matplotlib  # noqa: F401
-        import plotly  # noqa: F401
-    except ImportError as error:
-        raise InputError(
-            f"the report needs {error.name}, which is not installed: pip install 'specbasis[report]'"
-        ) from error
-    from specbasis.figures import data, figures, page
+    require("jinja2", "matplotlib", "plotly", extra="report", purpose="the report needs")
+    from specbasis.figures import alignment, update, values  # noqa: F401 - the figures that `draw` draws
+    from specbasis.figures.data import read_pairs
+    from specbasis.figures.drawing import draw
+    from specbasis.figures.page import render
 
     if path.is_dir():
         raise InputError(f"{path}: is a folder; want the file for the page, such as {path / 'report.html'}")
-    present = set(rows["pair"].unique().to_pylist())
-    labels = [label for label in results.manifest["pairs"] if label in present]
-    own = tuple(measure["name"] for measure in results.manifest.get("measures", []))
-    pairs = data.read_pairs(rows, labels, own)
-    bands = [data.bands(pair) for pair in pairs]
-    write_whole(path, page.render(results.manifest, pairs, bands))
-    for name, content in figures.draw(pairs, bands):
+    own = tuple(measure["name"] for measure in comparison.manifest.get("measures", []))
+    pairs = read_pairs(comparison.rows, comparison.pairs, own)
+    write_whole(path, render(comparison, pairs))
+    for name, content in draw(pairs):
         write_whole(path.parent / "figures" / name, content)
     return path

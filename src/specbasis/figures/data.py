@@ -37,21 +37,6 @@ QUANTILES = (np.arange(100) + 0.5) / 100
 """Where figures over relative rank are read: the middles of one hundred equal parts of the spectrum."""
 
 
-NEEDS = {
-    "alignment": ("alignment_",),
-    "heat": ("alignment_",),
-    "overlap": ("subspace_overlap_",),
-    "change": ("singular_value_change",),
-    "variance": ("explained_variance_",),
-    "equal": ("alignment_",),
-    "scatter": ("alignment_", "singular_value_ratio"),
-    "spectra": ("singular_value_",),
-    "single": ("alignment_",),
-    "angles": ("subspace_overlap_",),
-}
-"""Figure of the page → beginnings of the names of measures; without rows of each it would be empty."""
-
-
 @dataclass(frozen=True, eq=False)
 class Series:
     """One measure of one pair for all matrices, one matrix after the other.
@@ -80,12 +65,29 @@ class Series:
         """Which matrix each figure belongs to."""
         return np.repeat(np.arange(len(self.start) - 1), self.lengths)
 
-    def dense(self, width: int) -> Floats:
-        """(matrices, width) resolved figures by index, NaN where there is none."""
+    @property
+    def width(self) -> int:
+        """The largest number of ranks, 0 where there is none."""
+        return int(self.index.max(initial=-1)) + 1
+
+    def of(self, matrix: int) -> tuple[Ints, Floats, Bools]:
+        """(1-based ranks, figures, whether they are resolved) of one matrix."""
+        part = slice(self.start[matrix], self.start[matrix + 1])
+        return self.index[part] + 1, self.value[part], self.resolved[part]
+
+    def dense(self, width: int | None = None) -> Floats:
+        """(matrices, width) resolved figures by index, NaN where there is none; all indices by default."""
+        width = self.width if width is None else width
         out = np.full((len(self.start) - 1, width), np.nan)
         keep = self.resolved & (self.index >= 0) & (self.index < width)
         out[self.matrix[keep], self.index[keep]] = self.value[keep]
         return out
+
+    def by_rank(self) -> tuple[Floats, Floats]:
+        """(1-based ranks, their resolved figures as (matrices, ranks)); beyond `LEADING` an even choice of them."""
+        thin = self.thinned(2 * LEADING)
+        ranks = np.unique(thin.index)
+        return (ranks + 1).astype(np.float64), thin.dense()[:, ranks]
 
     def at_quantiles(self) -> Floats:
         """(matrices, quantiles) figures at relative ranks: that of rank ⌊q·n⌋, NaN for a matrix without any."""
@@ -137,14 +139,12 @@ class Pair:
 
     Attributes:
         label: label of the tuned checkpoint.
-        rows: its rows.
         matrices: columns name, stack, block (None outside of blocks), role, out, in; one entry per matrix.
         series: the measures, by name; one that has no rows is absent.
         own: names of a user's own measures.
     """
 
     label: str
-    rows: pa.Table
     matrices: dict[str, list[Any]]
     series: dict[str, Series]
     own: tuple[str, ...] = ()
@@ -152,23 +152,23 @@ class Pair:
     def __len__(self) -> int:
         return len(self.matrices["name"])
 
-    def figures(self, measure: str) -> Series:
+    def measure(self, name: str) -> Series:
         """The rows of a measure; an empty series where there are none."""
-        if measure in self.series:
-            return self.series[measure]
+        if name in self.series:
+            return self.series[name]
         none = np.zeros(0)
         return Series(np.zeros(len(self) + 1, np.int64), none.astype(np.int64), none, none, none.astype(bool))
 
     def whole(self, measure: str) -> Floats:
         """One figure for each matrix, NaN where there is none."""
-        series = self.figures(measure)
+        series = self.measure(measure)
         out = np.full(len(self), np.nan)
         out[series.matrix] = series.value
         return out
 
     def at_rank(self, measure: str, rank: int) -> Floats:
         """The resolved figure of each matrix at a 1-based rank, NaN where there is none."""
-        series = self.figures(measure)
+        series = self.measure(measure)
         keep = (series.index == rank - 1) & series.resolved
         out = np.full(len(self), np.nan)
         out[series.matrix[keep]] = series.value[keep]
@@ -176,7 +176,17 @@ class Pair:
 
     def vectors(self) -> int:
         """The largest number of ranks whose singular vectors were compared."""
-        return max((int(self.figures(f"alignment_{side}").lengths.max(initial=0)) for side in SIDES), default=0)
+        return max((int(self.measure(f"alignment_{side}").lengths.max(initial=0)) for side in SIDES), default=0)
+
+    @property
+    def own_ranks(self) -> list[str]:
+        """A user's own measures that have a figure for each rank."""
+        return [name for name in self.own if (self.measure(name).index >= 0).any()]
+
+    @property
+    def own_numbers(self) -> list[str]:
+        """A user's own measures that have one figure for each matrix."""
+        return [name for name in self.own if name in self.series and name not in self.own_ranks]
 
     def groups(self) -> Iterator[tuple[str, Bools]]:
         """All matrices, then those of each role that is present."""
@@ -188,17 +198,64 @@ class Pair:
 
     def panels(self) -> list[tuple[str, str, list[int]]]:
         """(stack, role, matrices by block): the panels of the heat map, roles in the order of `ROLES`."""
-        found: dict[tuple[str, str], list[int]] = {}
+        members: dict[tuple[str, str], list[int]] = {}
         stacks = sorted(dict.fromkeys(self.matrices["stack"]), key=lambda stack: stack != "encoder")
         for i, (stack, role) in enumerate(zip(self.matrices["stack"], self.matrices["role"], strict=True)):
-            found.setdefault((stack, role), []).append(i)
+            members.setdefault((stack, role), []).append(i)
         block = self.matrices["block"]
         return [
-            (stack, role, sorted(found[stack, role], key=lambda i: (block[i] is None, block[i] or 0)))
+            (stack, role, sorted(members[stack, role], key=lambda i: (block[i] is None, block[i] or 0)))
             for role in ROLES
             for stack in stacks
-            if (stack, role) in found
+            if (stack, role) in members
         ]
+
+    @cached_property
+    def bands(self) -> dict[str, dict[str, Band]]:
+        """Medians and quartiles over matrices, for all of them and for each role: {profile: {group: band}}.
+
+        Profiles: ``alignment_SIDE`` and what stands beside it by rank; ``subspace_overlap_SIDE`` by k;
+        ``singular_value_change`` and ``explained_variance_WHICH`` by relative rank;
+        ``explained_variance_WHICH_leading`` by rank.
+        """
+        beside = [name for name in (*BESIDE, *self.own_ranks) if name in self.series]
+        sources = {name: self.measure(name).by_rank() for name in (*(f"alignment_{s}" for s in SIDES), *beside)}
+        for side in SIDES:
+            overlap = self.measure(f"subspace_overlap_{side}")
+            # The last k of a small matrix is its own: there, a median would be over few others.
+            sizes, counts = np.unique(overlap.index, return_counts=True)
+            sizes = sizes[2 * counts >= counts.max(initial=0)]
+            sources[f"subspace_overlap_{side}"] = sizes.astype(float), overlap.dense()[:, sizes]
+        for name in ("singular_value_change", "explained_variance_base", "explained_variance_tuned"):
+            sources[name] = QUANTILES, self.measure(name).at_quantiles()
+        shown = np.arange(1, min(LEADING, self.measure("explained_variance_base").lengths.max(initial=0)) + 1)
+        for which in ("base", "tuned"):
+            variance = self.measure(f"explained_variance_{which}")
+            leading, lengths = variance.dense(len(shown)), variance.lengths[:, None]
+            # Beyond its last rank a matrix is all explained: left out, it would bend the median where it ends.
+            leading[(lengths > 0) & (shown > lengths)] = 1.0
+            sources[f"explained_variance_{which}_leading"] = shown.astype(float), leading
+        groups = list(self.groups())
+        return {
+            profile: {group: quartiles(x, values[mask]) for group, mask in groups}
+            for profile, (x, values) in sources.items()
+        }
+
+    def turned(self, measure: str, ranks: int = 10) -> Floats:
+        """Root mean square sine of the angle of the leading resolved ranks of each matrix, NaN without any."""
+        series = self.measure(measure)
+        keep = series.resolved & (series.index >= 0) & (series.index < ranks)
+        total = np.bincount(series.matrix[keep], 1 - np.minimum(series.value[keep], 1) ** 2, len(self))
+        count = np.bincount(series.matrix[keep], minlength=len(self))
+        return np.sqrt(np.where(count > 0, total / np.maximum(count, 1), np.nan))
+
+    def representatives(self) -> list[int]:
+        """The matrices with the smallest and with the largest ratio S_1(delta) / S_1(base), for Fig. 3B and C."""
+        ratio = self.at_rank("singular_value_ratio", 1)
+        ratio[~np.isfinite(ratio)] = np.nan
+        if np.isnan(ratio).all():
+            return [0]
+        return list(dict.fromkeys([int(np.nanargmin(ratio)), int(np.nanargmax(ratio))]))
 
     def chance_levels(self, side: str, most: int = 4) -> list[tuple[int, float, int]]:
         """(dimension, chance alignment, matrices) of the commonest dimensions, largest level first."""
@@ -215,97 +272,12 @@ def read_pairs(rows: pa.Table, labels: list[str], own: tuple[str, ...] = ()) -> 
     return [replace(_pair(label, rows.filter(pc.field("pair") == label)), own=own) for label in labels]
 
 
-def missing(pairs: Sequence[Pair]) -> list[str]:
-    """The figures of the page for which no pair has rows."""
-    measures = {measure for pair in pairs for measure in pair.series}
-    return [
-        name
-        for name, starts in NEEDS.items()
-        if not all(any(measure.startswith(start) for measure in measures) for start in starts)
-    ]
-
-
-def bands(pair: Pair) -> dict[str, dict[str, Band]]:
-    """Medians and quartiles over matrices, for all of them and for each role: {profile: {group: band}}.
-
-    Profiles: ``alignment_SIDE`` by rank; ``subspace_overlap_SIDE`` by k; ``singular_value_change`` and
-    ``explained_variance_WHICH`` by relative rank; ``explained_variance_WHICH_leading`` by rank.
-    """
-    shown = np.arange(1, min(LEADING, _longest(pair)) + 1)
-    sources: dict[str, tuple[Floats, Floats]] = {}
-    for side in SIDES:
-        aligned = pair.figures(f"alignment_{side}").thinned(2 * LEADING)
-        width = int(aligned.index.max(initial=-1)) + 1
-        columns = np.unique(aligned.index)
-        sources[f"alignment_{side}"] = (columns + 1).astype(np.float64), aligned.dense(width)[:, columns]
-        overlap = pair.figures(f"subspace_overlap_{side}")
-        # The last k of a small matrix is its own: there, a median would be over few others.
-        sizes, counts = np.unique(overlap.index, return_counts=True)
-        sizes = sizes[2 * counts >= counts.max(initial=0)]
-        sources[f"subspace_overlap_{side}"] = (
-            sizes.astype(float),
-            overlap.dense(int(overlap.index.max(initial=-1)) + 1)[:, sizes],
-        )
-    for name in (*BESIDE, *own_ranks(pair)):
-        if name in pair.series:
-            beside = pair.figures(name).thinned(2 * LEADING)
-            columns = np.unique(beside.index)
-            values = beside.dense(int(beside.index.max(initial=-1)) + 1)[:, columns]
-            sources[name] = (columns + 1).astype(np.float64), values
-    sources["singular_value_change"] = QUANTILES, pair.figures("singular_value_change").at_quantiles()
-    for which in ("base", "tuned"):
-        variance = pair.figures(f"explained_variance_{which}")
-        sources[f"explained_variance_{which}"] = QUANTILES, variance.at_quantiles()
-        leading = variance.dense(len(shown))
-        # Beyond its last rank a matrix is all explained: left out, it would bend the median where it ends.
-        leading[(variance.lengths[:, None] > 0) & (np.arange(len(shown)) >= variance.lengths[:, None])] = 1.0
-        sources[f"explained_variance_{which}_leading"] = shown.astype(float), leading
-    groups = list(pair.groups())
-    return {
-        profile: {group: _band(x, values[mask]) for group, mask in groups}
-        for profile, (x, values) in sources.items()
-    }
-
-
-def own_ranks(pair: Pair) -> list[str]:
-    """A user's own measures that have a figure for each rank."""
-    return [name for name in pair.own if name in pair.series and (pair.series[name].index >= 0).any()]
-
-
-def own_numbers(pair: Pair) -> list[str]:
-    """A user's own measures that have one figure for each matrix."""
-    return [name for name in pair.own if name in pair.series and not (pair.series[name].index >= 0).any()]
-
-
-def turned(pair: Pair, measure: str, ranks: int = 10) -> Floats:
-    """Root mean square sine of the angle that the leading resolved ranks of each matrix turned; NaN without any."""
-    series, resolved = pair.figures(measure), pair.figures(measure).resolved
-    keep = resolved & (series.index >= 0) & (series.index < ranks)
-    n = len(pair)
-    total = np.bincount(series.matrix[keep], 1 - np.minimum(series.value[keep], 1) ** 2, n)
-    count = np.bincount(series.matrix[keep], minlength=n)
-    return np.sqrt(np.where(count > 0, total / np.maximum(count, 1), np.nan))
-
-
-def representatives(pair: Pair) -> list[int]:
-    """The matrices with the smallest and with the largest ratio S_1(delta) / S_1(base), for Fig. 3B and C."""
-    ratio = pair.at_rank("singular_value_ratio", 1)
-    ratio[~np.isfinite(ratio)] = np.nan
-    if np.isnan(ratio).all():
-        return [0]
-    return list(dict.fromkeys([int(np.nanargmin(ratio)), int(np.nanargmax(ratio))]))
-
-
-def _longest(pair: Pair) -> int:
-    return int(pair.figures("explained_variance_base").lengths.max(initial=0))
-
-
-def _pair(label: str, mine: pa.Table) -> Pair:
-    mine = mine.unify_dictionaries().combine_chunks()
-    codes = _codes(mine, "matrix")
+def _pair(label: str, rows: pa.Table) -> Pair:
+    rows = rows.unify_dictionaries().combine_chunks()
+    codes = _codes(rows, "matrix")
     _, first = np.unique(codes, return_index=True)
     first = np.sort(first)
-    about = mine.take(pa.array(first))
+    about = rows.take(pa.array(first))
     matrices = {
         name: about[column].to_pylist()
         for name, column in {
@@ -320,18 +292,18 @@ def _pair(label: str, mine: pa.Table) -> Pair:
     order = np.zeros(codes.max(initial=-1) + 1, np.int64)
     order[codes[first]] = np.arange(len(first))
     matrix = order[codes]
-    index = pc.fill_null(mine["index"], -1).to_numpy().astype(np.int64)
-    value, bound = (pc.fill_null(mine[name], np.nan).to_numpy() for name in ("value", "bound"))
-    resolved = pc.fill_null(mine["resolved"], True).to_numpy(zero_copy_only=False)
-    measures = _codes(mine, "measure")
-    names = mine["measure"].chunk(0).dictionary.to_pylist() if len(mine) else []
+    index = pc.fill_null(rows["index"], -1).to_numpy().astype(np.int64)
+    value, bound = (pc.fill_null(rows[name], np.nan).to_numpy() for name in ("value", "bound"))
+    resolved = pc.fill_null(rows["resolved"], True).to_numpy(zero_copy_only=False)
+    measures = _codes(rows, "measure")
+    names = rows["measure"].chunk(0).dictionary.to_pylist() if len(rows) else []
     series = {}
     for code in np.unique(measures):
         at = np.flatnonzero(measures == code)
         at = at[np.lexsort((index[at], matrix[at]))]
         start = np.concatenate([[0], np.cumsum(np.bincount(matrix[at], minlength=len(first)))])
         series[names[code]] = Series(start, index[at], value[at], bound[at], resolved[at])
-    return Pair(label, mine, matrices, series)
+    return Pair(label, matrices, series)
 
 
 def _codes(table: pa.Table, column: str) -> Ints:
@@ -339,16 +311,22 @@ def _codes(table: pa.Table, column: str) -> Ints:
     return table[column].chunk(0).indices.to_numpy().astype(np.int64) if len(table) else np.zeros(0, np.int64)
 
 
-def _band(x: Floats, values: Floats) -> Band:
-    """Quartiles down the columns of (matrices, places), each over its own finite entries."""
+def quartiles(x: Floats, values: Floats) -> Band:
+    """Quartiles down the columns of (matrices, places), each over its finite entries; NaN where there are none."""
+    low, median, high = quantiles(values, (0.25, 0.5, 0.75))
+    return Band(x, low, median, high, np.isfinite(values).sum(axis=0))
+
+
+def quantiles(values: Floats, at: Sequence[float]) -> list[Floats]:
+    """Quantiles down the columns, each over its finite entries, interpolated; NaN where there are none."""
     # NaN sorts last: the finite entries of a column are its first `count`.
     values = np.sort(np.where(np.isfinite(values), values, np.nan), axis=0)
     count = np.isfinite(values).sum(axis=0)
     columns = np.arange(values.shape[1])
-    quartiles = []
-    for q in (0.25, 0.5, 0.75):
+    levels = []
+    for q in at:
         place = q * np.maximum(count - 1, 0)
         below, above = np.floor(place).astype(int), np.ceil(place).astype(int)
         low, high = values[below, columns], values[above, columns]
-        quartiles.append(low + (place - below) * (high - low))
-    return Band(x, quartiles[0], quartiles[1], quartiles[2], count)
+        levels.append(low + (place - below) * (high - low))
+    return levels

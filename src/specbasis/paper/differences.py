@@ -49,7 +49,7 @@ class Run:
         return float(self.values["score"])
 
     @cached_property
-    def said(self) -> Predictions | None:
+    def predictions(self) -> Predictions | None:
         """On the (first) dev set; None where the row has no predictions."""
         packed = self.values.get("predictions")
         return Predictions.unpacked(next(iter(packed.values()))) if packed else None
@@ -57,15 +57,15 @@ class Run:
     @cached_property
     def resampled(self) -> Array | None:
         """See `resampled`."""
-        return None if self.said is None else resampled(self.task, self.said)
+        return None if self.predictions is None else resampled(self.task, self.predictions)
 
     @property
     def chance(self) -> float | None:
         """Score of the class that is most frequent in the dev set; 0 for a correlation."""
-        if self.said is None:
+        if self.predictions is None:
             return None
-        values, counts = np.unique(self.said.labels, return_counts=True)
-        most = Predictions(np.full(len(self.said.labels), values[counts.argmax()]), self.said.labels)
+        values, counts = np.unique(self.predictions.labels, return_counts=True)
+        most = Predictions(np.full(len(self.predictions.labels), values[counts.argmax()]), self.predictions.labels)
         return self.task.score(most.scores(self.task))
 
 
@@ -74,14 +74,15 @@ def runs(rows: Iterable[Row], cells: Sequence[Experiment]) -> dict[int, Run]:
     return {seed: Run(GLUE[cells[0].task], values) for seed, values in by_seed(rows, cells).items()}
 
 
-def percent(mean: float | None, spread: float | None) -> str:
-    """A mean ± its standard deviation over seeds, in percent; – where nothing ran."""
-    if mean is None:
+def percent(scores: Sequence[float]) -> str:
+    """Mean ± standard deviation over seeds, in percent; – where nothing ran."""
+    if not scores:
         return "–"
+    mean, spread = mean_and_spread(scores)
     return f"{100 * mean:.2f}" + ("" if spread is None else f" ± {100 * spread:.2f}")
 
 
-def resampled(task: Task, said: Predictions, resamples: int = RESAMPLES, seed: int = 0) -> Array:
+def resampled(task: Task, predictions: Predictions, resamples: int = RESAMPLES, seed: int = 0) -> Array:
     """The score of a run on a dev set of which examples are drawn with replacement, for each resample.
 
     Two runs on the same dev set meet the same resamples, so their difference is paired. Costs the statistic on
@@ -89,7 +90,7 @@ def resampled(task: Task, said: Predictions, resamples: int = RESAMPLES, seed: i
 
     Source: Efron & Tibshirani 1993, §13.3 (percentile interval). Not in Yu et al. 2026.
     """
-    values = said.columns
+    values = predictions.columns
 
     def score(drawn: Positions) -> Array:
         return np.asarray(task.score({name: METRICS[name].statistic(values[drawn]) for name in task.metrics}))
@@ -127,12 +128,12 @@ class Difference:
         return f"{100 * self.mean:+.2f}{ends}" + ("" if self.p is None else f" (p = {self.p:.2g})")
 
 
-def difference(found: Mapping[int, Run], reference: Mapping[int, Run]) -> Difference | None:
+def difference(tested: Mapping[int, Run], reference: Mapping[int, Run]) -> Difference | None:
     """Between runs and others, paired by seed and example; None where they have no seed in common."""
-    pairs = [(found[seed], reference[seed]) for seed in found if seed in reference]
+    pairs = [(tested[seed], reference[seed]) for seed in tested if seed in reference]
     if not pairs:
         return None
-    drawn = [(a.resampled, b.resampled) for a, b in pairs]
-    moved = [a - b for a, b in drawn if a is not None and b is not None]
+    resamples = [(a.resampled, b.resampled) for a, b in pairs]
+    moved = [a - b for a, b in resamples if a is not None and b is not None]
     interval = percentile_interval(np.mean(moved, axis=0)) if len(moved) == len(pairs) else None
     return Difference(tuple(a.score - b.score for a, b in pairs), interval)

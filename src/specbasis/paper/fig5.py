@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,9 @@ from pathlib import Path
 from specbasis.checkpoint.atomic import write_whole
 from specbasis.core.errors import InputError
 from specbasis.core.statistics import mean_and_spread
+from specbasis.figures import kit
+from specbasis.figures.kit import Figure
+from specbasis.figures.table import Column, Table
 from specbasis.finetuning.grid import Experiment, Setting, run_grid
 from specbasis.finetuning.tasks import GLUE, task_named
 from specbasis.jobs.experiments import Row
@@ -124,64 +128,77 @@ def panel(
 
 
 def run(
-    what: Panel, setting: Setting, out: str | Path, progress: Callable[[Progress], None] | None = None
+    plan: Panel, setting: Setting, out: str | Path, progress: Callable[[Progress], None] | None = None
 ) -> list[Row]:
     """Run what has not run yet."""
-    return run_grid(what.cells(), setting, out, progress)
+    return run_grid(plan.cells(), setting, out, progress)
 
 
-def curve(what: Panel, rows: Sequence[Row]) -> list[tuple[Point, dict[int, Run]]]:
-    """The runs of each point by seed; empty where nothing ran yet."""
-    return [(point, runs(rows, [what.cell(point, seed) for seed in what.seeds])) for point in what.points]
+def write(plan: Panel, rows: Sequence[Row], base: str, out: str | Path) -> list[Path]:
+    """Write ``NAME.md``, and ``NAME.svg`` and ``.png`` where anything ran, into the folder of the rows."""
+    path = Path(out) / f"{plan.name}.md"
+    points = [(point, runs(rows, [plan.cell(point, seed) for seed in plan.seeds])) for point in plan.points]
+    write_whole(path, markdown(plan, points, base))
+    if not any(seeds for _, seeds in points):
+        return [path]
+    return [path, *kit.write_figure(path, lambda: _figure(plan, points, base))]
 
 
-def markdown(what: Panel, points: Sequence[tuple[Point, Mapping[int, Run]]], base: str) -> str:
-    """The panel's numbers as Markdown."""
-    first = points[0][1]
-    chance = next((run.chance for _, found in points for run in found.values() if run.chance is not None), None)
-    return "\n".join(
-        [
-            f"# {what.name}: {base} on {GLUE[what.task].title}",
-            "",
-            f"{metric_of(what)} in percent on the dev set, mean ± standard deviation over seeds "
-            f"{', '.join(map(str, what.seeds))}; {what.epochs:g} epochs"
-            + (f" of {what.examples} examples" if what.examples else "")
-            + f", learning rate {what.learning_rate:g}."
-            + ("" if chance is None else f" Always the most frequent class: {100 * chance:.2f}."),
-            "",
-            f"Difference: to the first line, in points; {MEANING}",
-            "",
-            f"| {what.axis} | ranks | parameters | score | difference | seeds |",
-            "|---|---|---:|---:|---:|---:|",
-            *(_line(point, found, first if i else {}) for i, (point, found) in enumerate(points)),
-            "",
-        ]
+def markdown(plan: Panel, points: Sequence[tuple[Point, Mapping[int, Run]]], base: str) -> str:
+    """The panel's numbers as Markdown; the runs of a point are by seed, none where nothing ran yet."""
+    chance = next((run.chance for _, seeds in points for run in seeds.values() if run.chance is not None), None)
+    headings = ("parameters", "score", "difference", "seeds")
+    columns = (
+        Column(plan.axis, words=True),
+        Column("ranks", words=True),
+        *(Column(name, "," if name == "parameters" else "") for name in headings),
+    )
+    lines = []
+    for i, (point, seeds) in enumerate(points):
+        scores = [run.score for run in seeds.values()]
+        size = next((run.values["parameters"]["adapter"] for run in seeds.values()), None)
+        moved = difference(seeds, points[0][1]) if i else None
+        ranks = f"{point.interval[0]} … {point.interval[1]}"
+        lines.append((point.label, ranks, size, percent(scores), moved.shown if moved else None, len(seeds)))
+    return (
+        f"# {plan.name}: {base} on {GLUE[plan.task].title}\n\n"
+        f"{metric_of(plan)} in percent on the dev set, mean ± standard deviation over seeds "
+        f"{', '.join(map(str, plan.seeds))}; {plan.epochs:g} epochs"
+        + (f" of {plan.examples} examples" if plan.examples else "")
+        + f", learning rate {plan.learning_rate:g}."
+        + ("" if chance is None else f" Always the most frequent class: {100 * chance:.2f}.")
+        + f"\n\nDifference: to the first line, in points; {MEANING}\n\n"
+        + Table(columns, tuple(lines)).markdown()
     )
 
 
-def _line(point: Point, found: Mapping[int, Run], first: Mapping[int, Run]) -> str:
-    mean, spread = mean_and_spread([run.score for run in found.values()]) if found else (None, None)
-    size = f"{next(iter(found.values())).values['parameters']['adapter']:,}" if found else "–"
-    moved = difference(found, first)
-    ranks, score = f"{point.interval[0]} … {point.interval[1]}", percent(mean, spread)
-    return f"| {point.label} | {ranks} | {size} | {score} | {moved.shown if moved else '–'} | {len(found)} |"
-
-
-def metric_of(what: Panel) -> str:
+def metric_of(plan: Panel) -> str:
     """What the score of the panel's task is."""
     return {"matthews": "Matthews' correlation", "pearson": "Mean of Pearson's and Spearman's correlation"}.get(
-        GLUE[what.task].metrics[0], "Accuracy"
+        GLUE[plan.task].metrics[0], "Accuracy"
     )
 
 
-def write(what: Panel, rows: Sequence[Row], base: str, out: str | Path) -> list[Path]:
-    """Write ``NAME.md``, and ``NAME.svg`` and ``.png`` where anything ran, into the folder of the rows."""
-    table, points = Path(out) / f"{what.name}.md", curve(what, rows)
-    text = markdown(what, points, base)
-    write_whole(table, lambda path: path.write_text(text, encoding="utf-8"))
-    if not any(found for _, found in points):
-        return [table]
-    from specbasis.paper.finetune_figures import write_panel
-
-    scores = [(point, [run.score for run in found.values()]) for point, found in points]
-    return [table, *write_panel(table.with_suffix(".png"), what, scores, base)]
+def _figure(plan: Panel, points: Sequence[tuple[Point, Mapping[int, Run]]], base: str) -> Figure:
+    """Mean and standard deviation of the scores at each point, with a dot for each seed."""
+    figure, ((ax,),) = kit.free_panels(1, 1, (5.0, 2.8), "")
+    scores = [[100 * run.score for run in seeds.values()] for _, seeds in points]
+    means = [  # nothing where nothing ran: the line has a gap there
+        mean_and_spread(values) if values else (math.nan, None) for values in scores
+    ]
+    x = [point.x for point, _ in points]
+    spread = [deviation or 0.0 for _, deviation in means]
+    ax.errorbar(x, [mean for mean, _ in means], yerr=spread, marker="o", capsize=3, color=kit.COLORS[0])
+    for place, values in zip(x, scores, strict=True):
+        ax.plot([place] * len(values), values, ".", color=kit.QUIET, markersize=4)
+    ax.set_xticks(x, [point.label for point, _ in points])
+    margin = 0.05 * (x[-1] - x[0]) or 1.0
+    ax.set_xlim(x[0] - margin, x[-1] + margin)
+    ax.tick_params(axis="x", labelsize=8)
+    metric = metric_of(plan)
+    ax.set(xlabel=plan.axis, ylabel=f"{metric} (%)" if len(metric) < 30 else "mean correlation (%)")
+    counts = sorted({len(values) for values in scores if values})
+    seeds = kit.counted(counts[0], "seed") if len(counts) == 1 else f"{counts[0]}–{counts[-1]} seeds"
+    title = f"{plan.name}: {GLUE[plan.task].title}, {base}\nbars: standard deviation, {seeds}"
+    ax.set_title(title, fontsize=8, fontweight="normal")
+    return figure

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 
 from specbasis.core.errors import InputError
 from specbasis.core.statistics import student_interval
-from specbasis.figures.figures import COLORS, QUIET
-from specbasis.figures.tracking import heat_map, write_figure
+from specbasis.figures.kit import COLORS, QUIET, write_figure
+from specbasis.figures.tracking import between_checkpoints
 from specbasis.jobs.experiments import Row
 from specbasis.paper.formation_claims import GROUPS, Grid, curves, members
 
@@ -49,7 +49,7 @@ def _fig4(grid: Grid) -> Figure:
     runs = grid.of("pretrain", images=largest[0], steps=largest[1])
     tables = [np.mean([one["between"] for one in row.values["ffn"].values()], axis=0) for row in runs]
     title = f"A  pretraining on {_count(largest[0])} images ({_seeds(len(runs))})"
-    heat_map(figure, axes[0], np.mean(tables, axis=0), runs[0].values["steps"], title)
+    between_checkpoints(figure, axes[0], np.mean(tables, axis=0), runs[0].values["steps"], title)
     for ax, letter, task in ((axes[1], "B", "true_labels"), (axes[2], "C", "same_task")):
         _after(ax, grid, task, [sizes[0], sizes[-1]], GROUPS[0])
         ax.set_title(f"{letter}  {TITLES[task]}")

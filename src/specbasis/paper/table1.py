@@ -129,15 +129,15 @@ class Comparison:
         """The runs that choose the learning rates, as far as they are known from the rows that are there."""
         if self.search is None:
             return []
-        found = [cell for task, name in self._searched() for cell in self.search.experiments(task, name, rows)]
-        return list(dict.fromkeys(found))
+        cells = [cell for task, name in self._searched() for cell in self.search.experiments(task, name, rows)]
+        return list(dict.fromkeys(cells))
 
     def factors(self, rows: Sequence[Row]) -> Factors:
         """The factor of each method whose search on a task is complete."""
         if self.search is None:
             return {}
-        found = {(task, name): self.search.factor(task, name, rows) for task, name in self._searched()}
-        return {key: factor for key, factor in found.items() if factor is not None}
+        chosen = {(task, name): self.search.factor(task, name, rows) for task, name in self._searched()}
+        return {key: factor for key, factor in chosen.items() if factor is not None}
 
     def _searched(self) -> list[tuple[str, str]]:
         names = dict.fromkeys(rate_from(method) for method in self.methods)
@@ -186,14 +186,14 @@ def comparison(
 
 
 def run(
-    what: Comparison, setting: Setting, out: str | Path, progress: Callable[[Progress], None] | None = None
+    plan: Comparison, setting: Setting, out: str | Path, progress: Callable[[Progress], None] | None = None
 ) -> tuple[list[Row], Factors]:
     """Run the search, then the runs; returns all rows of the two, and the factors."""
     searched: list[Row] = []
-    while len(cells := what.search_cells(searched)) > len(searched):  # each round may ask for rates beyond its own
+    while len(cells := plan.search_cells(searched)) > len(searched):  # each round may ask for rates beyond its own
         searched = run_grid(cells, setting, out, progress)
-    factors = what.factors(searched)
-    return [*searched, *run_grid(what.cells(factors), setting, out, progress)], factors
+    factors = plan.factors(searched)
+    return [*searched, *run_grid(plan.cells(factors), setting, out, progress)], factors
 
 
 FIGURES = {
@@ -218,8 +218,7 @@ class Line:
 
     Attributes:
         task, method: which.
-        seeds: those that ran.
-        mean, spread: of the score; spread is the standard deviation over seeds, None for one.
+        scores: of the seeds that ran.
         differences: to the spectral method, by its name (``spectral``, ``spectral@300``) among the methods; without
             itself, and what has no seed in common.
         chance: score of the class that is most frequent in the dev set, or 0 for a correlation; None where the
@@ -229,21 +228,22 @@ class Line:
 
     task: str
     method: str
-    seeds: tuple[int, ...]
-    mean: float | None = None
-    spread: float | None = None
+    scores: Mapping[int, float] = field(default_factory=dict)
     differences: Mapping[str, Difference] = field(default_factory=dict)
     chance: float | None = None
     values: Mapping[str, float | None] = field(default_factory=dict)
 
 
-def lines(what: Comparison, rows: Sequence[Row], factors: Factors) -> list[Line]:
+def lines(plan: Comparison, rows: Sequence[Row], factors: Factors) -> list[Line]:
     """Every line of the table, those without a run yet too."""
-    found = []
-    for task in what.tasks:
-        ran = {method: _runs(what, rows, factors, task, method) for method in what.methods}
-        found += [_line(task, method, ran) for method in what.methods]
-    return found
+    table = []
+    for task in plan.tasks:
+        ran = {
+            method: runs(rows, [plan.cell(task, method, seed, factors) for seed in plan.seeds])
+            for method in plan.methods
+        }
+        table += [_line(task, method, ran) for method in plan.methods]
+    return table
 
 
 def ours(methods: Iterable[str]) -> list[str]:
@@ -251,33 +251,34 @@ def ours(methods: Iterable[str]) -> list[str]:
     return [method for method in methods if method.partition("@")[0] == OURS]
 
 
-def _runs(what: Comparison, rows: Sequence[Row], factors: Factors, task: str, method: str) -> dict[int, Run]:
-    return runs(rows, [what.cell(task, method, seed, factors) for seed in what.seeds])
+def title_of(method: str) -> str:
+    """A method's name in tables and figures."""
+    from specbasis.finetuning.methods import METHODS
+
+    name, _, rank = method.partition("@")
+    title = "Full, random start" if name == SCRATCH else METHODS[name].title
+    return f"{title}, K = {rank}" if rank else title
 
 
 def _line(task: str, method: str, ran: Mapping[str, Mapping[int, Run]]) -> Line:
-    found = ran[method]
-    if not found:
-        return Line(task, method, ())
-    mean, spread = mean_and_spread([run.score for run in found.values()])
-    to = {name: difference(found, ran[name]) for name in ours(ran) if name != method}
+    seeds = ran[method]
+    if not seeds:
+        return Line(task, method)
+    differences = {name: difference(seeds, ran[name]) for name in ours(ran) if name != method}
     return Line(
         task,
         method,
-        tuple(found),
-        mean,
-        spread,
-        {name: one for name, one in to.items() if one is not None},
-        next(iter(found.values())).chance,
-        {name: _mean([_at(run.values, path) for run in found.values()]) for name, path in FIGURES.items()},
+        {seed: run.score for seed, run in seeds.items()},
+        {name: moved for name, moved in differences.items() if moved is not None},
+        next(iter(seeds.values())).chance,
+        {name: _mean([_at(run.values, path) for run in seeds.values()]) for name, path in FIGURES.items()},
     )
 
 
-def _at(run: Mapping[str, Any], path: Sequence[str]) -> float | None:
-    found: Any = run
+def _at(values: Any, path: Sequence[str]) -> float | None:
     for name in path:
-        found = found[name]
-    return None if found is None else float(found)
+        values = values[name]
+    return None if values is None else float(values)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -11,11 +11,14 @@ from statistics import mode
 from typing import Any
 
 from specbasis.checkpoint.atomic import write_whole
-from specbasis.finetuning.grid import BEYOND, SCRATCH, search_sizes
+from specbasis.figures import kit
+from specbasis.figures.kit import Axes, Figure
+from specbasis.figures.table import Column, Table, number
+from specbasis.finetuning.grid import BEYOND, search_sizes
 from specbasis.finetuning.tasks import GLUE
 from specbasis.jobs.experiments import Row
-from specbasis.paper.differences import MEANING, percent
-from specbasis.paper.table1 import Comparison, Factors, Line, lines, ours, rate_from
+from specbasis.paper.differences import MEANING, Difference, percent
+from specbasis.paper.table1 import Comparison, Factors, Line, lines, ours, rate_from, title_of
 
 
 @cache
@@ -27,195 +30,195 @@ def printed() -> Mapping[str, Any]:
     return tomllib.loads(files("specbasis.paper").joinpath("table1.toml").read_text(encoding="utf-8"))
 
 
-def write(what: Comparison, rows: Sequence[Row], factors: Factors, base: str, out: str | Path) -> list[Path]:
+def write(plan: Comparison, rows: Sequence[Row], factors: Factors, base: str, out: str | Path) -> list[Path]:
     """Write ``NAME.md`` into the folder of the rows, and ``NAME.png`` and ``.svg`` where there are differences."""
-    path, found = Path(out) / f"{what.name}.md", lines(what, rows, factors)
-    text = markdown(what, found, rows, factors, base)
-    write_whole(path, lambda target: target.write_text(text, encoding="utf-8"))
-    compared = [line for line in found if line.differences]
+    path, table = Path(out) / f"{plan.name}.md", lines(plan, rows, factors)
+    write_whole(path, markdown(plan, table, rows, factors, base))
+    compared = [line for line in table if line.differences]
     if not compared:
         return [path]
-    from specbasis.paper.finetune_figures import write_differences
-
-    return [path, *write_differences(path.with_suffix(".png"), what, compared, base)]
+    return [path, *kit.write_figure(path, lambda: _figure(plan, compared, base))]
 
 
-def markdown(what: Comparison, every: Sequence[Line], rows: Sequence[Row], factors: Factors, base: str) -> str:
+def markdown(plan: Comparison, table: Sequence[Line], rows: Sequence[Row], factors: Factors, base: str) -> str:
     """The table, what it cost, and the paper's own numbers, as Markdown."""
-    found = {(line.task, line.method): line for line in every}
-    titles = [GLUE[task].title for task in what.tasks]
-    wanted, ran = len(found) * len(what.seeds), sum(len(line.seeds) for line in found.values())
-    failed = [row for row in rows if row.error is not None]
+    by_cell = {(line.task, line.method): line for line in table}
+    runs = sum(len(line.scores) for line in table)
     parts = [
-        f"# {what.name}: {base}",
-        "",
-        f"{ran} of {wanted} runs; seeds {', '.join(map(str, what.seeds))}. Scores in percent: mean ± standard "
-        "deviation over seeds on the dev set, which chose nothing; – is a run that is missing, (n) fewer "
-        f"seeds than {len(what.seeds)}.",
-        "",
-        *_grid(
-            ["method", "parameters", *titles],
-            [*(_score_row(what, found, method) for method in what.methods), _chance_row(what, every)],
-        ),
+        f"# {plan.name}: {base}",
+        f"{runs} of {len(table) * len(plan.seeds)} runs; seeds {', '.join(map(str, plan.seeds))}. "
+        "Scores in percent: mean ± standard deviation over seeds on the dev set, which chose nothing; "
+        f"– is a run that is missing, (n) fewer seeds than {len(plan.seeds)}.",
+        _scores(plan, by_cell),
     ]
-    for reference in ours(what.methods):
-        others = [method for method in what.methods if method != reference]
+    for reference in ours(plan.methods):
+        body: list[tuple[str | None, ...]] = []
+        for method in plan.methods:
+            if method != reference:
+                moves = [by_cell[task, method].differences.get(reference) for task in plan.tasks]
+                body.append((title_of(method), *(None if move is None else move.shown for move in moves)))
         parts += [
-            "",
             f"## Difference to: {title_of(reference)}",
-            "",
             f"Mean over the seeds that both have, in points; {MEANING}",
-            "",
-            *_grid(["method", *titles], [_difference_row(what, found, method, reference) for method in others]),
+            _by_task(["method"], plan.tasks, body),
         ]
-    parts += ["", "## Cost", "", *_cost(what, found)]
-    parts += ["", "## Learning rates", "", *_rates(what, rows, factors)]
-    parts += ["", *_paper(what)]
+    parts += ["## Cost", _cost(table), "## Learning rates", *_rates(plan, rows, factors), *_paper(plan)]
+    failed = [row for row in rows if row.error is not None]
     if failed:
-        parts += ["", "## Failed", "", *(f"- {_cell_name(row.experiment)}: {row.error}" for row in failed)]
-    return "\n".join([*parts, ""])
+        cells = [" ".join(f"{name}={value}" for name, value in row.experiment.items()) for row in failed]
+        failures = (f"- {cell}: {row.error}\n" for cell, row in zip(cells, failed, strict=True))
+        parts += ["## Failed", "".join(failures)]
+    return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 
 
-def _score_row(what: Comparison, found: Mapping[tuple[str, str], Line], method: str) -> list[str]:
-    adapters = [line.values["adapter"] for (_, m), line in found.items() if m == method and line.seeds]
-    size = f"{adapters[0]:,.0f}" if adapters and adapters[0] is not None else "–"
-    return [title_of(method), size, *(_score(found[task, method], len(what.seeds)) for task in what.tasks)]
+def _by_task(first: Sequence[str], tasks: Sequence[str], body: Sequence[tuple[str | None, ...]]) -> str:
+    """A table with some columns and then one for each task."""
+    columns = [Column(name) for name in (*first, *(GLUE[task].title for task in tasks))]
+    return Table(tuple(columns), tuple(body)).markdown()
 
 
-def _difference_row(
-    what: Comparison, found: Mapping[tuple[str, str], Line], method: str, reference: str
-) -> list[str]:
-    each = [found[task, method].differences.get(reference) for task in what.tasks]
-    return [title_of(method), *("–" if one is None else one.shown for one in each)]
-
-
-def _chance_row(what: Comparison, every: Sequence[Line]) -> list[str]:
-    known = {line.task: line.chance for line in every if line.chance is not None}
-    return [
-        "Always the most frequent class",
-        "–",
-        *(_number(known.get(task), "{:.2f}", 0.01) for task in what.tasks),
-    ]
-
-
-def _score(line: Line, seeds: int) -> str:
-    missing = line.seeds and len(line.seeds) < seeds
-    return percent(line.mean, line.spread) + (f" ({len(line.seeds)})" if missing else "")
-
-
-def _cost(what: Comparison, found: Mapping[tuple[str, str], Line]) -> list[str]:
-    headings = [
-        "task",
-        "method",
-        "parameters: method",
-        "head",
-        "peak memory (MB)",
-        "epoch (CPU s)",
-        "epoch (wall s)",
-        "files (MB)",
-        "held-back loss before → after",
-    ]
-    body = [
-        [
-            GLUE[task].title,
-            title_of(method),
-            _number(line.values.get("adapter"), "{:,.0f}"),
-            _number(line.values.get("head"), "{:,.0f}"),
-            _number(line.values.get("memory"), "{:.0f}", 1e6),
-            _number(line.values.get("seconds"), "{:.1f}"),
-            _number(line.values.get("wall"), "{:.1f}"),
-            _number(line.values.get("bytes"), "{:.2f}", 1e6),
-            f"{_number(line.values.get('before'), '{:.3f}')} → {_number(line.values.get('after'), '{:.3f}')}",
+def _scores(plan: Comparison, by_cell: Mapping[tuple[str, str], Line]) -> str:
+    body: list[tuple[str | None, ...]] = []
+    for method in plan.methods:
+        cells = [by_cell[task, method] for task in plan.tasks]
+        size = next((line.values["adapter"] for line in cells if line.scores), None)
+        scores = [
+            percent(list(line.scores.values()))
+            + (f" ({n})" if 0 < (n := len(line.scores)) < len(plan.seeds) else "")
+            for line in cells
         ]
-        for (task, method), line in found.items()
-        if line.seeds
-    ]
-    return _grid(headings, body)
+        body.append((title_of(method), number(size, ",.0f"), *scores))
+    chance = {line.task: line.chance for line in by_cell.values() if line.chance is not None}
+    body.append(("Always the most frequent class", None, *(number(chance.get(t), ".2f", 0.01) for t in plan.tasks)))
+    return _by_task(["method", "parameters"], plan.tasks, body)
 
 
-def _number(value: float | None, form: str, unit: float = 1.0) -> str:
-    return "–" if value is None else form.format(value / unit)
+def _cost(table: Sequence[Line]) -> str:
+    costs = {
+        "parameters: method": ("adapter", ",.0f", 1.0),
+        "head": ("head", ",.0f", 1.0),
+        "peak memory (MB)": ("memory", ".0f", 1e6),
+        "epoch (CPU s)": ("seconds", ".1f", 1.0),
+        "epoch (wall s)": ("wall", ".1f", 1.0),
+        "files (MB)": ("bytes", ".2f", 1e6),
+    }
+    rows = []
+    for line in table:
+        if line.scores:
+            numbers = [number(line.values[name], form, unit) for name, form, unit in costs.values()]
+            loss = " → ".join(number(line.values[name], ".3f") for name in ("before", "after"))
+            rows.append((GLUE[line.task].title, title_of(line.method), *numbers, loss))
+    names = ("task", "method", *costs, "held-back loss before → after")
+    return Table(tuple(Column(name, words=name == "method") for name in names), tuple(rows)).markdown()
 
 
-def _rates(what: Comparison, rows: Sequence[Row], factors: Factors) -> list[str]:
-    if what.search is None:
+def _rates(plan: Comparison, rows: Sequence[Row], factors: Factors) -> list[str]:
+    """How learning rates were chosen, in words, and which they are."""
+    if plan.search is None:
         text = "Each method's own, as published (Tab. 5 for the spectral ones)."
     else:
-        where = "each task" if what.search.task is None else GLUE[what.search.task].title
-        sizes = {task: search_sizes(what.search.task or task) for task in what.tasks}
-        tried = ", ".join(f"{factor:g}" for factor in what.search.factors)
+        where = "each task" if plan.search.task is None else GLUE[plan.search.task].title
+        sizes = {task: search_sizes(plan.search.task or task) for task in plan.tasks}
+        tried = ", ".join(f"{factor:g}" for factor in plan.search.factors)
         text = (
             f"Each method's own times a factor, chosen on a part of train of {where} alone: "
-            f"{_by_task(sizes, 0)} examples, {what.search.epochs:g} epochs, seed {what.search.seed}, scored on "
-            f"{_by_task(sizes, 1)} others. Tried: {tried}, and while the best was at an end, up to "
+            f"{_sizes(sizes, 0)} examples, {plan.search.epochs:g} epochs, seed {plan.search.seed}, scored on "
+            f"{_sizes(sizes, 1)} others. Tried: {tried}, and while the best was at an end, up to "
             f"{BEYOND} beyond it. A factor with * is still at an end: a better one may lie beyond."
         )
-    body = [
-        [_searched_as(what, method), *(_rate(what, rows, factors, task, method) for task in what.tasks)]
-        for method in what.methods
-    ]
-    return [text, "", *_grid(["method", *(GLUE[task].title for task in what.tasks)], body)]
+    body = []
+    for method in plan.methods:
+        source = rate_from(method)
+        shared = f" (factor of {title_of(source)})" if plan.search and source != method else ""
+        rates = (_rate(plan, rows, factors, task, method) for task in plan.tasks)
+        body.append((title_of(method) + shared, *rates))
+    return [text, _by_task(["method"], plan.tasks, body)]
 
 
-def _by_task(sizes: Mapping[str, tuple[int, int]], part: int) -> str:
+def _sizes(sizes: Mapping[str, tuple[int, int]], part: int) -> str:
     """The size of most tasks, and in parentheses the others."""
     most = mode(size[part] for size in sizes.values())
     others = [f"{GLUE[task].title} {size[part]}" for task, size in sizes.items() if size[part] != most]
     return f"{most}" + (f" ({', '.join(others)})" if others else "")
 
 
-def _searched_as(what: Comparison, method: str) -> str:
-    source = rate_from(method)
-    return title_of(method) + (f" (factor of {title_of(source)})" if what.search and source != method else "")
-
-
-def _rate(what: Comparison, rows: Sequence[Row], factors: Factors, task: str, method: str) -> str:
-    rate = f"{what.cell(task, method, what.seeds[0], factors).learning_rate:g}"
-    if what.search is None:
+def _rate(plan: Comparison, rows: Sequence[Row], factors: Factors, task: str, method: str) -> str:
+    rate = f"{plan.cell(task, method, plan.seeds[0], factors).learning_rate:g}"
+    if plan.search is None:
         return rate
     source = rate_from(method)
     if (task, source) not in factors:
         return f"{rate} (not searched yet)"
-    factor, tried = factors[task, source], what.search.tried(task, source, rows)
+    factor, tried = factors[task, source], plan.search.tried(task, source, rows)
     edge = "*" if len(tried) > 1 and factor in (tried[0], tried[-1]) else ""
     return f"{rate} (×{factor:g}{edge})"
 
 
-def _paper(what: Comparison) -> list[str]:
+def _paper(plan: Comparison) -> list[str]:
+    """The numbers that the paper prints for these methods and tasks."""
     table = printed()
-    shown = [task for task in what.tasks if task in table["tasks"]]
-    named = {method.partition("@")[0] for method in what.methods}
+    shown = [task for task in plan.tasks if task in table["tasks"]]
+    names = {method.partition("@")[0] for method in plan.methods}
     body = [
-        [
+        (
             row["printed"],
             f"{row['parameters']:g} M",
             *(f"{row['scores'][table['tasks'].index(task)]:.2f}" for task in shown),
-        ]
+        )
         for row in table["row"]
-        if row["method"] in named
+        if row["method"] in names
     ]
     if not body:
         return []
-    return [
-        f"## As the paper prints it ({table['base']}, one seed; Yu et al. 2026, Tab. 1)",
-        "",
-        *_grid(["method", "parameters", *(GLUE[task].title for task in shown)], body),
-    ]
+    heading = f"## As the paper prints it ({table['base']}, one seed; Yu et al. 2026, Tab. 1)"
+    return [heading, _by_task(["method", "parameters"], shown, body)]
 
 
-def title_of(method: str) -> str:
-    """A method's name in tables and figures."""
-    from specbasis.finetuning.methods import METHODS
-
-    name, _, rank = method.partition("@")
-    title = "Full, random start" if name == SCRATCH else METHODS[name].title
-    return f"{title}, K = {rank}" if rank else title
+# --- figure -------------------------------------------------------------------------------------------------------
 
 
-def _cell_name(cell: Mapping[str, Any]) -> str:
-    return " ".join(f"{name}={value}" for name, value in cell.items())
+def _figure(plan: Comparison, compared: Sequence[Line], base: str) -> Figure:
+    """Score of every method − the spectral method's, in points: mean, its interval over the dev set, and seeds."""
+    from matplotlib.lines import Line2D
+
+    tasks = [task for task in plan.tasks if any(line.task == task for line in compared)]
+    methods = [method for method in plan.methods if any(line.method == method for line in compared)]
+    references = ours(plan.methods)
+    place = {method: -i for i, method in enumerate(methods)}
+    size = (2.4 / len(tasks) + 2.6, 1.0 + 0.34 * len(methods))
+    figure, axes = kit.free_panels(1, len(tasks), size, f"{plan.name}: {base}", sharey=True)
+    for ax, task in zip(axes[0], tasks, strict=True):
+        ax.axvline(0, color=kit.QUIET, linewidth=1)
+        for line in compared:
+            for i, name in enumerate(references):
+                if line.task == task and name in line.differences:
+                    _draw(ax, line.differences[name], place[line.method] - 0.4 * i, kit.COLORS[i])
+        ax.set_title(GLUE[task].title)
+        ax.set_xlabel("score − spectral adapter's (points)")
+        ax.grid(visible=False, axis="y")
+    sizes = {line.method: line.values.get("adapter") for line in compared}
+    axes[0][0].set_yticks(
+        [y - 0.2 * (len(references) - 1) for y in place.values()],
+        [f"{title_of(m)} · {_count(sizes[m])}" for m in methods],
+    )
+    bars = [Line2D([], [], color=kit.COLORS[i], marker="o", markersize=4) for i in range(len(references))]
+    labels = [f"− {title_of(name)}: mean of the seeds, 95 % interval over the dev set" for name in references]
+    dot = Line2D([], [], color=kit.QUIET, marker=".", linestyle="none")
+    figure.legend([*bars, dot], [*labels, "one seed"], loc="outside lower center", fontsize=8)
+    return figure
 
 
-def _grid(headings: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
-    rule = ["---", *("---:" for _ in headings[1:])]
-    return [f"| {' | '.join(row)} |" for row in (headings, rule, *body)]
+def _draw(ax: Axes, difference: Difference, y: float, color: str) -> None:
+    if difference.interval is not None:
+        ax.plot([100 * end for end in difference.interval], [y, y], color=color, linewidth=1.5)
+    ax.plot(100 * difference.mean, y, "o", color=color, markersize=4)
+    seeds = [100 * score for score in difference.each]
+    ax.plot(seeds, [y - 0.16] * len(seeds), ".", color=kit.QUIET, markersize=3)
+
+
+def _count(parameters: float | None) -> str:
+    if parameters is None:
+        return "–"
+    if parameters < 1e3:
+        return f"{parameters:.0f}"
+    return f"{parameters / 1e6:.1f}M" if parameters >= 1e6 else f"{parameters / 1e3:.0f}k"

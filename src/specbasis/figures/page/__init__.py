@@ -15,24 +15,19 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from specbasis.comparison.facts import Facts
-from specbasis.comparison.findings import find
-from specbasis.comparison.summary import summarise
-from specbasis.comparison.verdict import judge
-from specbasis.figures.data import (
-    MARKED_RANKS,
-    SIDES,
-    Band,
-    Floats,
-    Pair,
-    Series,
-    missing,
-    own_numbers,
-    own_ranks,
-    representatives,
-    turned,
+from specbasis.comparison.comparison import Comparison
+from specbasis.figures.data import MARKED_RANKS, SIDES, Band, Floats, Pair, Series
+from specbasis.figures.drawing import missing, requested
+from specbasis.figures.summary import (
+    COLUMNS,
+    SEVERITIES,
+    VERDICTS,
+    by_reason,
+    evidence,
+    over_all_ranks,
+    summary_table,
 )
-from specbasis.figures.tables import HEADINGS, SEVERITIES, VERDICTS, by_reason, cells, evidence, over_all_ranks
+from specbasis.figures.table import Column, Table
 from specbasis.measures.table import registered
 
 MOST_RANKS = 256
@@ -41,114 +36,111 @@ MOST_RANKS = 256
 MOST_POINTS = 200_000
 """Matrices × ranks that the page holds before it keeps fewer ranks of each (about 50 bytes a point)."""
 
-EFFECTIVE_RANK_CHANGE = (
-    "effective_rank_change",
-    "ΔER",
-    "effective rank of tuned minus that of base",
-    "s1",
-)
+N, CHANGE = "n", "effective_rank_change"
+"""Columns of the table of matrices that are no measures: of how many ranks, and a difference of two measures."""
 
 
-def _per_rank() -> list[str]:
-    """Measures of which the page holds the figures of every matrix."""
-    return [m.name for m in registered() if m.shown == "ranks"]
-
-
-def _table() -> list[tuple[str, str, str, str]]:
-    """Columns of the table of matrices: key, heading, meaning, number format."""
-    columns = [("n", "n", "number of singular values", "d")]
-    for m in registered():
-        if m.shown == "matrices":
-            columns.append((m.name, m.heading, f"{m.title}: {m.formula}", m.digits))
-        if m.name == "effective_rank_tuned":
-            columns.append(EFFECTIVE_RANK_CHANGE)
-    return columns
-
-
-def render(manifest: dict[str, Any], pairs: list[Pair], bands: list[dict[str, dict[str, Band]]]) -> bytes:
+def render(comparison: Comparison, pairs: list[Pair]) -> bytes:
     """The page as UTF-8."""
+    manifest = comparison.manifest
     points = sum(len(pair) for pair in pairs)
     limit = int(np.clip(MOST_POINTS // max(1, points), 32, MOST_RANKS))
     scripts = [get_plotlyjs(), _asset("page.js")]
     environment = Environment(
-        loader=PackageLoader("specbasis.figures", "assets"),
+        loader=PackageLoader("specbasis.figures.page", "."),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters["breakable"] = _breakable
+    about = [_about(pair.label, comparison) for pair in pairs]
     text = environment.get_template("page.html").render(
         manifest=manifest,
         manifest_text=json.dumps(manifest, indent=1, ensure_ascii=False),
-        pairs=[_about(pair, manifest) for pair in pairs],
-        headings=HEADINGS,
+        pairs=about,
+        every_pair=Markup(_all_pairs(about).html()),
         signs=VERDICTS,
         severities=SEVERITIES,
         style=Markup(_asset("page.css")),
         scripts=[Markup(_inline(script)) for script in scripts],
         missing=missing(pairs),
         hashes=[_hash(script) for script in scripts],
-        shown={
-            "nulls": any("null_alignment_gaussian_left" in pair.series for pair in pairs),
-            "heads": any("head_rotation" in pair.series for pair in pairs),
-            "own": any(own_ranks(pair) for pair in pairs),
-        },
+        requested=requested(pairs),
         shared=Markup(_json({"table": _columns(manifest, pairs), "marked": MARKED_RANKS})),
-        data=[Markup(_json(_data(pair, band, limit))) for pair, band in zip(pairs, bands, strict=True)],
+        data=[Markup(_json(_data(pair, limit))) for pair in pairs],
     )
     return text.encode("utf-8", "replace")
 
 
 def _columns(manifest: dict[str, Any], pairs: list[Pair]) -> list[tuple[str, str, str, str]]:
-    """Columns of the table of matrices: the built-in ones, and a user's own figures of whole matrices."""
+    """(key, heading, meaning, number format) of the table of matrices, which follow from the table of measures."""
+    columns = [(N, "n", "number of singular values", "d")]
+    for m in registered():
+        if m.shown == "matrices":
+            columns.append((m.name, m.heading or m.name, f"{m.title}: {m.formula}", m.digits))
+        if m.name == "effective_rank_tuned":
+            columns.append((CHANGE, "ΔER", "effective rank of tuned minus that of base", "s1"))
     titles = {measure["name"]: measure["title"] for measure in manifest.get("measures", [])}
-    mine = dict.fromkeys(name for pair in pairs for name in own_numbers(pair))
-    return [*_table(), *((name, name, titles[name], "f") for name in mine)]
+    numbers = dict.fromkeys(name for pair in pairs for name in pair.own_numbers)
+    return [*columns, *((name, name, titles[name], "f") for name in numbers)]
 
 
-def _about(pair: Pair, manifest: dict[str, Any]) -> dict[str, Any]:
+def _all_pairs(pairs: list[dict[str, Any]]) -> Table:
+    """A line for each pair: a button that chooses it, its verdict, and its means over all matrices."""
+    button = Markup('<button type="button" class="link" data-choose-pair="{}">{}</button>')
+    badge = Markup('<span class="badge {0}"><span aria-hidden="true">{1}</span> {0}</span>')
+    rows = []
+    for i, about in enumerate(pairs):
+        kind = about["verdict"].kind
+        _, *means = summary_table([about["summary"]]).rows[0]
+        rows.append((button.format(i, about["label"]), badge.format(kind, VERDICTS[kind]), *means))
+    return Table((Column("tuned"), Column("verdict", words=True), *COLUMNS[1:]), tuple(rows))
+
+
+def _about(label: str, comparison: Comparison) -> dict[str, Any]:
     """What the page says in words and in its summary table about a pair."""
-    about = manifest["pairs"][pair.label]
-    facts = Facts(pair.rows, [failure for failure in manifest["failed"] if failure["pair"] == pair.label])
-    summaries, verdict = summarise(facts), judge(facts)
+    about, summaries = comparison.manifest["pairs"][label], comparison.summaries[label]
     return {
-        "label": pair.label,
-        "verdict": verdict,
-        "findings": [{"finding": finding, "evidence": evidence(finding)} for finding in find(facts, verdict)],
-        "lines": [cells(line) for line in summaries],
+        "label": label,
+        "verdict": comparison.verdicts[label],
+        "findings": [{"finding": finding, "evidence": evidence(finding)} for finding in comparison.findings[label]],
+        "summary": summaries[-1],
+        "table": Markup(summary_table(summaries).html()),
         "over_all_ranks": over_all_ranks(summaries[-1]),
         "notes": about["notes"],
         "architecture": about["architecture"],
         "tuned": about["tuned"],
         "skipped": by_reason(about["skipped"]),
         "skipped_count": len(about["skipped"]),
-        "failed": facts.failed,
+        "failed": [failure for failure in comparison.failed if failure["pair"] == label],
     }
 
 
-def _data(pair: Pair, bands: dict[str, dict[str, Band]], limit: int) -> dict[str, Any]:
+def _data(pair: Pair, limit: int) -> dict[str, Any]:
     """What the figures of a pair draw, compactly."""
-    whole = {key: pair.whole(key) for key, *_ in _table() if key not in ("n", "effective_rank_change")}
-    whole["effective_rank_change"] = whole["effective_rank_tuned"] - whole["effective_rank_base"]
+    whole = {m.name: pair.whole(m.name) for m in registered() if m.shown == "matrices"}
+    whole[CHANGE] = whole["effective_rank_tuned"] - whole["effective_rank_base"]
     whole |= {f"chance_alignment_{side}": pair.whole(f"chance_alignment_{side}") for side in SIDES}
-    whole |= {name: pair.whole(name) for name in pair.own if name not in own_ranks(pair)}
+    whole |= {name: pair.whole(name) for name in pair.own if name not in pair.own_ranks}
     for side in SIDES:
-        whole[f"turned_{side}"] = turned(pair, f"alignment_{side}")
-        whole[f"turned_null_{side}"] = turned(pair, f"null_alignment_gaussian_{side}")
-    whole["n"] = pair.figures("singular_value_base").lengths.astype(float)
+        whole[f"turned_{side}"] = pair.turned(f"alignment_{side}")
+        whole[f"turned_null_{side}"] = pair.turned(f"null_alignment_gaussian_{side}")
+    whole[N] = pair.measure("singular_value_base").lengths.astype(float)
+    names = [m.name for m in registered() if m.shown == "ranks"]
     return {
         "label": pair.label,
         "matrices": pair.matrices,
         "whole": {key: _floats(values) for key, values in whole.items()},
-        "series": {name: _series(pair.series[name].thinned(limit)) for name in _per_rank() if name in pair.series},
+        "series": {name: _series(pair.series[name].thinned(limit)) for name in names if name in pair.series},
         "bands": {
-            profile: {group: _band(band) for group, band in groups.items()} for profile, groups in bands.items()
+            profile: {group: _band(band) for group, band in groups.items()}
+            for profile, groups in pair.bands.items()
         },
-        "own": own_ranks(pair),
+        "own": pair.own_ranks,
         "panels": pair.panels(),
         "chance": {side: pair.chance_levels(side) for side in SIDES},
-        "first": representatives(pair)[-1],
+        "first": pair.representatives()[-1],
         "thinned": bool(pair.vectors() > limit),
     }
 
@@ -208,7 +200,7 @@ def _breakable(text: str) -> Markup:
 
 
 def _asset(name: str) -> str:
-    return (files("specbasis.figures") / "assets" / name).read_text(encoding="utf-8")
+    return (files("specbasis.figures.page") / name).read_text(encoding="utf-8")
 
 
 def _inline(script: str) -> str:

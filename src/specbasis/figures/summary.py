@@ -1,0 +1,120 @@
+"""What a comparison comes to, in words and tables: for the terminal, the page and notebooks. Needs no library."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from specbasis.comparison.facts import SIDES
+from specbasis.comparison.summary import RoleSummary
+from specbasis.comparison.verdict import named_parts
+from specbasis.figures.table import Column, Table, number
+
+if TYPE_CHECKING:
+    from specbasis.comparison.check import Finding
+    from specbasis.comparison.comparison import Comparison
+
+VERDICTS = {"identical": "=", "copy": "≅", "finetuned": "→", "independent": "≠", "mixed": "≈"}
+"""A sign for each kind of verdict, so that it does not rest on colour alone."""
+
+SEVERITIES = {"problem": "!", "note": "·"}
+"""A sign for each severity of a finding."""
+
+
+def _both_sides(group: str, form: str, title: str, narrow: str) -> tuple[Column, Column]:
+    left, right = (Column(side, form, title, group, narrow) for side in SIDES)
+    return left, right
+
+
+COLUMNS = (
+    Column("role", title="what the matrices do in their block", words=True),
+    Column("matrices", title="number of matrices compared", narrow="n"),
+    *_both_sides(
+        "top-10 alignment",
+        ".3f",
+        "mean alignment of the leading 10 singular vectors, over resolved ranks",
+        "top-10\nL     R",
+    ),
+    *_both_sides(
+        "top-30 alignment",
+        ".3f",
+        "mean alignment of the leading 30 singular vectors, over resolved ranks",
+        "top-30\nL     R",
+    ),
+    *_both_sides("chance", ".2f", "alignment of independent directions", "chance\nL    R"),
+    Column("RSD", ".2g", "relative spectral distance ‖S_tuned − S_base‖ / ‖S_base‖, mean over matrices"),
+    Column("‖Δ‖/‖W‖", ".2g", "Frobenius norm of the update over that of the base, mean over matrices"),
+    Column("unresolved", title="alignments whose error bound is not small; left out of the means", narrow="?"),
+)
+"""The table of a comparison: a line for each role, the last one over all matrices."""
+
+
+def summary_table(lines: Sequence[RoleSummary], title: str = "") -> Table:
+    """The summaries of one pair, by role; narrow enough for a terminal of 80 columns."""
+    rows = [
+        (
+            line.role,
+            line.matrices,
+            *line.top10,
+            *line.top30,
+            *line.chance,
+            line.rsd,
+            line.relative_update,
+            line.unresolved,
+        )
+        for line in lines
+    ]
+    return Table(COLUMNS, tuple(rows), title, total=True)
+
+
+def over_all_ranks(line: RoleSummary) -> str:
+    """The other averages, in words, where ranks were left out of those of the table; empty where none were."""
+    if not line.unresolved:
+        return ""
+    ends = [" / ".join(number(v, ".3f") for v in sides) for sides in (line.every10, line.every30)]
+    return f"over all ranks, the {line.unresolved} unresolved included: top-10 {ends[0]}, top-30 {ends[1]}"
+
+
+def evidence(finding: Finding) -> str:
+    """The figures of a finding beside their thresholds."""
+    parts = [f"{name.replace('_', ' ')} {number(value, '.3g')}" for name, value in finding.evidence.items()]
+    limits = [f"{name.replace('_', ' ')} {value:g}" for name, value in finding.threshold.items()]
+    return ", ".join(parts) + (f" (threshold: {', '.join(limits)})" if limits else "")
+
+
+def by_reason(skipped: Iterable[Mapping[str, str]]) -> dict[str, list[str]]:
+    """Names of what was not compared, by the reason for it."""
+    groups: dict[str, list[str]] = {}
+    for item in skipped:
+        where = "" if item["side"] == "both" else f", in {item['side']} only"
+        groups.setdefault(item["reason"] + where, []).append(item["name"])
+    return groups
+
+
+def summary_html(comparison: Comparison) -> str:
+    """A comparison as a notebook shows it: for each pair its verdict, its table, and what was left out."""
+    parts = [_pair_html(comparison, label, comparison.manifest["pairs"][label]) for label in comparison.pairs]
+    failed = "".join(f"<li>{escape(failure['error'])}</li>" for failure in comparison.failed)
+    if failed:
+        parts.append(f"<p><b>Failed</b></p><ul>{failed}</ul>")
+    box = "max-width:100%;overflow-x:auto;font-size:13px;line-height:1.45"
+    return f'<div style="{box}">{"".join(parts)}</div>'
+
+
+def _pair_html(comparison: Comparison, label: str, about: Mapping[str, Any]) -> str:
+    verdict, lines = comparison.verdicts[label], comparison.summaries[label]
+    left_out = "; ".join(
+        f"{len(names)}, {reason}: {named_parts(names, 2)}" for reason, names in by_reason(about["skipped"]).items()
+    )
+    notes = "".join(f"<br><i>{escape(note)}</i>" for note in about["notes"])
+    for finding in comparison.findings[label]:
+        notes += f"<br>{SEVERITIES[finding.severity]} {escape(finding.sentence)}"
+    averages = over_all_ranks(lines[-1])
+    return (
+        f'<p style="margin:.4em 0;overflow-wrap:anywhere"><b>{escape(label)}</b><br>'
+        f"{VERDICTS[verdict.kind]} {escape(verdict.sentence)}{notes}</p>"
+        + summary_table(lines).html(inline=True)
+        + (f'<p style="margin:.4em 0">{escape(averages)}</p>' if averages else "")
+        + (f'<p style="margin:.4em 0 1em;opacity:.8">Not compared: {escape(left_out)}</p>' if left_out else "")
+    )
