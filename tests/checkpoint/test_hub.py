@@ -21,7 +21,8 @@ from safetensors.torch import save, save_file
 from specbasis.architecture.pair import pair
 from specbasis.checkpoint import ABSENT, content_sha256, open_checkpoint, open_tuned
 from specbasis.checkpoint import hub as hub_of_checkpoints
-from specbasis.checkpoint.hub import RETRIES, Address, parse_address
+from specbasis.checkpoint.hub import Address, parse_address
+from specbasis.checkpoint.patience import RETRIES
 from specbasis.checkpoint.readers import _parse_header
 from specbasis.core.errors import InputError
 

@@ -14,6 +14,7 @@ from specbasis.adapter.layouts import LINEAR, Layout
 from specbasis.adapter.proof import weight_digest
 from specbasis.checkpoint import Checkpoint, open_checkpoint
 from specbasis.checkpoint.atomic import write_whole
+from specbasis.checkpoint.names import namesakes
 from specbasis.core.errors import InputError
 from specbasis.core.svd import SVD, decompose, half_svd
 from specbasis.jobs.cache import Cache
@@ -158,9 +159,7 @@ def parameter_named(checkpoint: Checkpoint, name: str, *, where: str, want: str)
     Raises:
         InputError: none or several have it; says ``where`` and what to ``want`` instead.
     """
-    if name in checkpoint:
-        return name
-    alike = [key for key in checkpoint if key.endswith(f".{name}") or name.endswith(f".{key}")]
+    alike = namesakes(name, checkpoint)
     if len(alike) != 1:
         raise InputError(f"{where}: {len(alike)} parameters match {name}; want {want}")
     return alike[0]

@@ -8,10 +8,7 @@ the user's, as in every other tool.
 from __future__ import annotations
 
 import hashlib
-import logging
 import re
-import socket
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -21,15 +18,8 @@ from typing import Any, TypeVar
 from urllib.parse import unquote
 
 from specbasis.checkpoint.entry import is_plain
+from specbasis.checkpoint.patience import CutOffError, NoRangesError, patiently
 from specbasis.core.errors import InputError
-
-RETRIES = 5
-"""How often a request is repeated after a failure that can pass: no connection, cut off, 408, 429, 5xx."""
-
-WAIT_SECONDS = 8.0
-"""Wait before the first repetition; it doubles with each. A server's Retry-After wins, up to `MAX_WAIT_SECONDS`."""
-
-MAX_WAIT_SECONDS = 300.0
 
 REQUESTS = 8
 """Requests that are under way at once."""
@@ -41,8 +31,6 @@ LONGEST_HEADER = 100_000_000
 """Bytes; the same limit as in the safetensors library."""
 
 T = TypeVar("T")
-
-_LOG = logging.getLogger(__name__)
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
@@ -126,10 +114,12 @@ class Repository:
         if file not in self._verified:
             hub = _client()
             path = Path(
-                self._patiently(
+                patiently(
                     lambda: hub.hf_hub_download(
                         self.name, file, revision=self.commit, local_files_only=not self.online
                     ),
+                    self.source,
+                    self.name,
                     file,
                 )
             )
@@ -148,7 +138,7 @@ class Repository:
             return bytearray()
         whole = (start, stop) == (0, self.files[file].size)
         url = _client().hf_hub_url(self.name, file, revision=self.commit)
-        return self._patiently(lambda: _read_range(url, start, stop, whole), file)
+        return patiently(lambda: _read_range(url, start, stop, whole), self.source, self.name, file)
 
     def header(self, file: str) -> bytearray:
         """The first bytes of a safetensors file, its length first, up to the end of its header.
@@ -197,9 +187,6 @@ class Repository:
                 ref.parent.mkdir(parents=True, exist_ok=True)
                 ref.write_text(self.commit, encoding="utf-8")
 
-    def _patiently(self, call: Callable[[], T], file: str) -> T:
-        return _patiently(call, self.source, self.name, file)
-
 
 def at_once(task: Callable[[str], T], files: Sequence[str]) -> list[T]:
     """What a task that waits for the Hub gives for each of several files, `REQUESTS` at a time."""
@@ -216,7 +203,7 @@ def find_repository(source: str, address: Address) -> Repository:
     hub = _client()
     if hub.constants.HF_HUB_OFFLINE:
         return _cached_repository(source, address)
-    info = _patiently(
+    info = patiently(
         lambda: hub.HfApi().model_info(address.repository, revision=address.revision, files_metadata=True),
         source,
         address.repository,
@@ -253,14 +240,6 @@ def _cached_repository(source: str, address: Address) -> Repository:
     return Repository(source, address.repository, folder.name, files, address.revision, online=False)
 
 
-class _CutOffError(OSError):
-    """A body that ended before its announced end, or ran past it: worth another try."""
-
-
-class _NoRangesError(OSError):
-    """A server that sends the whole file when asked for a part."""
-
-
 def _read_range(url: str, start: int, stop: int, whole: bool) -> bytearray:
     from huggingface_hub import constants
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
@@ -277,147 +256,16 @@ def _read_range(url: str, start: int, stop: int, whole: bool) -> bytearray:
         hf_raise_for_status(response)
         expected = f"bytes {start}-{stop - 1}/"
         if response.status_code != 206 and not whole:
-            raise _NoRangesError(f"answered {response.status_code} to a request for bytes {start} to {stop - 1}")
+            raise NoRangesError(f"answered {response.status_code} to a request for bytes {start} to {stop - 1}")
         if response.status_code == 206 and not response.headers.get("Content-Range", "").startswith(expected):
-            raise _CutOffError(f"asked for {expected[:-1]}, got {response.headers.get('Content-Range')!r}")
+            raise CutOffError(f"asked for {expected[:-1]}, got {response.headers.get('Content-Range')!r}")
         for chunk in response.iter_bytes():
             body += chunk
             if len(body) > stop - start:
-                raise _CutOffError(f"more than the {stop - start} bytes asked for")
+                raise CutOffError(f"more than the {stop - start} bytes asked for")
     if len(body) != stop - start:
-        raise _CutOffError(f"{len(body)} of {stop - start} bytes")
+        raise CutOffError(f"{len(body)} of {stop - start} bytes")
     return body
-
-
-# --- failures ---------------------------------------------------------------------------------------------------
-
-
-def _patiently(call: Callable[[], T], source: str, repository: str, what: str) -> T:
-    """Call, repeat while the failure can pass, and turn a final failure into one line that says what to do."""
-    for attempt in range(RETRIES + 1):
-        try:
-            return call()
-        # Whatever the client or the answer of a broken server raises is a failure of this one request.
-        except Exception as error:
-            if attempt == RETRIES or not _can_pass(error):
-                raise _explained(error, source, repository, what) from error
-            seconds = _retry_after(error) or WAIT_SECONDS * 2**attempt
-            if seconds >= 1:
-                _LOG.warning("%s: %s; trying again in %.0f s", repository, _brief(error), seconds)
-            time.sleep(seconds)
-    raise AssertionError("unreachable")
-
-
-def _status(error: BaseException) -> int:
-    response = getattr(error, "response", None)
-    return int(getattr(response, "status_code", 0) or 0)
-
-
-def _is_unresolved(error: BaseException | None) -> bool:
-    """Whether the Hub's name has no address: the machine is offline, and waiting does not help."""
-    found = error
-    while found is not None:
-        if isinstance(found, socket.gaierror):
-            return True
-        found = found.__cause__ or found.__context__
-    return False
-
-
-def _can_pass(error: BaseException | None) -> bool:
-    from huggingface_hub import errors
-
-    if error is None or isinstance(error, (errors.OfflineModeIsEnabled, _NoRangesError)) or _is_unresolved(error):
-        return False
-    if isinstance(error, errors.LocalEntryNotFoundError):  # the client hides what went wrong behind it
-        return _can_pass(error.__cause__)
-    if _status(error):
-        return _status(error) in (408, 429) or _status(error) >= 500
-    cut_off = type(error) is OSError and error.errno is None  # the client's own check of the length
-    return cut_off or isinstance(error, (errors.HTTPError, ConnectionError, TimeoutError, _CutOffError))
-
-
-def _retry_after(error: BaseException) -> float:
-    """Seconds that a server asked to wait, 0 where it asked for nothing."""
-    response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
-    value = str(getattr(response, "headers", {}).get("Retry-After", ""))
-    return min(float(value), MAX_WAIT_SECONDS) if value.isdigit() else 0.0
-
-
-def _explained(error: BaseException, source: str, repository: str, what: str) -> InputError:
-    """One line for a failed request: what was asked of which repository, why it failed, what to do."""
-    from huggingface_hub import errors
-
-    if isinstance(error, InputError):
-        return error
-    if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
-        cause = error.__cause__
-        if not isinstance(cause, errors.OfflineModeIsEnabled):
-            error = cause
-    file = what or "the repository"
-    advice: list[tuple[bool, str]] = [
-        (
-            _is_unresolved(error),
-            f"no such file or folder, and the Hub cannot be reached to look for {repository} (its name has no "
-            "address); check the path, or the connection",
-        ),
-        (
-            isinstance(error, errors.GatedRepoError),
-            f"{repository} is gated; ask for access on its page, then log in (hf auth login) or set HF_TOKEN",
-        ),
-        (
-            isinstance(error, errors.DisabledRepoError),
-            f"{repository} is disabled on the Hub; use another source for it",
-        ),
-        (
-            isinstance(error, errors.RevisionNotFoundError),
-            f"{repository} has no {what or 'such revision'}; name a branch, tag or commit that it has",
-        ),
-        (
-            isinstance(error, errors.RepositoryNotFoundError) or _status(error) == 401,
-            f"no repository {repository} on the Hub that this token may see (and no such local path); check the "
-            "name, and log in (hf auth login) or set HF_TOKEN if it is private" + _timm_hint(repository),
-        ),
-        (
-            isinstance(error, (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError)),
-            f"{file} of {repository} is not in the cache and HF_HUB_OFFLINE is set; unset it, or download it first",
-        ),
-        (isinstance(error, errors.EntryNotFoundError), f"{repository} has no {file}"),
-        (
-            isinstance(error, errors.HFValidationError),
-            f"{repository!r} is not a name of a repository; want org/name",
-        ),
-        (
-            _status(error) == 403,
-            f"access to {file} of {repository} is forbidden to this token; make one with the permission to read it",
-        ),
-        (
-            _status(error) == 429,
-            f"the Hub limits the rate of requests ({repository}, still after {RETRIES} retries); wait, or set "
-            "HF_TOKEN for a higher limit",
-        ),
-        (
-            isinstance(error, _NoRangesError),
-            f"the server does not send parts of {file} of {repository} ({error}); read it without streaming",
-        ),
-        (
-            _can_pass(error),
-            f"{file} of {repository} could not be read, still after {RETRIES} retries ({_brief(error)}); check the "
-            "connection and try again, or set HF_HUB_OFFLINE=1 to read what is in the cache",
-        ),
-    ]
-    text = next((text for applies, text in advice if applies), f"{file} of {repository}: {_brief(error)}")
-    return InputError(f"{source}: {text}")
-
-
-def _timm_hint(repository: str) -> str:
-    if repository.startswith("timm/") and "." not in repository:
-        return "; timm's names end in a pretrained tag, as in timm:vit_base_patch16_224.augreg2_in21k_ft_in1k"
-    return ""
-
-
-def _brief(error: BaseException) -> str:
-    line = next(iter(str(error).strip().splitlines()), "")[:200]
-    return f"{type(error).__name__}: {line}" if line else type(error).__name__
 
 
 def _client() -> Any:
@@ -435,5 +283,5 @@ def list_revisions(source: str) -> list[str]:
         InputError: no such repository or access, or the Hub cannot be reached.
     """
     repository = parse_address(source).repository
-    refs = _patiently(lambda: _client().HfApi().list_repo_refs(repository), source, repository, "branches and tags")
+    refs = patiently(lambda: _client().HfApi().list_repo_refs(repository), source, repository, "branches and tags")
     return [ref.name for ref in (*refs.branches, *refs.tags)]

@@ -1,0 +1,159 @@
+"""Patience with the Hub: a request is repeated while its failure can pass, and a final one is a line of advice."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from specbasis.core.errors import InputError
+
+RETRIES = 5
+"""How often a request is repeated after a failure that can pass: no connection, cut off, 408, 429, 5xx."""
+
+WAIT_SECONDS = 8.0
+"""Wait before the first repetition; it doubles with each. A server's Retry-After wins, up to `MAX_WAIT_SECONDS`."""
+
+MAX_WAIT_SECONDS = 300.0
+
+T = TypeVar("T")
+
+_LOG = logging.getLogger(__name__)
+
+
+class CutOffError(OSError):
+    """A body that ended before its announced end, or ran past it: worth another try."""
+
+
+class NoRangesError(OSError):
+    """A server that sends the whole file when asked for a part."""
+
+
+def patiently(call: Callable[[], T], source: str, repository: str, what: str) -> T:
+    """Call, repeat while the failure can pass, and turn a final failure into one line that says what to do."""
+    for attempt in range(RETRIES + 1):
+        try:
+            return call()
+        # Whatever the client or the answer of a broken server raises is a failure of this one request.
+        except Exception as error:
+            if attempt == RETRIES or not _can_pass(error):
+                raise _explained(error, source, repository, what) from error
+            seconds = _retry_after(error) or WAIT_SECONDS * 2**attempt
+            if seconds >= 1:
+                _LOG.warning("%s: %s; trying again in %.0f s", repository, _brief(error), seconds)
+            time.sleep(seconds)
+    raise AssertionError("unreachable")
+
+
+def _status(error: BaseException) -> int:
+    response = getattr(error, "response", None)
+    return int(getattr(response, "status_code", 0) or 0)
+
+
+def _is_unresolved(error: BaseException | None) -> bool:
+    """Whether the Hub's name has no address: the machine is offline, and waiting does not help."""
+    cause = error
+    while cause is not None:
+        if isinstance(cause, socket.gaierror):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
+
+
+def _can_pass(error: BaseException | None) -> bool:
+    from huggingface_hub import errors
+
+    if error is None or isinstance(error, (errors.OfflineModeIsEnabled, NoRangesError)) or _is_unresolved(error):
+        return False
+    if isinstance(error, errors.LocalEntryNotFoundError):  # the client hides what went wrong behind it
+        return _can_pass(error.__cause__)
+    if _status(error):
+        return _status(error) in (408, 429) or _status(error) >= 500
+    cut_off = type(error) is OSError and error.errno is None  # the client's own check of the length
+    return cut_off or isinstance(error, (errors.HTTPError, ConnectionError, TimeoutError, CutOffError))
+
+
+def _retry_after(error: BaseException) -> float:
+    """Seconds that a server asked to wait, 0 where it asked for nothing."""
+    response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
+    value = str(getattr(response, "headers", {}).get("Retry-After", ""))
+    return min(float(value), MAX_WAIT_SECONDS) if value.isdigit() else 0.0
+
+
+def _explained(error: BaseException, source: str, repository: str, what: str) -> InputError:
+    """One line for a failed request: what was asked of which repository, why it failed, what to do."""
+    from huggingface_hub import errors
+
+    if isinstance(error, InputError):
+        return error
+    if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
+        cause = error.__cause__
+        if not isinstance(cause, errors.OfflineModeIsEnabled):
+            error = cause
+    file = what or "the repository"
+    advice: list[tuple[bool, str]] = [
+        (
+            _is_unresolved(error),
+            f"no such file or folder, and the Hub cannot be reached to look for {repository} (its name has no "
+            "address); check the path, or the connection",
+        ),
+        (
+            isinstance(error, errors.GatedRepoError),
+            f"{repository} is gated; ask for access on its page, then log in (hf auth login) or set HF_TOKEN",
+        ),
+        (
+            isinstance(error, errors.DisabledRepoError),
+            f"{repository} is disabled on the Hub; use another source for it",
+        ),
+        (
+            isinstance(error, errors.RevisionNotFoundError),
+            f"{repository} has no {what or 'such revision'}; name a branch, tag or commit that it has",
+        ),
+        (
+            isinstance(error, errors.RepositoryNotFoundError) or _status(error) == 401,
+            f"no repository {repository} on the Hub that this token may see (and no such local path); check the "
+            "name, and log in (hf auth login) or set HF_TOKEN if it is private" + _timm_hint(repository),
+        ),
+        (
+            isinstance(error, (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError)),
+            f"{file} of {repository} is not in the cache and HF_HUB_OFFLINE is set; unset it, or download it first",
+        ),
+        (isinstance(error, errors.EntryNotFoundError), f"{repository} has no {file}"),
+        (
+            isinstance(error, errors.HFValidationError),
+            f"{repository!r} is not a name of a repository; want org/name",
+        ),
+        (
+            _status(error) == 403,
+            f"access to {file} of {repository} is forbidden to this token; make one with the permission to read it",
+        ),
+        (
+            _status(error) == 429,
+            f"the Hub limits the rate of requests ({repository}, still after {RETRIES} retries); wait, or set "
+            "HF_TOKEN for a higher limit",
+        ),
+        (
+            isinstance(error, NoRangesError),
+            f"the server does not send parts of {file} of {repository} ({error}); read it without streaming",
+        ),
+        (
+            _can_pass(error),
+            f"{file} of {repository} could not be read, still after {RETRIES} retries ({_brief(error)}); check the "
+            "connection and try again, or set HF_HUB_OFFLINE=1 to read what is in the cache",
+        ),
+    ]
+    text = next((text for applies, text in advice if applies), f"{file} of {repository}: {_brief(error)}")
+    return InputError(f"{source}: {text}")
+
+
+def _timm_hint(repository: str) -> str:
+    if repository.startswith("timm/") and "." not in repository:
+        return "; timm's names end in a pretrained tag, as in timm:vit_base_patch16_224.augreg2_in21k_ft_in1k"
+    return ""
+
+
+def _brief(error: BaseException) -> str:
+    line = next(iter(str(error).strip().splitlines()), "")[:200]
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__
