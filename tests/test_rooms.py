@@ -294,7 +294,7 @@ def test_a_broken_rule_is_seen(module, source, problem):
         ("core.gram", "from specbasis.core.errors import InputError\ntorch.linalg.eigh(G)"),
         ("core.subspace", "torch.linalg.svdvals(C)\ntorch.linalg.qr(C)"),
         ("checkpoint", "import torch\nfrom safetensors import safe_open\ntorch.load(p)\nsafe_open(p)"),
-        ("checkpoint.readers", "from safetensors import safe_open\nsafe_open(path)"),
+        ("checkpoint.formats.safetensors", "from safetensors import safe_open\nsafe_open(path)"),
         ("figures.page", "import plotly\nfrom specbasis.checkpoint import Checkpoint\njson.load(file)"),
         ("jobs.results", "def page():\n    import plotly"),
         ("jobs.results", "if TYPE_CHECKING:\n    import plotly"),

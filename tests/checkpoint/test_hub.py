@@ -21,9 +21,9 @@ from safetensors.torch import save, save_file
 from specbasis.architecture.pair import pair
 from specbasis.checkpoint import ABSENT, content_sha256, open_checkpoint, open_tuned
 from specbasis.checkpoint import hub as hub_of_checkpoints
+from specbasis.checkpoint.formats.safetensors import _parse_header
 from specbasis.checkpoint.hub import Address, parse_address
 from specbasis.checkpoint.patience import RETRIES
-from specbasis.checkpoint.readers import _parse_header
 from specbasis.core.errors import InputError
 
 pytest.importorskip("huggingface_hub")

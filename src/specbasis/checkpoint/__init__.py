@@ -4,7 +4,7 @@ Weights are data: nothing is unpickled that could run code, no path is followed 
 checked before they reach a terminal. Nothing here knows what a parameter means.
 
 A *source* is what a user writes. It is located (places: a folder on disk or on the Hub), the weights in it are
-chosen by name (choice), and each file is opened by kind (readers).
+chosen by name (choice), and each file is opened by its format (formats).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch import Tensor
 from specbasis.checkpoint.adapter_file import is_adapter
 from specbasis.checkpoint.choice import open_place
 from specbasis.checkpoint.entry import ABSENT, Checkpoint, Entry
+from specbasis.checkpoint.formats.kit import tensor_entries
 from specbasis.checkpoint.peft import open_adapter
 from specbasis.checkpoint.places import locate
-from specbasis.checkpoint.readers import tensor_entries
 from specbasis.core.errors import InputError
 
 __all__ = [

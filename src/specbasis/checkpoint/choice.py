@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from specbasis.checkpoint.entry import ABSENT, Checkpoint, Entry, check_names, json_object, no_key, reading, shown
+from specbasis.checkpoint.formats import endings
+from specbasis.checkpoint.formats.kit import with_scale
 from specbasis.checkpoint.places import Place
-from specbasis.checkpoint.readers import with_scale
 from specbasis.core.errors import InputError
 
 USUAL = tuple(
@@ -21,8 +22,9 @@ USUAL = tuple(
 )  # fmt: skip
 """The names that transformers and diffusers look for, in their order."""
 
-_PATTERNS = ("*.safetensors.index.json", "*.bin.index.json", "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt",
-             "*.gguf", "*.onnx", "*.h5", "*.msgpack", "*.ckpt.index")  # fmt: skip
+_INDICES = ("*.safetensors.index.json", "*.bin.index.json")
+_REFUSED = ("*.h5", "*.msgpack", "*.ckpt.index")
+"""Weights of other frameworks: where there is nothing else, the message says how to convert them."""
 
 _BESIDE = ("adapter_model.*", "training_args.bin", "optimizer*", "scheduler*", "scaler*", "rng_state*",
            "random_states*", "openvino_*")  # fmt: skip
@@ -83,7 +85,8 @@ def _choose(place: Place) -> list[str]:
     for usual in USUAL:
         if usual in names:
             return [usual]
-    for pattern in _PATTERNS:
+    weights = [f"*{ending}" for ending in endings()]
+    for pattern in (*_INDICES, *weights, *_REFUSED):
         found = sorted(name for name in names if fnmatchcase(name, pattern))
         if found and found[0].endswith(".index.json") and len(found) > 1:
             raise _ambiguous(place, found)
@@ -96,7 +99,7 @@ def _choose(place: Place) -> list[str]:
         )
     below = sorted({path.split("/")[0] for path in place.below() if Path(path).suffix in (".safetensors", ".bin")})
     hint = f"; there are some in its folders {', '.join(map(shown, below[:6]))}: name one" if below else ""
-    raise InputError(f"{place.source}: no weights in this folder; want one of {', '.join(_PATTERNS[2:7])}{hint}")
+    raise InputError(f"{place.source}: no weights in this folder; want one of {', '.join(weights[:5])}{hint}")
 
 
 def _beside(place: Place, names: list[str]) -> list[str]:

@@ -17,7 +17,8 @@ from typing import Protocol
 
 from specbasis.checkpoint import hub
 from specbasis.checkpoint.entry import Entry, inside, is_plain, no_key, reading, shown
-from specbasis.checkpoint.readers import check_framework, file_entries, remote_entries
+from specbasis.checkpoint.formats import check_framework, endings, file_entries
+from specbasis.checkpoint.formats.safetensors import remote_entries
 from specbasis.core.errors import InputError
 
 
@@ -86,7 +87,7 @@ def locate(source: str | Path, *, stream: bool = False) -> tuple[Place, str]:
         path = _expanded(name)
         if path.exists():
             return _on_disk(path, label), key
-        if scheme in ("hub", "timm") or (_BARE.fullmatch(name) and Path(name).suffix not in _SUFFIXES):
+        if scheme in ("hub", "timm") or (_BARE.fullmatch(name) and not _is_file_name(name)):
             return _on_hub(name, label, stream), key
     hint = "; for a model on the Hub write hub:org/name" if "://" in name else ""
     raise InputError(f"{label}: no such file or folder{hint}")
@@ -101,7 +102,11 @@ def _expanded(name: str) -> Path:
 
 
 _BARE = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./%-]+)?", re.ASCII)
-_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".onnx", ".gguf", ".h5", ".msgpack", ".json")
+
+
+def _is_file_name(name: str) -> bool:
+    """Whether a name ends as weights do, or what lies beside them, and so is no name of a repository."""
+    return Path(name).suffix in (*endings(), ".h5", ".msgpack", ".json")
 
 
 @dataclass(frozen=True)
@@ -116,7 +121,7 @@ class _Folder:
     @cached_property
     def names(self) -> Collection[str]:
         return tuple(
-            sorted(path.name for path in self.path.iterdir() if not path.is_dir() or path.suffix in _SUFFIXES)
+            sorted(path.name for path in self.path.iterdir() if not path.is_dir() or _is_file_name(path.name))
         )
 
     def below(self) -> Iterator[str]:

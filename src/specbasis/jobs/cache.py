@@ -17,7 +17,7 @@ from torch import Tensor
 
 from specbasis.checkpoint import Checkpoint
 from specbasis.checkpoint.atomic import whole
-from specbasis.checkpoint.readers import file_entries
+from specbasis.checkpoint.formats import file_entries
 from specbasis.core.errors import InputError
 from specbasis.core.svd import ALGORITHM, SVD, decompose
 

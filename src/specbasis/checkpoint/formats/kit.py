@@ -1,0 +1,86 @@
+"""What a format of weights files is, and what the readers of several formats need."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specbasis.checkpoint.entry import Entry, check_names, shown
+from specbasis.core.dtypes import FORMATS, name_of
+from specbasis.core.errors import InputError
+
+
+@dataclass(frozen=True)
+class FileFormat:
+    """One format of weights files: a module of this folder with a `FORMAT`.
+
+    Attributes:
+        endings: of the names of such files, the usual one first.
+        opens: whether a file is of this format, from its path and its first nine bytes.
+        entries: the tensors of a file: from its path, what the user called it, and the key behind ``#``.
+        rank: where a folder holds files of several formats, the lowest is read.
+    """
+
+    endings: tuple[str, ...]
+    opens: Callable[[Path, bytes], bool]
+    entries: Callable[[Path, str, str], Mapping[str, Entry]]
+    rank: int
+
+
+def tensor_entries(tensors: Mapping[str, Any], source: str, *, bounded: bool = False) -> dict[str, Entry]:
+    """Entries of tensors in memory; ``bounded`` refuses views that claim more numbers than the file stores."""
+    found = {str(name): value for name, value in tensors.items() if isinstance(value, Tensor)}
+    check_names(found, source)
+    entries = {}
+    for name, tensor in found.items():
+        dtype = name_of(tensor.dtype)
+        if tensor.layout is not torch.strided:
+            dtype = f"sparse {dtype}"
+        elif bounded and tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            dtype = f"repeated {dtype}"
+        entries[name] = Entry(tuple(tensor.shape), dtype, lambda tensor=tensor: tensor.detach())
+    return {name: with_scale(entry, name, entries) for name, entry in entries.items()}
+
+
+def with_scale(entry: Entry, name: str, names: Collection[str]) -> Entry:
+    """Mark a float8 tensor whose scales are stored beside it: the weights are the product, not these numbers."""
+    scales = (name + "_scale_inv", name + "_scale")
+    if entry.dtype.startswith("float8") and any(scale in names for scale in scales):
+        return replace(entry, dtype=f"scaled {entry.dtype}")
+    return entry
+
+
+def tensor_of(raw: bytes | bytearray, dtype: str, shape: tuple[int, ...]) -> Tensor:
+    """A tensor of its own from little-endian bytes."""
+    kind = FORMATS[dtype].torch
+    writable = raw if isinstance(raw, bytearray) else bytearray(raw)
+    return (torch.frombuffer(writable, dtype=kind) if raw else torch.empty(0, dtype=kind)).reshape(shape)
+
+
+def rounding_noise(steps: Tensor, values: Tensor) -> float:
+    """Noise of rounding to levels a step apart, as a share of the values' root mean square: step/√12 / rms."""
+    return float((steps.square().mean() / 12).sqrt() / values.square().mean().sqrt())
+
+
+def quantised(path: Path, source: str, reason: str, noise: tuple[str, float] | None) -> InputError:
+    """The refusal of a quantised file, with the noise of the matrix that was measured where one was."""
+    figure = f" (about {noise[1]:.1%} of the root mean square of {noise[0]!r})" if noise else ""
+    return InputError(
+        f"{source}: {shown(path.name)} is quantised ({reason}), and its rounding noise{figure} would pass for "
+        "a change of the trailing singular vectors; want the model in floating point"
+    )
+
+
+def extra(name: str, source: str) -> Any:
+    """An optional library, or the refusal that says how to install it."""
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        raise InputError(f"{source}: reading this file needs {name}; pip install 'specbasis[{name}]'") from error
+    return module

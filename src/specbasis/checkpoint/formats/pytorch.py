@@ -1,0 +1,109 @@
+"""torch files: a zip archive or an older pickle with tensors, of which nothing is unpickled that could run code."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specbasis.checkpoint.entry import Entry, first_line, parsing, shown
+from specbasis.checkpoint.formats.kit import FileFormat, tensor_entries
+from specbasis.core.errors import InputError
+
+
+def entries(path: Path, source: str, key: str = "") -> Mapping[str, Entry]:
+    """The tensors of a torch file, in its only dictionary of tensors or in the one at a key."""
+    return tensor_entries(_nested(_torch_load(path, source), key, source), source, bounded=True)
+
+
+def _torch_load(path: Path, source: str) -> Any:
+    """What a torch file holds, memory-mapped where its format allows, without running any code."""
+    zipped = _is_archive(path, source)
+    with parsing(path.name, source):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        except pickle.UnpicklingError as error:
+            name = re.search(r"GLOBAL ([\w.]+)", str(error))
+            detail = name.group(1) if name else first_line(ValueError(str(error).rpartition("error:")[2]))
+            needs = "needs" if name else "is corrupted or needs"
+            raise InputError(
+                f"{source}: {shown(path.name)} {needs} code ({detail}) to be unpickled, which is refused; if you "
+                "trust it, load it with torch and write its tensors with safetensors.torch.save_file"
+            ) from error
+
+
+def _is_archive(path: Path, source: str) -> bool:
+    """Whether a file is a zip archive, which is refused if it is compressed, overlapping, or of another kind."""
+    name = shown(path.name)
+    with parsing(name, source):
+        if not zipfile.is_zipfile(path):
+            return False
+        with zipfile.ZipFile(path) as archive:
+            items = archive.infolist()
+    if any(item.filename.endswith("/constants.pkl") for item in items):
+        raise InputError(
+            f"{source}: {name} is a TorchScript program; load it with torch.jit.load and save its state_dict"
+        )
+    if any(item.compress_type != zipfile.ZIP_STORED or item.compress_size != item.file_size for item in items):
+        raise InputError(f"{source}: {name} has compressed entries, which torch never writes; refused")
+    if sum(item.file_size for item in items) > path.stat().st_size:
+        raise InputError(f"{source}: {name} unpacks to more than its size, which torch never writes; refused")
+    if not any(item.filename.endswith("data.pkl") for item in items):
+        raise InputError(f"{source}: {name} is a zip archive, but not torch's (no data.pkl); want a weights file")
+    return True
+
+
+def _nested(content: Any, key: str, source: str) -> Mapping[str, Any]:
+    """The dictionary of tensors at a dotted key; without a key the only one there is."""
+    for part in _walk(content, key, source):
+        content = part
+    dictionaries = list(_state_dicts(content))
+    if len(dictionaries) == 1:
+        return dictionaries[0][1]
+    if dictionaries:
+        some = ", ".join(f"#{shown(place)} ({len(d)})" for place, d in dictionaries[:6])
+        raise InputError(f"{source}: several dictionaries of tensors inside; add the one you mean: {some}")
+    if isinstance(content, Mapping) and any(isinstance(value, Tensor) for value in content.values()):
+        return content
+    kind = type(content).__name__
+    raise InputError(f"{source}: holds no dictionary of tensors (got {kind})")
+
+
+def _walk(content: Any, key: str, source: str) -> Iterator[Any]:
+    """Steps down a dotted key; a dictionary's own key may hold dots itself."""
+    while key:
+        keys = [k for k in content if isinstance(k, str)] if isinstance(content, Mapping) else []
+        options = [k for k in keys if (key + ".").startswith(k + ".")]
+        if not options:
+            have = ", ".join(map(shown, keys[:6])) if keys else type(content).__name__
+            raise InputError(f"{source}: no key '{key}' inside; there is: {have}")
+        step = max(options, key=len)
+        content, key = content[step], key[len(step) + 1 :]
+        yield content
+
+
+def _state_dicts(content: Any, place: str = "", depth: int = 4) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Every nested dictionary that maps strings to tensors with at least one matrix among them."""
+    if not isinstance(content, Mapping) or depth == 0:
+        return
+    tensors = [v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)]
+    if any(t.ndim >= 2 for t in tensors):
+        yield place, content
+        return
+    for key, value in content.items():
+        if isinstance(key, str):
+            yield from _state_dicts(value, f"{place}.{key}" if place else key, depth - 1)
+
+
+FORMAT = FileFormat(
+    (".bin", ".pt", ".pth", ".ckpt"),
+    lambda path, head: head.startswith((b"PK", b"\x80")) and path.suffix != ".safetensors",
+    entries,
+    rank=2,
+)

@@ -1,0 +1,51 @@
+"""Names of two models are aligned where one of them adds a prefix, and never by dropping a block's number."""
+
+import pytest
+
+from specbasis.checkpoint.names import alignments, bare_name, namesakes
+
+BODY = {f"encoder.layer.{n}.{part}.weight": (4 + i, 8) for n in range(3) for i, part in enumerate(("query", "key"))}
+
+
+def prefixed(prefix: str, names: dict[str, tuple[int, int]] = BODY) -> dict[str, tuple[int, int]]:
+    return {prefix + name: shape for name, shape in names.items()}
+
+
+@pytest.mark.parametrize(("mine", "other"), [("", ""), ("bert.", ""), ("", "bert."), ("model.", "net.bert.")])
+def test_the_prefixes_that_make_all_names_agree_are_found(mine: str, other: str) -> None:
+    agreeing, ways = alignments(prefixed(mine), prefixed(other))
+    assert agreeing == len(BODY)
+    assert ways[0] == (mine, other)
+
+
+def test_ways_that_give_the_same_partners_are_one() -> None:
+    assert alignments(prefixed("bert."), prefixed("bert.")) == (len(BODY), [("", "")])
+
+
+def test_two_towers_of_one_shape_are_two_ways_and_sizes_tell_towers_apart() -> None:
+    towers = prefixed("text.") | prefixed("image.")
+    assert alignments(towers, BODY)[1] == [("text.", ""), ("image.", "")]
+    smaller = {name: (rows, 6) for name, (rows, _) in BODY.items()}
+    assert alignments(prefixed("text.") | prefixed("image.", smaller), BODY)[1] == [("text.", "")]
+
+
+def test_blocks_are_never_aligned_with_other_blocks() -> None:
+    ours = {f"layers.3.{part}": (4, 4) for part in ("q", "k")}
+    theirs = {f"layers.5.{part}": (4, 4) for part in ("q", "k")}
+    assert alignments(ours, theirs) == (0, [])
+
+
+def test_nothing_in_common_is_no_way() -> None:
+    assert alignments({"a.b": (1,)}, {"c.d": (1,)}) == (0, [])
+    assert alignments({}, {}) == (0, [])
+
+
+def test_what_wrappers_insert_is_left_out() -> None:
+    assert bare_name("module._orig_mod.encoder._fsdp_wrapped_module.layer.weight") == "encoder.layer.weight"
+
+
+def test_namesakes_differ_in_leading_components_alone() -> None:
+    names = ["bert.h.0.query", "h.0.query", "other.0.query", "h.10.query"]
+    assert namesakes("h.0.query", names) == ["h.0.query"]
+    assert namesakes("model.bert.h.0.query", names) == ["bert.h.0.query", "h.0.query"]
+    assert namesakes("0.query", names) == ["bert.h.0.query", "h.0.query", "other.0.query"]
