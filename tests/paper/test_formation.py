@@ -221,7 +221,7 @@ def test_the_verbs_on_a_folder_of_images(tmp_path):
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8)).save(folder / f"{i}.png")
     run = tmp_path / "run"
-    flags = {"steps": 2, "batch": 8, "validation": 4, "checkpoints": 2, "validations": 1, "device": "cpu"}
+    flags = {"steps": 2, "batch-size": 8, "validation": 4, "checkpoints": 2, "validations": 1, "device": "cpu"}
     given = [word for name, value in flags.items() for word in (f"--{name}", value)]
     trained = cli("pretrain", "--data", tmp_path / "images", "--out", run, *given)
     assert trained.exit_code == 0, trained.output
@@ -234,7 +234,7 @@ def test_the_verbs_on_a_folder_of_images(tmp_path):
 
 def test_reproduce_draws_from_rows_and_checks_its_flags(grid):
     _, out, _ = grid
-    drawn = cli("reproduce", "scratch", "--out", out, "--draw")
+    drawn = cli("reproduce", "scratch", "--out", out, "--no-run")
     assert drawn.exit_code == 0, drawn.output
     assert "scratch.png" in drawn.output
     for flags in (["--size", "huge"], ["--images", "10"], ["--seeds", "x"]):

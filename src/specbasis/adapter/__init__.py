@@ -5,21 +5,23 @@ The core needs torch alone. The names of the PEFT bridge are imported on first u
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from specbasis.adapter.layer import SpectralLinear
-from specbasis.adapter.task_heads import ParameterCounts, parameter_counts
+from specbasis.core.lazy import lazily
 
 if TYPE_CHECKING:
+    from specbasis.adapter.layer import SpectralLinear
     from specbasis.adapter.peft_bridge import SpectralModel
     from specbasis.adapter.peft_config import SpectralConfig
+    from specbasis.adapter.task_heads import ParameterCounts, parameter_counts
 
 __all__ = ["ParameterCounts", "SpectralConfig", "SpectralLinear", "SpectralModel", "parameter_counts"]
 
-
-def __getattr__(name: str) -> Any:
-    if name in ("SpectralConfig", "SpectralModel"):
-        from specbasis.adapter import peft_bridge
-
-        return getattr(peft_bridge, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazily(
+    __name__,
+    {
+        "SpectralLinear": "layer",
+        **dict.fromkeys(("SpectralConfig", "SpectralModel"), "peft_bridge"),
+        **dict.fromkeys(("ParameterCounts", "parameter_counts"), "task_heads"),
+    },
+)

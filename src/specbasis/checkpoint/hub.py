@@ -20,6 +20,7 @@ from urllib.parse import unquote
 from specbasis.checkpoint.entry import is_plain
 from specbasis.checkpoint.patience import CutOffError, NoRangesError, patiently
 from specbasis.core.errors import InputError
+from specbasis.core.extras import require
 
 REQUESTS = 8
 """Requests that are under way at once."""
@@ -269,10 +270,9 @@ def _read_range(url: str, start: int, stop: int, whole: bool) -> bytearray:
 
 
 def _client() -> Any:
-    try:
-        import huggingface_hub.constants
-    except ImportError as error:
-        raise InputError("models on the Hub need huggingface_hub; pip install 'specbasis[hub]'") from error
+    require("huggingface_hub", purpose="models on the Hub need")
+    import huggingface_hub.constants
+
     return huggingface_hub
 
 

@@ -18,6 +18,7 @@ from specbasis.cli.population import lineage, population
 from specbasis.cli.reproduce import pretrain, reproduce_app, zoo_app
 from specbasis.cli.track import track
 from specbasis.core.errors import InputError
+from specbasis.core.extras import missing
 
 VERBS = (
     flags(compare, measures=list_measures, fail_on=list_findings),
@@ -63,6 +64,12 @@ def main() -> None:
     except InputError as error:
         code = 2
         line(f"error: {error}", console=STDERR, style="red")
+    except ImportError as error:
+        known = missing(error)
+        if known is None:
+            raise
+        code = 2
+        line(f"error: {known}", console=STDERR, style="red")
     except (_USAGE, typer.Abort) as error:
         code = getattr(error, "exit_code", 2)
         if hasattr(error, "format_message"):

@@ -18,6 +18,7 @@ from specbasis.cli.compare import write_page
 from specbasis.cli.flags import COLUMN, NO_RUN, OUT, REPORT, SCORES, STREAM, flags
 from specbasis.cli.population import modalities
 from specbasis.core.errors import InputError
+from specbasis.core.extras import require
 from specbasis.core.grammar import words
 from specbasis.figures.table import Column, Table
 from specbasis.paper.options import (
@@ -263,6 +264,7 @@ def _panel(figure: str, out: OUT, options: PanelOptions, no_run: NO_RUN = False)
 
 def pretrain(out: OUT, options: PretrainOptions) -> None:
     """Train the paper's masked autoencoder, or a classifier on its encoder; the same command continues it."""
+    require("transformers", extra="pretrain", purpose="pretraining needs")
     from specbasis.paper.images import open_images
     from specbasis.paper.training import train
 
@@ -292,12 +294,11 @@ def pretrain(out: OUT, options: PretrainOptions) -> None:
 
 
 def _formation(figure: str, out: OUT, options: FormationOptions, no_run: NO_RUN = False) -> None:
-    from specbasis.core.extras import require
+    require("matplotlib", "transformers", extra="pretrain", purpose="this experiment needs")
     from specbasis.jobs.experiments import read_experiments
     from specbasis.paper.formation import cells_of, write_outcome
     from specbasis.paper.formation_grid import run_formation
 
-    require("matplotlib", extra="report", purpose="figures need")
     plan = _plan(options)
     if not no_run:
         with progress() as tell:

@@ -15,7 +15,7 @@ from specbasis.comparison.facts import Facts, by_pair
 from specbasis.comparison.findings import find
 from specbasis.comparison.summary import RoleSummary, own_means, summarise
 from specbasis.comparison.verdict import Verdict, judge
-from specbasis.core.errors import InputError
+from specbasis.core.extras import require
 from specbasis.jobs import results as store
 from specbasis.jobs.folder import plain
 from specbasis.jobs.results import Results
@@ -86,10 +86,7 @@ class Comparison:
 
     def to_pandas(self) -> pd.DataFrame:
         """All rows as a pandas DataFrame (needs the extra ``report``)."""
-        try:
-            import pandas  # noqa: F401
-        except ImportError as error:
-            raise InputError("to_pandas needs pandas: pip install 'specbasis[report]'") from error
+        require("pandas", purpose="to_pandas needs")
         frame: pd.DataFrame = self.rows.to_pandas()
         return frame
 

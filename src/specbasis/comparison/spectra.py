@@ -20,7 +20,7 @@ from torch import Tensor
 from specbasis.architecture.key import MatrixKey
 from specbasis.architecture.recognise import model_map
 from specbasis.checkpoint import Checkpoint
-from specbasis.core.errors import InputError
+from specbasis.core.extras import require
 from specbasis.core.spectrum import effective_rank, stable_rank
 from specbasis.core.svd import half_svd
 
@@ -116,10 +116,7 @@ def spectrum(S: Float[Tensor, " n"], shape: tuple[int, int], variance: float) ->
 
 def _power_law(squares: np.ndarray) -> tuple[float, float, float, float, int]:
     """(α, its error, xmin, KS distance, eigenvalues in the tail)."""
-    try:
-        import powerlaw
-    except ImportError as error:
-        raise InputError("spectra need powerlaw: pip install 'specbasis[spectra]'") from error
+    powerlaw = require("powerlaw", purpose="spectra need")
     positive = squares[squares > 0]
     if len(positive) < LEAST:
         return math.nan, math.nan, math.nan, math.nan, 0

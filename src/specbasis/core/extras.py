@@ -10,34 +10,53 @@ from urllib.parse import unquote, urlparse
 
 from specbasis.core.errors import MissingExtra
 
+EXTRAS = {
+    **dict.fromkeys(("jinja2", "matplotlib", "pandas", "plotly"), "report"),
+    **dict.fromkeys(("accelerate", "datasets", "sklearn", "transformers"), "finetune"),
+    **dict.fromkeys(("packaging", "peft"), "peft"),
+    **dict.fromkeys(("anarci", "anarcii"), "numbering"),
+    **dict.fromkeys(("PIL", "mlxtend"), "pretrain"),
+    **{"gguf": "gguf", "huggingface_hub": "hub", "lm_eval": "harness", "onnx": "onnx"},
+    **{"powerlaw": "spectra", "ray": "ray"},
+}
+"""Library → the smallest extra of the package that installs it."""
 
-def require(*libraries: str, extra: str, purpose: str) -> ModuleType:
+
+def require(*libraries: str, purpose: str, extra: str = "") -> ModuleType:
     """Import optional libraries; returns the first.
 
     Args:
         libraries: names as in ``import``.
-        extra: the extra of this package that installs them.
         purpose: what needs them, as the beginning of a sentence: "figures need".
+        extra: the extra that installs them all, where it is another than that of the one that is missing.
 
     Raises:
-        MissingExtra: one of them is not installed, or one that it needs itself.
+        MissingExtra: one of them is not installed.
     """
     try:
         modules = [import_module(library) for library in libraries]
     except ImportError as error:
-        name = (error.name or libraries[0]).partition(".")[0]
-        raise MissingExtra(f"{purpose} {name}, which is not installed: {command(extra)}") from error
+        known = missing(error, purpose, extra)
+        if known is None:
+            raise
+        raise known from error
     return modules[0]
+
+
+def missing(error: ImportError, purpose: str = "this needs", extra: str = "") -> MissingExtra | None:
+    """What to say where an optional library is missing; None where the error is about anything else."""
+    library = (error.name or "").partition(".")[0]
+    if library not in EXTRAS or isinstance(error, MissingExtra):
+        return None
+    return MissingExtra(f"{purpose} {library}, which is not installed: {command(extra or EXTRAS[library])}")
 
 
 def command(extra: str) -> str:
     """What installs an extra here: from the clone or the wheel that the package came from; it is on no index."""
     source = _source()
-    return (
-        f'pip install ".[{extra}]" in a clone of specbasis'
-        if source is None
-        else f'pip install "{source}[{extra}]"'
-    )
+    if source is None:
+        return f'pip install ".[{extra}]" in a clone of specbasis'
+    return f'pip install "{source}[{extra}]"'
 
 
 def _source() -> Path | None:

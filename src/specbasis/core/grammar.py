@@ -106,4 +106,5 @@ def human_bytes(size: float) -> str:
 
 
 def _no_range(flag: str, word: str) -> InputError:
-    return InputError(f"{flag} got {word!r}; want numbers and ascending ranges, such as 0,10:12")
+    given = f"{flag} got" if flag.startswith("--") else f"got {flag}"
+    return InputError(f"{given} {word!r}; want numbers and ascending ranges, such as 0,10:12")

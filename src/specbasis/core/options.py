@@ -168,7 +168,8 @@ def _check(name: str, value: Any, rule: Rule, kind: Any) -> None:
         raise InputError(f"got {name} = {value!r}; want {noun}{least}")
     if rule.choices and value not in rule.choices:
         near = guess(str(value), rule.choices).rstrip()
-        raise InputError(f"got {name} = {value!r}; want one of {', '.join(rule.choices)} {near}".rstrip())
+        hint = f" ({near})" if near else ""
+        raise InputError(f"got {name} = {value!r}; want one of {', '.join(rule.choices)}{hint}")
 
 
 def _fits(value: Any, kind: Any) -> bool:
@@ -177,4 +178,4 @@ def _fits(value: Any, kind: Any) -> bool:
     if kind in (int, float):
         return isinstance(value, kind | int) and not isinstance(value, bool)
     plain = get_origin(kind) or kind
-    return not isinstance(plain, type) or isinstance(value, plain)
+    return plain is Any or not isinstance(plain, type) or isinstance(value, plain)

@@ -81,11 +81,11 @@ def finetune(
     Raises:
         InputError: an argument does not fit, the data are damaged, the folder holds another run, the disk is full.
     """
+    require_libraries()
     from specbasis.finetuning.methods import method_named
     from specbasis.finetuning.train import Run, is_main_process, train
 
     options = FinetuneOptions.of(None, keywords)
-    require_libraries()
     _check_report(options.report_to)
     chosen = method_named(method)
     how, where = options.part(Protocol), options.part(Placement)

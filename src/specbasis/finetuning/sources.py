@@ -7,6 +7,7 @@ from pathlib import Path
 
 from specbasis.checkpoint.entry import first_line
 from specbasis.core.errors import InputError
+from specbasis.core.extras import require
 from specbasis.finetuning.tables import READERS, class_names, column_names, examples, lines, read_table, tab_rows
 from specbasis.finetuning.tasks import CORRELATIONS, GLUE, Layout, Split, Task, TaskData, task_key, task_named
 
@@ -108,13 +109,8 @@ def _divided(task: Task, layout: Layout, path: Path, notes: list[str]) -> tuple[
 
 
 def _glue_hub(task: Task, layout: Layout) -> TaskData:
-    try:
-        import datasets
-    except ImportError:
-        raise InputError(
-            f"{task.title} from the Hub needs `datasets`: pip install 'specbasis[finetune]', or name the folder of "
-            "its official files with --data-dir"
-        ) from None
+    # Without it the folder of the official files serves as well (--data-dir).
+    datasets = require("datasets", purpose=f"{task.title} from the Hub needs")
     names = ("train", *(name.replace("dev", "validation") for name in layout.dev))
     try:
         repository = datasets.load_dataset("nyu-mll/glue", task.name)

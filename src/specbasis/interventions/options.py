@@ -62,7 +62,7 @@ class GridOptions(Options):
         parse=lambda text, flag: tuple(part.strip() for part in text.split(";")),
     )
     sources: tuple[str, ...] | None = option(
-        None, "take vectors from these only: base and labels; empty: all", panel=SELECTION
+        None, "take vectors from these only: base and labels; empty: all", panel=ADVANCED
     )
     seeds: int | Sequence[int] = option(
         3, "seeds of each random kind, e.g. 0,1,2; default: three", parse=lambda text, flag: numbers(text, flag)

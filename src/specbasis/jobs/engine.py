@@ -21,6 +21,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 from threadpoolctl import threadpool_limits
 
 from specbasis.core.errors import InputError
+from specbasis.core.extras import require
 from specbasis.jobs.progress import Progress, Report, silent
 
 ENGINES = ("auto", "threads", "processes", "ray")
@@ -169,7 +170,7 @@ def _processes(workers: int) -> Iterator[Submit]:
 
 @contextmanager
 def _ray(workers: int) -> Iterator[Submit]:
-    ray = _import_ray()
+    ray = require("ray", purpose="engine 'ray' needs")
     own = not ray.is_initialized()
     if own:
         _connect(ray, workers)
@@ -189,14 +190,6 @@ def _connect(ray: Any, workers: int) -> None:
         ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), **quiet)
     except ConnectionError:
         ray.init(num_cpus=workers, include_dashboard=False, **quiet)
-
-
-def _import_ray() -> Any:
-    try:
-        import ray
-    except ImportError as error:
-        raise InputError("engine 'ray' needs Ray: pip install 'specbasis[ray]'") from error
-    return ray
 
 
 def _deaths() -> tuple[type[BaseException], ...]:

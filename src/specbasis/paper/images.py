@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from specbasis.core.errors import InputError
+from specbasis.core.extras import require
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 """Where the Debian package dataset-fashion-mnist puts its files."""
@@ -484,10 +485,9 @@ def _files(path: Path) -> Iterator[Path]:
 
 
 def _folder(path: Path, classes: Sequence[str], size: int) -> Images:
-    try:
-        from PIL import Image, UnidentifiedImageError
-    except ImportError as error:
-        raise InputError(f"{path}: reading images needs Pillow: pip install 'specbasis[pretrain]'") from error
+    require("PIL", purpose=f"{path}: reading images needs")
+    from PIL import Image, UnidentifiedImageError
+
     pixels: list[NDArray[np.uint8]] = []
     labels: list[int] = []
     bad: list[str] = []

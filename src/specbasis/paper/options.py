@@ -34,7 +34,7 @@ class Training(Options):
     clip: float = option(1.0, "largest norm of the gradient", panel=PYTHON)
     checkpoints: int = option(50, "how many are kept, evenly spaced")
     early: bool = option(False, "keep steps 1, 2, 4, … too", panel=PYTHON)
-    validations: int = option(200, "how often the validation loss is taken, evenly spaced", panel=PYTHON)
+    validations: int = option(200, "how often the validation loss is taken, evenly spaced", panel=ADVANCED)
     seed: int = option(0, "of images, weights, order and masks")
 
     def __post_init__(self) -> None:

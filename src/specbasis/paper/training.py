@@ -24,7 +24,7 @@ from torch import Tensor
 from specbasis.checkpoint import open_checkpoint, sha256
 from specbasis.checkpoint.atomic import whole, write_whole, writing
 from specbasis.core.errors import InputError
-from specbasis.jobs.folder import environment, opened, write_json
+from specbasis.jobs.folder import Kind, environment, opened, write_json
 from specbasis.jobs.progress import Progress
 from specbasis.paper.images import Images
 from specbasis.paper.mae import (
@@ -39,6 +39,8 @@ from specbasis.paper.mae import (
     save_model,
 )
 from specbasis.paper.options import CLASSIFY, Training
+
+TRAINING = Kind("training", manifest="run.json", keys=("config", "state", "done"))
 
 PRETRAINING = Training()
 """Yu et al. 2026, App. L: 200 epochs at 1.5e-3."""

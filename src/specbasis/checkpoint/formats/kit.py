@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 from specbasis.checkpoint.entry import Entry, check_names, shown
 from specbasis.core.dtypes import FORMATS, name_of
 from specbasis.core.errors import InputError
+from specbasis.core.extras import require
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,4 @@ def quantised(path: Path, source: str, reason: str, noise: tuple[str, float] | N
 
 def extra(name: str, source: str) -> Any:
     """An optional library, or the refusal that says how to install it."""
-    try:
-        module = importlib.import_module(name)
-    except ImportError as error:
-        raise InputError(f"{source}: reading this file needs {name}; pip install 'specbasis[{name}]'") from error
-    return module
+    return require(name, purpose=f"{source}: reading this file needs")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from specbasis.core.errors import InputError
+from specbasis.core.extras import require
 from specbasis.interventions.evaluators.kit import form, location_of, pretrained
 from specbasis.interventions.samples import Sample
 
@@ -39,12 +39,9 @@ class Harness:
     @cached_property
     def _manager(self) -> Any:
         """The harness's index of its tasks, which takes seconds to read."""
-        try:
-            from lm_eval.tasks import TaskManager
-        except ImportError as error:
-            raise InputError(
-                "harness tasks need lm-evaluation-harness: pip install 'specbasis[harness]'"
-            ) from error
+        require("lm_eval", purpose="harness tasks need")
+        from lm_eval.tasks import TaskManager
+
         return TaskManager(include_path=self.include)
 
     def load(self, source: str) -> nn.Module:

@@ -16,7 +16,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from specbasis.checkpoint import open_checkpoint
-from specbasis.core.errors import InputError
+from specbasis.core.errors import InputError, MissingExtra
+from specbasis.core.extras import command, require
 from specbasis.interventions.evaluators.kit import form, want_finite
 from specbasis.interventions.samples import Sample, ratio
 
@@ -55,12 +56,9 @@ class Numbering:
 
     def load(self, source: str) -> nn.Module:
         """ANARCII's encoder–decoder with the weights of a checkpoint."""
-        try:
-            from anarcii.inference.model import S2S, Decoder, Encoder
-        except ImportError as error:
-            raise InputError(
-                "ANARCII's task needs anarcii and anarci: pip install 'specbasis[numbering]'"
-            ) from error
+        require("anarcii", purpose="the task of ANARCII needs")
+        from anarcii.inference.model import S2S, Decoder, Encoder
+
         weights = open_checkpoint(source)
         device = torch.device("cpu")
         width = weights["encoder.tok_embedding.weight"].shape[1]
@@ -169,7 +167,7 @@ def _germlines() -> Mapping[str, Any]:
     folders = list(spec.submodule_search_locations or []) if spec else []
     file = Path(folders[0]) / "germlines.py" if folders else None
     if file is None or not file.is_file():
-        raise InputError("germline sequences need the package anarci: pip install 'specbasis[numbering]'")
+        raise MissingExtra(f"germline sequences need anarci, which is not installed: {command('numbering')}")
     for node in ast.parse(file.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "all_germlines":
             found: Mapping[str, Any] = ast.literal_eval(node.value)
