@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,8 +98,7 @@ def compare_heads(W: Float[Tensor, "out in"], T: Float[Tensor, "out in"], heads:
     )
     overlap = (Yb.mT @ Yt).square().sum(dim=(1, 2)) / Sb.shape[1]
     rotation = (1 - overlap).clamp(min=0).sqrt()
-    one, none = torch.ones_like(inner), torch.zeros_like(inner)
-    inner, outer, rotation = (torch.where(equal, x, y) for x, y in ((one, inner), (one, outer), (none, rotation)))
+    inner, outer, rotation = (torch.where(equal, x, y) for x, y in ((1.0, inner), (1.0, outer), (0.0, rotation)))
     update, size = ((X.square().sum(dim=(1, 2))) for X in (tuned - base, base))
     left, right = (outer, inner) if output else (inner, outer)
     return HeadFigures(left, right, update / update.sum(), (update / size).sqrt(), rotation)
@@ -110,9 +109,3 @@ def _slices(W: Tensor, heads: int, output: bool) -> Tensor:
     X = W.detach().cpu().double()
     X = X.mT if output else X
     return X.reshape(heads, -1, X.shape[1])
-
-
-def figures(found: HeadFigures) -> Iterator[tuple[str, Tensor]]:
-    """(name of the measure, figures) of every head figure."""
-    for name in HeadFigures.__dataclass_fields__:
-        yield f"head_{name}", getattr(found, name)

@@ -102,8 +102,8 @@ class Blocks:
         rows = torch.split(right, self.width) if isinstance(right, Tensor) else right
         out: Tensor | None = None
         for block, part in zip(self, rows, strict=True):
-            mine = block if left is None else left @ block
-            out = mine @ part if out is None else out.addmm_(mine, part)
+            rotated = block if left is None else left @ block
+            out = rotated @ part if out is None else out.addmm_(rotated, part)
         if out is None:
             raise AssertionError("a matrix has at least one block")
         return out

@@ -299,16 +299,16 @@ def _corrected(
     Vh: Tensor | None = None,
 ) -> Tensor:
     """W with the triplets of some ranks replaced; what is not given stays."""
-    mine, rows, S_old = columns(svd.U, ranks), columns(svd.Vh.mT, ranks).mT, svd.S[ranks]
+    U_old, Vh_old, S_old = columns(svd.U, ranks), columns(svd.Vh.mT, ranks).mT, svd.S[ranks]
     if S is None and _most_move(svd, ranks, U, Vh):
         stay = torch.ones(len(svd.S), dtype=torch.bool).index_fill_(0, ranks, False).nonzero().flatten()
-        come_in = (mine if U is None else U, S_old, rows if Vh is None else Vh)
-        return _multiplied(come_in, (columns(svd.U, stay), svd.S[stay], columns(svd.Vh.mT, stay).mT))
+        entering = (U_old if U is None else U, S_old, Vh_old if Vh is None else Vh)
+        return _multiplied(entering, (columns(svd.U, stay), svd.S[stay], columns(svd.Vh.mT, stay).mT))
     out = W.to(torch.float64, copy=True)
-    old = mine * S_old
-    new = (mine if U is None else U) * (S_old if S is None else S)
-    into = rows if Vh is None else Vh
-    for B, A in ((new - old, into), (old, into - rows)):
+    old = U_old * S_old
+    new = (U_old if U is None else U) * (S_old if S is None else S)
+    Vh_new = Vh_old if Vh is None else Vh
+    for B, A in ((new - old, Vh_new), (old, Vh_new - Vh_old)):
         some = (B.any(dim=0) & A.any(dim=1)).nonzero().flatten()
         if len(some):
             out.addmm_(B[:, some], A[some])
@@ -367,11 +367,11 @@ def _aligned(svd: SVD, other: SVD, ranks: Tensor, left: bool, right: bool, group
     numbers = _groups(groups, svd.S, other.S)[ranks]
     bounds = [0, *((numbers[1:] != numbers[:-1]).nonzero().flatten() + 1).tolist(), len(ranks)]
     for k, m in pairwise(bounds):
-        theirs, mine = (U[:, k:m], Vh[k:m]), (svd.U[:, ranks[k:m]], svd.Vh[ranks[k:m]])
-        if m - k > 1 and not (torch.equal(theirs[0], mine[0]) and torch.equal(theirs[1], mine[1])):
-            core = decompose(left * (theirs[0].mT @ mine[0]) + right * (theirs[1] @ mine[1].mT), name="group")
+        new_U, new_Vh, old_U, old_Vh = U[:, k:m], Vh[k:m], svd.U[:, ranks[k:m]], svd.Vh[ranks[k:m]]
+        if m - k > 1 and not (torch.equal(new_U, old_U) and torch.equal(new_Vh, old_Vh)):
+            core = decompose(left * (new_U.mT @ old_U) + right * (new_Vh @ old_Vh.mT), name="group")
             R = core.U @ core.Vh
-            U[:, k:m], Vh[k:m] = theirs[0] @ R, R.mT @ theirs[1]
+            U[:, k:m], Vh[k:m] = new_U @ R, R.mT @ new_Vh
     return U, Vh
 
 

@@ -201,10 +201,10 @@ def _grids(W: Tensor, T: Tensor) -> dict[str, float]:
 def _groups(X: Tensor) -> Float[Tensor, "groups size"]:
     """Evenly spread groups of neighbours in a row."""
     size = min(GROUP, X.shape[1])
-    each = X.shape[1] // size
-    chosen = torch.linspace(0, len(X) * each - 1, min(GROUPS, len(X) * each)).long()
-    columns = (chosen % each)[:, None] * size + torch.arange(size)
-    return X[(chosen // each)[:, None], columns].to(torch.float64)
+    per_row = X.shape[1] // size
+    chosen = torch.linspace(0, len(X) * per_row - 1, min(GROUPS, len(X) * per_row)).long()
+    columns = (chosen % per_row)[:, None] * size + torch.arange(size)
+    return X[(chosen // per_row)[:, None], columns].to(torch.float64)
 
 
 def _grid(x: Float[Tensor, "groups size"]) -> tuple[float, Tensor]:

@@ -88,12 +88,12 @@ def matched_chance(
         every time.
     """
     generator = torch.Generator().manual_seed(0)
-    found: tuple[list[float], list[float]] = ([], [])
+    means: tuple[list[float], list[float]] = ([], [])
     places = torch.arange(k)
     for _ in range(DRAWS):
         pair = [torch.randn(k, k, generator=generator, dtype=torch.float64) / math.sqrt(d) for d in (out, into)]
         chosen = matching(pair[0], pair[1], band)
-        for drawn, C in zip(found, pair, strict=True):
+        for drawn, C in zip(means, pair, strict=True):
             drawn.append(float(C[places, chosen].abs().clamp(max=1.0).mean()))
-    left, right = ((mean(drawn), stdev(drawn) / math.sqrt(DRAWS)) for drawn in found)
+    left, right = ((mean(drawn), stdev(drawn) / math.sqrt(DRAWS)) for drawn in means)
     return left, right

@@ -42,8 +42,8 @@ def chance_quantile(d: int, q: float, among: int = 1) -> float:
     """The alignment that the best of n independent directions in R^d stays below with probability q."""
     from scipy.special import betaincinv
 
-    one = -math.expm1(math.log(q) / among)  # P that a single one exceeds it
-    return math.sqrt(max(0.0, 1 - float(betaincinv((d - 1) / 2, 0.5, one)))) if d > 1 else 1.0
+    exceeded = -math.expm1(math.log(q) / among)  # by a single direction
+    return math.sqrt(max(0.0, 1 - float(betaincinv((d - 1) / 2, 0.5, exceeded)))) if d > 1 else 1.0
 
 
 def sensitivity(S: Float[Tensor, " n"], shape: tuple[int, int], k: int) -> tuple[Tensor, Tensor]:
@@ -54,9 +54,9 @@ def sensitivity(S: Float[Tensor, " n"], shape: tuple[int, int], k: int) -> tuple
     random on both sides. It is a property of base alone.
     """
     n, m = shape
-    each = S.square().sum() / (n * m)
-    short = pair_weights(S, k).sum(dim=1) * each
-    return short, short + each * (m - n) / S[:k].square()
+    variance = S.square().sum() / (n * m)
+    short = pair_weights(S, k).sum(dim=1) * variance
+    return short, short + variance * (m - n) / S[:k].square()
 
 
 def null_alignment(

@@ -90,16 +90,16 @@ def _cross(base: SVD | HalfSVD, delta: SVD | HalfSVD) -> Tensor:
 def mean_update(base: SVD | HalfSVD, mean: float) -> tuple[float, Tensor, Tensor]:
     """(mean entry of Δ, Xᵀ1, Yᵀ1): what of an update survives any permutation of its entries."""
     X, S = base.short_side(), base.spectrum
-    one = X.new_ones(max(base.shape), 1)
+    ones = X.new_ones(max(base.shape), 1)
     inverse = inverse_values(S)
-    return mean, X.sum(dim=0).cpu(), ((X.mT @ base.times(one))[:, 0] * inverse).cpu()
+    return mean, X.sum(dim=0).cpu(), ((X.mT @ base.times(ones))[:, 0] * inverse).cpu()
 
 
 def mean_entry(delta: SVD | HalfSVD) -> float:
     """Mean entry of Δ."""
     n, m = sorted(delta.shape)
-    one = delta.spectrum.new_ones(m, 1)
-    return float(delta.times(one).sum()) / (n * m)
+    ones = delta.spectrum.new_ones(m, 1)
+    return float(delta.times(ones).sum()) / (n * m)
 
 
 def response(c: Core) -> tuple[Float[Tensor, " k"], Float[Tensor, " k"]]:
@@ -132,15 +132,15 @@ def predicted_alignment(c: Core) -> tuple[Float[Tensor, " k"], Float[Tensor, " k
     shifted[:k] += c.rows[on, on]
     a, b = shifted[:k, None], shifted[None, :]
     sign = (torch.arange(n)[None, :] > on[:, None]).double() * 2 - 1
-    values, found = sign * ((a - b) * (a + b)), []
+    values, sides = sign * ((a - b) * (a + b)), []
     for into, out in ((c.columns, c.rows), (c.rows, c.columns)):
         twice = 2 * (a * into + b * out)
         apart = values + sign * ((out - into) * (out + into))
         cosine = (apart / torch.hypot(twice, apart)).nan_to_num_(nan=1.0)  # 0/0: nothing turns them
         cosine[on, on] = 1.0
         # A product of factors from 0 to 1: what underflows is 0 to all digits of a cosine.
-        found.append(((1 + cosine) / 2).prod(dim=1).sqrt())
-    short, long = found
+        sides.append(((1 + cosine) / 2).prod(dim=1).sqrt())
+    short, long = sides
     return short, long * (-torch.log1p(c.outside / c.S[:k].square()) / 2).exp()
 
 

@@ -127,7 +127,7 @@ def intervals(
     mean = every / (n * m)
     far = mean * pair_weights(S, k)[:, k:].sum(dim=1)
     outside = (whole - within.sum(dim=1)).clamp(min=0) * ((m - n) / (m - k) if m > k else 0.0) / S[:k].square()
-    found = []
+    ends = []
     for i, (c, (p, _)) in enumerate(zip(cosines, forms, strict=True)):
         total = spread[i] + (p.square() * across).sum(dim=0) + 2 * (p * X * crossed[i]).sum(dim=0)
         first, second = (within.mT, within) if i == 0 else (within, within.mT)
@@ -139,5 +139,6 @@ def intervals(
         aligned = c.diagonal().abs()
         middle = aligned * (1 + (turns.sum(dim=1) + beyond) / 2)
         half = 1.959964 * (total + aligned.square() * turns.square().sum(dim=1) / 2).sqrt()
-        found.append(((middle - half).clamp(0, 1), (middle + half).clamp(0, 1)))
-    return found[0], found[1]
+        ends.append(((middle - half).clamp(0, 1), (middle + half).clamp(0, 1)))
+    short, long = ends
+    return short, long

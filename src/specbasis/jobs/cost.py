@@ -13,15 +13,13 @@ from pathlib import Path
 
 import torch
 
+from specbasis.core.blocks import BLOCK_BYTES
 from specbasis.core.svd import half_svd
 from specbasis.measures.measure import Measure
 from specbasis.measures.table import needed, reads
 
 EIGEN = 11.0
 """Time of a symmetric eigensolver for one n³, in flops at the rate of a product; half of it for values alone."""
-
-BLOCK_BYTES = 32 * 2**20
-"""Size of the float64 blocks in which a matrix is read."""
 
 
 @dataclass(frozen=True)
@@ -102,17 +100,17 @@ def rates() -> Rates:
     path = cache_folder() / "rates.json"
     key = f"{platform.node()} {platform.machine()} torch {torch.__version__}"
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-        return Rates(**known[key])
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        return Rates(**kept[key])
     except (OSError, ValueError, KeyError, TypeError):
-        known = {}
-    found = _measure()
+        kept = {}
+    measured = _measure()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({**known, key: asdict(found)}, indent=1), encoding="utf-8")
+        path.write_text(json.dumps({**kept, key: asdict(measured)}, indent=1), encoding="utf-8")
     except OSError:
         pass  # a home that cannot be written: measured again next time
-    return found
+    return measured
 
 
 def cache_folder() -> Path:
