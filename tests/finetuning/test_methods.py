@@ -523,3 +523,54 @@ def test_a_signed_basis_is_found_again_by_its_sketch(folder, tmp_path):
     move(attached.model)
     attached.save(tmp_path)
     assert torch.equal(logits(load(tmp_path, base(folder)).model.eval()), logits(attached.model.eval()))
+
+
+# Where to change: a method is one file.
+
+NEW_METHOD = """
+import torch
+from torch import nn
+from specbasis.finetuning.methods.kit import AddedMethod, Added, register
+
+class Shift(Added):
+    def __init__(self, width):
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(width))
+
+    def join(self, layer, x, output):
+        return output + self.shift
+
+class Shifts(AddedMethod):
+    def added(self, layer, site, request):
+        return Shift(site.shape[0])
+
+register(Shifts(name="shift", title="Shift", trains="a vector added to each output", source="this test"))
+"""
+
+
+def test_a_method_is_one_file(folder, tmp_path, monkeypatch):
+    """Dropped beside the others it is attached, counted, sized, saved and loaded; nothing else changes."""
+    import importlib
+    import sys
+
+    from specbasis.finetuning import methods
+    from specbasis.finetuning.methods import kit
+
+    (tmp_path / "shift.py").write_text(NEW_METHOD)
+    monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
+    try:
+        importlib.reload(methods)  # as when the package is first imported
+        attached = attach(base(folder), "shift")
+        per_block = 4 * WIDTH + 2 * WIDTH + WIDTH
+        assert attached.counts.adapter == parameters("shift", base(folder)) == BLOCKS * per_block
+        assert match_budget(base(folder), 100, ["shift"])["shift"].rank is None
+        move(attached.model)
+        trained = logits(attached.model.eval())
+        attached.save(tmp_path / "saved")
+        assert torch.equal(logits(load(tmp_path / "saved", base(folder)).model.eval()), trained)
+        assert METHODS["shift"].recipe("sst2") == (10, 5e-4)
+        with pytest.raises(InputError, match=r"want one of .*, shift"):
+            attach(base(folder), "shaft")
+    finally:
+        kit._METHODS.pop("shift", None)
+        sys.modules.pop("specbasis.finetuning.methods.shift", None)

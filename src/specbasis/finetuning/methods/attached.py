@@ -9,7 +9,7 @@ import hashlib
 import json
 import warnings
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,8 @@ from specbasis.adapter.task_heads import ParameterCounts
 from specbasis.checkpoint import open_checkpoint
 from specbasis.checkpoint.adapter_file import PREFIX, adapter_folder
 from specbasis.core.errors import InputError
-from specbasis.finetuning.methods.kit import CHILD, METHODS, Method, Request, additions, method_named
-from specbasis.finetuning.methods.sites import Site, head_modules, named_sites
+from specbasis.finetuning.methods.kit import CHILD, METHODS, Built, Method, Request, additions, method_named
+from specbasis.finetuning.methods.sites import Site, head_modules
 from specbasis.finetuning.methods.updates import Update, merge_updates
 
 DESCRIPTION, TRAINED = "method.json", "trained.safetensors"
@@ -64,8 +64,8 @@ class Attached:
         """Parameters in training: the method's own, then head and pooler; and all of base and method together."""
         prefix = PREFIX if isinstance(self.model, PeftModel) else ""
         trained = {name: p.numel() for name, p in self.model.named_parameters() if p.requires_grad}
-        places = tuple(f"{prefix}{name}." for name in self.head)
-        head = sum(count for name, count in trained.items() if name.startswith(places))
+        heads = tuple(f"{prefix}{name}." for name in self.head)
+        head = sum(count for name, count in trained.items() if name.startswith(heads))
         own = sum(trained.values()) - head
         return ParameterCounts(own, head, self.base_parameters + (own if self.method.adds else 0))
 
@@ -153,21 +153,46 @@ def attach(
     Raises:
         InputError: an argument does not fit the method or the model.
     """
-    method = method_named(method)
     if isinstance(model, PeftModel) or hasattr(model, "peft_config") or additions(model):
         raise InputError(f"{type(model).__name__} has adapters already; want a model without: load the base again")
-    places = method.sites(model, target_modules, roles, blocks)
-    rank, interval = method.sized(places, rank, interval)
-    source = None if checkpoint is None else str(checkpoint)
-    request = Request(method, rank, interval, places, seed, source, {**method.options, **(options or {})})
-    if (request.checkpoint is None) == bool(method.options.get("basis") == "from"):
-        wanted = "want the checkpoint of a model" if request.checkpoint is None else "leave checkpoint out"
+    request = _request(model, method, rank, interval, target_modules, roles, blocks, seed, checkpoint, options)
+
+    def build(head: tuple[str, ...]) -> Built:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return request.method.attach(model, request, head)
+
+    return _attached(model, request, build)
+
+
+def _request(
+    model: nn.Module,
+    method: str | Method,
+    rank: int | None,
+    interval: Sequence[int] | None,
+    target_modules: Sequence[str] | None,
+    roles: Sequence[str] | None,
+    blocks: Sequence[int] | None,
+    seed: int,
+    checkpoint: str | Path | None,
+    options: Mapping[str, Any] | None,
+) -> Request:
+    """What was asked for, resolved for this model; the arguments are those of `attach`."""
+    method = method_named(method)
+    sites = method.sites(model, target_modules, roles, blocks)
+    width, ranks = method.sized(sites, rank, None if interval is None else (interval[0], interval[1]))
+    if (checkpoint is None) == bool(method.options.get("basis") == "from"):
+        wanted = "want the checkpoint of a model" if checkpoint is None else "leave checkpoint out"
         raise InputError(f"{method.name}: got checkpoint = {checkpoint!r}; {wanted}")
+    source = None if checkpoint is None else str(checkpoint)
+    return Request(method, width, ranks, sites, seed, source, {**method.options, **(options or {})})
+
+
+def _attached(model: nn.Module, request: Request, build: Callable[[tuple[str, ...]], Built]) -> Attached:
+    """The model with its method, which ``build`` puts on it, and what was there before."""
     head = tuple(head_modules(model))
     total, hashed = sum(p.numel() for p in model.parameters()), fingerprint(model, head)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        built, callbacks = method.attach(model, request, head)
+    built, callbacks = build(head)
     return Attached(built, request, head, total, hashed, callbacks)
 
 
@@ -179,40 +204,33 @@ def load(folder: str | Path, base: nn.Module) -> Attached:
     """
     folder = Path(folder)
     described = _described(folder)
+    arguments = {key: described[key] for key in _ARGUMENTS}
     if described["peft"]:
-        return _load_peft(folder, described, base)
-    attached = attach(base, **{key: described[key] for key in _ARGUMENTS})
-    if _is_whole(attached.request):
-        stored = type(base).from_pretrained(folder)  # type: ignore[attr-defined]
-        base.load_state_dict(stored.state_dict())
-        return attached
-    _fill(attached.model, open_checkpoint(folder / TRAINED), folder)
-    _compare(folder, described, attached.base_fingerprint)
-    return attached
-
-
-def _load_peft(folder: Path, described: Mapping[str, Any], base: nn.Module) -> Attached:
-    """A PEFT adapter on its base, still in training."""
-    adapter_folder(folder)  # refuses a folder that is incomplete
-    request, head = _request_from(described, base), tuple(head_modules(base))
-    total, hashed = sum(p.numel() for p in base.parameters()), fingerprint(base, head)
-    try:
-        model = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
-    except RuntimeError as error:  # shapes that do not fit, several lines of them
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{folder}: does not fit this base; load its own ({reason})") from None
-    _compare(folder, described, hashed)
-    return Attached(model, request, head, total, hashed)
-
-
-def _compare(folder: Path, described: Mapping[str, Any], found: str) -> None:
-    """Say so if the base is another one; a rounded base is a different base too, but a usable one."""
-    if described["base_fingerprint"] != found:
+        adapter_folder(folder)  # refuses a folder that is incomplete
+        request = _request(base, **arguments, roles=None, blocks=None)
+        attached = _attached(base, request, lambda _: (_peft_model(folder, base), ()))
+    else:
+        attached = attach(base, **arguments)
+        if _is_whole(attached.request):
+            base.load_state_dict(type(base).from_pretrained(folder).state_dict())  # type: ignore[attr-defined]
+            return attached
+        _fill(attached.model, open_checkpoint(folder / TRAINED), folder)
+    if described["base_fingerprint"] != attached.base_fingerprint:  # a rounded base is another one, but usable
         warnings.warn(
             f"{folder}: this base does not hold the weights that {described['method']} was trained on (another "
             "model, revision or dtype); results will differ",
-            stacklevel=3,
+            stacklevel=2,
         )
+    return attached
+
+
+def _peft_model(folder: Path, base: nn.Module) -> PeftModel:
+    """A PEFT adapter on its base, still in training."""
+    try:
+        return PeftModel.from_pretrained(base, str(folder), is_trainable=True)
+    except RuntimeError as error:  # shapes that do not fit, several lines of them
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{folder}: does not fit this base; load its own ({reason})") from None
 
 
 SAMPLE = 4096
@@ -246,20 +264,6 @@ def _described(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{file}: damaged, or of a newer version; want format {FORMAT}") from None
     return dict(described)
-
-
-def _request_from(described: Mapping[str, Any], base: nn.Module) -> Request:
-    method = method_named(described["method"])
-    interval = described["interval"]
-    return Request(
-        method,
-        described["rank"],
-        (int(interval[0]), int(interval[1])) if interval else None,
-        named_sites(base, described["target_modules"] or ()),
-        described["seed"],
-        described["checkpoint"],
-        described["options"],
-    )
 
 
 def _fill(model: nn.Module, stored: Mapping[str, Tensor], folder: Path) -> None:

@@ -69,10 +69,6 @@ class Houlsby(AddedMethod):
             raise InputError(f"{self.name} adapts {' and '.join(self.roles)} only; got {', '.join(roles)}")
         return among
 
-    def largest_size(self, places: Sequence[Site]) -> int:
-        """The width of the smallest adapted matrix."""
-        return min(site.rank for site in places)
-
     def added(self, layer: nn.Module, site: Site, request: Request) -> Bottleneck:
         """A bottleneck of the layer's output width."""
         activation = request.options_over(activation="relu")["activation"]
@@ -82,12 +78,12 @@ class Houlsby(AddedMethod):
 class Pfeiffer(Houlsby):
     """Behind the norm of the feed-forward sum with the residual; without such a norm, behind the block."""
 
-    def hosts(self, model: nn.Module, places: Sequence[Site]) -> Mapping[str, str]:
+    def hosts(self, model: nn.Module, sites: Sequence[Site]) -> Mapping[str, str]:
         """The norms or blocks; an empty layer that is only counted has neither."""
-        return norms_behind(model, places) if hasattr(model, "config") else super().hosts(model, places)
+        return norms_behind(model, sites) if hasattr(model, "config") else super().hosts(model, sites)
 
 
-def norms_behind(model: nn.Module, places: Sequence[Site]) -> dict[str, str]:
+def norms_behind(model: nn.Module, sites: Sequence[Site]) -> dict[str, str]:
     """For each feed-forward output: the norm that its sum with the residual goes through, or else its block.
 
     A post-norm model (BERT, DeBERTa, DistilBERT) normalises that sum before the block ends; in a pre-norm model
@@ -97,9 +93,9 @@ def norms_behind(model: nn.Module, places: Sequence[Site]) -> dict[str, str]:
     Raises:
         InputError: the model takes no input that is known here, or a module is in no list of blocks.
     """
-    blocks = {site.name: _block_of(model, site.name) for site in places}
+    blocks = {site.name: _block_of(model, site.name) for site in sites}
     waiting: dict[str, Tensor | None] = {}
-    found: dict[str, str] = {}
+    hosts: dict[str, str] = {}
 
     def passed(name: str, _: nn.Module, args: Any, output: Tensor) -> None:
         waiting[name] = output
@@ -107,12 +103,12 @@ def norms_behind(model: nn.Module, places: Sequence[Site]) -> dict[str, str]:
     def normalises(name: str, _: nn.Module, args: Any) -> None:
         for site in [site for site in waiting if name.startswith(f"{blocks[site]}.")]:
             if args and args[0] is not waiting[site]:  # a norm of the output alone comes before the sum
-                found.setdefault(site, name)
+                hosts.setdefault(site, name)
                 del waiting[site]
 
     def ends(name: str, _: nn.Module, args: Any, output: Any) -> None:
         for site in [site for site in waiting if blocks[site] == name]:
-            found.setdefault(site, name)
+            hosts.setdefault(site, name)
             del waiting[site]
 
     handles = []
@@ -128,10 +124,10 @@ def norms_behind(model: nn.Module, places: Sequence[Site]) -> dict[str, str]:
     finally:
         for handle in handles:
             handle.remove()
-    missing = [name for name in blocks if name not in found]
+    missing = [name for name in blocks if name not in hosts]
     if missing:
         raise InputError(f"{missing[0]}: not used on a plain input; leave it out of the adapted modules")
-    return found
+    return hosts
 
 
 def _block_of(model: nn.Module, name: str) -> str:

@@ -38,14 +38,14 @@ class Subset(Method):
         open_head(model, head)
         return model, ()
 
-    def count(self, model: nn.Module, places: Sequence[Site], rank: int | None) -> int:
+    def count(self, model: nn.Module, sites: Sequence[Site], rank: int | None) -> int:
         """Parameters that are opened, which are the model's own."""
-        return sum(p.numel() for p in _chosen(model, self.options["which"], places, tuple(head_modules(model))))
+        return sum(p.numel() for p in _chosen(model, self.options["which"], sites, tuple(head_modules(model))))
 
 
-def _chosen(model: nn.Module, which: str, places: Sequence[Site], head: tuple[str, ...]) -> list[nn.Parameter]:
-    """The parameters of the places, or of everything but the head."""
-    inside = tuple(f"{site.name}." for site in places)
+def _chosen(model: nn.Module, which: str, sites: Sequence[Site], head: tuple[str, ...]) -> list[nn.Parameter]:
+    """The parameters of the sites, or of everything but the head."""
+    inside = tuple(f"{site.name}." for site in sites)
     outside = tuple(f"{name}." for name in head)
     return [
         p

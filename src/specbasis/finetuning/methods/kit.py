@@ -90,16 +90,16 @@ class Method:
         """Those of the roles asked for that the method can adapt."""
         return roles
 
-    def default_size(self, places: Sequence[Site]) -> int | None:
+    def default_size(self, sites: Sequence[Site]) -> int | None:
         """The size where none is asked for; None for a method without a size."""
         return self.size
 
-    def largest_size(self, places: Sequence[Site]) -> int:
+    def largest_size(self, sites: Sequence[Site]) -> int:
         """The largest size that every adapted matrix has room for."""
-        return min(site.rank for site in places)
+        return min(site.rank for site in sites)
 
     def sized(
-        self, places: Sequence[Site], rank: int | None, interval: tuple[int, int] | None
+        self, sites: Sequence[Site], rank: int | None, interval: tuple[int, int] | None
     ) -> tuple[int | None, tuple[int, int] | None]:
         """(rank, interval) from what was asked for and the defaults.
 
@@ -113,7 +113,7 @@ class Method:
                 else f"{self.name} takes rank only"
             )
             raise InputError(f"got interval = {tuple(interval)}; {wrong}")
-        default = self.default_size(places)
+        default = self.default_size(sites)
         if rank is not None and (rank < 1 or default is None):
             want = "no rank: this method has no size" if default is None else "rank >= 1"
             raise InputError(f"{self.name}: got rank = {rank}; want {want}")
@@ -123,10 +123,10 @@ class Method:
         """Freeze the model, add what the method trains, open the head. Draws from the global random generator."""
         raise NotImplementedError
 
-    def count(self, model: nn.Module, places: Sequence[Site], rank: int | None) -> int:
+    def count(self, model: nn.Module, sites: Sequence[Site], rank: int | None) -> int:
         """Parameters that the method trains, without head and pooler: attached to empty layers of these shapes."""
         request = self.counted(Request(self, rank, (0, rank) if rank else None, (), 0, "", self.options))
-        shapes = Counter(site.shape for site in places)
+        shapes = Counter(site.shape for site in sites)
         return sum(self.count_of(shape, request) * times for shape, times in shapes.items())
 
     def counted(self, request: Request) -> Request:
@@ -308,9 +308,9 @@ class AddedMethod(Method):
         """What the method adds to one layer."""
         raise NotImplementedError
 
-    def hosts(self, model: nn.Module, places: Sequence[Site]) -> Mapping[str, str]:
+    def hosts(self, model: nn.Module, sites: Sequence[Site]) -> Mapping[str, str]:
         """At which module each site's addition hangs."""
-        return {site.name: site.name for site in places}
+        return {site.name: site.name for site in sites}
 
     def attach(self, model: nn.Module, request: Request, head: tuple[str, ...]) -> Built:
         """Hang an addition at the host of each site.

@@ -36,18 +36,18 @@ class Spectral(PeftMethod):
     config = SpectralConfig
     takes_interval = True
 
-    def default_size(self, places: Sequence[Site]) -> int:
+    def default_size(self, sites: Sequence[Site]) -> int:
         """Width of the paper's interval in proportion: 300 of 768 singular values (Yu et al. 2026, §4.4)."""
-        return max(1, round(300 / 768 * self.largest_size(places)))
+        return max(1, round(300 / 768 * self.largest_size(sites)))
 
     def sized(
-        self, places: Sequence[Site], rank: int | None, interval: tuple[int, int] | None
+        self, sites: Sequence[Site], rank: int | None, interval: tuple[int, int] | None
     ) -> tuple[int | None, tuple[int, int] | None]:
         """The width, and the interval: at the head of the spectrum, in its middle, or at its tail."""
-        width, interval = super().sized(places, rank, interval)
+        width, interval = super().sized(sites, rank, interval)
         if interval is not None:
             return interval[1] - interval[0], (int(interval[0]), int(interval[1]))
-        n = self.largest_size(places)
+        n = self.largest_size(sites)
         assert width is not None
         if width > n:
             raise InputError(

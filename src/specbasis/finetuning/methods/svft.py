@@ -175,9 +175,9 @@ def sparse_mix(
 class Svft(AddedMethod):
     """M in W + U M Vh on all ranks; the size is the number of diagonals on each side."""
 
-    def largest_size(self, places: Sequence[Site]) -> int:
+    def largest_size(self, sites: Sequence[Site]) -> int:
         """The band that is the whole matrix."""
-        return super().largest_size(places) - 1
+        return super().largest_size(sites) - 1
 
     def added(self, layer: nn.Module, site: Site, request: Request) -> SVFT:
         """The sparse update of one layer."""
