@@ -550,7 +550,6 @@ register(Shifts(name="shift", title="Shift", trains="a vector added to each outp
 
 def test_a_method_is_one_file(folder, tmp_path, monkeypatch):
     """Dropped beside the others it is attached, counted, sized, saved and loaded; nothing else changes."""
-    import importlib
     import sys
 
     from specbasis.finetuning import methods
@@ -559,7 +558,7 @@ def test_a_method_is_one_file(folder, tmp_path, monkeypatch):
     (tmp_path / "shift.py").write_text(NEW_METHOD)
     monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
     try:
-        importlib.reload(methods)  # as when the package is first imported
+        methods.import_methods()
         attached = attach(base(folder), "shift")
         per_block = 4 * WIDTH + 2 * WIDTH + WIDTH
         assert attached.counts.adapter == parameters("shift", base(folder)) == BLOCKS * per_block

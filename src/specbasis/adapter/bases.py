@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -100,7 +101,7 @@ def control_basis(W: Float[Tensor, "out in"], interval: tuple[int, int], basis: 
             for d in W.shape
         )
         Vh = V.mT.contiguous()
-    return SVD(U, svd.S, Vh, svd.spectrum, svd.spectrum_error, svd.residual, svd.gap)
+    return dataclasses.replace(svd, U=U, Vh=Vh)
 
 
 def _foreign_basis(path: str, W: Tensor, interval: tuple[int, int], name: str, layout: Layout) -> SVD:

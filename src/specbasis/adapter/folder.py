@@ -21,7 +21,7 @@ from specbasis.checkpoint import Checkpoint, Entry, open_checkpoint
 from specbasis.checkpoint.adapter_file import CONFIG, PREFIX, PROOF, WEIGHTS, adapter_folder
 from specbasis.checkpoint.entry import reading
 from specbasis.core.errors import InputError
-from specbasis.core.svd import decompose
+from specbasis.core.svd import SVD, decompose
 
 _TASKS = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -150,8 +150,7 @@ def export_lora(
     """Write the adapter as a LoRA that PEFT loads without specbasis: B = U C, A = Vh, scaling 1.
 
     Exact, and no matrix is decomposed, unless ``rank`` truncates: then the best approximation of that rank, from
-    the
-    SVD of the r × r core alone, C ≈ P diag(s) Qᵀ, B = U P diag(s), A = Qᵀ Vh.
+        the SVD of the r × r core alone, C ≈ P diag(s) Qᵀ, B = U P diag(s), A = Qᵀ Vh.
 
     Args:
         folder: the adapter folder.
@@ -216,9 +215,7 @@ def _lora_factors(U: Tensor, C: Tensor, Vh: Tensor, rank: int | None) -> tuple[T
 def _basis(
     layer: StoredLayer, adapter: AdapterFolder, base: Checkpoint | None
 ) -> tuple[Tensor, Tensor, tuple[int, ...], bool]:
-    """The proven basis of a stored layer, its kernel size if it is a convolution, and whether it is stored
-    (in, out).
-    """
+    """The proven basis of a stored layer, its kernel size if a convolution, and whether it is stored (in, out)."""
     name = f"{adapter.path}: {layer.module}"
     if base is None:
         assert layer.U is not None
@@ -227,20 +224,18 @@ def _basis(
     weight = _base_weight(layer, base)
     W, is_transposed = weight.flatten(1), False
     if weight.ndim == 2 and tuple(weight.shape) == layer.proof.shape[::-1]:
-        # Square matrices: the digest tells which way round it was trained.
-        W, is_transposed = _oriented(weight, layer.proof)
+        # Of a square matrix the digest tells which way round it was trained.
+        square = weight.shape[0] == weight.shape[1]
+        is_transposed = not square or weight_digest(weight.mT) == layer.proof.digest
+        W = weight.mT if is_transposed else weight
     kernel = tuple(weight.shape[2:])
-    basis, stored = str(adapter.config.get("basis", "pretrained")), None
-    if layer.U is not None and layer.Vh is not None:
-        stored = layer.U, layer.Vh
-    U, Vh, _ = settled_basis(
-        layer.proof,
-        W,
-        stored,
-        lambda: basis_of(W, layer.proof.interval, basis, name),
-        name,
-        singular=basis == "pretrained",
-    )
+    basis = str(adapter.config.get("basis", "pretrained"))
+    stored = None if layer.U is None or layer.Vh is None else (layer.U, layer.Vh)
+
+    def compute() -> SVD:
+        return basis_of(W, layer.proof.interval, basis, name)
+
+    U, Vh, _ = settled_basis(layer.proof, W, stored, compute, name, singular=basis == "pretrained")
     return U, Vh, kernel, is_transposed
 
 
@@ -249,25 +244,17 @@ def _base_weight(layer: StoredLayer, base: Checkpoint) -> Tensor:
 
     transformers renames parameters of some models while it loads them: then only the digest tells which it was.
     """
+    want = "the base that the adapter was trained on"
     try:
-        name = parameter_named(
-            base, f"{layer.module}.weight", where=base.source, want="the base that the adapter was trained on"
-        )
+        return base[parameter_named(base, f"{layer.module}.weight", where=base.source, want=want)]
     except InputError:
         shape = layer.proof.shape
         for name, entry in base.entries.items():
             if len(entry.shape) >= 2 and (entry.shape[0], math.prod(entry.shape[1:])) in (shape, shape[::-1]):
-                stored = base[name]
-                if layer.proof.digest in (weight_digest(stored.flatten(1)), weight_digest(stored.flatten(1).mT)):
-                    return stored
+                weight = base[name]
+                if layer.proof.digest in (weight_digest(weight.flatten(1)), weight_digest(weight.flatten(1).mT)):
+                    return weight
         raise
-    return base[name]
-
-
-def _oriented(stored: Tensor, proof: Proof) -> tuple[Tensor, bool]:
-    if stored.shape[0] != stored.shape[1]:
-        return stored.mT, True
-    return (stored.mT, True) if weight_digest(stored.mT) == proof.digest else (stored, False)
 
 
 def _base_path(adapter: AdapterFolder, base: str | Path | None) -> str:
@@ -293,7 +280,7 @@ def merge(folder: str | Path, output: str | Path, base: str | Path | None = None
     from specbasis.adapter import peft_bridge  # noqa: F401  registers the method
 
     adapter = read_folder(folder)
-    place = _base_path(adapter, base)
+    location = Path(_base_path(adapter, base))
     mapping = adapter.config.get("auto_mapping") or {}
     task = _TASKS.get(str(adapter.config.get("task_type")), mapping.get("base_model_class", "AutoModel"))
     model_class = getattr(transformers, task, None)
@@ -307,15 +294,12 @@ def merge(folder: str | Path, output: str | Path, base: str | Path | None = None
         if name.endswith("weight") and task == _TASKS["SEQ_CLS"] and name.split(".")[0] in ("classifier", "score")
     ]
     options = {"num_labels": labels[-1]} if labels else {}
-    model = model_class.from_pretrained(place, dtype="auto", trust_remote_code=False, **options)
+    model = model_class.from_pretrained(str(location), dtype="auto", trust_remote_code=False, **options)
     merged = PeftModel.from_pretrained(model, str(folder)).merge_and_unload(safe_merge=True)
     output = Path(output)
     merged.save_pretrained(output)
-    for file in sorted(Path(place).iterdir()) if Path(place).is_dir() else []:
-        if (
-            file.is_file()
-            and not file.is_symlink()
-            and (file.name.startswith(("tokenizer", "vocab", "special_tokens", "spm", "merges")))
-        ):
+    tokenizer = ("tokenizer", "vocab", "special_tokens", "spm", "merges")
+    for file in sorted(location.iterdir()) if location.is_dir() else []:
+        if file.is_file() and not file.is_symlink() and file.name.startswith(tokenizer):
             shutil.copy2(file, output / file.name)
     return output

@@ -85,8 +85,8 @@ class SpectralLinear(AdaptedLayer):
         weight = self.merged_weight([*self.merged_adapters, *names])
         if safe_merge and not bool(torch.isfinite(weight).all()):
             raise ValueError(
-                f"NaNs detected in the merged weights of {self.module_name}. The adapter {', '.join(names)} "
-                "seems to be broken"
+                f"NaNs detected in the merged weights of {self.module_name}. The adapter {', '.join(names)} seems "
+                "to be broken"
             )
         original = innermost(self).weight
         if self._original is None:

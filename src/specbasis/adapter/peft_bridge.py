@@ -252,9 +252,8 @@ def _relative_signs(layer: SpectralLayer, new: str, old: str, start: int, stop: 
     products = (layer.spectral_U[new][:, start:stop] * layer.spectral_U[old]).sum(0)
     if not bool(((products.abs() - 1).abs() < 1e-4).all()):
         raise InputError(
-            f"{layer.module_name}: adapter {old!r} holds other singular vectors than the base gives now; add "
-            f"the adapters' "
-            "exported LoRA instead"
+            f"{layer.module_name}: adapter {old!r} holds other singular vectors than the base gives now; add the "
+            "adapters' exported LoRA instead"
         )
     return torch.sign(products)
 

@@ -35,7 +35,7 @@ class SpectralConfig(PeftConfig):
         init: "zero" (the model starts bit-equal to its base) or "normal" (small random coefficients).
         dropout: share of input features dropped on the adapter's path in training.
         save_basis: put U and Vh into the adapter file. Without, loading decomposes the base again and refuses if
-        any
+            any
             vector is not the trained one; the file is then little more than M.
         basis_file: a base-level basis file that many adapters share: read if it exists, written if not; or an
             existing folder, used as a cache of decompositions (`specbasis.jobs.cache.Cache`). Not saved.

@@ -34,9 +34,7 @@ class SpectralLayer(SpectralLinear, BaseTunerLayer):
         return self.layout.matrix(self.quantization_backend.get_base_weight(base).detach().float())
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Put the sum in place of the frozen weight; see `SpectralLinear.merge`. A quantised sum is rounded
-        again.
-        """
+        """As `SpectralLinear.merge`; a sum in a quantised layer is rounded again."""
         names = check_adapters_to_merge(self, adapter_names)
         backend = self.quantization_backend
         if names and backend is not None:
@@ -46,8 +44,7 @@ class SpectralLayer(SpectralLinear, BaseTunerLayer):
                 )
             warnings.warn(
                 f"{self.module_name}: the merged weight is quantised again with {backend.backend_name}; its "
-                f"rounding changes "
-                "the model. Merge into the unquantised base for an exact result",
+                "rounding changes the model. Merge into the unquantised base for an exact result",
                 stacklevel=2,
             )
         super().merge(safe_merge, names)
@@ -70,17 +67,14 @@ class SpectralLayer(SpectralLinear, BaseTunerLayer):
             return
         base = innermost(self)
         if self._kept is None:
-            # bitsandbytes keeps half of a quantised weight in the layer's state and PEFT rewrites the old
-            # weight's marks.
+            # bitsandbytes keeps half of a quantised weight in the layer's state; PEFT rewrites the weight's marks.
             self._kept = getattr(base, "state", None), dict(vars(self._original))
             if self._kept[0] is not None:
                 base.state = copy.copy(self._kept[0])
         self.quantization_backend.set_base_weight(self, weight)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Move an adapter's tensors next to the weight, and keep their dtype: float16 coefficients are other
-        ones.
-        """
+        """Move an adapter's tensors next to the weight, and keep their dtype: rounded ones are others."""
         device = device or self.stored_weight().device
         M = self.spectral_M
         if adapter_name in M and not M[adapter_name].is_meta:

@@ -76,8 +76,8 @@ def _check_heads(config: SpectralConfig, model: nn.Module, fresh: list[str], fil
     if doubtful:
         warnings.warn(
             f"{', '.join(doubtful)}: the adapter does not bring them, and this model does not tell whether they "
-            "came from a checkpoint; if not, predictions are random. Load the base with from_pretrained to "
-            "have it checked",
+            "came from a checkpoint; if not, predictions are random. Load the base with from_pretrained to have "
+            "it checked",
             stacklevel=2,
         )
 

@@ -11,6 +11,7 @@ off by more than 100 times the tolerance passes with probability below 10⁻¹³
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import math
@@ -162,8 +163,8 @@ def align(proof: Proof, basis: SVD, W: Float[Tensor, "out in"], name: str) -> SV
     """A recomputed basis with its signs set by the sketch, or a refusal.
 
     Raises:
-        InputError: W has another shape, or a vector or value differs from the trained one by more than
-        TOLERANCE; the
+        InputError: W has another shape, or a vector or value differs from the trained one by more than TOLERANCE;
+            the
             message says why (rounded base, other revision, near-equal singular values).
     """
     check_format(proof, W, name)
@@ -182,15 +183,7 @@ def align(proof: Proof, basis: SVD, W: Float[Tensor, "out in"], name: str) -> SV
             stacklevel=2,
         )
     sign = sign.to(basis.U.device, basis.U.dtype)
-    return SVD(
-        basis.U * sign,
-        basis.S,
-        basis.Vh * sign[:, None],
-        basis.spectrum,
-        basis.spectrum_error,
-        basis.residual,
-        basis.gap,
-    )
+    return dataclasses.replace(basis, U=basis.U * sign, Vh=basis.Vh * sign[:, None])
 
 
 def check_stored(
@@ -205,9 +198,8 @@ def check_stored(
     """Compare a basis that came with the adapter with its sketch and with the base weight.
 
     A basis of singular vectors (``singular``) must still nearly satisfy W v = σ u and Wᵀ u = σ v: within twice the
-    root-mean-square effect of rounding W to the coarser of its own and the trained dtype. Such a base is
-    accepted with
-    a warning, as the update itself is unchanged. Costs 8·out·in·r flops when the base is not bit-equal, else a
+    root-mean-square effect of rounding W to the coarser of its own and the trained dtype. Such a base is accepted
+    with a warning, as the update itself is unchanged. Costs 8·out·in·r flops when the base is not bit-equal, else a
     hash.
 
     Returns:
@@ -222,17 +214,15 @@ def check_stored(
     off = _distance(signs, (sketch(U), sketch(Vh.mT)), there)
     if not bool((off <= TOLERANCE).all()):
         raise InputError(
-            f"{name}: {int((~(off <= TOLERANCE)).sum())} of {len(off)} stored singular vectors differ from "
-            f"their sketch "
-            "in the same file; the adapter file is damaged: fetch or save it again"
+            f"{name}: {int((~(off <= TOLERANCE)).sum())} of {len(off)} stored singular vectors differ from their "
+            "sketch in the same file; the adapter file is damaged: fetch or save it again"
         )
     if weight_digest(W) == proof.digest:
         return True
     if not singular:  # a random basis or one of another model has no relation to W to be checked
         raise InputError(
             f"{name}: the base weight is not the one that the adapter was trained on; load the base of the same "
-            f"revision "
-            f"in {proof.dtype}"
+            f"revision in {proof.dtype}"
         )
     A = W.detach().to(U.device, torch.float64)
     u, vh, S = U.double(), Vh.double(), proof.S.to(U.device).double()
@@ -244,15 +234,12 @@ def check_stored(
         worst = int((residual / allowed).argmax())
         raise InputError(
             f"{name}: the stored singular vectors are not those of this base (rank "
-            f"{proof.interval[0] + worst + 1}: "
-            f"‖W v − σ u‖ = {residual[worst]:.2g}, rounding to {grid} explains {allowed[worst]:.2g}); it is "
-            f"another "
-            "model or revision: load the base that the adapter was trained on"
+            f"{proof.interval[0] + worst + 1}: ‖W v − σ u‖ = {residual[worst]:.2g}, rounding to {grid} explains "
+            f"{allowed[worst]:.2g}); it is another model or revision: load the base that the adapter was trained on"
         )
     warnings.warn(
         f"{name}: the base weight is a {grid} rounding of the one that the adapter was trained on "
-        f"({proof.dtype}); the "
-        "update is the trained one, the frozen weight is rounded",
+        f"({proof.dtype}); the update is the trained one, the frozen weight is rounded",
         stacklevel=2,
     )
     return False
@@ -268,9 +255,8 @@ def check_format(proof: Proof, W: Float[Tensor, "out in"], name: str) -> None:
         )
     if seed != SEED:
         raise InputError(
-            f"{name}: the sketch in the adapter file was made with seed {seed}, this version knows {SEED}; use "
-            f"the version "
-            "of specbasis that saved it"
+            f"{name}: the sketch in the adapter file was made with seed {seed}, this version knows {SEED}; use the "
+            "version of specbasis that saved it"
         )
     if proof.shape != tuple(W.shape):
         raise InputError(
@@ -280,9 +266,7 @@ def check_format(proof: Proof, W: Float[Tensor, "out in"], name: str) -> None:
 
 
 def _distance(sign: Tensor, here: tuple[Tensor, Tensor], there: tuple[Tensor, Tensor]) -> Tensor:
-    """Estimated distance of each pair (u, v) from the trained one: root mean square over the sketch's
-    directions.
-    """
+    """Estimated distance of each pair (u, v) from the trained one, as root mean square over the directions."""
     squares = [(sign[:, None] * a - b).square().sum(1) for a, b in zip(here, there, strict=True)]
     return (torch.stack(squares).sum(0) / (2 * COLUMNS)).sqrt()
 
@@ -291,28 +275,25 @@ def _reason(proof: Proof, basis: SVD, W: Tensor, off: Tensor, change: float, nam
     """Why a recomputed basis is not the trained one, in one line."""
     bad = ~(off <= TOLERANCE)
     worst = int(off.argmax())
-    start = (
+    text = (
         f"{name}: {int(bad.sum())} of {len(off)} singular vectors are not those that the adapter was trained in "
+        f"(rank {proof.interval[0] + worst + 1} is off by {off[worst]:.2g}, allowed {TOLERANCE:.1g}): "
     )
-    start += f"(rank {proof.interval[0] + worst + 1} is off by {off[worst]:.2g}, allowed {TOLERANCE:.1g}): "
     grid = _grid(W)
     if weight_digest(W) == proof.digest:
         gap = float(basis.relative_gap[worst])
         return (
-            start
-            + f"the weight is the same, but its singular values are too close to fix single vectors (relative gap "
-            f"{gap:.1g}); load an adapter that was saved with save_basis=True"
+            f"{text}the weight is the same, but its singular values are too close to fix single vectors "
+            f"(relative gap {gap:.1g}); load an adapter that was saved with save_basis=True"
         )
     if roundoff(grid) > roundoff(proof.dtype):
         return (
-            start + f"this base is rounded to {grid}, the adapter was trained on {proof.dtype}; load the base in "
+            f"{text}this base is rounded to {grid}, the adapter was trained on {proof.dtype}; load the base in "
             f"{proof.dtype}, or an adapter that was saved with save_basis=True"
         )
     return (
-        start
-        + f"the base weight is another one (singular values changed by up to {change:.2g} of the largest); load "
-        f"the "
-        "base that the adapter was trained on"
+        f"{text}the base weight is another one (singular values changed by up to {change:.2g} of the largest); "
+        "load the base that the adapter was trained on"
     )
 
 

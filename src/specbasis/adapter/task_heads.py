@@ -1,6 +1,4 @@
-"""What an adapter trains besides its cores: a task head or pooler that the base checkpoint lacks; and the
-counts.
-"""
+"""What is trained besides the cores: a task head or pooler that the base checkpoint lacks; and the counts."""
 
 from __future__ import annotations
 
@@ -50,11 +48,11 @@ def head_modules(model: nn.Module) -> list[str]:
 def _around_backbone(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Modules with parameters beside the backbone, and those directly below it."""
     backbone = getattr(model, "base_model", model)
-    found = [(name, module) for name, module in model.named_children() if module is not backbone]
+    around = [(name, module) for name, module in model.named_children() if module is not backbone]
     if isinstance(backbone, nn.Module) and backbone is not model:
         prefix = next((name for name, module in model.named_modules() if module is backbone), "")
-        found += [(f"{prefix}.{name}", module) for name, module in backbone.named_children()]
-    return [(name, module) for name, module in found if next(module.parameters(), None) is not None]
+        around += [(f"{prefix}.{name}", module) for name, module in backbone.named_children()]
+    return [(name, module) for name, module in around if next(module.parameters(), None) is not None]
 
 
 def _input_embeddings(model: nn.Module) -> set[int]:

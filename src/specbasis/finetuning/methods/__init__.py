@@ -17,8 +17,14 @@ from specbasis.finetuning.methods.kit import METHODS, Method, Request, method_na
 from specbasis.finetuning.methods.sites import ALL_LINEAR, FEED_FORWARD, Site, head_modules, sites
 from specbasis.finetuning.methods.spectral import TABLE_5
 
-for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")
+
+def import_methods() -> None:
+    """Import every file of this folder, so that the methods in it are known."""
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")
+
+
+import_methods()
 
 __all__ = [
     "ALL_LINEAR",
