@@ -23,15 +23,13 @@ class DriftCallback(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure and log; costs O(r²) for each layer."""
-        figures = drifts(kwargs["model"])
-        self.history.append({"step": state.global_step, **figures})
-        named = {f"spectral_drift/{name}": value for name, value in figures.items()}
-        for log in (
-            kwargs.get("logs"),
-            *state.log_history[-1:],
-        ):  # reporters read the first, the Trainer keeps the second
+        drift_of = drifts(kwargs["model"])
+        self.history.append({"step": state.global_step, **drift_of})
+        entries = {f"spectral_drift/{name}": value for name, value in drift_of.items()}
+        # Reporters read the first of these, and the Trainer keeps the second.
+        for log in (kwargs.get("logs"), *state.log_history[-1:]):
             if log is not None:
-                log.update(named)
+                log.update(entries)
 
 
 def drifts(model: nn.Module) -> dict[str, float]:

@@ -61,19 +61,15 @@ class SpectralModel(BaseTuner):
         except Exception:
             self._remove(adapter_name)
             raise
-        if config.basis_file and not Path(config.basis_file).exists():
-            layers = self.spectral_layers()
+        if config.basis_file and config.basis == "pretrained" and not Path(config.basis_file).exists():
+            layers = self.spectral_layers().items()
             own = {
-                name: layer.stored_basis(adapter_name)
-                for name, layer in layers.items()
-                if adapter_name in layer.adapters and layer.adapters[adapter_name].basis == "pretrained"
+                name: layer.stored_basis(adapter_name) for name, layer in layers if adapter_name in layer.adapters
             }
             save_bases(config.basis_file, own)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """Replace a submodule; a trained module saved whole may have parts instead of a weight, such as a
-        pooler.
-        """
+        """Replace a submodule; a trained module saved whole (a pooler) may have parts instead of a weight."""
         if isinstance(child, AuxiliaryTrainingWrapper):
             setattr(parent, child_name, new_module)
         else:
@@ -95,14 +91,14 @@ class SpectralModel(BaseTuner):
     @staticmethod
     def _check_target_module_exists(peft_config: SpectralConfig, key: str) -> Any:
         """Match a module name; unlike PEFT's own rule, the blocks also limit regular expressions and full names."""
-        found = check_target_module_exists(peft_config, key)
+        match = check_target_module_exists(peft_config, key)
         blocks = peft_config.blocks_to_transform
-        if not found or isinstance(found, _ExcludedModule) or blocks is None:
-            return found
+        if not match or isinstance(match, _ExcludedModule) or blocks is None:
+            return match
         lists = peft_config.layers_pattern or [r"[^.]*"]
         lists = [lists] if isinstance(lists, str) else lists
-        matches = (re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", key) for pattern in lists)
-        index = next((int(match[1]) for match in matches if match), None)
+        numbers = (re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", key) for pattern in lists)
+        index = next((int(number[1]) for number in numbers if number), None)
         return index is not None and index in ([blocks] if isinstance(blocks, int) else blocks)
 
     def _prepare_adapter_config(self, peft_config: SpectralConfig, model_config: dict[str, Any]) -> SpectralConfig:
@@ -200,22 +196,10 @@ class SpectralModel(BaseTuner):
             raise InputError(
                 f"{', '.join(adapters)} have different bases or scales: their coefficients cannot be added"
             )
-        parts = {
-            name: [
-                (weight, adapter)
-                for weight, adapter in zip(weights, adapters, strict=True)
-                if adapter in layer.adapters
-            ]
-            for name, layer in self.spectral_layers().items()
+        layers = {
+            name: layer for name, layer in self.spectral_layers().items() if set(adapters) & set(layer.adapters)
         }
-        unions = {
-            name: _union(
-                [layer.adapters[adapter].interval for _, adapter in parts[name]],
-                layer.adapters[parts[name][0][1]].basis,
-            )
-            for name, layer in self.spectral_layers().items()
-            if parts[name]
-        }
+        unions = {name: _union(layer, adapters, configs[0].basis) for name, layer in layers.items()}
         self.peft_config[adapter_name] = dataclasses.replace(
             configs[0],
             rank=None,
@@ -228,23 +212,19 @@ class SpectralModel(BaseTuner):
         )
         self.inject_adapter(self.model, adapter_name)
         with torch.no_grad():
-            for name, (k, _) in unions.items():
-                layer = self.spectral_layers()[name]
-                for weight, adapter in parts[name]:
-                    layer.settle(adapter)
-                    start, stop = (bound - k for bound in layer.adapters[adapter].interval)
-                    signs = _relative_signs(layer, adapter_name, adapter, start, stop)
-                    block = layer.spectral_M[adapter_name][start:stop, start:stop]
-                    block += weight * signs[:, None] * layer.spectral_M[adapter] * signs
-        active = adapter_name in self.active_adapters
-        for layer in self.spectral_layers().values():
-            if adapter_name in layer.adapters:
-                layer.spectral_M[adapter_name].requires_grad_(active)
+            for name, layer in layers.items():
+                for weight, adapter in zip(weights, adapters, strict=True):
+                    if adapter in layer.adapters:
+                        layer.settle(adapter)
+                        start, stop = (bound - unions[name][0] for bound in layer.adapters[adapter].interval)
+                        signs = _relative_signs(layer, adapter_name, adapter, start, stop)
+                        block = layer.spectral_M[adapter_name][start:stop, start:stop]
+                        block += weight * signs[:, None] * layer.spectral_M[adapter] * signs
+                layer.spectral_M[adapter_name].requires_grad_(adapter_name in self.active_adapters)
 
 
 def _relative_signs(layer: SpectralLayer, new: str, old: str, start: int, stop: int) -> Tensor:
-    """Sign of each vector of one adapter's basis relative to another's; refused where they are not the same
-    vectors.
+    """Sign of each vector of one adapter's basis relative to another's.
 
     Raises:
         InputError: the two adapters hold different vectors.
@@ -258,8 +238,10 @@ def _relative_signs(layer: SpectralLayer, new: str, old: str, start: int, stop: 
     return torch.sign(products)
 
 
-def _union(intervals: list[tuple[int, int]], basis: str) -> tuple[int, int]:
-    if basis.startswith("random") and len(set(intervals)) > 1:
+def _union(layer: SpectralLayer, adapters: list[str], basis: str) -> tuple[int, int]:
+    """The smallest interval that holds those of a layer's adapters."""
+    intervals = {layer.adapters[name].interval for name in adapters if name in layer.adapters}
+    if basis.startswith("random") and len(intervals) > 1:
         raise InputError(
             "random bases on different intervals are different vectors: their coefficients cannot be added"
         )
@@ -287,13 +269,13 @@ def register() -> None:
         PeftType._member_map_[NAME] = member
         PeftType._value2member_map_[NAME] = member
         type.__setattr__(PeftType, NAME, member)
-    known = PEFT_TYPE_TO_CONFIG_MAPPING.get(PeftType[NAME])
-    if known is None:
+    registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(PeftType[NAME])
+    if registered is None:
         register_peft_method(
             name=NAME.lower(), config_cls=SpectralConfig, model_cls=SpectralModel, prefix="spectral_"
         )
         PEFT_TYPE_TO_CONFIG_MAPPING[FILE_NAME] = SpectralConfig
-    elif known is not SpectralConfig:
+    elif registered is not SpectralConfig:
         raise InputError(f"peft {peft.__version__} has a method {NAME} of its own; upgrade specbasis")
 
 
