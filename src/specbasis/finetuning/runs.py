@@ -21,7 +21,7 @@ from specbasis.checkpoint.atomic import whole, write_whole, writing
 from specbasis.core.errors import InputError
 from specbasis.core.options import takes
 from specbasis.finetuning.metrics import Predictions
-from specbasis.finetuning.options import FinetuneOptions, Placement, Protocol, require_libraries
+from specbasis.finetuning.options import LIBRARIES, FinetuneOptions, Placement, Protocol, require_libraries
 from specbasis.finetuning.sources import load_task
 from specbasis.finetuning.tasks import Task, TaskData, selection_size, subset
 from specbasis.jobs.folder import Kind, environment, opened, plain, refuse_another, write_json
@@ -240,7 +240,7 @@ def _begin(folder: Path, config: Mapping[str, Any], alone: ExitStack, is_first: 
     if is_first:
         run = alone.enter_context(opened(folder, RUN, config))
         if "environment" not in run.manifest:
-            run.manifest["environment"] = environment(("transformers", "tokenizers", "accelerate"))
+            run.manifest["environment"] = environment(LIBRARIES)
             run.write_manifest()
     else:
         refuse_another(folder, RUN.noun, RUN.read(folder)["config"], json.loads(json.dumps(config)))

@@ -126,7 +126,9 @@ def run_formation(
     config = _config(plan)
     run = partial(run_cell, plan=plan, work=Path(out) / "work")
     wanted = plan.cells() if cells is None else cells
-    return run_experiments(wanted, run, out, config=config, workers=workers, progress=progress)
+    return run_experiments(
+        wanted, run, out, config=config, uses=("transformers",), workers=workers, progress=progress
+    )
 
 
 def run_cell(cell: dict[str, Any], *, plan: Formation, work: Path) -> dict[str, Any]:

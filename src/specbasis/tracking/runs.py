@@ -1,6 +1,4 @@
-"""The checkpoints of a training, in their order: found in a folder, on the Hub, or given; what is passed over is
-said.
-"""
+"""The checkpoints of a training in their order, from a folder, the Hub or a list, and what was passed over."""
 
 from __future__ import annotations
 
@@ -72,9 +70,7 @@ class Series:
 
     @property
     def steps(self) -> list[int]:
-        """A place on the axis of training for each: its step, where all have one and they ascend; else 0, 1, 2,
-        …
-        """
+        """Where each is on the axis of training: its step, if all have one and they ascend; else 0, 1, 2, …"""
         steps = [saved.step for saved in self.saved if saved.step is not None]
         ascending = all(a < b for a, b in pairwise(steps))
         return steps if len(steps) == len(self.saved) and ascending else list(range(len(self.saved)))
@@ -101,7 +97,7 @@ def open_series(run: Source | Sequence[Source], *, admits: Admits | None = None,
     Raises:
         InputError: fewer than two checkpoints can be read, or nothing is in common.
     """
-    listed, passed = _found(run) if isinstance(run, str | Path) else _given(run)
+    listed, passed = _numbered(run) if isinstance(run, str | Path) else (_given(run), [])
     opened: list[tuple[Saved, Checkpoint]] = []
     for saved in listed:
         try:
@@ -115,35 +111,32 @@ def open_series(run: Source | Sequence[Source], *, admits: Admits | None = None,
     kept = _without_copies(aligned, passed)
     if len(kept) < 2:
         why = f"; the first passed over: {passed[0].source}: {passed[0].reason}" if passed else ""
-        raise InputError(f"{_title(run)}: {len(kept)} checkpoint(s) to follow; want at least 2{why}")
-    chosen = tuple(one.saved for one in kept)
-    names = list(kept[0].matrices)
-    matrices = {name: tuple(one.matrices.get(name) for one in kept) for name in names}
-    missing = Counter(name for one in kept for name in names if name not in one.matrices)
-    notes = [*_gaps([one.step for one in chosen if one.step is not None])]
-    notes += [f"{name}: missing in {count} of {len(kept)} checkpoints" for name, count in missing.items()]
+        title = str(run) if isinstance(run, str | Path) else f"{len(run)} sources"
+        raise InputError(f"{title}: {len(kept)} checkpoint(s) to follow; want at least 2{why}")
+    followed = tuple(member.saved for member in kept)
+    matrices = {name: tuple(member.matrices.get(name) for member in kept) for name in kept[0].matrices}
+    notes = _gaps([checkpoint.step for checkpoint in followed if checkpoint.step is not None])
+    for name, refs in matrices.items():
+        if None in refs:
+            notes.append(f"{name}: missing in {refs.count(None)} of {len(kept)} checkpoints")
     return Series(
-        chosen,
-        tuple(unique_labels([one.source for one in chosen])),
-        tuple(one.checkpoint for one in kept),
+        followed,
+        tuple(unique_labels([checkpoint.source for checkpoint in followed])),
+        tuple(member.checkpoint for member in kept),
         matrices,
         tuple(passed),
         tuple(notes),
     )
 
 
-def _title(run: Source | Sequence[Source]) -> str:
-    return str(run) if isinstance(run, str | Path) else f"{len(run)} sources"
-
-
 # --- listing ----------------------------------------------------------------------------------------------------
 
 
-def _given(run: Sequence[Source]) -> tuple[list[Saved], list[PassedOver]]:
-    return [Saved(str(source), _step(re.split(r"[/@]", str(source))[-1])) for source in run], []
+def _given(run: Sequence[Source]) -> list[Saved]:
+    return [Saved(str(source), _step(re.split(r"[/@]", str(source))[-1])) for source in run]
 
 
-def _found(run: Source) -> tuple[list[Saved], list[PassedOver]]:
+def _numbered(run: Source) -> tuple[list[Saved], list[PassedOver]]:
     """The numbered checkpoints of a folder or repository, in the order of their numbers, each number once."""
     text = str(run)
     if text.startswith("hub:") and "*" in text:
@@ -179,14 +172,14 @@ def _found(run: Source) -> tuple[list[Saved], list[PassedOver]]:
 
 def _step(name: str) -> int | None:
     """The number behind "step" in a name, or the last number in it."""
-    found = re.findall(r"step\D{0,2}(\d+)", name, re.ASCII) or re.findall(r"\d+", name, re.ASCII)
-    return int(found[-1][:18]) if found else None
+    numbers = re.findall(r"step\D{0,2}(\d+)", name, re.ASCII) or re.findall(r"\d+", name, re.ASCII)
+    return int(numbers[-1][:18]) if numbers else None
 
 
 def _in_order(named: list[tuple[str, int | None]]) -> tuple[list[Saved], list[PassedOver]]:
     listed: dict[int | None, Saved] = {}
     passed: list[PassedOver] = []
-    for source, step in sorted(named, key=lambda one: (one[1] is None, one[1] or 0)):
+    for source, step in sorted(named, key=lambda pair: (pair[1] is None, pair[1] or 0)):
         if step in listed:
             passed.append(PassedOver(source, f"repeats step {step} of {listed[step].source}"))
         else:
@@ -219,12 +212,12 @@ class _Aligned:
     matrices: dict[str, MatrixRef]
 
     def digest(self, names: Sequence[str]) -> str:
-        found = hashlib.sha256()
+        digest = hashlib.sha256()
         for name in names:
             W = self.matrices[name].read(self.checkpoint).detach().cpu().contiguous()
-            found.update(f"{name} {W.dtype}".encode())
-            found.update(W.flatten().view(torch.uint8).numpy().data)
-        return found.hexdigest()
+            digest.update(f"{name} {W.dtype}".encode())
+            digest.update(W.flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
 
 def _aligned(
@@ -239,7 +232,7 @@ def _aligned(
         raise InputError(
             f"{first[0].source}: none of its matrices is asked for; ask for other roles, blocks or names"
         )
-    found = [_Aligned(*first, matrices)]
+    aligned = [_Aligned(*first, matrices)]
     for saved, checkpoint in others:
         try:
             matched: tuple[MatrixPair, ...] = pair(first[1], checkpoint, admits=admits).matched
@@ -248,31 +241,28 @@ def _aligned(
             continue
         refs = {m.key.name: m.tuned for m in matched if m.key.name in matrices}
         if refs:
-            found.append(_Aligned(saved, checkpoint, refs))
+            aligned.append(_Aligned(saved, checkpoint, refs))
         else:
             passed.append(PassedOver(saved.source, f"no matrix in common with {first[0].source}"))
-    return found
+    return aligned
 
 
 def _without_copies(aligned: Sequence[_Aligned], passed: list[PassedOver]) -> list[_Aligned]:
-    """Those whose matrices can be read and differ from every earlier one's: the last matrix first, all where it
-    agrees.
-    """
+    """Those whose matrices can be read and differ from each earlier one's: the last matrix, or all if it agrees."""
     kept: list[_Aligned] = []
     seen: dict[tuple[str, str], list[_Aligned]] = {}
-    for one in aligned:
-        names = list(one.matrices)
+    for member in aligned:
+        names, source = list(member.matrices), member.saved.source
         try:
-            alike = seen.setdefault((names[-1], one.digest(names[-1:])), [])
-            twin = next(
-                (a for a in alike if list(a.matrices) == names and a.digest(names) == one.digest(names)), None
-            )
+            alike = seen.setdefault((names[-1], member.digest(names[-1:])), [])
+            same = (a for a in alike if list(a.matrices) == names and a.digest(names) == member.digest(names))
+            twin = next(same, None)
         except InputError as error:
-            passed.append(PassedOver(one.saved.source, str(error)))
+            passed.append(PassedOver(source, str(error)))
             continue
         if twin is not None:
-            passed.append(PassedOver(one.saved.source, f"holds exactly what {twin.saved.source} holds"))
+            passed.append(PassedOver(source, f"holds exactly what {twin.saved.source} holds"))
             continue
-        alike.append(one)
-        kept.append(one)
+        alike.append(member)
+        kept.append(member)
     return kept
