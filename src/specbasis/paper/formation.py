@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from specbasis.checkpoint.atomic import write_whole
 from specbasis.jobs.experiments import Row
-from specbasis.paper.formation_claims import Claim, as_rows, claims, markdown
+from specbasis.jobs.folder import plain, write_json
+from specbasis.paper.formation_claims import Claim, claims, markdown
 from specbasis.paper.formation_figures import write_formation_figure
 from specbasis.paper.formation_grid import Formation
 from specbasis.paper.training import NEW_TASK, PRETRAINING
@@ -65,19 +65,17 @@ def cells_of(figure: str, plan: Formation) -> list[dict[str, Any]]:
 
 
 def write_outcome(figure: str, rows: Sequence[Row], folder: Path) -> tuple[list[Path], list[Claim]]:
-    """Draw a figure, and write every claim that the rows allow (`claims.json`, `claims.md`); returns the
-    figure's claims.
+    """Draw a figure, and write every claim that the rows allow (`claims.json`, `claims.md`).
+
+    Returns:
+        The files, and the claims that the figure is about.
 
     Raises:
         InputError: the rows hold nothing that the figure needs.
     """
     paths = write_formation_figure(figure, rows, folder)
-    found = claims(rows)
-    texts = {
-        "claims.json": json.dumps(as_rows(found), indent=1).replace("NaN", "null"),
-        "claims.md": markdown(found),
-    }
-    for name, text in texts.items():
-        write_whole(folder / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))
+    every = claims(rows)
+    write_json(folder / "claims.json", plain([asdict(claim) for claim in every]))
+    write_whole(folder / "claims.md", markdown(every))
     letters = FIGURES[figure][2]
-    return [*paths, *(folder / name for name in texts)], [one for one in found if one.claim.startswith(letters)]
+    return [*paths, folder / "claims.json", folder / "claims.md"], [c for c in every if c.claim.startswith(letters)]

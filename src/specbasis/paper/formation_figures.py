@@ -15,7 +15,7 @@ from specbasis.core.statistics import student_interval
 from specbasis.figures.kit import COLORS, QUIET, write_figure
 from specbasis.figures.tracking import between_checkpoints
 from specbasis.jobs.experiments import Row
-from specbasis.paper.formation_claims import GROUPS, Grid, curves, members
+from specbasis.paper.formation_rows import GROUPS, Grid, curves, members
 
 TITLES = {
     "same_task": "same task, held-out images",
@@ -47,7 +47,7 @@ def _fig4(grid: Grid) -> Figure:
     sizes = grid.families()[0][1] if grid.families() else _sizes(grid)[:1]
     largest = sizes[-1]
     runs = grid.of("pretrain", images=largest[0], steps=largest[1])
-    tables = [np.mean([one["between"] for one in row.values["ffn"].values()], axis=0) for row in runs]
+    tables = [np.mean([matrix["between"] for matrix in row.values["ffn"].values()], axis=0) for row in runs]
     title = f"A  pretraining on {_count(largest[0])} images ({_seeds(len(runs))})"
     between_checkpoints(figure, axes[0], np.mean(tables, axis=0), runs[0].values["steps"], title)
     for ax, letter, task in ((axes[1], "B", "true_labels"), (axes[2], "C", "same_task")):
@@ -142,8 +142,8 @@ def _line(ax: Axes, rows: Sequence[Row], group: str, color: str, title: str, das
 def _by_size(ax: Axes, rows: Sequence[Row], group: str, color: str, dash: Any) -> None:
     """Alignment against the size of the update, a line a cell."""
     for row in rows:
-        one = curves(row, group)
-        ax.plot(one.size.mean(axis=0), one.aligned.mean(axis=0), color=color, ls=dash, lw=1.0, alpha=0.8)
+        of = curves(row, group)
+        ax.plot(of.size.mean(axis=0), of.aligned.mean(axis=0), color=color, ls=dash, lw=1.0, alpha=0.8)
 
 
 def _finish(ax: Axes, grid: Grid, group: str, title: str) -> None:
@@ -153,7 +153,7 @@ def _finish(ax: Axes, grid: Grid, group: str, title: str) -> None:
 
 
 def _chance(grid: Grid, group: str) -> float:
-    return float(np.mean([one["chance"] for one in members(grid.of("pretrain")[0], group)]))
+    return float(np.mean([matrix["chance"] for matrix in members(grid.of("pretrain")[0], group)]))
 
 
 def _bars(ax: Axes, grid: Grid, group: str) -> None:
@@ -170,7 +170,7 @@ def _bars(ax: Axes, grid: Grid, group: str) -> None:
             names.append(name)
         ax.plot(
             names.index(name),
-            np.mean([one["first"][-1] for one in members(row, group)]),
+            np.mean([matrix["first"][-1] for matrix in members(row, group)]),
             "o",
             color=COLORS[0],
             ms=4,

