@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 
-import mpmath
 import numpy as np
 import pytest
 import scipy.linalg
@@ -15,7 +14,6 @@ from hypothesis import strategies as st
 from specbasis import InputError, NonFiniteError, decompose, low_rank_svd
 from specbasis.core.cosines import cosines
 from specbasis.core.gram import DEFLATE, IMPLIED
-from specbasis.core.krylov import approximate_svd
 from specbasis.core.residuals import PROBES
 from specbasis.core.svd import half_svd
 from tests.helpers.exact import exact_svd, sines, true_residuals, value_errors
@@ -59,23 +57,6 @@ def test_a_parameter_is_decomposed_outside_of_its_graph(recwarn):
         assert not held.requires_grad
     assert not recwarn.list
     assert W.requires_grad
-
-
-@pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("bad", [torch.ones(4, 2, dtype=torch.int64), torch.ones(4, 2, dtype=torch.complex64)])
-def test_a_product_needs_floating_factors(bad):
-    with pytest.raises(InputError, match="delta: got"):
-        low_rank_svd(bad, torch.ones(2, 3), name="delta")
-    with pytest.raises(InputError, match="delta: got"):
-        low_rank_svd(torch.ones(3, 4), bad, name="delta")
-
-
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.float16])
-def test_a_product_of_short_floats_is_exact(dtype):
-    B, A = gaussian(7, 3).to(dtype), gaussian(3, 5, 1).to(dtype)
-    short, wide = low_rank_svd(B, A), low_rank_svd(B.double(), A.double())
-    assert torch.equal(short.S, wide.S)
-    assert torch.equal(short.U, wide.U)
 
 
 # --- orthonormal vectors -----------------------------------------------------------------------------------------
@@ -519,78 +500,6 @@ def test_an_interval_outside_of_the_ranks_is_refused(k, m):
         decompose(gaussian(4, 6)).interval(k, m)
 
 
-# --- products ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("out", "r", "into"), [(12, 3, 9), (9, 3, 9), (4, 6, 9), (9, 6, 4), (1, 1, 5), (5, 1, 1)])
-def test_a_product_has_the_decomposition_of_its_dense_form(out, r, into):
-    B, A = gaussian(out, r), gaussian(r, into, 1)
-    d = low_rank_svd(B, A)
-    k = min(out, r, into)
-    assert d.U.shape == (out, k)
-    assert d.Vh.shape == (k, into)
-    dense = decompose(B @ A)
-    rounded = rounding((out, r, into), float(B.norm() * A.norm()))
-    assert ((d.S - dense.S[:k]).abs() <= d.spectrum_error[:k] + dense.spectrum_error[:k] + rounded).all()
-    assert d.spectrum[k:].tolist() == [0.0] * (min(out, into) - k)
-    assert float(dense.S[k:].sum()) <= rounded
-    assert float((d.matrix() - B @ A).norm()) <= rounded
-    assert d.gap.tolist() == pytest.approx(dense.gap[:k].tolist(), abs=2 * rounded)
-    sine = (d.U - dense.U[:, :k] * (d.U * dense.U[:, :k]).sum(dim=0)).norm(dim=0)
-    assert (sine <= math.sqrt(2) * (d.bound + dense.bound[:k] + rounded / d.gap)).all()
-
-
-@pytest.mark.parametrize("smallest", [1e-2, 1e-6, 1e-12])
-def test_the_bounds_of_a_product_hold_in_exact_arithmetic(smallest):
-    B = with_spectrum(log_spectrum(smallest, 3), 6, 3, 1)
-    A = with_spectrum([1.0, 0.7, 1e-3], 3, 5, 2)
-    d = low_rank_svd(B, A)
-    with mpmath.workdps(45):
-        U, S, Vh = mpmath.svd_r(mpmath.matrix(B.tolist()) * mpmath.matrix(A.tolist()))
-        errors = [float(abs(mpmath.mpf(float(s)) - e)) for s, e in zip(d.S, list(S)[:3], strict=True)]
-    assert (np.array(errors) <= d.spectrum_error.numpy()[:3]).all()
-    left, right = sines(d.U, U[:, :3]), sines(d.Vh.mT, Vh.T[:, :3])
-    assert (np.hypot(left, right) <= np.sqrt(2) * d.bound.numpy()).all()
-
-
-def test_a_product_is_never_formed():
-    d = low_rank_svd(gaussian(40_000, 2), gaussian(2, 50_000, 1))  # dense: 16 GB in float64
-    assert off_orthonormal(d.U) <= rounding(d.U.shape)
-    assert float(d.bound.max()) < 1e-9
-
-
-def test_an_update_that_has_not_moved_yet():
-    d = low_rank_svd(torch.zeros(7, 2), gaussian(2, 5))
-    assert (d.S == 0).all()
-    assert (d.bound == math.inf).all()
-    assert off_orthonormal(d.U) <= rounding(d.U.shape)
-    assert off_orthonormal(d.Vh.mT) <= rounding(d.Vh.shape)
-
-
-@pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize(
-    ("B", "A"),
-    [
-        (torch.ones(4, 2), torch.ones(3, 5)),
-        (torch.ones(4), torch.ones(4, 5)),
-        (torch.ones(4, 0), torch.ones(0, 5)),
-        (torch.ones(1, 4, 2), torch.ones(2, 5)),
-    ],
-)
-def test_factors_that_do_not_fit_are_refused(B, A):
-    with pytest.raises(InputError, match=r"^query\.lora: got shapes .*; want \(out, r\) and \(r, in\)"):
-        low_rank_svd(B, A, name="query.lora")
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_bad_entry_in_a_factor_is_refused(value):
-    B, A = gaussian(4, 2), gaussian(2, 5)
-    with pytest.raises(NonFiniteError, match=r"^query\.lora: "):
-        low_rank_svd(B * value, A, name="query.lora")
-    with pytest.raises(NonFiniteError, match=r"^query\.lora: "):
-        low_rank_svd(B, A * value, name="query.lora")
-
-
 # --- differences -------------------------------------------------------------------------------------------------
 
 
@@ -712,44 +621,6 @@ def test_a_matrix_of_zeros_takes_no_eigensolver(monkeypatch):
     assert d.S.tolist() == [0, 0, 0]
     assert off_orthonormal(d.U) == off_orthonormal(d.Vh.mT) == 0
     assert d.spectrum.tolist() == [0] * 4
-
-
-# --- the approximate way -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shape", [(300, 500), (500, 300), (300, 300)])
-@pytest.mark.parametrize("warm", [False, True])
-def test_the_iteration_gives_the_leading_ranks_with_a_true_certificate(monkeypatch, shape, warm):
-    W = weight_like(*shape).double()
-    T = W + 0.1 * gaussian(*shape, 5) / math.sqrt(sum(shape))
-    start = half_svd(W, 6).X if warm else None
-    monkeypatch.setattr("specbasis.core.krylov.half_svd", lambda *a, **k: pytest.fail("fell back"))
-    d = approximate_svd(T, 6, start=start)
-    U, S, Vh = np.linalg.svd(T.numpy(), full_matrices=False)
-    assert d.spectrum.numpy()[:6] == pytest.approx(S[:6], rel=1e-12)
-    assert len(d.spectrum) == 7
-    for side, X in (("left", U), ("right", Vh.T)):
-        cosine = np.abs((d.vectors(side).numpy() * X[:, :6]).sum(0))
-        assert (np.sqrt(1 - np.minimum(cosine, 1) ** 2) <= math.sqrt(2) * d.bound.numpy() + 1e-7).all()
-        assert (1 - cosine <= 1e-9).all()
-    assert (d.bound <= 1e-6).all()
-
-
-def test_where_the_iteration_does_not_converge_the_exact_way_is_taken():
-    W = gaussian(120, 150)  # no rank stands apart: as many steps as there are ranks
-    d, exact = approximate_svd(W, 15), decompose(W, 15)
-    torch.testing.assert_close(d.S, exact.S, rtol=1e-12, atol=0)
-    assert torch.equal(d.spectrum, exact.spectrum[:16])
-    assert torch.equal(d.bound, exact.bound)
-
-
-def test_the_iteration_may_meet_a_matrix_of_small_rank_or_none():
-    W = gaussian(90, 3, 1) @ gaussian(3, 120, 2)
-    d = approximate_svd(W, 3)
-    torch.testing.assert_close(d.svd().matrix(), W, rtol=0, atol=rounding((90, 120), float(d.S[0])))
-    assert approximate_svd(torch.zeros(20, 30), 2).S.tolist() == [0, 0]
-    with pytest.raises(NonFiniteError):
-        approximate_svd(torch.full((20, 30), math.nan), 2)
 
 
 @pytest.mark.parametrize("shape", [(64, 200), (200, 64)])
