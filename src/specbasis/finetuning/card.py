@@ -64,8 +64,8 @@ def model_card(config: Mapping[str, Any], metrics: Mapping[str, Any], task: Task
     return "\n".join(lines)
 
 
-def _forgetting(found: Mapping[str, Any]) -> str:
-    if not found["definition"]:
-        return f"Forgetting is not measured: {found['reason']}."
-    before, after = ("not finite" if found[when] is None else f"{found[when]:.4f}" for when in ("before", "after"))
-    return f"Loss on held-back text ({found['definition']}, {found['text']}): {before} before, {after} after."
+def _forgetting(loss: Mapping[str, Any]) -> str:
+    if not loss["definition"]:
+        return f"Forgetting is not measured: {loss['reason']}."
+    before, after = ("not finite" if loss[time] is None else f"{loss[time]:.4f}" for time in ("before", "after"))
+    return f"Loss on held-back text ({loss['definition']}, {loss['text']}): {before} before, {after} after."

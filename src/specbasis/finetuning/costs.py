@@ -27,9 +27,9 @@ def peak_memory() -> Iterator[Callable[[], int | None]]:
         before = torch.cuda.memory_allocated()
         yield lambda: int(torch.cuda.max_memory_allocated() - before)
         return
-    known = _trim_and_reset()
-    before = _status("VmRSS") if known else 0
-    yield lambda: _status("VmHWM") - before if known else None
+    restarted = _trim_and_reset()
+    before = _status("VmRSS") if restarted else 0
+    yield lambda: _status("VmHWM") - before if restarted else None
 
 
 def _trim_and_reset() -> bool:
@@ -46,8 +46,8 @@ def _trim_and_reset() -> bool:
 
 def _status(field: str) -> int:
     text = Path("/proc/self/status").read_text(encoding="ascii")
-    found = re.search(rf"^{field}:\s+(\d+) kB", text, re.MULTILINE)
-    return int(found[1]) * 1024 if found else 0
+    entry = re.search(rf"^{field}:\s+(\d+) kB", text, re.MULTILINE)
+    return int(entry[1]) * 1024 if entry else 0
 
 
 class Stopwatch(TrainerCallback):

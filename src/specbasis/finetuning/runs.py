@@ -23,6 +23,7 @@ from specbasis.core.options import takes
 from specbasis.finetuning.metrics import Predictions
 from specbasis.finetuning.options import LIBRARIES, FinetuneOptions, Placement, Protocol, require_libraries
 from specbasis.finetuning.sources import load_task
+from specbasis.finetuning.tables import lines
 from specbasis.finetuning.tasks import Task, TaskData, selection_size, subset
 from specbasis.jobs.folder import Kind, environment, opened, plain, refuse_another, write_json
 
@@ -87,8 +88,7 @@ def finetune(
 
     options = FinetuneOptions.of(None, keywords)
     _check_report(options.report_to)
-    chosen = method_named(method)
-    how, where = options.part(Protocol), options.part(Placement)
+    method = method_named(method).name
     if isinstance(task, TaskData):
         data = task
     else:
@@ -100,17 +100,18 @@ def finetune(
             label=options.label,
             regression=options.regression,
         )
-    how, data = resolved(how, chosen.name, data, options.examples)
+    protocol, data = resolved(options.part(Protocol), method, data, options.examples)
+    placement = options.part(Placement)
     config = {
         "base": str(base),
         "base_sha256": weights_sha256(open_checkpoint(base)),
         "task": data.task.name,
         "head": {name: getattr(data.task, name) for name in ("name", "title", "metrics", "labels", "images")},
         "data": data.digest,
-        "method": chosen.name,
+        "method": method,
         "seed": options.seed,
-        "protocol": dataclasses.asdict(how),
-        "placement": dataclasses.asdict(where),
+        "protocol": dataclasses.asdict(protocol),
+        "placement": dataclasses.asdict(placement),
         "cache_prefix": options.cache_prefix is not None,
     }
     folder = Path(out)
@@ -123,18 +124,9 @@ def finetune(
             return finished
         texts = held_back_texts(options.held_back, data, options.data_dir)
         run = Run(
-            base,
-            data,
-            chosen.name,
-            options.seed,
-            how,
-            where,
-            options.cache_prefix,
-            texts,
-            options.report_to,
-            callbacks,
+            base, data, method, options.seed, protocol, placement, options.cache_prefix, texts, options.report_to
         )
-        metrics = train(run, folder)
+        metrics = train(run, folder, callbacks)
         predictions = metrics.pop("predictions")
         metrics = plain(metrics)
         if is_main_process():
@@ -146,12 +138,12 @@ def finetune(
 def _check_report(report_to: str) -> None:
     from transformers.integrations import get_available_reporting_integrations
 
-    there = get_available_reporting_integrations()
-    unknown = [name for name in report_to.split(",") if name not in (*there, "all", "none")]
+    installed = get_available_reporting_integrations()
+    unknown = [name for name in report_to.split(",") if name not in (*installed, "all", "none")]
     if unknown:
         raise InputError(
             f"got report_to = {unknown[0]!r}; want none, or what is installed of what transformers reports to: "
-            f"{', '.join(there) or 'nothing is (pip install tensorboard)'}"
+            f"{', '.join(installed) or 'nothing is (pip install tensorboard)'}"
         )
 
 
@@ -161,16 +153,14 @@ def resolved(
     """The protocol with the method's own epochs and learning rate, and the data without what is chosen on."""
     from specbasis.finetuning.methods import METHODS
 
-    epochs, learning_rate = METHODS[method].recipe(data.task.name)
-    how = dataclasses.replace(
-        protocol,
-        epochs=protocol.epochs or epochs,
-        learning_rate=protocol.learning_rate or learning_rate,
+    epochs, rate = METHODS[method].recipe(data.task.name)
+    protocol = dataclasses.replace(
+        protocol, epochs=protocol.epochs or epochs, learning_rate=protocol.learning_rate or rate
     )
     if len(data.selection):
-        return how, data
-    held = selection_size(len(data.train)) if how.select == "best" else None
-    return how, subset(data, examples=examples, selection=held) if held or examples else data
+        return protocol, data
+    selection = selection_size(len(data.train)) if protocol.select == "best" else None
+    return protocol, subset(data, examples=examples, selection=selection) if selection or examples else data
 
 
 def load(folder: str | Path, base: str | Path | None = None) -> tuple[Any, Any]:
@@ -202,30 +192,27 @@ def load(folder: str | Path, base: str | Path | None = None) -> tuple[Any, Any]:
 
 
 def held_back_texts(
-    given: str | Path | Sequence[str] | None, data: TaskData, data_dir: str | Path | None
+    source: str | Path | Sequence[str] | None, data: TaskData, data_dir: str | Path | None
 ) -> tuple[str, Sequence[str]]:
-    """The texts that forgetting is measured on, and what they are.
+    """What the texts are that forgetting is measured on, and the texts.
 
     Raises:
         InputError: the file is not there, or holds no text.
     """
-    if given is not None and not isinstance(given, str | Path):
-        return "given texts", list(given)
-    if given is not None:
-        try:
-            texts = [one for one in Path(given).read_text(encoding="utf-8").split("\n") if one.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{given}: not readable text: {error}") from error
+    if isinstance(source, str | Path):
+        texts = [line for _, line in lines(Path(source)) if line.strip()]
         if len(texts) < 2:
-            raise InputError(f"{given}: holds {len(texts)} texts; want one a line, at least two")
-        return str(Path(given).name), texts
+            raise InputError(f"{source}: holds {len(texts)} texts; want one a line, at least two")
+        return Path(source).name, texts
+    if source is not None:
+        return "given texts", list(source)
     if data.task.images:
         return "", ()
     if data_dir is not None and (Path(data_dir).expanduser() / "RTE" / "dev.tsv").is_file():
-        held = load_task("rte", data_dir=data_dir).dev["dev"]
-        return "premises of RTE's dev set", sorted({inputs[0] for inputs in held.inputs})[:HELD_BACK]
-    first, split = next(iter(data.dev.items()))
-    return f"texts of {data.task.title}'s {first} set", [" ".join(inputs) for inputs in split.inputs[:HELD_BACK]]
+        rte = load_task("rte", data_dir=data_dir).dev["dev"]
+        return "premises of RTE's dev set", sorted({inputs[0] for inputs in rte.inputs})[:HELD_BACK]
+    name, split = next(iter(data.dev.items()))
+    return f"texts of {data.task.title}'s {name} set", [" ".join(inputs) for inputs in split.inputs[:HELD_BACK]]
 
 
 # --- the folder -------------------------------------------------------------------------------------------------

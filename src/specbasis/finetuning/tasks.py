@@ -197,15 +197,15 @@ def subset(data: TaskData, *, examples: int | None = None, selection: int | None
     Raises:
         InputError: train holds fewer.
     """
-    held, wanted, size = selection or 0, examples or 0, len(data.train)
-    if held + max(wanted, 1) > size:
+    first, size = selection or 0, len(data.train)
+    if first + (examples or 1) > size:
         raise InputError(
-            f"{data.task.title}: train holds {size} examples; got {held} to choose on and {examples or 'the rest'} "
-            "to train on"
+            f"{data.task.title}: train holds {size} examples; got {first} to choose on and "
+            f"{examples or 'the rest'} to train on"
         )
     order = data.train.by_content()
-    kept = order[held : held + wanted] if examples else order[held:]
-    return replace(data, train=data.train.take(sorted(kept)), selection=data.train.take(sorted(order[:held])))
+    rest = order[first : first + examples] if examples else order[first:]
+    return replace(data, train=data.train.take(sorted(rest)), selection=data.train.take(sorted(order[:first])))
 
 
 def selection_size(train: int) -> int:

@@ -49,7 +49,6 @@ class Run:
         cache_prefix: as of `finetune`.
         held_back: what the texts are that forgetting is measured on, and the texts.
         report_to: as of `finetune`.
-        callbacks: likewise.
         resumable: write a checkpoint at the end of every epoch, and go on from the last.
         scratch: begin from random weights instead of the base's.
     """
@@ -63,7 +62,6 @@ class Run:
     cache_prefix: str | Path | None = None
     held_back: tuple[str, Sequence[str]] = ("", ())
     report_to: str = "none"
-    callbacks: Sequence[TrainerCallback] = ()
     resumable: bool = True
     scratch: bool = False
 
@@ -73,7 +71,7 @@ class Run:
         return {**self.data.dev, **({"selection": self.data.selection} if len(self.data.selection) else {})}
 
 
-def train(run: Run, folder: Path) -> dict[str, Any]:
+def train(run: Run, folder: Path, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
     """Train, score, save the adapter into ``folder``, and return the metrics with the predictions."""
     data, protocol = run.data, run.protocol
     text, texts = run.held_back
@@ -85,7 +83,7 @@ def train(run: Run, folder: Path) -> dict[str, Any]:
             attached = attach(base.model, run.method, seed=run.seed, **vars(run.placement))
             watch = Stopwatch()
             with _trainer(run, base, attached, folder) as trainer:
-                for callback in (watch, *attached.callbacks, *run.callbacks):
+                for callback in (watch, *attached.callbacks, *callbacks):
                     trainer.add_callback(callback)
                 set_seed(run.seed)
                 trainer.train(resume_from_checkpoint=_last_checkpoint(folder) if run.resumable else None)

@@ -35,8 +35,8 @@ class LeanGather(TorchFunctionMode):
 def _gather(input: Tensor, dim: int, index: Tensor, **rest: Any) -> Tensor:
     if rest or not (torch.is_grad_enabled() and input.requires_grad):
         return torch.gather(input, dim, index, **rest)
-    found: Tensor = _Gather.apply(input, dim, index)  # type: ignore[no-untyped-call]
-    return found
+    output: Tensor = _Gather.apply(input, dim, index)  # type: ignore[no-untyped-call]
+    return output
 
 
 class _Gather(torch.autograd.Function):

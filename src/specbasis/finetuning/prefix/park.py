@@ -29,14 +29,14 @@ class Parked:
 
     def __init__(self, model: nn.Module, standing: Iterable[str], folder: Path) -> None:
         names = tuple(f"{name}." for name in standing)
-        held = {
+        parameters = {
             id(p): p for name, p in model.named_parameters(remove_duplicate=False) if f"{name}.".startswith(names)
         }
         used = {id(p) for n, p in model.named_parameters(remove_duplicate=False) if not f"{n}.".startswith(names)}
         self.parameters = [
             p
-            for at, p in held.items()
-            if at not in used and type(p) is nn.Parameter and not p.requires_grad and p.is_contiguous()
+            for key, p in parameters.items()
+            if key not in used and type(p) is nn.Parameter and not p.requires_grad and p.is_contiguous()
         ]
         self.folder = folder
         self.device: torch.device | None = None

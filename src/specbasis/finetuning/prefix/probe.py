@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
+from specbasis.checkpoint.entry import first_line
+
 _CARRIED = ("hidden_states", "attentions", "past_key_values", "cross_attentions", "loss")
 
 
@@ -54,8 +56,8 @@ def make_probe(model: nn.Module, rows: int, tokens: int) -> Probe:
     )
 
 
-def _token(given: Any) -> int | None:
-    token = given[0] if isinstance(given, list | tuple) and given else given
+def _token(setting: Any) -> int | None:
+    token = setting[0] if isinstance(setting, list | tuple) and setting else setting
     return token if isinstance(token, int) and token >= 0 else None
 
 
@@ -204,5 +206,4 @@ def probing(model: nn.Module) -> Iterator[None]:
 
 def one_line(error: Exception) -> str:
     """An error of somebody else's code in one line."""
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return f"{type(error).__name__}: {text}"[:200]
+    return f"{type(error).__name__}: {first_line(error)}"

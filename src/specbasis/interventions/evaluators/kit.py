@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from specbasis.checkpoint.entry import first_line
 from specbasis.core.errors import InputError
 from specbasis.interventions.samples import Sample
 
@@ -133,8 +134,7 @@ def pretrained(auto_class: Any, source: str) -> nn.Module:
     try:
         model: nn.Module = auto_class.from_pretrained(address(source), trust_remote_code=False, dtype="auto")
     except (OSError, ValueError, KeyError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{source}: transformers cannot load it ({first})") from error
+        raise InputError(f"{source}: transformers cannot load it ({first_line(error)})") from error
     return model.eval()
 
 
