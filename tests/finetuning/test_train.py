@@ -252,7 +252,7 @@ def test_a_folder_of_images_is_a_task(tmp_path):
         ({"method": "lorra"}, "got method 'lorra'; want one of"),
         ({"epochs": -1}, "got epochs = -1; want a positive number"),
         ({"precision": "fp8"}, "got precision = 'fp8'; want one of float32, bf16, fp16"),
-        ({"warm_up": 1}, "got 'warm_up'; want fields of Protocol"),
+        ({"warm_up": 1}, "no option 'warm_up'; did you mean warmup\\?"),
         ({"rank": 400}, "got rank = 400; the smallest adapted matrix has 16 singular values"),
         ({"blocks": [9]}, r"got block \[9\]"),
         ({"seed": -1}, "got seed = -1; want a number in 0"),
