@@ -20,7 +20,6 @@ from specbasis.cli.population import modalities
 from specbasis.core.errors import InputError
 from specbasis.core.extras import require
 from specbasis.core.grammar import words
-from specbasis.figures.table import Column, Table
 from specbasis.paper.options import (
     FormationOptions,
     GlueOptions,
@@ -31,6 +30,7 @@ from specbasis.paper.options import (
 )
 
 if TYPE_CHECKING:
+    from specbasis.figures.table import Table
     from specbasis.finetuning.grid import Setting
     from specbasis.paper.formation_claims import Claim
     from specbasis.paper.formation_grid import Formation
@@ -330,6 +330,8 @@ def _plan(options: FormationOptions) -> Formation:
 
 
 def _claims(claims: Sequence[Claim]) -> Table:
+    from specbasis.figures.table import Column, Table
+
     columns = (
         *(Column(name, words=True) for name in ("claim", "setting", "matrices")),
         Column("effect", "+.3f"),

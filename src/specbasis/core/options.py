@@ -102,10 +102,15 @@ O = TypeVar("O", bound=Options)  # noqa: E741 - a type
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+_RULES: dict[type[Options], dict[str, tuple[Rule, Any]]] = {}
+
+
 def rules(kind: type[Options]) -> dict[str, tuple[Rule, Any]]:
     """Name → rule and type of each field of a class of options."""
-    hints = get_type_hints(kind)
-    return {f.name: (f.metadata["rule"], hints[f.name]) for f in fields(kind) if "rule" in f.metadata}
+    if kind not in _RULES:
+        hints = get_type_hints(kind)
+        _RULES[kind] = {f.name: (f.metadata["rule"], hints[f.name]) for f in fields(kind) if "rule" in f.metadata}
+    return _RULES[kind]
 
 
 def default(kind: type[Options], name: str) -> Any:
