@@ -77,15 +77,15 @@ def sharing(
     Raises:
         InputError: no swap in the rows.
     """
-    found = [row for row in rows if row.error is None and row.experiment["kind"] != BASELINE]
+    edits = [row for row in rows if row.error is None and row.experiment["kind"] != BASELINE]
     table: list[Shared] = []
-    for row in found:
-        cell = row.experiment
-        if cell["kind"] != "swap" or cell["source"] == cell["tuned"]:
+    for row in edits:
+        swap = row.experiment
+        if swap["kind"] != "swap" or swap["source"] == swap["tuned"]:
             continue
-        metric = metrics[cell["tuned"]]
+        metric = metrics[swap["tuned"]]
         sign = -1.0 if metric.endswith(tuple(lower_is_better)) else 1.0
-        controls = [other for other in found if _is_control(other.experiment, cell)]
+        controls = [other for other in edits if _is_control(other.experiment, swap)]
         # A swap that changes no weight is one between equal models, and says nothing about sharing.
         if not controls or f"{metric}.change_low" not in row.values or row.values["size"] == 0:
             continue
@@ -95,21 +95,17 @@ def sharing(
         ends = sorted(sign * row.values[f"{metric}.change_{end}"] for end in ("low", "high"))
         # The larger the loss by the swap against that by random vectors, the smaller the index.
         index, low, high = (1 - value / random if harmful else None for value in (change, *ends))
-        over = (overlaps or {}).get((cell["tuned"], cell["source"], cell["roles"], cell["ranks"]), (None, None))
-        table.append(
-            Shared(
-                cell["tuned"], cell["source"], cell["roles"], cell["ranks"], change, random, index, low, high,
-                row.values["size"], *over,
-            )
-        )  # fmt: skip
+        key = (swap["tuned"], swap["source"], swap["roles"], swap["ranks"])
+        overlap = (overlaps or {}).get(key, (None, None))
+        table.append(Shared(*key, change, random, index, low, high, row.values["size"], *overlap))
     if not table:
         raise InputError("no swap with its random control in these rows; run the kinds swap and random")
     return table
 
 
-def _is_control(cell: Mapping[str, Any], swap: Mapping[str, Any]) -> bool:
+def _is_control(experiment: Mapping[str, Any], swap: Mapping[str, Any]) -> bool:
     same = ("tuned", "roles", "blocks", "ranks", "sides")
-    return cell["kind"] == "random" and all(cell[name] == swap[name] for name in same)
+    return experiment["kind"] == "random" and all(experiment[name] == swap[name] for name in same)
 
 
 def overlaps(
@@ -139,24 +135,24 @@ def overlaps(
     sizes = [n for n in ranks if isinstance(n, int) and n > 0]
     sums: dict[tuple[str, str, str, int | str], list[tuple[float, float]]] = {}
     for group in roles:
-        matched = {label: pair(base, opened[label], admits=admitted(group, blocks)).matched for label in models}
-        names = set.intersection(*({m.key.name for m in each} for each in matched.values()))
-        for name in sorted(names):
+        admits = admitted(group, blocks)
+        refs = {
+            label: {m.key.name: m.tuned for m in pair(base, checkpoint, admits=admits).matched}
+            for label, checkpoint in opened.items()
+        }
+        for name in sorted(set.intersection(*map(set, refs.values()))):
             if progress is not None:
                 progress(name)
-            factor = {}
-            for label, each in matched.items():
-                m = next(m for m in each if m.key.name == name)
-                factor[label] = decomposed(m.tuned.read(opened[label]), name)
+            factor = {label: decomposed(refs[label][name].read(opened[label]), name) for label in models}
             for (tuned, a), (source, b) in permutations(factor.items(), 2):
-                for k in sizes:
-                    k_here = min(k, len(a.S))
-                    pairs = ((a.U, b.U), (a.Vh.mT, b.Vh.mT))
-                    value = math.fsum(subspace_overlap(x[:, :k_here], y[:, :k_here]) for x, y in pairs) / 2
-                    chance = math.fsum(k_here / len(x) for x, _ in pairs) / 2
-                    sums.setdefault((tuned, source, group, k), []).append((value, chance))
-    return {key: (float(np.mean([v for v, _ in each])), float(np.mean([c for _, c in each])))
-            for key, each in sums.items()}  # fmt: skip
+                for size in sizes:
+                    k = min(size, len(a.S))
+                    sides = ((a.U, b.U), (a.Vh.mT, b.Vh.mT))
+                    value = math.fsum(subspace_overlap(x[:, :k], y[:, :k]) for x, y in sides) / 2
+                    chance = math.fsum(k / len(x) for x, _ in sides) / 2
+                    sums.setdefault((tuned, source, group, size), []).append((value, chance))
+    columns = {key: zip(*pairs, strict=True) for key, pairs in sums.items()}
+    return {key: (float(np.mean(values)), float(np.mean(chances))) for key, (values, chances) in columns.items()}
 
 
 def rank_correlation(table: Sequence[Shared], x: str, y: str) -> tuple[float, int]:

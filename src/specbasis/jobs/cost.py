@@ -7,6 +7,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -14,7 +15,9 @@ from pathlib import Path
 import torch
 
 from specbasis.core.blocks import BLOCK_BYTES
+from specbasis.core.errors import InputError
 from specbasis.core.svd import half_svd
+from specbasis.jobs.folder import write_json
 from specbasis.measures.measure import Measure
 from specbasis.measures.table import needed, reads
 
@@ -105,11 +108,8 @@ def rates() -> Rates:
     except (OSError, ValueError, KeyError, TypeError):
         kept = {}
     measured = _measure()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({**kept, key: asdict(measured)}, indent=1), encoding="utf-8")
-    except OSError:
-        pass  # a home that cannot be written: measured again next time
+    with suppress(InputError):  # a home that cannot be written: measured again next time
+        write_json(path, {**kept, key: asdict(measured)})
     return measured
 
 

@@ -230,11 +230,9 @@ def _run(job: Job) -> Any:
 
 def free_memory() -> int:
     """Bytes that this process may still take: what the machine has available, or its control group leaves."""
-    found = [_available()]
     limit, current = (_number(Path("/sys/fs/cgroup") / f"memory.{name}") for name in ("max", "current"))
-    if limit is not None and current is not None:
-        found.append(limit - current)
-    return max(0, min(found))
+    available = _available()
+    return available if limit is None or current is None else max(0, min(available, limit - current))
 
 
 def _available() -> int:
