@@ -11,7 +11,8 @@ import torch
 
 import specbasis
 from specbasis.comparison.comparison import Comparison
-from specbasis.comparison.population import cells, correlate, gather, read_scores, units
+from specbasis.comparison.correlations import correlate, read_scores, units
+from specbasis.comparison.population import cells, gather
 from specbasis.comparison.population import population as run
 from specbasis.core.errors import InputError
 from tests.pico import bert_state, finetuned, write
@@ -107,7 +108,7 @@ def test_scores_that_cannot_be_read(tmp_path: Path, text: str, column: str, said
 def test_scores_of_nobody_and_folders_of_nothing(family: Comparison, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no pair has a score"):
         run([family], scores={"other": 1.0})
-    with pytest.raises(InputError, match="no results here"):
+    with pytest.raises(InputError, match="no comparison here"):
         run([tmp_path])
     (tmp_path / "s.csv").write_text("model,acc\nt0,0.5\nt1,\n")
     assert read_scores(tmp_path / "s.csv") == ({"t0": 0.5}, "acc")

@@ -36,8 +36,8 @@ def population(
     """Summarise many comparisons, and correlate alignment, by depth and rank, with scores."""
     from specbasis.architecture.selection import check_roles
     from specbasis.cli.tables import print_population
+    from specbasis.comparison.correlations import read_scores
     from specbasis.comparison.population import population as run
-    from specbasis.comparison.population import read_scores
     from specbasis.jobs.folder import plain
 
     check_roles(words(roles))

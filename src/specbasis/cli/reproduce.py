@@ -133,7 +133,7 @@ def _from_rows(
     column: COLUMN = "",
 ) -> None:
     from specbasis.comparison.compare import compare
-    from specbasis.comparison.population import read_scores
+    from specbasis.comparison.correlations import read_scores
     from specbasis.paper.figures import reproduce
 
     paths, modality = modalities(results)

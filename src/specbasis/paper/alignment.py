@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from specbasis.comparison.population import DEPTHS, Correlation
+from specbasis.comparison.correlations import Correlation
+from specbasis.comparison.population import DEPTHS
 from specbasis.figures import kit
 from specbasis.figures.data import SIDES
 from specbasis.figures.kit import Axes, Figure

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from specbasis.comparison.population import DEPTHS, Member, Population, units
+from specbasis.comparison.correlations import units
+from specbasis.comparison.population import DEPTHS, Member, Population
 from specbasis.core.statistics import cluster_bootstrap
 from specbasis.figures import kit
 from specbasis.figures.data import Pair, quantiles
