@@ -154,7 +154,7 @@ def pages(comparisons: Callable[[str], Comparison]) -> Callable[[str], Path]:
         if case not in made:
             c = comparisons(case)
             made[case] = c.folder / "page.html"
-            made[case].write_bytes(render(c, read_pairs(c.rows, c.pairs)))
+            made[case].write_bytes(render(c, read_pairs(c)))
         return made[case]
 
     return get

@@ -21,13 +21,13 @@ def frame_of(comparison: Comparison, pair: str, measure: str) -> pd.DataFrame:
 
 
 def pair_of(comparison: Comparison, i: int = 0) -> Pair:
-    return read_pairs(comparison.rows, comparison.pairs)[i]
+    return read_pairs(comparison)[i]
 
 
 @pytest.mark.parametrize("case", ["two_pairs", "degenerate", "single_small", "many_matrices"])
 def test_series_hold_the_rows(comparisons: Callable[[str], Comparison], case: str) -> None:
     comparison = comparisons(case)
-    for pair in read_pairs(comparison.rows, comparison.pairs):
+    for pair in read_pairs(comparison):
         assert pair.matrices["name"] == [
             name
             for name in comparison.manifest["pairs"][pair.label]["matrices"]

@@ -112,7 +112,7 @@ def test_equal_rows_give_an_equal_page(
     comparisons: Callable[[str], Comparison], pages: Callable[[str], Path]
 ) -> None:
     comparison = comparisons("hostile")
-    again = render(comparison, read_pairs(comparison.rows, comparison.pairs))
+    again = render(comparison, read_pairs(comparison))
     assert again == pages("hostile").read_bytes()
 
 

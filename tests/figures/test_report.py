@@ -34,7 +34,7 @@ def test_the_folder_holds_the_page_and_every_figure_in_both_formats(
     page = comparison.report(tmp_path / "new" / "page.html")
     assert page == tmp_path / "new" / "page.html"
     figures = sorted((tmp_path / "new" / "figures").iterdir())
-    pairs = read_pairs(comparison.rows, comparison.pairs)
+    pairs = read_pairs(comparison)
     once = [d for d in DRAWINGS.values() if d.over_pairs]
     asked = sum(d.has(pair) for pair in pairs for d in DRAWINGS.values() if d.on_request)
     each = len(DRAWINGS) - len(once) - sum(d.on_request for d in DRAWINGS.values())
@@ -56,7 +56,7 @@ def test_equal_rows_give_equal_figures(comparisons: Callable[[str], Comparison])
     comparison = comparisons("single_small")
 
     def files() -> dict[str, bytes]:
-        return dict(draw(read_pairs(comparison.rows, comparison.pairs)))
+        return dict(draw(read_pairs(comparison)))
 
     first, second = files(), files()
     assert first == second
@@ -155,7 +155,7 @@ def test_a_function_with_the_decorator_is_a_figure_of_every_report(
     try:
         comparisons("two_pairs").report(tmp_path / "page.html")
         few = specbasis.compare(*CASES["single_small"]()[:1], {"weight": torch.ones(7, 3)}, measures=["alignment*"])
-        assert "distance" in missing(read_pairs(few.rows, few.pairs))
+        assert "distance" in missing(read_pairs(few))
     finally:
         del DRAWINGS["spectral_distance"]
     names = {path.name for path in (tmp_path / "figures").iterdir()}

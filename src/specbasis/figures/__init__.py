@@ -36,8 +36,7 @@ def write_report(comparison: Comparison, path: Path) -> Path:
 
     if path.is_dir():
         raise InputError(f"{path}: is a folder; want the file for the page, such as {path / 'report.html'}")
-    own = tuple(measure["name"] for measure in comparison.manifest.get("measures", []))
-    pairs = read_pairs(comparison.rows, comparison.pairs, own)
+    pairs = read_pairs(comparison)
     write_whole(path, render(comparison, pairs))
     for name, content in draw(pairs):
         write_whole(path.parent / "figures" / name, content)

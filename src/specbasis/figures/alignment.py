@@ -130,9 +130,9 @@ def size_alone(pair: Pair) -> Figure:
             kit.band(ax, *values, color=kit.COLORS[i], dash=kit.DASHES[i], width=1.6, label=name, **look)
         _alignment_axes(ax, side)
     handles, names = axes[0].get_legend_handles_labels()
-    known = {name: handle for handle, name in zip(handles, names, strict=True) if not name.startswith("_")}
+    entries = {name: handle for handle, name in zip(handles, names, strict=True) if not name.startswith("_")}
     chance = Line2D([], [], color=kit.QUIET, lw=0.9, ls=kit.REFERENCE)
-    kit.legend_below(figure, [*known.values(), chance], [*known, "chance"], 3)
+    kit.legend_below(figure, [*entries.values(), chance], [*entries, "chance"], 3)
     return figure
 
 
@@ -144,11 +144,11 @@ def heads(pair: Pair) -> Figure:
     from matplotlib.ticker import MaxNLocator
 
     series = pair.measure("head_rotation")
-    rotation, known = series.dense(), series.lengths > 0
+    rotation, has_heads = series.dense(), series.lengths > 0
     groups = [
-        (f"{stack} {role}".strip(), [m for m in members if known[m]])
+        (f"{stack} {role}".strip(), [m for m in members if has_heads[m]])
         for stack, role, members in pair.panels()
-        if known[members].any()
+        if has_heads[members].any()
     ]
     across = min(4, len(groups))
     most = max(len(members) for _, members in groups)

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from specbasis.architecture.key import ROLES
+from specbasis.comparison.comparison import Comparison
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -267,9 +268,15 @@ class Pair:
         return [entry for entry in levels if np.isfinite(entry[1])]
 
 
-def read_pairs(rows: pa.Table, labels: list[str], own: tuple[str, ...] = ()) -> list[Pair]:
-    """The pairs with these labels, each with its matrices in the order of the rows."""
-    return [replace(_pair(label, rows.filter(pc.field("pair") == label)), own=own) for label in labels]
+def read_pairs(comparison: Comparison) -> list[Pair]:
+    """Every pair that has rows."""
+    return [read_pair(comparison, label) for label in comparison.pairs]
+
+
+def read_pair(comparison: Comparison, label: str) -> Pair:
+    """The rows of one pair, with its matrices in the order of the rows."""
+    own = tuple(measure["name"] for measure in comparison.manifest.get("measures", []))
+    return replace(_pair(label, comparison.facts[label].rows), own=own)
 
 
 def _pair(label: str, rows: pa.Table) -> Pair:

@@ -336,10 +336,10 @@ def _shared(
         measured = overlaps(models, groups, sizes, factors=lambda W, name: factors.decompose(W, name=name))
         entries = [[*key, *value] for key, value in measured.items()]
         write_whole(path, json.dumps(entries, indent=0, ensure_ascii=False) + "\n")
-    known = {}
+    kept = {}
     if path.exists():
         try:
-            known = {(a, b, c, d): (x, y) for a, b, c, d, x, y in json.loads(path.read_text(encoding="utf-8"))}
+            kept = {(a, b, c, d): (x, y) for a, b, c, d, x, y in json.loads(path.read_text(encoding="utf-8"))}
         except (ValueError, TypeError) as error:
             raise InputError(f"{path}: is damaged ({error}); delete it and run the grid again") from error
-    return sharing(rows, metrics, overlaps=known)
+    return sharing(rows, metrics, overlaps=kept)

@@ -28,15 +28,15 @@ def ratio_against_alignment(pair: Pair) -> Figure:
             aligned = pair.at_rank(f"alignment_{side}", rank)
             update = pair.at_rank(f"update_alignment_{side}", rank)
             drawn = np.isfinite(ratio) & (ratio > 0) & np.isfinite(aligned)
-            known = drawn & np.isfinite(update)
+            coloured = drawn & np.isfinite(update)
             if drawn.any():
                 kit.logarithmic(ax, "x")
             else:
                 kit.nothing(ax, "no update")
-            if known.any():
-                dots = kit.scatter(ax, ratio[known], aligned[known], update[known])
-            unknown = drawn & ~known
-            ax.scatter(ratio[unknown], aligned[unknown], facecolor="none", edgecolor=kit.QUIET, s=26)
+            if coloured.any():
+                dots = kit.scatter(ax, ratio[coloured], aligned[coloured], update[coloured])
+            uncoloured = drawn & ~coloured
+            ax.scatter(ratio[uncoloured], aligned[uncoloured], facecolor="none", edgecolor=kit.QUIET, s=26)
             ax.set(title=f"rank {rank}, {side}", ylim=(-0.03, 1.05))
             kit.few_decades(ax)
             ax.tick_params(labelleft=ax is row[0])
@@ -104,10 +104,10 @@ def values_and_vectors(pair: Pair) -> Figure:
             {"c": kit.QUIET, "marker": "x"},
         )
         for (name, values), look in zip(changes.items(), looks, strict=True):
-            known = np.isfinite(size) & np.isfinite(values) & (size > 0) & (values > 0)
-            if known.any():
-                drawn += [size[known], values[known]]
-                ax.scatter(size[known], values[known], label=name, s=20, linewidth=1.0, **look)
+            positive = np.isfinite(size) & np.isfinite(values) & (size > 0) & (values > 0)
+            if positive.any():
+                drawn += [size[positive], values[positive]]
+                ax.scatter(size[positive], values[positive], label=name, s=20, linewidth=1.0, **look)
         numbers = np.concatenate(drawn)
         if len(numbers):
             ends = np.array([numbers.min() / 1.3, numbers.max() * 1.3])

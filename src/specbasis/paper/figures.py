@@ -19,7 +19,7 @@ from specbasis.checkpoint.atomic import write_whole
 from specbasis.comparison.comparison import Comparison
 from specbasis.comparison.population import gather, population
 from specbasis.core.errors import InputError, unknown
-from specbasis.figures.data import read_pairs
+from specbasis.figures.data import read_pair
 from specbasis.figures.kit import render
 from specbasis.figures.table import Table
 from specbasis.jobs.folder import plain
@@ -63,23 +63,23 @@ def reproduce(
         raise unknown("figure", name, RECIPES)
     recipe = RECIPES[name]
     # A finetuned model of the paper, by each label that it may have, has a modality and perhaps a printed score.
-    known = {
+    entries = {
         label: entry for entry in zoo().pairs for label in (entry.name, entry.tuned.rpartition("/")[2], entry.tuned)
     }
     members = [
-        replace(m, modality=known[m.pair].modality) if not m.modality and m.pair in known else m
+        replace(m, modality=entries[m.pair].modality) if not m.modality and m.pair in entries else m
         for m in gather(results, modality or {})
     ]
     if recipe.modality and any(m.modality == recipe.modality for m in members):
         members = [m for m in members if m.modality == recipe.modality]
     scored = None
     if recipe.scored:
-        printed = {m.name: known[m.pair].accuracy for m in members if m.pair in known}
+        printed = {m.name: entries[m.pair].accuracy for m in members if m.pair in entries}
         given = {n: s for n, s in printed.items() if s is not None} | dict(scores or {})
         scored = population(results, scores=given, score="score", modality={m.name: m.modality for m in members})
     groups: dict[str, list[Model]] = {}
     for m in members:
-        groups.setdefault(m.modality, []).append(Model(m, read_pairs(m.comparison.rows, [m.pair])[0]))
+        groups.setdefault(m.modality, []).append(Model(m, read_pair(m.comparison, m.pair)))
     material = Material(groups, scored)
     _require(recipe, material)
     return _write(recipe, material, Path(out))

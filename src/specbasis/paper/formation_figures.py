@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from specbasis.core.errors import InputError
 from specbasis.core.statistics import student_interval
-from specbasis.figures.kit import COLORS, QUIET, write_figure
+from specbasis.figures import kit
+from specbasis.figures.kit import COLORS, Axes, Figure
 from specbasis.figures.tracking import between_checkpoints
 from specbasis.jobs.experiments import Row
 from specbasis.paper.formation_rows import GROUPS, Grid, curves, members
@@ -36,19 +35,18 @@ def write_formation_figure(name: str, rows: Sequence[Row], folder: Path) -> list
     grid = Grid([row for row in rows if row.error is None])
     if not grid.of("pretrain"):
         raise InputError("no pretraining of this grid has ended; run more of it")
-    return write_figure(folder / f"{name}.png", lambda: FIGURES[name](grid))
+    return kit.write_figure(folder / f"{name}.png", lambda: FIGURES[name](grid))
 
 
 def _fig4(grid: Grid) -> Figure:
     """A: between the checkpoints of pretraining; B, C: after it, smallest and largest set."""
-    figure = Figure(figsize=(12.5, 3.9), layout="constrained")
-    figure.suptitle("Final block's feed-forward matrices, mean of the leading 10 ranks and both sides")
-    axes = figure.subplots(1, 3)
+    title = "Final block's feed-forward matrices, mean of the leading 10 ranks and both sides"
+    figure, (axes,) = kit.free_panels(1, 3, (12.5 / 3, 3.4), title)
     sizes = grid.families()[0][1] if grid.families() else _sizes(grid)[:1]
     largest = sizes[-1]
     runs = grid.of("pretrain", images=largest[0], steps=largest[1])
     tables = [np.mean([matrix["between"] for matrix in row.values["ffn"].values()], axis=0) for row in runs]
-    title = f"A  pretraining on {_count(largest[0])} images ({_seeds(len(runs))})"
+    title = f"A  pretraining on {kit.counted(largest[0])} images ({kit.counted(len(runs), 'seed')})"
     between_checkpoints(figure, axes[0], np.mean(tables, axis=0), runs[0].values["steps"], title)
     for ax, letter, task in ((axes[1], "B", "true_labels"), (axes[2], "C", "same_task")):
         _after(ax, grid, task, [sizes[0], sizes[-1]], GROUPS[0])
@@ -58,9 +56,9 @@ def _fig4(grid: Grid) -> Figure:
 
 def _fig9(grid: Grid) -> Figure:
     """True against random labels: by step, and by size of the update."""
-    figure = Figure(figsize=(12.5, 7.2), layout="constrained")
-    figure.suptitle("True against random labels, from pretrained (solid) and random (dotted) weights")
-    for axes, group in zip(figure.subplots(2, 2), GROUPS, strict=True):
+    title = "True against random labels, from pretrained (solid) and random (dotted) weights"
+    figure, rows = kit.free_panels(2, 2, (12.5 / 2, 3.35), title)
+    for axes, group in zip(rows, GROUPS, strict=True):
         _starts(axes, grid, group, ("true_labels", "random_labels"))
     return figure
 
@@ -70,9 +68,9 @@ def _fig21(grid: Grid) -> Figure:
     tasks = ("same_task", "second_data", "true_labels")
     families = grid.families() or [("one size", _sizes(grid))]
     lines = [(name, sizes, group) for name, sizes in families for group in GROUPS]
-    figure = Figure(figsize=(12.5, 3.1 * len(lines)), layout="constrained")
-    figure.suptitle("Alignment with the pretrained weights, mean of the leading 10 ranks and both sides")
-    for axes, (name, sizes, group) in zip(figure.subplots(len(lines), 3, squeeze=False), lines, strict=True):
+    title = "Alignment with the pretrained weights, mean of the leading 10 ranks and both sides"
+    figure, rows = kit.free_panels(len(lines), 3, (12.5 / 3, 3.0), title)
+    for axes, (name, sizes, group) in zip(rows, lines, strict=True):
         for ax, task in zip(axes, tasks, strict=True):
             _after(ax, grid, task, sizes, group)
             ax.set_title(f"{TITLES[task]}; {group}; {name}", fontsize=8)
@@ -81,9 +79,9 @@ def _fig21(grid: Grid) -> Figure:
 
 def _scratch(grid: Grid) -> Figure:
     """The same training from pretrained and from random weights; and the ends of two seeds."""
-    figure = Figure(figsize=(12.5, 7.2), layout="constrained")
-    figure.suptitle("Alignment of the start with the weights on the way; ends of two seeds")
-    for axes, group in zip(figure.subplots(2, 3), GROUPS, strict=True):
+    title = "Alignment of the start with the weights on the way; ends of two seeds"
+    figure, rows = kit.free_panels(2, 3, (12.5 / 3, 3.35), title)
+    for axes, group in zip(rows, GROUPS, strict=True):
         _starts(axes, grid, group, ("same_task", "true_labels"))
         _bars(axes[2], grid, group)
     return figure
@@ -120,7 +118,7 @@ def _starts(axes: Sequence[Axes], grid: Grid, group: str, tasks: Sequence[str]) 
 def _after(ax: Axes, grid: Grid, task: str, sizes: Sequence[tuple[int, int]], group: str) -> None:
     for i, (images, steps) in enumerate(sizes):
         rows = grid.of("post", task=task, images=images, steps=steps)
-        _line(ax, rows, group, COLORS[i % len(COLORS)], f"{_count(images)} images")
+        _line(ax, rows, group, COLORS[i % len(COLORS)], f"{kit.counted(images)} images")
     _finish(ax, grid, group, "")
 
 
@@ -134,9 +132,9 @@ def _line(ax: Axes, rows: Sequence[Row], group: str, color: str, title: str, das
     seeds = [np.mean(each, axis=0) for each in by_seed.values()]
     x = rows[0].values["steps"]
     ends = np.array([student_interval([float(curve[t]) for curve in seeds]) for t in range(len(x))])
-    label = f"{title} ({_seeds(len(seeds))})"
-    ax.plot(x, ends[:, 0], color=color, ls=dash, label=label, marker="o", ms=2.5, lw=1.4)
-    ax.fill_between(x, ends[:, 1].clip(0, 1), ends[:, 2].clip(0, 1), color=color, alpha=0.12, lw=0)
+    mean, low, high = ends[:, 0], ends[:, 1].clip(0, 1), ends[:, 2].clip(0, 1)
+    look = {"color": color, "dash": dash, "label": f"{title} ({kit.counted(len(seeds), 'seed')})"}
+    kit.band(ax, x, low, mean, high, width=1.4, alpha=0.12, marker="o", ms=2.5, **look)
 
 
 def _by_size(ax: Axes, rows: Sequence[Row], group: str, color: str, dash: Any) -> None:
@@ -147,7 +145,7 @@ def _by_size(ax: Axes, rows: Sequence[Row], group: str, color: str, dash: Any) -
 
 
 def _finish(ax: Axes, grid: Grid, group: str, title: str) -> None:
-    ax.axhline(_chance(grid, group), color=QUIET, lw=0.9, ls=(0, (4, 3)), zorder=1, label="chance")
+    kit.reference(ax, _chance(grid, group), "chance")
     ax.set(title=title, xlabel="optimizer step", ylabel="alignment with the start", ylim=(-0.02, 1.03))
     ax.legend(fontsize=7, loc="upper right")
 
@@ -164,7 +162,7 @@ def _bars(ax: Axes, grid: Grid, group: str) -> None:
         name = (
             f"{TITLES[task]}\nfrom random weights"
             if task
-            else f"pretraining, {row.experiment['steps']} steps\n{_count(row.experiment['images'])} images"
+            else f"pretraining, {row.experiment['steps']} steps\n{kit.counted(row.experiment['images'])} images"
         )
         if name not in names:
             names.append(name)
@@ -175,14 +173,6 @@ def _bars(ax: Axes, grid: Grid, group: str) -> None:
             color=COLORS[0],
             ms=4,
         )
-    ax.axhline(_chance(grid, group), color=QUIET, lw=0.9, ls=(0, (4, 3)), zorder=1)
+    kit.reference(ax, _chance(grid, group))
     ax.set_xticks(range(len(names)), names, rotation=60, fontsize=6, ha="right")
     ax.set(title=f"{group}: two seeds (dashed: chance)", ylim=(-0.02, 1.03))
-
-
-def _seeds(n: int) -> str:
-    return f"{n} seed" if n == 1 else f"{n} seeds"
-
-
-def _count(n: int) -> str:
-    return f"{n:,}".replace(",", " ")

@@ -282,5 +282,5 @@ def _at(values: Any, path: Sequence[str]) -> float | None:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return mean_and_spread(known)[0] if known else None
+    numbers = [value for value in values if value is not None]
+    return mean_and_spread(numbers)[0] if numbers else None

@@ -91,9 +91,9 @@ def _scatter(ax: Axes, points: Records) -> Any:
         np.array([p[key] for p in points]) for key in ("ratio", "alignment", "update_alignment", "random_update")
     )
     kit.logarithmic(ax, "x")
-    known = np.isfinite(null)
+    finite = np.isfinite(null)
     look = {"marker": "_", "color": kit.COLORS[1], "s": 14, "lw": 0.9}
-    ax.scatter(x[known], null[known], label="random update of the same size", **look)
+    ax.scatter(x[finite], null[finite], label="random update of the same size", **look)
     dots = kit.scatter(ax, x, y, update, size=15, edge=0.4)
     kit.reference(ax, float(np.mean([p["chance"] for p in points])), "independent directions", kit.DASHES[2])
     ax.set(ylim=(-0.03, 1.05), xlabel="size of the update S_i(Δ)/S_i(base)", ylabel="alignment")
