@@ -1,4 +1,4 @@
-"""A file format is one module in checkpoint/formats: a new one is found wherever weights are looked for."""
+"""A file format is one module in checkpoint/formats, and a source is one function in checkpoint/places.py."""
 
 import struct
 from collections.abc import Iterator
@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from specbasis.checkpoint import formats, open_checkpoint
+from specbasis.checkpoint import formats, open_checkpoint, places
+from specbasis.core.errors import InputError
 
 MODULE = """
 import struct
@@ -55,5 +56,19 @@ def test_a_format_in_a_new_module_is_found_in_folders_and_by_name(tiny: Path) ->
 def test_without_the_module_the_file_is_refused(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(formats, "__path__", formats.__path__[:1])
     formats.formats.cache_clear()
-    with pytest.raises(Exception, match="neither a safetensors nor a torch file"):
+    with pytest.raises(InputError, match="neither a safetensors nor a torch file"):
         open_checkpoint(tiny / "weights.tiny")
+
+
+def test_a_source_is_one_function(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places, "SOURCES", dict(places.SOURCES))
+
+    @places.address_of("shelf")
+    def on_shelf(name: str, source: str, stream: bool) -> places.Place:
+        return places.locate(tiny.parent / name.removeprefix("shelf:"))[0]
+
+    assert open_checkpoint("shelf:model")["weight"].shape == (2, 3)
+    with pytest.raises(InputError, match="want a path, hub:…, timm:…, pkg:…, shelf:…, or a mapping"):
+        open_checkpoint(3)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="no such file or folder"):
+        open_checkpoint("rack:model")

@@ -87,11 +87,11 @@ def _choose(place: Place) -> list[str]:
             return [usual]
     weights = [f"*{ending}" for ending in endings()]
     for pattern in (*_INDICES, *weights, *_REFUSED):
-        found = sorted(name for name in names if fnmatchcase(name, pattern))
-        if found and found[0].endswith(".index.json") and len(found) > 1:
-            raise _ambiguous(place, found)
-        if found:
-            return found
+        chosen = sorted(name for name in names if fnmatchcase(name, pattern))
+        if pattern in _INDICES and len(chosen) > 1:
+            raise _ambiguous(place, chosen)
+        if chosen:
+            return chosen
     if "adapter_config.json" in place.names:
         raise InputError(
             f"{place.source}: a PEFT adapter, which is a change to a model and none by itself; give it as the "
@@ -126,10 +126,10 @@ def _open_index(place: Place, index: str) -> tuple[dict[str, Entry], list[str], 
         ) from error
     check_names(weight_map, place.source)
     unlisted = set(place.names) - set(shards)
-    series = {found.group(1, 3, 4) for shard in shards if (found := _SHARD.match(shard))}
+    series = {number.group(1, 3, 4) for shard in shards if (number := _SHARD.match(shard))}
     for name in sorted(unlisted):
-        found = _SHARD.match(name)
-        if found and found.group(1, 3, 4) in series:
+        number = _SHARD.match(name)
+        if number and number.group(1, 3, 4) in series:
             raise InputError(
                 f"{place.source}: {shown(name)} is here, and {index} does not list it; repair the index or remove "
                 "the file"

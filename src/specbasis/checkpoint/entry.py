@@ -99,12 +99,12 @@ class Checkpoint(Mapping[str, Tensor]):
 def json_object(text: bytes) -> dict[str, Any]:
     """A JSON object, or ValueError."""
     try:
-        found = json.loads(text)
+        data = json.loads(text)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"want a JSON object, got {type(found).__name__}")
-    return found
+    if not isinstance(data, dict):
+        raise ValueError(f"want a JSON object, got {type(data).__name__}")
+    return data
 
 
 def no_key(key: str, source: str) -> None:

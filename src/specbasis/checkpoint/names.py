@@ -48,28 +48,21 @@ def alignments(ours: Mapping[str, object], theirs: Mapping[str, object]) -> tupl
     alike: dict[str, list[str]] = defaultdict(list)
     for name in ours:
         alike[NUMBER.sub(r"\g<1>00", name)].append(name)
-    partners: dict[tuple[str, str], tuple[str | None, ...]] = {}
     agreeing = Counter[tuple[str, str]]()
-    for other in _prefixes(theirs):
-        named = {name.removeprefix(other): name for name in theirs}
-        for mine in _prefixes(ours):
-            if not _may_drop(mine, other):
-                continue
+    for right in _prefixes(theirs):
+        partners = {name.removeprefix(right): name for name in theirs}
+        for left in (prefix for prefix in _prefixes(ours) if _may_drop(prefix, right)):
             for group in alike.values():
-                ends = {group[0], group[-1]}
-                agree = any(
-                    (partner := named.get(name.removeprefix(mine))) is not None and theirs[partner] == ours[name]
-                    for name in ends
-                )
-                agreeing[mine, other] += len(group) * agree
+                pairs = ((name, partners.get(name.removeprefix(left))) for name in {group[0], group[-1]})
+                agree = any(partner is not None and theirs[partner] == ours[name] for name, partner in pairs)
+                agreeing[left, right] += len(group) * agree
     most = max(agreeing.values(), default=0)
     ways = sorted((way for way, n in agreeing.items() if n == most), key=lambda way: (len("".join(way)), way))
-    for mine, other in ways if most else ():
-        named = {name.removeprefix(other): name for name in theirs}
-        matched = tuple(named.get(name.removeprefix(mine)) for name in ours)
-        if matched not in partners.values():
-            partners[mine, other] = matched
-    return most, list(partners)
+    distinct: dict[tuple[str | None, ...], tuple[str, str]] = {}
+    for left, right in ways if most else ():
+        partners = {name.removeprefix(right): name for name in theirs}
+        distinct.setdefault(tuple(partners.get(name.removeprefix(left)) for name in ours), (left, right))
+    return most, list(distinct.values())
 
 
 def _prefixes(names: Iterable[str]) -> list[str]:
@@ -84,6 +77,6 @@ def _prefixes(names: Iterable[str]) -> list[str]:
     return sorted(prefixes)
 
 
-def _may_drop(mine: str, other: str) -> bool:
+def _may_drop(left: str, right: str) -> bool:
     """Whether prefixes may be dropped from both sides: never two of a block, such as layers.3. and layers.5."""
-    return not (mine and other) or (mine != other and not re.search(r"(^|\.)\d+\.", f"{mine}.{other}"))
+    return not (left and right) or (left != right and not re.search(r"(^|\.)\d+\.", f"{left}.{right}"))

@@ -89,63 +89,46 @@ def _explained(error: BaseException, source: str, repository: str, what: str) ->
     if isinstance(error, InputError):
         return error
     if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
-        cause = error.__cause__
-        if not isinstance(cause, errors.OfflineModeIsEnabled):
-            error = cause
-    file = what or "the repository"
-    advice: list[tuple[bool, str]] = [
-        (
-            _is_unresolved(error),
-            f"no such file or folder, and the Hub cannot be reached to look for {repository} (its name has no "
-            "address); check the path, or the connection",
-        ),
-        (
-            isinstance(error, errors.GatedRepoError),
-            f"{repository} is gated; ask for access on its page, then log in (hf auth login) or set HF_TOKEN",
-        ),
-        (
-            isinstance(error, errors.DisabledRepoError),
-            f"{repository} is disabled on the Hub; use another source for it",
-        ),
-        (
-            isinstance(error, errors.RevisionNotFoundError),
-            f"{repository} has no {what or 'such revision'}; name a branch, tag or commit that it has",
-        ),
-        (
-            isinstance(error, errors.RepositoryNotFoundError) or _status(error) == 401,
-            f"no repository {repository} on the Hub that this token may see (and no such local path); check the "
-            "name, and log in (hf auth login) or set HF_TOKEN if it is private" + _timm_hint(repository),
-        ),
-        (
-            isinstance(error, (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError)),
-            f"{file} of {repository} is not in the cache and HF_HUB_OFFLINE is set; unset it, or download it first",
-        ),
-        (isinstance(error, errors.EntryNotFoundError), f"{repository} has no {file}"),
-        (
-            isinstance(error, errors.HFValidationError),
-            f"{repository!r} is not a name of a repository; want org/name",
-        ),
-        (
-            _status(error) == 403,
-            f"access to {file} of {repository} is forbidden to this token; make one with the permission to read it",
-        ),
-        (
-            _status(error) == 429,
-            f"the Hub limits the rate of requests ({repository}, still after {RETRIES} retries); wait, or set "
-            "HF_TOKEN for a higher limit",
-        ),
-        (
-            isinstance(error, NoRangesError),
-            f"the server does not send parts of {file} of {repository} ({error}); read it without streaming",
-        ),
-        (
-            _can_pass(error),
-            f"{file} of {repository} could not be read, still after {RETRIES} retries ({_brief(error)}); check the "
-            "connection and try again, or set HF_HUB_OFFLINE=1 to read what is in the cache",
-        ),
-    ]
-    text = next((text for applies, text in advice if applies), f"{file} of {repository}: {_brief(error)}")
-    return InputError(f"{source}: {text}")
+        hidden = error.__cause__
+        error = error if isinstance(hidden, errors.OfflineModeIsEnabled) else hidden
+    return InputError(f"{source}: {_advice(error, repository, what)}")
+
+
+def _advice(error: BaseException, repository: str, what: str) -> str:
+    from huggingface_hub import errors
+
+    status = _status(error)
+    file = f"{what or 'the repository'} of {repository}"
+    cases: list[tuple[bool | type | tuple[type, ...], str]] = [
+        (_is_unresolved(error),
+         f"no such file or folder, and the Hub cannot be reached to look for {repository} (its name has no address); "
+         "check the path, or the connection"),
+        (errors.GatedRepoError,
+         f"{repository} is gated; ask for access on its page, then log in (hf auth login) or set HF_TOKEN"),
+        (errors.DisabledRepoError, f"{repository} is disabled on the Hub; use another source for it"),
+        (errors.RevisionNotFoundError,
+         f"{repository} has no {what or 'such revision'}; name a branch, tag or commit that it has"),
+        (isinstance(error, errors.RepositoryNotFoundError) or status == 401,
+         f"no repository {repository} on the Hub that this token may see (and no such local path); check the name, "
+         f"and log in (hf auth login) or set HF_TOKEN if it is private{_timm_hint(repository)}"),
+        ((errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError),
+         f"{file} is not in the cache and HF_HUB_OFFLINE is set; unset it, or download it first"),
+        (errors.EntryNotFoundError, f"{repository} has no {what or 'such file'}"),
+        (errors.HFValidationError, f"{repository!r} is not a name of a repository; want org/name"),
+        (status == 403,
+         f"access to {file} is forbidden to this token; make one with the permission to read it"),
+        (status == 429,
+         f"the Hub limits the rate of requests ({repository}, still after {RETRIES} retries); wait, or set HF_TOKEN "
+         "for a higher limit"),
+        (NoRangesError, f"the server does not send parts of {file} ({error}); read it without streaming"),
+        (_can_pass(error),
+         f"{file} could not be read, still after {RETRIES} retries ({_brief(error)}); check the connection and try "
+         "again, or set HF_HUB_OFFLINE=1 to read what is in the cache"),
+    ]  # fmt: skip
+    for case, text in cases:
+        if case is True or (case is not False and isinstance(error, case)):
+            return text
+    return f"{file}: {_brief(error)}"
 
 
 def _timm_hint(repository: str) -> str:

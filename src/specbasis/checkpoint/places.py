@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -63,6 +63,23 @@ class Place(Protocol):
         """The files on disk, or the digests that the Hub lists."""
 
 
+Opener = Callable[[str, str, bool], Place]
+
+SOURCES: dict[str, Opener] = {}
+"""The word before the colon of an address → what opens the place it names: from the address, what messages call it,
+and whether to read it by byte range."""
+
+
+def address_of(*schemes: str) -> Callable[[Opener], Opener]:
+    """Register a function as what opens the addresses that begin with one of these words and a colon."""
+
+    def register(opener: Opener) -> Opener:
+        SOURCES.update(dict.fromkeys(schemes, opener))
+        return opener
+
+    return register
+
+
 def locate(source: str | Path, *, stream: bool = False) -> tuple[Place, str]:
     """The place that a source names, and the nested key behind ``#`` (empty without one).
 
@@ -71,7 +88,8 @@ def locate(source: str | Path, *, stream: bool = False) -> tuple[Place, str]:
     """
     if not isinstance(source, (str, os.PathLike)):
         raise InputError(
-            f"got a {type(source).__name__}; want a path, hub:…, timm:…, pkg:…, or a mapping from names to tensors"
+            f"got a {type(source).__name__}; want a path, {', '.join(f'{scheme}:…' for scheme in SOURCES)}, or a "
+            "mapping from names to tensors"
         )
     text, label = str(source), shown(str(source))
     with reading(label):
@@ -81,14 +99,12 @@ def locate(source: str | Path, *, stream: bool = False) -> tuple[Place, str]:
             if _expanded(text[:at]).exists():
                 return _on_disk(_expanded(text[:at]), label), text[at + 1 :]
         name, _, key = text.partition("#")
-        scheme = name.partition(":")[0]
-        if scheme == "pkg":
-            return _on_disk(_package_path(name), label), key
-        path = _expanded(name)
-        if path.exists():
-            return _on_disk(path, label), key
-        if scheme in ("hub", "timm") or (_BARE.fullmatch(name) and not _is_file_name(name)):
-            return _on_hub(name, label, stream), key
+        if _expanded(name).exists():
+            return _on_disk(_expanded(name), label), key
+        bare = bool(_BARE.fullmatch(name)) and not _is_file_name(name)
+        opener = SOURCES.get("hub" if bare else name.partition(":")[0])
+        if opener is not None:
+            return opener(name, label, stream), key
     hint = "; for a model on the Hub write hub:org/name" if "://" in name else ""
     raise InputError(f"{label}: no such file or folder{hint}")
 
@@ -222,7 +238,9 @@ def _on_disk(path: Path, source: str) -> _Folder:
     return _Folder(path, source) if path.is_dir() else _Folder(path.parent, source, path.name)
 
 
+@address_of("hub", "timm")
 def _on_hub(name: str, source: str, stream: bool) -> _Remote:
+    """``hub:org/name@revision/subfolder`` or ``timm:name``: a repository on the Hub."""
     address = hub.parse_address(name)
     repository = hub.find_repository(source, address)
     if stream and not repository.online:
@@ -236,14 +254,15 @@ def _on_hub(name: str, source: str, stream: bool) -> _Remote:
     return place
 
 
-def _package_path(place: str) -> Path:
-    """Path of ``pkg:package/inner/path``, found without importing the package."""
-    package, _, inner = place.removeprefix("pkg:").partition("/")
+@address_of("pkg")
+def _in_package(name: str, source: str, stream: bool) -> _Folder:
+    """``pkg:package/inner/path``: a resource of an installed package, which is not imported."""
+    package, _, inner = name.removeprefix("pkg:").partition("/")
     try:
         spec = importlib.util.find_spec(package) if package.isidentifier() else None
     except (ImportError, ValueError):
         spec = None
     folders = list(spec.submodule_search_locations or []) if spec else []
     if not folders:
-        raise InputError(f"{place}: no installed package {package!r}; install it, or name a path")
-    return inside(Path(folders[0]), inner, place) if inner else Path(folders[0])
+        raise InputError(f"{name}: no installed package {package!r}; install it, or name a path")
+    return _on_disk(inside(Path(folders[0]), inner, name) if inner else Path(folders[0]), source)

@@ -35,10 +35,10 @@ class FileFormat:
 
 def tensor_entries(tensors: Mapping[str, Any], source: str, *, bounded: bool = False) -> dict[str, Entry]:
     """Entries of tensors in memory; ``bounded`` refuses views that claim more numbers than the file stores."""
-    found = {str(name): value for name, value in tensors.items() if isinstance(value, Tensor)}
-    check_names(found, source)
+    named = {str(name): value for name, value in tensors.items() if isinstance(value, Tensor)}
+    check_names(named, source)
     entries = {}
-    for name, tensor in found.items():
+    for name, tensor in named.items():
         dtype = name_of(tensor.dtype)
         if tensor.layout is not torch.strided:
             dtype = f"sparse {dtype}"
