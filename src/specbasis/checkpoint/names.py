@@ -48,10 +48,11 @@ def alignments(ours: Mapping[str, object], theirs: Mapping[str, object]) -> tupl
     alike: dict[str, list[str]] = defaultdict(list)
     for name in ours:
         alike[NUMBER.sub(r"\g<1>00", name)].append(name)
+    lefts = _prefixes(ours)
     agreeing = Counter[tuple[str, str]]()
     for right in _prefixes(theirs):
         partners = {name.removeprefix(right): name for name in theirs}
-        for left in (prefix for prefix in _prefixes(ours) if _may_drop(prefix, right)):
+        for left in (prefix for prefix in lefts if _may_drop(prefix, right)):
             for group in alike.values():
                 pairs = ((name, partners.get(name.removeprefix(left))) for name in {group[0], group[-1]})
                 agree = any(partner is not None and theirs[partner] == ours[name] for name, partner in pairs)

@@ -101,8 +101,8 @@ def _advice(error: BaseException, repository: str, what: str) -> str:
     file = f"{what or 'the repository'} of {repository}"
     cases: list[tuple[bool | type | tuple[type, ...], str]] = [
         (_is_unresolved(error),
-         f"no such file or folder, and the Hub cannot be reached to look for {repository} (its name has no address); "
-         "check the path, or the connection"),
+         f"no such file or folder, and the Hub cannot be reached to look for {repository} (its name has no "
+         "address); check the path, or the connection"),
         (errors.GatedRepoError,
          f"{repository} is gated; ask for access on its page, then log in (hf auth login) or set HF_TOKEN"),
         (errors.DisabledRepoError, f"{repository} is disabled on the Hub; use another source for it"),
@@ -118,8 +118,8 @@ def _advice(error: BaseException, repository: str, what: str) -> str:
         (status == 403,
          f"access to {file} is forbidden to this token; make one with the permission to read it"),
         (status == 429,
-         f"the Hub limits the rate of requests ({repository}, still after {RETRIES} retries); wait, or set HF_TOKEN "
-         "for a higher limit"),
+         f"the Hub limits the rate of requests ({repository}, still after {RETRIES} retries); wait, or set "
+         "HF_TOKEN for a higher limit"),
         (NoRangesError, f"the server does not send parts of {file} ({error}); read it without streaming"),
         (_can_pass(error),
          f"{file} could not be read, still after {RETRIES} retries ({_brief(error)}); check the connection and try "
