@@ -116,14 +116,14 @@ def sites(tuned: Checkpoint, other: Checkpoint | None, admits: Admits | None) ->
     Raises:
         InputError: there is none.
     """
-    found: dict[MatrixRef, MatrixRef | None]
+    places: dict[MatrixRef, MatrixRef | None]
     if other is None:
-        found = dict.fromkeys(model_map(tuned, admits=admits).matrices)
+        places = dict.fromkeys(model_map(tuned, admits=admits).matrices)
     else:
-        found = {m.tuned: m.base for m in pair(other, tuned, admits=admits).matched}
-    if not found:
+        places = {m.tuned: m.base for m in pair(other, tuned, admits=admits).matched}
+    if not places:
         raise InputError(f"{tuned.source}: no matrix to edit: roles, blocks and name leave none")
-    return found
+    return places
 
 
 def bound(
@@ -133,10 +133,10 @@ def bound(
     decomposed = factors or (lambda W, name: decompose(W, name=name))
 
     def apply(W: Tensor) -> Tensor:
-        theirs = None
+        given = None
         if edit.needs_other and source is not None and other is not None:
-            theirs = decomposed(source.read(other), f"{source.key.name} in {other.source}")
-        return edit.apply(W, decomposed(W, ref.key.name), theirs, name=ref.key.name)
+            given = decomposed(source.read(other), f"{source.key.name} in {other.source}")
+        return edit.apply(W, decomposed(W, ref.key.name), given, name=ref.key.name)
 
     return apply
 
@@ -158,7 +158,7 @@ def _live(model: nn.Module) -> dict[str, Tensor]:
 
 def _as_stored(model: nn.Module, live: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same tensors under transformers' names on disk, where each of these still is memory of the model."""
-    if "transformers" not in sys.modules:  # then this is no model of theirs, and importing it takes seconds
+    if "transformers" not in sys.modules:  # then this is no model of given, and importing it takes seconds
         return live
     try:
         from transformers import PreTrainedModel
@@ -193,8 +193,8 @@ def _resolved(
             raise InputError(f"no matrix {wanted!r} in the model; it has {some} …")
         tensor = stored[ref.parameter]
         if tensor.is_meta or not tensor.is_floating_point() or not tensor.is_contiguous():
-            what = f"{tensor.dtype} on {tensor.device}, contiguous: {tensor.is_contiguous()}"
-            raise InputError(f"{ref.parameter}: cannot be edited in place ({what}); want contiguous floats")
+            storage = f"{tensor.dtype} on {tensor.device}, contiguous: {tensor.is_contiguous()}"
+            raise InputError(f"{ref.parameter}: cannot be edited in place ({storage}); want contiguous floats")
         place = (tensor.data_ptr(), *region(ref))
         if place in places:
             raise InputError(f"{ref.key.name} and {places[place]} are the same numbers (tied); edit one of them")

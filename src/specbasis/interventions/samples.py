@@ -69,15 +69,15 @@ Evaluator = Callable[[Any], Mapping[str, "float | Sample | Tensor | Array"]]
 """From a model to its metrics: numbers, one score for each example (whose mean is the metric), or samples."""
 
 
-def as_samples(found: Mapping[str, float | Sample | Tensor | Array]) -> dict[str, Sample | float]:
+def as_samples(metrics: Mapping[str, float | Sample | Tensor | Array]) -> dict[str, Sample | float]:
     """What an evaluator returned, checked.
 
     Raises:
         InputError: it is empty or no mapping, or a value is not finite: the metric's name is in the message.
     """
-    if not isinstance(found, Mapping) or not found:
-        raise InputError(f"the evaluator returned {type(found).__name__}; want a mapping from metrics to values")
-    return {name: _as_sample(name, value) for name, value in found.items()}
+    if not isinstance(metrics, Mapping) or not metrics:
+        raise InputError(f"the evaluator returned {type(metrics).__name__}; want a mapping from metrics to values")
+    return {name: _as_sample(name, value) for name, value in metrics.items()}
 
 
 def _as_sample(name: str, value: float | Sample | Tensor | Array) -> Sample | float:

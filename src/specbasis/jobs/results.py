@@ -187,11 +187,11 @@ def unique_labels(names: Iterable[str]) -> list[str]:
     names = list(names)
     parts = [[part for part in re.split(r"[/\\]", name) if part] or [name] for name in names]
     labels: list[str] = []
-    for mine in parts:
+    for own in parts:
         depth = next(
-            (d for d in range(1, len(mine) + 1) if sum(other[-d:] == mine[-d:] for other in parts) == 1), len(mine)
+            (d for d in range(1, len(own) + 1) if sum(other[-d:] == own[-d:] for other in parts) == 1), len(own)
         )
-        label = re.sub(r"\.(safetensors|pt|pth|bin|ckpt|tar)$", "", "/".join(mine[-depth:]))
+        label = re.sub(r"\.(safetensors|pt|pth|bin|ckpt|tar)$", "", "/".join(own[-depth:]))
         count = sum(used == label or used.startswith(f"{label} (") for used in labels)
         labels.append(f"{label} ({count + 1})" if count else label)
     return labels

@@ -213,9 +213,9 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
 
 def _means(entry: Mapping[str, Any]) -> dict[str, float]:
     matrices = list(entry["matrices"].values())
-    aligned = [x for one in matrices for side in ("left", "right") for x in one[f"alignment_{side}"]]
-    sizes = [one["relative_update"] for one in matrices]
+    aligned = [x for figures in matrices for side in ("left", "right") for x in figures[f"alignment_{side}"]]
+    sizes = [figures["relative_update"] for figures in matrices]
     means = {"alignment": sum(aligned) / len(aligned), "relative_update": sum(sizes) / len(sizes)}
     if "intruders" in matrices[0]:
-        means["intruders"] = float(sum(len(one["intruders"]) for one in matrices))
+        means["intruders"] = float(sum(len(figures["intruders"]) for figures in matrices))
     return means

@@ -108,13 +108,13 @@ def track(
         "kind": TRACKING.mark,
         "algorithm": ALGORITHM,
         **chosen.config(),
-        "checkpoints": [[one["label"], one["identity"]] for one in about],
+        "checkpoints": [[checkpoint["label"], checkpoint["identity"]] for checkpoint in about],
     }
     with store.create(folder, config, TRACKING) as results:
         results.manifest.update(
             environment(),
             checkpoints=about,
-            passed_over=[{"source": one.source, "reason": one.reason} for one in series.passed_over],
+            passed_over=[{"source": skipped.source, "reason": skipped.reason} for skipped in series.passed_over],
             notes=list(series.notes),
             pairs={_PART: {"matrices": list(series.matrices)}},
             failed=[],

@@ -181,7 +181,7 @@ class _Distances:
         self.count = count
         self.stack: dict[int, Tensor] = {}
         self.norms: dict[int, Tensor] = {}
-        self.found: dict[tuple[int, int], Tensor] = {}
+        self.pairs: dict[tuple[int, int], Tensor] = {}
         self.order: list[int] = []
 
     def add(self, c: int, W: Tensor) -> None:
@@ -192,7 +192,7 @@ class _Distances:
         if 8 * flat.numel() * self.count <= PAIRWISE_BYTES:
             return
         for other in {self.order[0], self.order[-2]} if len(self.order) > 1 else ():
-            self.found[other, c] = torch.linalg.vector_norm(flat - self.stack[other])
+            self.pairs[other, c] = torch.linalg.vector_norm(flat - self.stack[other])
         self.stack = {self.order[0]: self.stack[self.order[0]], c: flat}
 
     def all(self, index: Sequence[int], read: Callable[[int], Tensor | None]) -> tuple[Tensor, Tensor]:
@@ -201,15 +201,15 @@ class _Distances:
         distance = torch.full((n, n), math.nan, dtype=torch.float64)
         distance.fill_diagonal_(0.0)
         norms = torch.stack([self.norms[c] for c in index])
-        if len(self.stack) == n and not self.found:
+        if len(self.stack) == n and not self.pairs:
             return norms, pairwise_distance(torch.stack([self.stack[c] for c in index]))
         last = index[-1]
         for c in index[1:-1]:
             W = read(c)
             if W is not None:
                 flat = W.detach().to(torch.float64).flatten()
-                self.found[c, last] = torch.linalg.vector_norm(flat - self.stack[last])
+                self.pairs[c, last] = torch.linalg.vector_norm(flat - self.stack[last])
         place = {c: i for i, c in enumerate(index)}
-        for (a, b), value in self.found.items():
+        for (a, b), value in self.pairs.items():
             distance[place[a], place[b]] = distance[place[b], place[a]] = value
         return norms, distance

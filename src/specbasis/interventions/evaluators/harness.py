@@ -58,9 +58,9 @@ class Harness:
         from lm_eval.models.huggingface import HFLM
 
         tokenizer = transformers.AutoTokenizer.frompretrained(location_of(model), trust_remote_code=False)
-        known: Any = model
+        config: Any = model.config
         # What stands before a text of which every token counts; the harness fails where a tokenizer names nothing.
-        first = [tokenizer.bos_token_id, tokenizer.eos_token_id, known.config.bos_token_id, 0]
+        first = [tokenizer.bos_token_id, tokenizer.eos_token_id, config.bos_token_id, 0]
         with redirect_stderr(StringIO()):  # its bars, once for every edit, would run over the grid's own
             report = simple_evaluate(
                 HFLM(

@@ -170,8 +170,8 @@ def _germlines() -> Mapping[str, Any]:
         raise MissingExtra(f"germline sequences need anarci, which is not installed: {command('numbering')}")
     for node in ast.parse(file.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "all_germlines":
-            found: Mapping[str, Any] = ast.literal_eval(node.value)
-            return found
+            genes: Mapping[str, Any] = ast.literal_eval(node.value)
+            return genes
     raise InputError(f"{file}: holds no all_germlines; want anarci 2020 or newer")
 
 
