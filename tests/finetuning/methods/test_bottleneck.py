@@ -14,7 +14,7 @@ transformers = pytest.importorskip("transformers")
 
 from specbasis.finetuning.methods import attach  # noqa: E402
 from specbasis.finetuning.methods.kit import additions  # noqa: E402
-from tests.finetuning import adapters_reference as library  # noqa: E402
+from tests.finetuning.methods import adapters_reference as library  # noqa: E402
 
 REFERENCE = json.loads(Path(__file__).with_name("adapters_reference.json").read_text())
 

@@ -387,7 +387,7 @@ def test_budgets_of_the_paper_on_the_shapes_of_deberta_v3_base():
 
 
 def test_the_page_on_methods_names_them_all():
-    page = (Path(__file__).parents[2] / "docs/methods.md").read_text()
+    page = (Path(__file__).parents[3] / "docs/methods.md").read_text()
     missing = [
         name for name in METHODS if f"`{name}`" not in page and f"`{name.removeprefix('spectral')}`" not in page
     ]

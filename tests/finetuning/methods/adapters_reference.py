@@ -1,4 +1,4 @@
-"""Reference outputs of bottleneck adapters by the library `adapters`, for test_methods_bottleneck.py.
+"""Reference outputs of bottleneck adapters by the library `adapters`, for test_bottleneck.py.
 
 Run as a script by a Python that has `adapters` (1.3 wants transformers 4.57), it prints JSON: for each architecture
 and kind of adapter the hidden states of a pico model, the number of adapter parameters, and the names and shapes
