@@ -19,6 +19,7 @@ from specbasis.adapter.diagnostics import diagnose
 from specbasis.adapter.proof import Proof, settled_basis, weight_digest
 from specbasis.checkpoint import Checkpoint, Entry, open_checkpoint
 from specbasis.checkpoint.adapter_file import CONFIG, PREFIX, PROOF, WEIGHTS, adapter_folder
+from specbasis.checkpoint.atomic import write_whole
 from specbasis.checkpoint.entry import reading
 from specbasis.core.errors import InputError
 from specbasis.core.svd import SVD, decompose
@@ -199,9 +200,8 @@ def export_lora(
     output = Path(output)
     if output.exists() and not output.is_dir():
         raise InputError(f"{output}: is a file; want a folder to write to")
-    output.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, output / WEIGHTS, metadata={"format": "pt"})
-    (output / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_whole(output / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    write_whole(output / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
     return output
 
 

@@ -24,6 +24,7 @@ from transformers import TrainerCallback
 from specbasis.adapter.task_heads import ParameterCounts
 from specbasis.checkpoint import open_checkpoint
 from specbasis.checkpoint.adapter_file import PREFIX, adapter_folder
+from specbasis.checkpoint.atomic import write_whole
 from specbasis.core.errors import InputError
 from specbasis.finetuning.methods.kit import CHILD, METHODS, Built, Method, Request, additions, method_named
 from specbasis.finetuning.methods.sites import Site, head_modules
@@ -79,17 +80,18 @@ class Attached:
         folder.mkdir(parents=True, exist_ok=True)
         if isinstance(self.model, PeftModel):
             self.model.save_pretrained(str(folder), save_embedding_layers=False)
-        elif _is_whole(self.request):
+        elif self.method.trains_all(self.request):
             self.model.save_pretrained(folder)  # type: ignore[operator]
         else:
-            save_file(trained_state(self.model), folder / TRAINED)
+            trained = {name: tensor.cpu().clone().contiguous() for name, tensor in _saved(self.model).items()}
+            write_whole(folder / TRAINED, lambda path: save_file(trained, path))
         described = {
             "format": FORMAT,
             "peft": isinstance(self.model, PeftModel),
             **self.request.arguments(),
             "base_fingerprint": self.base_fingerprint,
         }
-        (folder / DESCRIPTION).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        write_whole(folder / DESCRIPTION, json.dumps(described, indent=2) + "\n")
 
     def merged(self) -> nn.Module:
         """The plain model with the method's update in its weights, summed once; this one is used up.
@@ -113,11 +115,6 @@ def _unwrap_head(model: PeftModel) -> None:
     for name, wrapper in wrappers:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, wrapper.modules_to_save[wrapper.active_adapter])
-
-
-def _is_whole(request: Request) -> bool:
-    """Whether every parameter of the model was trained."""
-    return request.options.get("which") == "all" and not request.sites
 
 
 def attach(
@@ -211,7 +208,7 @@ def load(folder: str | Path, base: nn.Module) -> Attached:
         attached = _attached(base, request, lambda _: (_peft_model(folder, base), ()))
     else:
         attached = attach(base, **arguments)
-        if _is_whole(attached.request):
+        if attached.method.trains_all(attached.request):
             base.load_state_dict(type(base).from_pretrained(folder).state_dict())  # type: ignore[attr-defined]
             return attached
         _fill(attached.model, open_checkpoint(folder / TRAINED), folder)
@@ -294,11 +291,6 @@ def _saved(model: nn.Module) -> dict[str, Tensor]:
     for name, child in additions(model).items():
         trained |= child.state_dict(prefix=f"{name}.{CHILD}.")
     return trained
-
-
-def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of what is saved of a model with a method on it, ready to be written."""
-    return {name: tensor.cpu().clone().contiguous() for name, tensor in _saved(model).items()}
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,10 @@ class Subset(Method):
         """The modules whose parameters are trained; a probe has none."""
         return () if self.options["which"] == "none" else super().sites(model, targets, roles, blocks)
 
+    def trains_all(self, request: Request) -> bool:
+        """Full finetuning of the whole model does."""
+        return bool(request.options["which"] == "all") and not request.sites
+
     def attach(self, model: nn.Module, request: Request, head: tuple[str, ...]) -> Built:
         """Open the parameters."""
         which = request.options_over(which="all")["which"]

@@ -119,6 +119,10 @@ class Method:
             raise InputError(f"{self.name}: got rank = {rank}; want {want}")
         return rank or default, interval
 
+    def trains_all(self, request: Request) -> bool:
+        """Whether every parameter of the model is trained, so that the whole model is what is saved."""
+        return False
+
     def attach(self, model: nn.Module, request: Request, head: tuple[str, ...]) -> Built:
         """Freeze the model, add what the method trains, open the head. Draws from the global random generator."""
         raise NotImplementedError
