@@ -13,7 +13,7 @@ from specbasis.cli import app
 from specbasis.core.errors import InputError
 from specbasis.jobs.experiments import Row, read_experiments
 from specbasis.paper import formation_grid as formation
-from specbasis.paper.formation import FIGURES, SMALL, cells_of, paper, write_outcome
+from specbasis.paper.formation import FIGURES, SMALL, experiments_of, paper, write_outcome
 from specbasis.paper.formation_claims import claims, markdown, verdict
 from specbasis.paper.formation_grid import Formation, run_formation
 from specbasis.paper.formation_rows import Curves, at_equal_size
@@ -54,16 +54,16 @@ def plan_of(data, **changes):
 def grid(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("grid")
     plan = plan_of(data)
-    cells = [
-        cell for cell in plan.cells() if cell.get("task") != "second_data"
+    experiments = [
+        experiment for experiment in plan.experiments() if experiment.get("task") != "second_data"
     ]  # reconstruction has the other data
-    return plan, out, run_formation(plan, out, cells=cells)
+    return plan, out, run_formation(plan, out, experiments=experiments)
 
 
 def test_the_grid_has_every_start_task_and_seed(grid):
     plan, _, rows = grid
     assert [row.error for row in rows] == [None] * 27
-    assert len(plan.cells()) == 2 * (2 * 5 + 4) + 2 + 4
+    assert len(plan.experiments()) == 2 * (2 * 5 + 4) + 2 + 4
     tasks_run = {"same_task", "true_labels", "random_labels"}
     for seed in plan.seeds:
         for images in (10, 40):
@@ -102,9 +102,9 @@ def test_a_killed_grid_goes_on_to_the_same_rows(grid, data, tmp_path, monkeypatc
 
     monkeypatch.setattr(formation, "train", train)
     with pytest.raises(Killed):
-        run_formation(plan, tmp_path, cells=some)
+        run_formation(plan, tmp_path, experiments=some)
     assert len(read_experiments(tmp_path)) == 1
-    continued = run_formation(plan, tmp_path, cells=some)
+    continued = run_formation(plan, tmp_path, experiments=some)
     assert [row.values for row in continued] == [row.values for row in rows[:3]]
 
 
@@ -201,13 +201,13 @@ def test_the_papers_plan_and_the_small_one():
     assert (plan.validation, plan.same_task_images, plan.new_task_images) == (5000, 1000, 3000)
     assert len(SMALL.seeds) >= 3
     assert {len(p) for p in SMALL.passes[0]} == {2}
-    phases = {cell["phase"] for cell in cells_of("fig9", SMALL)}
+    phases = {experiment["phase"] for experiment in experiments_of("fig9", SMALL)}
     assert phases == {"pretrain", "post", "scratch"}
 
 
 def test_a_test_set_that_is_too_small_is_said(data, tmp_path):
     plan = replace(plan_of(data), validation=14)
-    (row,) = run_formation(plan, tmp_path, cells=plan.cells()[:1])
+    (row,) = run_formation(plan, tmp_path, experiments=plan.experiments()[:1])
     assert "15 test images; want 22" in row.error
 
 

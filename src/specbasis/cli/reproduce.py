@@ -296,13 +296,13 @@ def pretrain(out: OUT, options: PretrainOptions) -> None:
 def _formation(figure: str, out: OUT, options: FormationOptions, no_run: NO_RUN = False) -> None:
     require("matplotlib", "transformers", extra="pretrain", purpose="this experiment needs")
     from specbasis.jobs.experiments import read_experiments
-    from specbasis.paper.formation import cells_of, write_outcome
+    from specbasis.paper.formation import experiments_of, write_outcome
     from specbasis.paper.formation_grid import run_formation
 
     plan = _plan(options)
     if not no_run:
         with progress() as tell:
-            rows = run_formation(plan, out, cells=cells_of(figure, plan), progress=tell)
+            rows = run_formation(plan, out, experiments=experiments_of(figure, plan), progress=tell)
         for row in rows:
             if row.error is not None:
                 line(f"failed: {' '.join(map(str, row.experiment.values()))}: {row.error}", style="yellow")

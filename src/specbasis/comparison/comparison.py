@@ -116,6 +116,7 @@ class Comparison:
         Args:
             path: the page's file; default `report.html` in the results folder.
         """
+        # A value knows no view: this and the next are the only late imports of a room further down.
         from specbasis.figures import write_report
 
         return write_report(self, Path(path) if path else self.folder / "report.html")

@@ -58,10 +58,14 @@ def paper(
     )
 
 
-def cells_of(figure: str, plan: Formation) -> list[dict[str, Any]]:
-    """The cells of a grid that a figure needs."""
+def experiments_of(figure: str, plan: Formation) -> list[dict[str, Any]]:
+    """The experiments of a grid that a figure needs."""
     phases, tasks, _ = FIGURES[figure]
-    return [cell for cell in plan.cells() if cell["phase"] in phases and cell.get("task", tasks[0]) in tasks]
+    return [
+        experiment
+        for experiment in plan.experiments()
+        if experiment["phase"] in phases and experiment.get("task", tasks[0]) in tasks
+    ]
 
 
 def write_outcome(figure: str, rows: Sequence[Row], folder: Path) -> tuple[list[Path], list[Claim]]:

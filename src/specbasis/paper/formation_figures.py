@@ -28,7 +28,7 @@ def write_formation_figure(name: str, rows: Sequence[Row], folder: Path) -> list
     """Draw one of `FIGURES` as PNG and SVG into a folder.
 
     Raises:
-        InputError: no such figure, or none of its cells has ended.
+        InputError: no such figure, or none of its experiments has ended.
     """
     if name not in FIGURES:
         raise InputError(f"no figure {name!r}; there is: {', '.join(FIGURES)}")
@@ -98,9 +98,7 @@ def _sizes(grid: Grid) -> list[tuple[int, int]]:
 
 
 def _starts(axes: Sequence[Axes], grid: Grid, group: str, tasks: Sequence[str]) -> None:
-    """Two tasks, each from pretrained (solid) and from random (dotted) weights: by step, and by size of the
-    update.
-    """
+    """Two tasks, each from pretrained (solid) and random (dotted) weights: by step, and by size of the update."""
     for color, task in zip(COLORS, tasks, strict=False):
         for phase, start, dash in (("post", "pretrained", "solid"), ("scratch", "random weights", (0, (1, 1.5)))):
             rows = grid.of(phase, task=task)
@@ -108,7 +106,7 @@ def _starts(axes: Sequence[Axes], grid: Grid, group: str, tasks: Sequence[str]) 
             _by_size(axes[1], rows, group, color, dash)
     _finish(axes[0], grid, group, f"{group}: by step")
     axes[1].set(
-        title=f"{group}: by size of the update, a line a cell",
+        title=f"{group}: by size of the update, a line an experiment",
         xlabel="‖delta‖/‖W‖",
         ylabel="alignment with the start",
         ylim=(-0.02, 1.03),
@@ -123,7 +121,7 @@ def _after(ax: Axes, grid: Grid, task: str, sizes: Sequence[tuple[int, int]], gr
 
 
 def _line(ax: Axes, rows: Sequence[Row], group: str, color: str, title: str, dash: Any = "solid") -> None:
-    """Mean over seeds of the alignment at each checkpoint (cells of one seed averaged), with its 95 % interval."""
+    """Mean over seeds of the alignment at each checkpoint (those of one seed averaged), and its interval."""
     by_seed: dict[int, list[Any]] = {}
     for row in rows:
         by_seed.setdefault(row.experiment["seed"], []).append(curves(row, group).aligned.mean(axis=0))
@@ -138,7 +136,7 @@ def _line(ax: Axes, rows: Sequence[Row], group: str, color: str, title: str, das
 
 
 def _by_size(ax: Axes, rows: Sequence[Row], group: str, color: str, dash: Any) -> None:
-    """Alignment against the size of the update, a line a cell."""
+    """Alignment against the size of the update, a line an experiment."""
     for row in rows:
         of = curves(row, group)
         ax.plot(of.size.mean(axis=0), of.aligned.mean(axis=0), color=color, ls=dash, lw=1.0, alpha=0.8)

@@ -1,7 +1,7 @@
-"""The experiment behind Fig. 4, 9 and 21, and training from scratch beside it, as a grid of cells.
+"""The grid of experiments behind Fig. 4, 9 and 21, and training from scratch beside it.
 
 Pretrain on more or fewer images; go on from the best checkpoint, and from random weights, in four ways; follow
-every encoder matrix over the checkpoints. A cell's values hold all that claims and figures need, so that the
+every encoder matrix over the checkpoints. An experiment's values hold all that claims and figures need, so that the
 weights can go.
 """
 
@@ -54,7 +54,7 @@ class Formation:
         passes: (images, optimizer steps) of each pretraining, in passes: each is run for all seeds before the next.
         seeds: each seeds the sample of images, the weights, orders and masks.
         pretraining, same_task, new_task: how each is trained; ``seed`` and the pretraining's ``steps`` are the
-            cell's.
+            experiment's.
         same_task_images, new_task_images: how many, from the start of the test set.
         validation: how many, from the end of the test set.
 
@@ -75,31 +75,29 @@ class Formation:
     new_task_images: int = 3000
     validation: int = 5000
 
-    def cells(self) -> list[dict[str, Any]]:
-        """Every cell; seed by seed, so that a part of the grid says something; pairs of seeds once both are
-        there.
-        """
-        cells: list[dict[str, Any]] = []
+    def experiments(self) -> list[dict[str, Any]]:
+        """Every experiment, seed by seed, so that a part of the grid says something; pairs once both are there."""
+        experiments: list[dict[str, Any]] = []
         for number, pretrainings in enumerate(self.passes):
             for i, seed in enumerate(self.seeds):
-                cells += self._of_seed(seed, self.seeds[:i], pretrainings, scratch=number == 0)
-        return cells
+                experiments += self._of_seed(seed, self.seeds[:i], pretrainings, scratch=number == 0)
+        return experiments
 
     def _of_seed(
         self, seed: int, earlier: Sequence[int], pretrainings: Sequence[tuple[int, int]], *, scratch: bool
     ) -> list[dict[str, Any]]:
         sizes = [{"images": images, "steps": steps} for images, steps in pretrainings]
-        cells: list[dict[str, Any]] = []
+        experiments: list[dict[str, Any]] = []
         for size in sizes:
-            cells.append({"phase": "pretrain", "seed": seed, **size})
-            cells += [{"phase": "post", "seed": seed, **size, "task": task} for task in POSTS]
+            experiments.append({"phase": "pretrain", "seed": seed, **size})
+            experiments += [{"phase": "post", "seed": seed, **size, "task": task} for task in POSTS]
         starts: list[dict[str, Any]] = list(sizes)
         if scratch:
-            cells += [{"phase": "scratch", "seed": seed, "task": task} for task in POSTS]
+            experiments += [{"phase": "scratch", "seed": seed, "task": task} for task in POSTS]
             starts = [*sizes, *({"task": task} for task in POSTS)]
         for other in earlier:
-            cells += [{"phase": "between", "seed": seed, "other": other, **start} for start in starts]
-        return cells
+            experiments += [{"phase": "between", "seed": seed, "other": other, **start} for start in starts]
+        return experiments
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +113,7 @@ def run_formation(
     plan: Formation,
     out: str | Path,
     *,
-    cells: Sequence[dict[str, Any]] | None = None,
+    experiments: Sequence[dict[str, Any]] | None = None,
     workers: int = 1,
     progress: Callable[[Progress], None] | None = None,
 ) -> list[Row]:
@@ -124,24 +122,26 @@ def run_formation(
     Raises: as `run_experiments`.
     """
     config = _config(plan)
-    run = partial(run_cell, plan=plan, work=Path(out) / "work")
-    wanted = plan.cells() if cells is None else cells
+    run = partial(run_experiment, plan=plan, work=Path(out) / "work")
+    wanted = plan.experiments() if experiments is None else experiments
     return run_experiments(
         wanted, run, out, config=config, uses=("transformers",), workers=workers, progress=progress
     )
 
 
-def run_cell(cell: dict[str, Any], *, plan: Formation, work: Path) -> dict[str, Any]:
+def run_experiment(experiment: dict[str, Any], *, plan: Formation, work: Path) -> dict[str, Any]:
     """One experiment: train, or continue, and follow; or compare the ends of two seeds."""
-    if cell["phase"] == "between":
-        return _between(cell, plan, work)
-    run = _pretrained(cell, plan, work) if cell["phase"] == "pretrain" else _post(cell, plan, work)
+    if experiment["phase"] == "between":
+        return _between(experiment, plan, work)
+    run = (
+        _pretrained(experiment, plan, work) if experiment["phase"] == "pretrain" else _post(experiment, plan, work)
+    )
     followed = follow_checkpoints(run.checkpoints)
     values = {
         "steps": [int(path.name.partition("-")[2]) for path in run.checkpoints],
         "log": [{name: entry[name] for name in entry if name != "seconds"} for entry in run.log],
         "matrices": {name: _summary(f) for name, f in followed.items()},
-        "ffn": _final_ffn(followed, pairs=cell["phase"] == "pretrain"),
+        "ffn": _final_ffn(followed, pairs=experiment["phase"] == "pretrain"),
     }
     for path in run.checkpoints[1:-1]:  # the first, the last and the best are needed again
         shutil.rmtree(path)
@@ -184,19 +184,17 @@ def _splits(plan: Formation) -> tuple[ImageData, Images]:
     return data, data.test.last(plan.validation)
 
 
-def _pretrained(cell: dict[str, Any], plan: Formation, work: Path) -> Run:
+def _pretrained(experiment: dict[str, Any], plan: Formation, work: Path) -> Run:
     data, validation = _splits(plan)
-    training = replace(plan.pretraining, steps=cell["steps"], seed=cell["seed"])
-    images = data.train.sample(cell["images"], cell["seed"])
-    return train(images, validation, _place(work, cell, "pretrain"), mae=plan.mae, training=training)
+    training = replace(plan.pretraining, steps=experiment["steps"], seed=experiment["seed"])
+    images = data.train.sample(experiment["images"], experiment["seed"])
+    return train(images, validation, _place(work, experiment, "pretrain"), mae=plan.mae, training=training)
 
 
-def _post(cell: dict[str, Any], plan: Formation, work: Path) -> Run:
-    """What follows, from the best checkpoint of the same seed's pretraining or from the weights that it began
-    with.
-    """
+def _post(experiment: dict[str, Any], plan: Formation, work: Path) -> Run:
+    """What follows, from the best checkpoint of the seed's pretraining or from the weights that it began with."""
     data, validation = _splits(plan)
-    task, seed = cell["task"], cell["seed"]
+    task, seed = experiment["task"], experiment["seed"]
     classes = None
     if task == "same_task":
         images, training = data.test.first(plan.same_task_images), plan.same_task
@@ -207,8 +205,8 @@ def _post(cell: dict[str, Any], plan: Formation, work: Path) -> Run:
         images, training = data.test.first(plan.new_task_images), plan.new_task
         classes = data.train.classes
         images = images.shuffled_labels(seed) if task == "random_labels" else images
-    start = _pretrained(cell, plan, work).best if cell["phase"] == "post" else None
-    folder = _place(work, cell, task)
+    start = _pretrained(experiment, plan, work).best if experiment["phase"] == "post" else None
+    folder = _place(work, experiment, task)
     return train(
         images,
         validation,
@@ -220,20 +218,20 @@ def _post(cell: dict[str, Any], plan: Formation, work: Path) -> Run:
     )
 
 
-def _place(work: Path, cell: dict[str, Any], name: str) -> Path:
-    start = f"{cell['images']}-images-{cell['steps']}-steps" if "images" in cell else "scratch"
-    return work / f"seed-{cell['seed']}" / start / name
+def _place(work: Path, experiment: dict[str, Any], name: str) -> Path:
+    start = f"{experiment['images']}-images-{experiment['steps']}-steps" if "images" in experiment else "scratch"
+    return work / f"seed-{experiment['seed']}" / start / name
 
 
-def _between(cell: dict[str, Any], plan: Formation, work: Path) -> dict[str, Any]:
+def _between(experiment: dict[str, Any], plan: Formation, work: Path) -> dict[str, Any]:
     """The ends of the same training at two seeds: pretraining's best, or the end of a training from scratch."""
     ends: list[Path] = []
-    for seed in (cell["other"], cell["seed"]):
-        one = {**cell, "seed": seed}
-        if "images" in cell:
-            ends.append(_pretrained(one, plan, work).best)
+    for seed in (experiment["other"], experiment["seed"]):
+        of_seed = {**experiment, "seed": seed}
+        if "images" in experiment:
+            ends.append(_pretrained(of_seed, plan, work).best)
         else:
-            ends.append(_post({**one, "phase": "scratch"}, plan, work).checkpoints[-1])
+            ends.append(_post({**of_seed, "phase": "scratch"}, plan, work).checkpoints[-1])
     followed = follow_checkpoints(ends)
     return {"matrices": {name: _summary(f) for name, f in followed.items()}}
 
@@ -262,9 +260,7 @@ def _summary(f: Followed) -> dict[str, Any]:
 
 
 def _null(f: Followed) -> float:
-    """Alignment of the first matrix with itself plus a Gaussian matrix as large as the whole update, mean of
-    some draws.
-    """
+    """Alignment of the first matrix with itself plus a Gaussian one as large as the whole update, mean of draws."""
     size = float(f.trajectory.distance[0, -1])
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(NULL_DRAWS, *f.first.shape, dtype=torch.float64, generator=generator)
@@ -276,19 +272,19 @@ def _null(f: Followed) -> float:
 def _final_ffn(followed: dict[str, Followed], *, pairs: bool) -> dict[str, Any]:
     """The two feed-forward matrices of the last block, which the paper shows: rank by rank, and pair by pair."""
     last = max(f.ref.key.block for f in followed.values() if f.ref.key.block is not None)
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for f in followed.values():
         t, key = f.trajectory, f.ref.key
         if key.block != last or not key.role.startswith("ffn."):
             continue
-        found[key.role] = {side: _rounded(t.alignment(side)[0]) for side in ("left", "right")}
+        values[key.role] = {side: _rounded(t.alignment(side)[0]) for side in ("left", "right")}
         if pairs:
-            found[key.role] |= {
+            values[key.role] |= {
                 "between": _rounded(t.mean_alignment(TOP)),
                 "between_leading": _rounded(t.mean_alignment(1)),
                 "update_between": _rounded(t.relative_distance()),
             }
-    return found
+    return values
 
 
 def _rounded(values: Tensor | float) -> Any:
@@ -296,6 +292,6 @@ def _rounded(values: Tensor | float) -> Any:
 
 
 def _config(plan: Formation) -> dict[str, Any]:
-    """What cells of one folder share; the lists of cells may grow."""
+    """What experiments of one folder share; the lists of experiments may grow."""
     shared = {k: v for k, v in asdict(plan).items() if k not in ("passes", "seeds")}
     return shared | {"top": TOP, "ranks": RANKS}

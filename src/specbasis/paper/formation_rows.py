@@ -24,8 +24,13 @@ SAME_EPOCHS = 0.1
 
 @dataclass(frozen=True, eq=False)
 class Curves:
-    """Curves of some matrices of one cell: alignment to the first checkpoint and size of the update, (matrices,
-    steps).
+    """Curves of some matrices of an experiment, (matrices, steps).
+
+    Attributes:
+        aligned: alignment with the first checkpoint.
+        size: size of the update, ‖delta‖/‖W‖.
+        null: alignment that a Gaussian update as large as the whole one leaves.
+        chance: alignment of independent directions.
     """
 
     aligned: Array
@@ -99,9 +104,7 @@ class Grid:
         return [(phase, task, dict(rows)) for (phase, task), rows in runs.items()]
 
     def families(self) -> list[tuple[str, list[tuple[int, int]]]]:
-        """Sets of pretrainings, (images, steps), that differ in their images: with equal steps, and with equal
-        epochs.
-        """
+        """Sets of pretrainings, (images, steps), that differ in their images: equally many steps, or epochs."""
         sizes = sorted({(row.experiment["images"], row.experiment["steps"]) for row in self.of("pretrain")})
         families: list[tuple[str, list[tuple[int, int]]]] = []
         for steps in sorted({steps for _, steps in sizes}):

@@ -180,10 +180,10 @@ def from_arrays(
 def _labels(labels: Any, n: int, name: str) -> Tensor | None:
     if labels is None:
         return None
-    found = np.asarray(labels)
-    if found.shape != (n,) or found.dtype.kind not in "iu" or (n and int(found.min()) < 0):
-        raise InputError(f"{name}: got labels {found.dtype} {found.shape}; want {n} whole numbers from 0")
-    return torch.as_tensor(found.astype(np.int64))
+    classes = np.asarray(labels)
+    if classes.shape != (n,) or classes.dtype.kind not in "iu" or (n and int(classes.min()) < 0):
+        raise InputError(f"{name}: got labels {classes.dtype} {classes.shape}; want {n} whole numbers from 0")
+    return torch.as_tensor(classes.astype(np.int64))
 
 
 def _fitted(pixels: Tensor, size: int) -> Tensor:

@@ -1,5 +1,4 @@
-"""Train a masked autoencoder or a classifier from memory: checkpoints on the way, and a run that a kill only
-delays.
+"""Train a masked autoencoder or a classifier from memory, with checkpoints; a kill only delays the run.
 
 Everything random is a function of the seed and the step, not of a generator's state, so that a run that was
 killed and continued gives the same weights, bit for bit on one machine, as one that was not.
