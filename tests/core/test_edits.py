@@ -260,3 +260,12 @@ def test_bad_input_is_told_in_one_line(call, message):
     with pytest.raises(InputError, match=message) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+def test_an_added_kind_of_edit_is_an_edit_like_any_other(monkeypatch):
+    from specbasis.core.edits import Kind
+
+    monkeypatch.setitem(KINDS, "half", Kind(lambda e, W, *_: W.double() / 2, "half of the matrix"))
+    W = gaussian(4, 3)
+    assert torch.equal(Edit("half").apply(W, decompose(W)), W.double() / 2)
+    assert not Edit("half").needs_other

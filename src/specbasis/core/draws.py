@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 
 import torch
 from jaxtyping import Float
@@ -12,36 +13,53 @@ from specbasis.core.dtypes import FORMATS
 from specbasis.core.errors import InputError
 from specbasis.core.rounding import rounding
 
-KINDS = ("gaussian", "permuted", "rotated", "rounding")
-"""Updates without a direction: see `draw`."""
+
+def gaussian(W: Tensor, T: Tensor, generator: torch.Generator) -> Tensor:
+    """Independent normal entries, scaled to the Frobenius norm of T − W."""
+    Z = torch.randn(W.shape, generator=generator, dtype=torch.float64)
+    return Z.mul_(torch.linalg.vector_norm(T.double() - W.double()) / torch.linalg.vector_norm(Z))
+
+
+def permuted(W: Tensor, T: Tensor, generator: torch.Generator) -> Tensor:
+    """The entries of T − W in random places."""
+    delta = T.double() - W.double()
+    return delta.flatten()[torch.randperm(delta.numel(), generator=generator)].reshape(W.shape)
+
+
+def rotated(W: Tensor, T: Tensor, generator: torch.Generator) -> Tensor:
+    """Q₁ (T − W) Q₂ with uniformly random orthogonal Q₁ and Q₂: the spectrum stays."""
+    delta = T.double() - W.double()
+    return _haar(W.shape[0], generator) @ delta @ _haar(W.shape[1], generator)
+
+
+def rounded(W: Tensor, T: Tensor, generator: torch.Generator) -> Tensor:
+    """Errors of rounding T to the format in which it is stored, uniform within half a step."""
+    stored = FORMATS[rounding(T).stored]
+    step = 2.0 ** (torch.frexp(T.double()).exponent - 1).clamp(min=stored.exponent).double() * stored.step
+    error: Tensor = step * (torch.rand(W.shape, generator=generator, dtype=torch.float64) - 0.5)
+    return error
+
+
+DRAWS: Mapping[str, Callable[[Tensor, Tensor, torch.Generator], Tensor]] = {
+    "gaussian": gaussian,
+    "permuted": permuted,
+    "rotated": rotated,
+    "rounding": rounded,
+}
+"""Null → random updates without a direction, of the size of T − W; a new one is a function and a line here."""
+
+KINDS = tuple(DRAWS)
 
 
 def draw(kind: str, W: Float[Tensor, "out in"], T: Float[Tensor, "out in"], generator: torch.Generator) -> Tensor:
-    """A random update of the same size as T − W, float64, (out, in).
-
-    - gaussian: independent normal entries, scaled to the Frobenius norm of T − W;
-    - permuted: the entries of T − W in random places;
-    - rotated: Q₁ (T − W) Q₂ with uniformly random orthogonal Q₁ and Q₂: the spectrum stays;
-    - rounding: errors of rounding T to the format in which it is stored, uniform within half a step.
+    """A random update in place of T − W, float64, (out, in).
 
     Raises:
-        InputError: the kind is unknown.
+        InputError: the kind is none of `DRAWS`.
     """
-    shape = W.shape
-    if kind == "rounding":
-        stored = FORMATS[rounding(T).stored]
-        step = 2.0 ** (torch.frexp(T.double()).exponent - 1).clamp(min=stored.exponent).double() * stored.step
-        error: Tensor = step * (torch.rand(shape, generator=generator, dtype=torch.float64) - 0.5)
-        return error
-    delta = T.double() - W.double()
-    if kind == "gaussian":
-        Z = torch.randn(shape, generator=generator, dtype=torch.float64)
-        return Z.mul_(torch.linalg.vector_norm(delta) / torch.linalg.vector_norm(Z))
-    if kind == "permuted":
-        return delta.flatten()[torch.randperm(delta.numel(), generator=generator)].reshape(shape)
-    if kind == "rotated":
-        return _haar(shape[0], generator) @ delta @ _haar(shape[1], generator)
-    raise InputError(f"got null {kind!r}; want one of {', '.join(KINDS)}")
+    if kind not in DRAWS:
+        raise InputError(f"got null {kind!r}; want one of {', '.join(KINDS)}")
+    return DRAWS[kind](W, T, generator)
 
 
 def _haar(d: int, generator: torch.Generator) -> Tensor:
