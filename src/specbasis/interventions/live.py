@@ -158,7 +158,7 @@ def _live(model: nn.Module) -> dict[str, Tensor]:
 
 def _as_stored(model: nn.Module, live: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same tensors under transformers' names on disk, where each of these still is memory of the model."""
-    if "transformers" not in sys.modules:  # then this is no model of given, and importing it takes seconds
+    if "transformers" not in sys.modules:  # then this is no model of transformers, and importing it takes seconds
         return live
     try:
         from transformers import PreTrainedModel
