@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 from specbasis.architecture.selection import Selection
 from specbasis.core.errors import InputError
 from specbasis.core.grammar import parse_bytes, words
-from specbasis.core.options import ADVANCED, option
-from specbasis.jobs.engine import ENGINES
+from specbasis.core.options import ADVANCED, check_choice, option
 
 if TYPE_CHECKING:
     from specbasis.architecture.pair import MatrixPair
@@ -54,16 +53,18 @@ class Options(Selection):
     memory: str | int | None = option(
         None, "what workers may take, e.g. 8GB; default: half of the free", panel=ADVANCED, decides=False
     )
-    engine: str = option("auto", "threads, processes, ray, or auto", panel=ADVANCED, choices=ENGINES, decides=False)
+    engine: str = option("auto", "threads, processes, ray, or auto", panel=ADVANCED, decides=False)
     device: str = option("cpu", "cpu, cuda, cuda:1", panel=ADVANCED, decides=False)
     cache: str | Path | None = option(
         None, "folder in which decompositions are kept and found again", decides=False
     )
 
     def __post_init__(self) -> None:
+        from specbasis.jobs.engine import ENGINES
         from specbasis.measures.table import choose
 
         super().__post_init__()
+        check_choice("engine", self.engine, ENGINES)
         if self.subspace is None:
             object.__setattr__(self, "subspace", min(10, self.ranks))
         if self.k > self.ranks:

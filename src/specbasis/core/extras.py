@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from importlib import import_module, metadata
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from urllib.parse import unquote, urlparse
 
 from specbasis.core.errors import MissingExtra
 
@@ -64,6 +62,11 @@ def _source() -> Path | None:
     clone = Path(__file__).parents[3]
     if (clone / "pyproject.toml").is_file():
         return clone
+    # Late, since every command reads this module and few get here.
+    import json
+    from importlib import metadata
+    from urllib.parse import unquote, urlparse
+
     try:
         text = metadata.distribution("specbasis").read_text("direct_url.json")
         url = urlparse(json.loads(text or "{}").get("url", ""))

@@ -171,10 +171,20 @@ def _check(name: str, value: Any, rule: Rule, kind: Any) -> None:
         wanted = without_none(kind)
         noun = NOUNS.get(get_origin(wanted) or wanted, "another value")
         raise InputError(f"got {name} = {value!r}; want {noun}{least}")
-    if rule.choices and value not in rule.choices:
-        near = guess(str(value), rule.choices).rstrip()
+    if rule.choices:
+        check_choice(name, value, rule.choices)
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Refuse a word that is none of some, with the nearest that is.
+
+    Raises:
+        InputError: it is none of them.
+    """
+    if value not in choices:
+        near = guess(str(value), choices).rstrip()
         hint = f" ({near})" if near else ""
-        raise InputError(f"got {name} = {value!r}; want one of {', '.join(rule.choices)}{hint}")
+        raise InputError(f"got {name} = {value!r}; want one of {', '.join(choices)}{hint}")
 
 
 def _fits(value: Any, kind: Any) -> bool:

@@ -27,7 +27,7 @@ def ranks(text: str, flag: str = "") -> int | str:
 class EditOptions(Selection):
     """One edit of many matrices; the kinds and sets of ranks are those of `specbasis.core.edits`."""
 
-    kind: str = option("swap", "what is done to the ranks: see below")
+    kind: str = option("swap", "what is done to the ranks")
     ranks: int | str = option("all", "n leading ranks, -n trailing ones, k:m, or a list 0:30,100,-5:", parse=ranks)
     sides: str = option("both", "both, left or right", choices=SIDES)
     seed: int = option(0, "of the random kinds", panel=ADVANCED)
