@@ -160,7 +160,7 @@ def test_a_folder_with_something_else_is_left_alone(specbasis: Run, folder: Path
 def test_report_of_a_folder_without_results(specbasis: Run, tmp_path: Path) -> None:
     done = specbasis("report", tmp_path)
     assert done.returncode == 2
-    assert "no results here" in done.stderr
+    assert "no comparison here" in done.stderr
 
 
 @pytest.mark.parametrize("text", ["x", "1-", "-1", "0,,a", "2-1", "0-99999999999"])
@@ -223,7 +223,7 @@ def test_json_is_all_there_is_on_stdout_and_findings_decide_the_exit_code(
     assert specbasis("report", out, "--json", "--fail-on", "frozen").returncode == 0
     unknown = specbasis("compare", *arguments, "--fail-on", "nonsense", cwd=folder)
     assert unknown.returncode == 2
-    assert "no finding is called nonsense" in unknown.stderr
+    assert "no finding 'nonsense'; did you mean" in unknown.stderr
 
 
 @pytest.mark.parametrize(
