@@ -25,6 +25,7 @@ from specbasis.checkpoint.formats.safetensors import _parse_header
 from specbasis.checkpoint.hub import Address, parse_address
 from specbasis.checkpoint.patience import RETRIES
 from specbasis.core.errors import InputError
+from tests.helpers.patience import PATIENCE
 
 pytest.importorskip("huggingface_hub")
 
@@ -130,7 +131,7 @@ def first_bytes(monkeypatch):
 
 
 def test_opening_asks_for_the_header_of_each_shard_once_and_for_all_at_once(hub, first_bytes, monkeypatch):
-    together = threading.Barrier(3, timeout=20)  # breaks unless three requests are under way at the same time
+    together = threading.Barrier(3, timeout=PATIENCE)  # breaks unless three requests are under way at the same time
     read_range = hub_of_checkpoints._read_range
     monkeypatch.setattr(hub_of_checkpoints, "_read_range", lambda *given: (together.wait(), read_range(*given))[1])
     checkpoint = open_checkpoint("org/big")

@@ -331,7 +331,7 @@ def test_the_manifest_says_what_was_compared(pair: tuple[Path, Path], tmp_path: 
 
 def test_a_second_run_computes_nothing_again(pair: tuple[Path, Path], tmp_path: Path, monkeypatch) -> None:
     specbasis.compare(*pair, tmp_path / "out")
-    monkeypatch.setattr(job, "half_svd", lambda *a, **k: pytest.fail("decomposed again"))
+    monkeypatch.setattr(decomposition, "half_svd", lambda *a, **k: pytest.fail("decomposed again"))
     specbasis.compare(*pair, tmp_path / "out")
     assert len(specbasis.load(tmp_path / "out").manifest["runs"]) == 1
 

@@ -412,7 +412,7 @@ def test_finetune_as_typed_runs_and_refuses_in_one_line(place, tmp_path, monkeyp
     assert "parameters: 144 method, 34 head and pooler" in out
     for wrong, message in (
         (["--task", "sst3"], "error: got task 'sst3'; want one of cola"),
-        (["--task", "rte", "--interval", "2-8"], "error: --interval got '2-8'; want two ranks"),
+        (["--task", "rte", "--interval", "8:2"], "error: --interval got '8:2'; want "),
         (["--task", "rte", "--label", "x"], "error: RTE names its own columns"),
     ):
         code, _, err = typed(monkeypatch, capsys, *words, "--out", tmp_path / "wrong", *wrong)

@@ -56,12 +56,14 @@ def test_an_added_measure_is_in_rows_terminal_and_page(added, tmp_path, capsys):
     assert '"own":["squares"]' in page
 
 
-def test_an_added_measure_is_in_the_help(added, capsys):
+def test_an_added_measure_is_in_the_help(added, monkeypatch):
     from typer.testing import CliRunner
 
     from specbasis.cli import app
+    from specbasis.cli.common import STDOUT
 
-    told = CliRunner().invoke(app, ["compare", "--measures", "help"], env={"COLUMNS": "200"})
+    monkeypatch.setattr(STDOUT, "width", 200)
+    told = CliRunner().invoke(app, ["compare", "--measures", "help"])
     assert told.exit_code == 0
     assert "largest_base" in told.output
     assert "Squares of the singular values" in told.output
