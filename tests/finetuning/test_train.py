@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -78,6 +79,8 @@ def test_a_run_learns_and_leaves_everything_that_it_promises(place, tmp_path):
     assert manifest["config"]["protocol"]["batch_size"] == 16
     weights_of_base = (place / "base/model.safetensors").read_bytes()
     assert manifest["config"]["base_sha256"] == hashlib.sha256(weights_of_base).hexdigest()
+    for package in ("torch", "transformers", "peft", "tokenizers", "accelerate", "datasets", "scikit-learn"):
+        assert manifest["environment"]["versions"][package] == version(package)
 
     model, tokenizer = load(tmp_path / "run")
     data = load_task("sst2", data_dir=place / "glue").dev["dev"]

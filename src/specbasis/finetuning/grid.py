@@ -12,10 +12,11 @@ from typing import Any
 
 from specbasis.checkpoint import open_checkpoint, weights_sha256
 from specbasis.core.errors import InputError
-from specbasis.finetuning.options import LIBRARIES, Placement, Protocol, require_libraries
+from specbasis.finetuning.options import Placement, Protocol, require_libraries
 from specbasis.finetuning.sources import load_task
 from specbasis.finetuning.tasks import TaskData, subset
 from specbasis.jobs.experiments import Row, read_experiments, run_experiments
+from specbasis.jobs.folder import WHERE_USED
 from specbasis.jobs.progress import Progress
 
 SCRATCH = "scratch"
@@ -160,7 +161,7 @@ def run_grid(
     require_libraries()
     run = functools.partial(run_experiment, setting=setting)
     rows = [experiment.row() for experiment in experiments]
-    return run_experiments(rows, run, out, config=setting.config(), uses=LIBRARIES, progress=progress)
+    return run_experiments(rows, run, out, config=setting.config(), uses=WHERE_USED, progress=progress)
 
 
 def stored(experiments: Iterable[Experiment], out: str | Path) -> list[Row]:

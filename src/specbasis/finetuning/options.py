@@ -13,9 +13,6 @@ from specbasis.core.extras import require
 from specbasis.core.grammar import intervals
 from specbasis.core.options import ADVANCED, PYTHON, Options, Rule, option
 
-LIBRARIES = ("transformers", "peft", "tokenizers", "accelerate", "sklearn")
-"""Modules that every finetune loads, whose versions its manifest has."""
-
 
 def require_libraries() -> None:
     """Say in one line what finetuning lacks.

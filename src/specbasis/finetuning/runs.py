@@ -21,11 +21,11 @@ from specbasis.checkpoint.atomic import whole, write_whole, writing
 from specbasis.core.errors import InputError
 from specbasis.core.options import takes
 from specbasis.finetuning.metrics import Predictions
-from specbasis.finetuning.options import LIBRARIES, FinetuneOptions, Placement, Protocol, require_libraries
+from specbasis.finetuning.options import FinetuneOptions, Placement, Protocol, require_libraries
 from specbasis.finetuning.sources import load_task
 from specbasis.finetuning.tables import lines
 from specbasis.finetuning.tasks import Task, TaskData, selection_size, subset
-from specbasis.jobs.folder import Kind, environment, opened, plain, refuse_another, write_json
+from specbasis.jobs.folder import WHERE_USED, Kind, environment, opened, plain, refuse_another, write_json
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -227,7 +227,7 @@ def _begin(folder: Path, config: Mapping[str, Any], alone: ExitStack, is_first: 
     if is_first:
         run = alone.enter_context(opened(folder, RUN, config))
         if "environment" not in run.manifest:
-            run.manifest["environment"] = environment(LIBRARIES)
+            run.manifest["environment"] = environment(WHERE_USED)
             run.write_manifest()
     else:
         refuse_another(folder, RUN.noun, RUN.read(folder)["config"], json.loads(json.dumps(config)))

@@ -16,6 +16,7 @@ from specbasis.interventions.stage import BASE, BASELINE, STAGES, Setting, Subje
 from specbasis.jobs.cache import Cache
 from specbasis.jobs.cost import cache_folder
 from specbasis.jobs.experiments import GRID, Row, read_experiments, run_experiments
+from specbasis.jobs.folder import WHERE_USED
 from specbasis.jobs.progress import Report, silent
 
 CONTROLS = ("random", "zero")
@@ -75,7 +76,7 @@ def intervene(
             partial(run_experiment, setting),
             out,
             config=setting.config(),
-            uses=("transformers", "tokenizers"),
+            uses=WHERE_USED,
             workers=chosen.workers,
             progress=progress,
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +72,7 @@ def run_experiments(
     out: str | Path,
     *,
     config: Mapping[str, Any] | None = None,
-    uses: Sequence[str] = (),
+    uses: Iterable[str] = (),
     workers: int = 1,
     progress: Report | None = None,
 ) -> list[Row]:
@@ -187,7 +187,7 @@ def _read(folder: Path, *, mend: bool = False) -> Iterator[Row]:
             ) from error
 
 
-def _note_run(folder: Folder, uses: Sequence[str]) -> None:
+def _note_run(folder: Folder, uses: Iterable[str]) -> None:
     """Put versions, commit, machine and command into the manifest, unless those of the last run are the same."""
     now = environment(uses)
     runs = folder.manifest.setdefault("runs", [])
