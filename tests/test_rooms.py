@@ -240,6 +240,25 @@ def test_a_circle_is_seen():
     assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c"]
 
 
+def test_only_the_verb_of_the_paper_imports_the_paper():
+    for path in MODULES:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        users = {name for name, _ in imported(tree, dotted(path)) if name.split(".")[0] == "paper"}
+        assert not users or dotted(path).split(".")[0] == "paper" or dotted(path) == "cli.reproduce", dotted(path)
+
+
+def test_a_module_and_a_function_can_be_held_in_the_head():
+    """At most 400 lines a module, at most 60 of a function beside its docstring."""
+    for path in MODULES:
+        text = path.read_text(encoding="utf-8")
+        assert text.count("\n") <= 400, f"{dotted(path)} has {text.count(chr(10))} lines; split it by what it knows"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                doc = ast.get_docstring(node, clean=False)
+                lines = node.end_lineno - node.lineno + 1 - (doc.count("\n") + 1 if doc else 0)
+                assert lines <= 60, f"{dotted(path)}.{node.name} has {lines} lines beside its docstring"
+
+
 def test_the_map_in_contributing_has_the_rooms_in_order():
     page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     folders = {path.parent.name for path in SOURCE.glob("*/__init__.py")}
