@@ -54,6 +54,23 @@ def test_a_table_of_texts_is_judged_as_one_text_at_a_time(tmp_path):
     assert len(limited(loaded)["accuracy"].values) == 3
 
 
+def test_a_text_longer_than_the_positions_of_a_model_is_cut_where_they_end(tmp_path):
+    """RoBERTa's positions count from behind the padding, so it takes fewer tokens than it has positions."""
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    tokenizer(tmp_path / "m")
+    size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = RobertaConfig(vocab_size=len(WORDS), max_position_embeddings=12, pad_token_id=0, **size)
+    RobertaForSequenceClassification(config).save_pretrained(tmp_path / "m")
+    table = tmp_path / "table.csv"
+    table.write_text(f"text,label\n{'cat ' * 30},LABEL_0\n{'dog ' * 30},LABEL_1\n")
+    evaluate = judge(f"table:{table}", text=["text"], label="label")
+    model = evaluate.load(str(tmp_path / "m"))
+    assert len(evaluate(model)[evaluate.metric].values) == 2
+    ((_, batch),) = evaluate.batches(model, 500)
+    assert batch["input_ids"].shape[1] == 11
+
+
 def test_perplexity_is_what_transformers_says(tmp_path):
     from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 

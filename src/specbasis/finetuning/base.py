@@ -145,7 +145,7 @@ def load_base(base: str | Path, task: Task, *, max_length: int = 256, scratch: b
             raise InputError(f"{base}: its tokenizer has no token to pad with, nor one for ends or unknown words")
     if not task.images and model.config.pad_token_id is None:
         model.config.pad_token_id = processor.pad_token_id
-    return Base(model, processor, address, task, min(max_length, _longest(model, processor)))
+    return Base(model, processor, address, task, min(max_length, longest_input(model, processor)))
 
 
 @contextmanager
@@ -164,7 +164,7 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _longest(model: nn.Module, processor: Any) -> int:
+def longest_input(model: nn.Module, processor: Any) -> int:
     """Tokens that a model takes: positions of its own, and what its tokenizer was made for."""
     positions = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
     tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == positions]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from specbasis.checkpoint.entry import first_line
 from specbasis.core.errors import InputError
+from specbasis.finetuning.base import longest_input
 from specbasis.interventions.samples import Sample
 
 TOKENS = 4096
@@ -75,7 +76,7 @@ class Encoded:
             tokenizer = transformers.AutoTokenizer.from_pretrained(location, trust_remote_code=False)
             if tokenizer.pad_token is None:
                 tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-            longest = min(max_length, getattr(model.config, "max_position_embeddings", None) or max_length)
+            longest = min(max_length, longest_input(model, tokenizer))
             self._batches[location] = list(self.encode(tokenizer, longest, model))
         return self._batches[location]
 
