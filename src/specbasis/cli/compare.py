@@ -74,7 +74,7 @@ def report(
 
 
 def inspect(model: MODEL, stream: STREAM = False) -> None:
-    """Print how a model is understood: its stacks of blocks, the role of every matrix, and what has none."""
+    """Print how a model is understood: its stacks of blocks, roles, and parameters without one."""
     from specbasis.cli.tables import print_model
 
     print_model(model, specbasis.open_checkpoint(model, stream=stream))
