@@ -275,7 +275,7 @@ def _random(complement: bool) -> Callable[[Edit, Tensor, SVD, SVD | None, str], 
 
 KINDS: Mapping[str, Kind] = {
     "swap": Kind(_swap, "singular vectors of another model, singular values kept", needs_other=True),
-    "random": Kind(_random(False), "random orthonormal vectors, drawn without regard to those that stay", is_random=True),
+    "random": Kind(_random(False), "random orthonormal vectors, whatever stays", is_random=True),
     "random_complement": Kind(_random(True), "random vectors orthogonal to those that stay", is_random=True),
     "zero": Kind(lambda e, W, svd, *_: mask(W, svd, e.ranks), "nothing: these ranks are masked"),
     "keep": Kind(lambda e, W, svd, *_: keep(W, svd, e.ranks), "nothing in place of all other ranks"),
