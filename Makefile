@@ -77,6 +77,8 @@ test-oldest: .venv-uv/stamp  ## the tests with the oldest versions that pyprojec
 	.venv-oldest/bin/python -m pip $(QUIET) install "$(PIP_VERSION)"
 	.venv-uv/bin/uv pip compile pyproject.toml --extra dev --resolution lowest-direct --python .venv-oldest/bin/python \
 		--no-header --no-annotate --quiet -o .venv-oldest/oldest.txt
+	# The oldest torchao that PEFT takes wants a newer torch: its tests skip here.
+	sed -i.all '/^torchao==/d' .venv-oldest/oldest.txt
 	.venv-oldest/bin/python -m pip $(QUIET) install -r .venv-oldest/oldest.txt
 	.venv-oldest/bin/python -m pip $(QUIET) install --no-deps -e .
 	.venv-oldest/bin/python -m pip list --format freeze

@@ -173,7 +173,7 @@ class SpectralLinear(AdaptedLayer):
             return "factored"
         out, in_ = U.shape[0], self.spectral_Vh[name].shape[1]
         candidates: list[functional.Route] = ["factored"]
-        hooks = base._forward_hooks or base._forward_pre_hooks or "forward" in vars(base)
+        hooks = base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__
         if type(base) is nn.Linear and not hooks:
             candidates.append("folded")
         # Only for the very weight that was decomposed: another one has other singular vectors. Compiled code
