@@ -7,6 +7,7 @@ import pytest
 from specbasis.core.errors import InputError
 from specbasis.jobs.experiments import Row
 from specbasis.paper.fig5 import panel, write
+from specbasis.paper.options import PanelOptions
 
 
 def test_the_default_panels_are_those_of_appendix_m():
@@ -33,7 +34,7 @@ def test_a_smaller_model_ends_at_its_own_limit():
 def test_a_line_has_a_gap_where_nothing_ran(tmp_path, monkeypatch):
     from matplotlib.axes import Axes
 
-    what = panel("fig5a", ranks=200, blocks=4, seeds=(1, 2))
+    what = panel("fig5a", ranks=200, blocks=4, options=PanelOptions(base="org/base", seeds=(1, 2)))
     size = {"adapter": 1}
     rows = [
         Row(what.cell(point, seed).row(), {"score": 0.5 + seed / 10, "parameters": size}, None, 1, "", None)
@@ -43,7 +44,7 @@ def test_a_line_has_a_gap_where_nothing_ran(tmp_path, monkeypatch):
     drawn, titles = [], []
     monkeypatch.setattr(Axes, "errorbar", lambda self, x, y, **rest: drawn.append((x, y, rest["yerr"])))
     monkeypatch.setattr(Axes, "set_title", lambda self, text, **_: titles.append(text))
-    paths = write(what, rows, "org/base", tmp_path)
+    paths = write(what, rows, tmp_path)
     ((x, y, spread),) = drawn
     assert x == [50, 100, 150, 200]
     assert y == pytest.approx([65.0, math.nan, 65.0, 60.0], nan_ok=True)

@@ -14,19 +14,19 @@ from typer.testing import CliRunner
 from specbasis.cli import app
 from specbasis.core.errors import InputError
 from specbasis.finetuning import train
-from specbasis.finetuning.grid import Search, scaled_rate
 from specbasis.finetuning.methods import METHODS, TABLE_5
 from specbasis.finetuning.metrics import Predictions
 from specbasis.finetuning.tasks import GLUE
 from specbasis.jobs.experiments import Row, read_experiments
 from specbasis.paper import table1
+from specbasis.paper.search import scaled_rate
 from specbasis.paper.table1 import comparison, lines
 from specbasis.paper.table1_page import markdown, printed, write
 from tests.finetuning import lab
 
 
-def page(what, rows, factors):
-    return markdown(what, lines(what, rows, factors), rows, factors, "pico")
+def page(what, rows):
+    return markdown(what, lines(what, rows), rows, "pico")
 
 
 def row(cell, score, error=None, predictions=None):
@@ -73,7 +73,7 @@ def test_mean_spread_and_paired_test_are_those_of_scipy_and_missing_runs_stay_em
         row(what.cell("sst2", "full", 2, {}), 0.9),
         row(what.cell("sst2", "full", 3, {}), 0.0, error="RuntimeError: out of memory"),
     ]
-    found = {(line.task, line.method): line for line in lines(what, rows, {})}
+    found = {(line.task, line.method): line for line in lines(what, rows)}
     line = found["sst2", "lora"]
     assert line.scores == dict(zip((1, 2, 3), lora, strict=True))
     assert line.differences["spectral"].mean == pytest.approx(np.mean(lora) - np.mean(ours))
@@ -82,7 +82,7 @@ def test_mean_spread_and_paired_test_are_those_of_scipy_and_missing_runs_stay_em
         0.9 - 0.83
     )  # on the one seed that both have
     assert found["sst2", "full"].differences["spectral"].p is None
-    text = page(what, rows, {})
+    text = page(what, rows)
     assert "7 of 18 runs" in text
     assert "| Full FT | 90,000 | 90.00 (1) | – |" in text
     assert f"| LoRA-K | 90,000 | 85.67 ± {100 * np.std(lora, ddof=1):.2f} | – |" in text
@@ -117,36 +117,34 @@ def test_the_interval_of_a_difference_is_a_paired_bootstrap_over_the_dev_set(tas
         )
         return np.mean(theirs) - np.mean(ours)
 
-    line = lines(what, rows, {})[1]
+    line = lines(what, rows)[1]
     oracle = stats.bootstrap(
         (np.arange(80),), difference, vectorized=False, method="percentile", n_resamples=2000, rng=1
     ).confidence_interval
     np.testing.assert_allclose(line.differences["spectral"].interval, [oracle.low, oracle.high], atol=0.03)
     assert (
         f"{100 * line.differences['spectral'].mean:+.2f} [{100 * line.differences['spectral'].interval[0]:+.2f}, "
-        in page(what, rows, {})
+        in page(what, rows)
     )
     one = Predictions.unpacked(rows[0].values["predictions"]["dev"])
     chance = max(one.labels.mean(), 1 - one.labels.mean()) if task == "sst2" else 0.0
-    assert f"| Always the most frequent class | – | {100 * chance:.2f} |" in page(what, rows, {})
-    written = write(what, rows, {}, "pico", tmp_path)
+    assert f"| Always the most frequent class | – | {100 * chance:.2f} |" in page(what, rows)
+    written = write(what, rows, "pico", tmp_path)
     assert [path.name for path in written] == ["table1.md", "table1.png", "table1.svg"]
     without = {name: value for name, value in rows[-1].values.items() if name != "predictions"}
-    assert (
-        lines(what, [*rows[:3], replace(rows[3], values=without)], {})[1].differences["spectral"].interval is None
-    )
+    assert lines(what, [*rows[:3], replace(rows[3], values=without)])[1].differences["spectral"].interval is None
 
 
 def test_every_rank_of_the_spectral_method_is_a_reference():
     what = comparison("table1", tasks=["rte"], methods=["spectral", "spectral@300", "lora"])
     scores = {"spectral": 0.5, "spectral@300": 0.6, "lora": 0.65}
     rows = [row(what.cell("rte", method, 42, {}), score) for method, score in scores.items()]
-    found = {line.method: line.differences for line in lines(what, rows, {})}
+    found = {line.method: line.differences for line in lines(what, rows)}
     assert {name: one.mean for name, one in found["lora"].items()} == pytest.approx(
         {"spectral": 0.15, "spectral@300": 0.05}
     )
     assert list(found["spectral"]) == ["spectral@300"]
-    text = page(what, rows, {})
+    text = page(what, rows)
     assert text.index("## Difference to: Spectral\n") < text.index("## Difference to: Spectral, K = 300\n")
 
 
@@ -160,7 +158,7 @@ def searched(what, scores):
 
 def test_a_search_chooses_on_train_of_each_task_for_the_methods_that_share_it():
     methods, tasks = ["spectral", "spectral-random"], ["sst2", "rte"]
-    what = comparison("controls", methods=methods, tasks=tasks, search=Search((1.0, 3.0, 9.0)))
+    what = comparison("controls", methods=methods, tasks=tasks, search=(1.0, 3.0, 9.0))
     cells = what.search_cells()
     assert {(c.task, c.method, c.seed, c.examples, c.selection) for c in cells} == {
         ("sst2", "spectral", 0, 2000, 1000),
@@ -174,14 +172,16 @@ def test_a_search_chooses_on_train_of_each_task_for_the_methods_that_share_it():
     assert what.cell("sst2", "spectral-random", 42, factors).learning_rate == pytest.approx(3e-4)
     assert what.cell("rte", "spectral-random", 42, factors).learning_rate == pytest.approx(9 * 2e-4)
     assert what.cell("sst2", "spectral", 42, {}).learning_rate == pytest.approx(1e-4)
-    text = page(what, rows, factors)
+    text = page(what, rows)
     assert "| Spectral | 0.0003 (×3) | 0.0018 (×9) |" in text
     assert "(factor of Spectral) | 0.0003 (×3) |" in text
     assert "2000 (RTE 1660) examples, 2 epochs, seed 0, scored on 1000 (RTE 830) others" in text
 
 
 def test_one_task_can_be_searched_for_all():
-    what = comparison("table1", methods=["spectral"], tasks=["sst2", "rte"], search=Search((1.0, 3.0, 9.0), "sst2"))
+    what = comparison(
+        "table1", methods=["spectral"], tasks=["sst2", "rte"], search=(1.0, 3.0, 9.0), search_task="sst2"
+    )
     rows = searched(what, {"sst2": {1: 0.7, 3: 0.8, 9: 0.75}})
     assert len(rows) == 3
     assert what.factors(rows) == {("sst2", "spectral"): 3.0, ("rte", "spectral"): 3.0}
@@ -198,19 +198,19 @@ def test_one_task_can_be_searched_for_all():
     ],
 )
 def test_a_search_goes_beyond_an_end_that_is_best_but_not_for_ever(scores, best, runs):
-    what = comparison("controls", methods=["spectral"], search=Search((4.0, 1.0)))
+    what = comparison("controls", methods=["spectral"], search=(4.0, 1.0))
     rows = searched(what, {"sst2": scores})
     assert len(rows) == runs
-    assert f"| Spectral | {best} |" in page(what, rows, what.factors(rows))
+    assert f"| Spectral | {best} |" in page(what, rows)
 
 
 def test_a_failed_run_of_a_search_leaves_the_method_unsearched_and_ends():
-    what = comparison("controls", methods=["spectral"], search=Search((1.0, 4.0)))
+    what = comparison("controls", methods=["spectral"], search=(1.0, 4.0))
     cells = what.search_cells()
     rows = [row(cells[0], 0.7), row(cells[1], 0.0, error="RuntimeError: no")]
     assert what.search_cells(rows) == cells
     assert what.factors(rows) == {}
-    assert "0.0001 (not searched yet)" in page(what, rows, {})
+    assert "0.0001 (not searched yet)" in page(what, rows)
 
 
 @pytest.mark.parametrize(

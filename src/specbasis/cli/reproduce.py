@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,7 +23,6 @@ from specbasis.core.extras import require
 from specbasis.core.grammar import words
 from specbasis.paper.options import (
     FormationOptions,
-    GlueOptions,
     PanelOptions,
     PretrainOptions,
     TableOptions,
@@ -31,7 +31,6 @@ from specbasis.paper.options import (
 
 if TYPE_CHECKING:
     from specbasis.figures.table import Table
-    from specbasis.finetuning.grid import Setting
     from specbasis.paper.formation_claims import Claim
     from specbasis.paper.formation_grid import Formation
 
@@ -166,56 +165,20 @@ def _from_grid(
 # --- finetuning ---------------------------------------------------------------------------------------------------
 
 
-def _setting(out: Path, options: GlueOptions, keep: Sequence[str] = ()) -> Setting:
-    from specbasis.finetuning.grid import SCRATCH, Setting
-
-    return Setting(
-        options.base,
-        None if options.data_dir is None else str(options.data_dir),
-        {"group_by_length": True} if options.group_by_length else {},
-        None if options.cache_prefix is None else str(options.cache_prefix),
-        models=str(out.with_name(f"{out.name}-models")),
-        keep=(SCRATCH, *keep),
-        first_seed=options.seeds[0],
-    )
-
-
 def _table(figure: str, out: OUT, options: TableOptions, no_run: NO_RUN = False) -> None:
-    from specbasis.finetuning.grid import Search, kept_model, stored
-    from specbasis.finetuning.tasks import GLUE, task_named
-    from specbasis.jobs.experiments import read_experiments
     from specbasis.paper import table1, table1_page
+    from specbasis.paper.grid import base_name, kept_model, run_grid
 
-    def by_task(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for name, number in pairs:
-            found |= {task_named(name).name: number} if name else dict.fromkeys(GLUE, number)
-        return found
-
-    task = task_named(options.search_task).name if options.search_task else None
-    experiment = table1.comparison(
-        figure,
-        tasks=options.tasks,
-        methods=options.methods,
-        seeds=options.seeds,
-        epochs=by_task(options.epochs),
-        examples=by_task(options.examples),
-        search=Search(options.search, task) if options.search else None,
-    )
-    setting = _setting(out, options, options.keep)
-    kept = _kept(options.keep, experiment.methods)
-    if no_run:
-        searched = stored(experiment.search_cells(read_experiments(out)), out)
-        factors = experiment.factors(searched)
-        rows = [*searched, *stored(experiment.cells(factors), out)]
-    else:
-        with progress_by_run() as tell:
-            rows, factors = table1.run(experiment, setting, out, tell)
-    paths = table1_page.write(experiment, rows, factors, setting.base_name, out)
+    plan = table1.comparison(figure, options)
+    kept = _kept(options.keep, plan.methods)
+    with progress_by_run() as tell:
+        run = partial(run_grid, options=options, out=out, keep=options.keep, no_run=no_run, progress=tell)
+        rows = table1.rows_of(plan, run)
+    paths = table1_page.write(plan, rows, base_name(options.base), out)
     line(paths[0].read_text(encoding="utf-8"))
     _written(paths)
-    for method, name in [(method, name) for method in kept for name in experiment.tasks]:
-        folder = kept_model(setting, method, name)
+    for method, name in [(method, name) for method in kept for name in plan.tasks]:
+        folder = kept_model(out, method, name)
         missing = f"not kept: {method} on {name}, whose row is older than --keep, or missing"
         line(f"kept: {folder}" if (folder / "method.json").is_file() else missing)
     exit_on_failures(rows)
@@ -231,29 +194,16 @@ def _kept(asked: Sequence[str], methods: Sequence[str]) -> list[str]:
 
 def _panel(figure: str, out: OUT, options: PanelOptions, no_run: NO_RUN = False) -> None:
     from specbasis.finetuning.base import shape_of
-    from specbasis.finetuning.grid import stored
     from specbasis.finetuning.options import require_libraries
     from specbasis.paper import fig5
+    from specbasis.paper.grid import run_grid
 
     require_libraries()
     ranks, blocks = shape_of(options.base)
-    panel = fig5.panel(
-        figure,
-        ranks=ranks,
-        blocks=blocks,
-        task=options.task,
-        seeds=options.seeds,
-        epochs=options.epochs,
-        learning_rate=options.learning_rate,
-        examples=options.examples,
-    )
-    setting = _setting(out, options)
-    if no_run:
-        rows = stored(panel.cells(), out)
-    else:
-        with progress_by_run() as tell:
-            rows = fig5.run(panel, setting, out, tell)
-    paths = fig5.write(panel, rows, setting.base_name, out)
+    panel = fig5.panel(figure, ranks=ranks, blocks=blocks, options=options)
+    with progress_by_run() as tell:
+        rows = run_grid(panel.cells(), options, out, no_run=no_run, progress=tell)
+    paths = fig5.write(panel, rows, out)
     line(paths[0].read_text(encoding="utf-8"))
     _written(paths)
     exit_on_failures(rows)

@@ -17,10 +17,10 @@ from specbasis.core.statistics import (
     paired_t_test,
     percentile_interval,
 )
-from specbasis.finetuning.grid import Experiment, by_seed
 from specbasis.finetuning.metrics import METRICS, Predictions
 from specbasis.finetuning.tasks import GLUE, Task
 from specbasis.jobs.experiments import Row
+from specbasis.paper.grid import Experiment
 
 RESAMPLES = 2000
 """Of a dev set, for an interval."""
@@ -71,7 +71,9 @@ class Run:
 
 def runs(rows: Iterable[Row], cells: Sequence[Experiment]) -> dict[int, Run]:
     """The runs of some cells of one task that differ in nothing but the seed, by seed."""
-    return {seed: Run(GLUE[cells[0].task], values) for seed, values in by_seed(rows, cells).items()}
+    task, wanted = GLUE[cells[0].task], set(cells)
+    ran = [row for row in rows if row.error is None and Experiment.of(row.experiment) in wanted]
+    return {row.experiment["seed"]: Run(task, row.values) for row in ran}
 
 
 def percent(scores: Sequence[float]) -> str:

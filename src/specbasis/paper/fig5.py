@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from specbasis.checkpoint.atomic import write_whole
@@ -13,16 +13,14 @@ from specbasis.core.statistics import mean_and_spread
 from specbasis.figures import kit
 from specbasis.figures.kit import Figure
 from specbasis.figures.table import Column, Table
-from specbasis.finetuning.grid import Experiment, Setting, run_grid
 from specbasis.finetuning.tasks import GLUE, task_named
 from specbasis.jobs.experiments import Row
-from specbasis.jobs.progress import Progress
 from specbasis.paper.differences import MEANING, Run, difference, percent, runs
+from specbasis.paper.grid import Experiment, base_name
 from specbasis.paper.options import PanelOptions
 
-DEFAULTS = PanelOptions()
-"""Task, epochs and learning rate of all three panels (Yu et al. 2026, App. M)."""
 WIDTH, STEP, MOST = 200, 50, 700
+_NUMBERS = ("parameters", "score", "difference", "seeds")
 
 
 @dataclass(frozen=True)
@@ -50,50 +48,26 @@ class Panel:
         name: "fig5a", "fig5b", "fig5c".
         axis: what is varied.
         points: from left to right.
-        task: name of a GLUE task.
-        seeds: outermost.
-        epochs, learning_rate: App. M's by default.
-        examples: size of the fixed part of train; all when None.
+        options: what all of its runs share; seeds are outermost.
     """
 
     name: str
     axis: str
     points: tuple[Point, ...]
-    task: str = DEFAULTS.task
-    seeds: tuple[int, ...] = (42,)
-    epochs: float = DEFAULTS.epochs
-    learning_rate: float = DEFAULTS.learning_rate
-    examples: int | None = None
+    options: PanelOptions
 
     def cell(self, point: Point, seed: int) -> Experiment:
         """One run."""
-        return Experiment(
-            self.task,
-            "spectral",
-            seed,
-            self.epochs,
-            self.learning_rate,
-            self.examples,
-            interval=point.interval,
-            blocks=point.blocks,
-        )
+        o = self.options
+        run = Experiment(o.task, "spectral", seed, o.epochs, o.learning_rate, o.examples)
+        return replace(run, interval=point.interval, blocks=point.blocks)
 
     def cells(self) -> list[Experiment]:
         """The runs, seeds outermost."""
-        return [self.cell(point, seed) for seed in self.seeds for point in self.points]
+        return [self.cell(point, seed) for seed in self.options.seeds for point in self.points]
 
 
-def panel(
-    name: str,
-    *,
-    ranks: int,
-    blocks: int,
-    task: str = DEFAULTS.task,
-    seeds: Sequence[int] = (42,),
-    epochs: float = DEFAULTS.epochs,
-    learning_rate: float = DEFAULTS.learning_rate,
-    examples: int | None = None,
-) -> Panel:
+def panel(name: str, *, ranks: int, blocks: int, options: PanelOptions | None = None) -> Panel:
     """A panel for a model of this many singular values in its feed-forward matrices, and this many blocks.
 
     - ``fig5a``: intervals [0, m), m = 50, 100, … 700, or up to the model's limit, in the last two blocks.
@@ -124,34 +98,26 @@ def panel(
         raise InputError(f"got panel {name!r}; want fig5a, fig5b or fig5c")
     if not points:
         raise InputError(f"{name}: a model with {ranks} singular values and {blocks} blocks is too small for it")
-    return Panel(name, axis, tuple(points), task_named(task).name, tuple(seeds), epochs, learning_rate, examples)
+    options = options or PanelOptions()
+    return Panel(name, axis, tuple(points), replace(options, task=task_named(options.task).name))
 
 
-def run(
-    plan: Panel, setting: Setting, out: str | Path, progress: Callable[[Progress], None] | None = None
-) -> list[Row]:
-    """Run what has not run yet."""
-    return run_grid(plan.cells(), setting, out, progress)
-
-
-def write(plan: Panel, rows: Sequence[Row], base: str, out: str | Path) -> list[Path]:
+def write(plan: Panel, rows: Sequence[Row], out: str | Path) -> list[Path]:
     """Write ``NAME.md``, and ``NAME.svg`` and ``.png`` where anything ran, into the folder of the rows."""
     path = Path(out) / f"{plan.name}.md"
-    points = [(point, runs(rows, [plan.cell(point, seed) for seed in plan.seeds])) for point in plan.points]
-    write_whole(path, markdown(plan, points, base))
+    points = [(point, runs(rows, [plan.cell(point, s) for s in plan.options.seeds])) for point in plan.points]
+    write_whole(path, markdown(plan, points))
     if not any(seeds for _, seeds in points):
         return [path]
-    return [path, *kit.write_figure(path, lambda: _figure(plan, points, base))]
+    return [path, *kit.write_figure(path, lambda: _figure(plan, points))]
 
 
-def markdown(plan: Panel, points: Sequence[tuple[Point, Mapping[int, Run]]], base: str) -> str:
+def markdown(plan: Panel, points: Sequence[tuple[Point, Mapping[int, Run]]]) -> str:
     """The panel's numbers as Markdown; the runs of a point are by seed, none where nothing ran yet."""
     chance = next((run.chance for _, seeds in points for run in seeds.values() if run.chance is not None), None)
-    headings = ("parameters", "score", "difference", "seeds")
     columns = (
-        Column(plan.axis, words=True),
-        Column("ranks", words=True),
-        *(Column(name, "," if name == "parameters" else "") for name in headings),
+        *(Column(name, words=True) for name in (plan.axis, "ranks")),
+        *(Column(name, "," if name == "parameters" else "") for name in _NUMBERS),
     )
     lines = []
     for i, (point, seeds) in enumerate(points):
@@ -160,12 +126,13 @@ def markdown(plan: Panel, points: Sequence[tuple[Point, Mapping[int, Run]]], bas
         moved = difference(seeds, points[0][1]) if i else None
         ranks = f"{point.interval[0]} … {point.interval[1]}"
         lines.append((point.label, ranks, size, percent(scores), moved.shown if moved else None, len(seeds)))
+    options = plan.options
     return (
-        f"# {plan.name}: {base} on {GLUE[plan.task].title}\n\n"
+        f"# {plan.name}: {base_name(options.base)} on {GLUE[options.task].title}\n\n"
         f"{metric_of(plan)} in percent on the dev set, mean ± standard deviation over seeds "
-        f"{', '.join(map(str, plan.seeds))}; {plan.epochs:g} epochs"
-        + (f" of {plan.examples} examples" if plan.examples else "")
-        + f", learning rate {plan.learning_rate:g}."
+        f"{', '.join(map(str, options.seeds))}; {options.epochs:g} epochs"
+        + (f" of {options.examples} examples" if options.examples else "")
+        + f", learning rate {options.learning_rate:g}."
         + ("" if chance is None else f" Always the most frequent class: {100 * chance:.2f}.")
         + f"\n\nDifference: to the first line, in points; {MEANING}\n\n"
         + Table(columns, tuple(lines)).markdown()
@@ -174,18 +141,16 @@ def markdown(plan: Panel, points: Sequence[tuple[Point, Mapping[int, Run]]], bas
 
 def metric_of(plan: Panel) -> str:
     """What the score of the panel's task is."""
-    return {"matthews": "Matthews' correlation", "pearson": "Mean of Pearson's and Spearman's correlation"}.get(
-        GLUE[plan.task].metrics[0], "Accuracy"
-    )
+    names = {"matthews": "Matthews' correlation", "pearson": "Mean of Pearson's and Spearman's correlation"}
+    return names.get(GLUE[plan.options.task].metrics[0], "Accuracy")
 
 
-def _figure(plan: Panel, points: Sequence[tuple[Point, Mapping[int, Run]]], base: str) -> Figure:
+def _figure(plan: Panel, points: Sequence[tuple[Point, Mapping[int, Run]]]) -> Figure:
     """Mean and standard deviation of the scores at each point, with a dot for each seed."""
     figure, ((ax,),) = kit.free_panels(1, 1, (5.0, 2.8), "")
     scores = [[100 * run.score for run in seeds.values()] for _, seeds in points]
-    means = [  # nothing where nothing ran: the line has a gap there
-        mean_and_spread(values) if values else (math.nan, None) for values in scores
-    ]
+    # Nothing where nothing ran: the line has a gap there.
+    means = [mean_and_spread(values) if values else (math.nan, None) for values in scores]
     x = [point.x for point, _ in points]
     spread = [deviation or 0.0 for _, deviation in means]
     ax.errorbar(x, [mean for mean, _ in means], yerr=spread, marker="o", capsize=3, color=kit.COLORS[0])
@@ -199,6 +164,6 @@ def _figure(plan: Panel, points: Sequence[tuple[Point, Mapping[int, Run]]], base
     ax.set(xlabel=plan.axis, ylabel=f"{metric} (%)" if len(metric) < 30 else "mean correlation (%)")
     counts = sorted({len(values) for values in scores if values})
     seeds = kit.counted(counts[0], "seed") if len(counts) == 1 else f"{counts[0]}–{counts[-1]} seeds"
-    title = f"{plan.name}: {GLUE[plan.task].title}, {base}\nbars: standard deviation, {seeds}"
-    ax.set_title(title, fontsize=8, fontweight="normal")
+    title = f"{plan.name}: {GLUE[plan.options.task].title}, {base_name(plan.options.base)}"
+    ax.set_title(f"{title}\nbars: standard deviation, {seeds}", fontsize=8, fontweight="normal")
     return figure

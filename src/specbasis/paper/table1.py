@@ -8,23 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from specbasis.core.errors import InputError
 from specbasis.core.statistics import mean_and_spread
-from specbasis.finetuning.grid import (
-    SCRATCH,
-    Experiment,
-    Search,
-    Setting,
-    run_grid,
-    scaled_rate,
-)
 from specbasis.finetuning.tasks import GLUE, task_named
 from specbasis.jobs.experiments import Row
-from specbasis.jobs.progress import Progress
 from specbasis.paper.differences import Difference, Run, difference, runs
+from specbasis.paper.grid import SCRATCH, Experiment
+from specbasis.paper.options import TableOptions
+from specbasis.paper.search import Search, scaled_rate
 
 OURS = "spectral"
 EPOCHS = {"sst2": 20, "mrpc": 12, "mnli": 5, "cola": 30, "qnli": 10, "qqp": 10, "rte": 20, "stsb": 10}
@@ -97,10 +90,10 @@ class Comparison:
     name: str
     tasks: tuple[str, ...]
     methods: tuple[str, ...]
-    seeds: tuple[int, ...] = (42,)
-    epochs: Mapping[str, float] = field(default_factory=lambda: EPOCHS)
-    examples: Mapping[str, int] = field(default_factory=dict)
-    search: Search | None = None
+    seeds: tuple[int, ...]
+    epochs: Mapping[str, float]
+    examples: Mapping[str, int]
+    search: Search | None
 
     def cells(self, factors: Factors) -> list[Experiment]:
         """The runs, seeds outermost."""
@@ -150,50 +143,55 @@ def rate_from(method: str) -> str:
     return RATE_FROM.get(name, name)
 
 
-def comparison(
-    name: str,
-    *,
-    tasks: Sequence[str] = (),
-    methods: Sequence[str] = (),
-    seeds: Sequence[int] = (42,),
-    epochs: Mapping[str, float] | None = None,
-    examples: Mapping[str, int] | None = None,
-    search: Search | None = None,
-) -> Comparison:
+def comparison(name: str, options: TableOptions | None = None, **keywords: Any) -> Comparison:
     """The configuration of ``table1`` or ``controls``; the paper's own where nothing is given.
+
+    Args:
+        name: of the two.
+        options: what is asked for.
+        **keywords: its fields, in its place.
 
     Raises:
         InputError: a task or a method does not exist, or no seeds.
     """
     from specbasis.finetuning.methods import method_named
 
+    options = TableOptions.of(options, keywords)
     paper = tuple(task for task in GLUE if task in EPOCHS)
-    names = tuple(task_named(task).name for task in tasks) or (paper if name == "table1" else ("sst2",))
-    chosen = tuple(methods) or (COMPARED if name == "table1" else CONTROLS)
-    for method in chosen:
+    tasks = tuple(task_named(task).name for task in options.tasks) or (paper if name == "table1" else ("sst2",))
+    methods = options.methods or (COMPARED if name == "table1" else CONTROLS)
+    for method in methods:
         first, at, rank = method.partition("@")
         if at and not rank.isdigit():
             raise InputError(f"got method {method!r}; want NAME or NAME@RANK")
         if first != SCRATCH:
             method_named(first)
-    if not seeds:
+    if not options.seeds:
         raise InputError("got no seeds; want at least one")
-    passes = {**EPOCHS, **(epochs or {})}
-    unknown = [task for task in names if task not in passes]
+    epochs = EPOCHS | _by_task(options.epochs)
+    unknown = [task for task in tasks if task not in epochs]
     if unknown:
         raise InputError(f"the paper has no epochs for {GLUE[unknown[0]].title}; say --epochs {unknown[0]}=NUMBER")
-    return Comparison(name, names, chosen, tuple(seeds), passes, dict(examples or {}), search)
+    search_task = task_named(options.search_task).name if options.search_task else ""
+    search = Search(options.search, search_task) if options.search else None
+    return Comparison(name, tasks, methods, options.seeds, epochs, _by_task(options.examples), search)
 
 
-def run(
-    plan: Comparison, setting: Setting, out: str | Path, progress: Callable[[Progress], None] | None = None
-) -> tuple[list[Row], Factors]:
-    """Run the search, then the runs; returns all rows of the two, and the factors."""
+def _by_task(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Numbers by task; one without a name holds for every task."""
+    numbers: dict[str, Any] = {}
+    for name, number in pairs:
+        numbers |= {task_named(name).name: number} if name else dict.fromkeys(GLUE, number)
+    return numbers
+
+
+def rows_of(plan: Comparison, run: Callable[[list[Experiment]], list[Row]]) -> list[Row]:
+    """The rows of the search, then of the runs; ``run`` gives those of some experiments (see `grid.run_grid`)."""
     searched: list[Row] = []
-    while len(cells := plan.search_cells(searched)) > len(searched):  # each round may ask for rates beyond its own
-        searched = run_grid(cells, setting, out, progress)
-    factors = plan.factors(searched)
-    return [*searched, *run_grid(plan.cells(factors), setting, out, progress)], factors
+    cells: list[Experiment] = []
+    while cells != (cells := plan.search_cells(searched)):  # each round may ask for rates beyond its own
+        searched = run(cells)
+    return [*searched, *run(plan.cells(plan.factors(searched)))]
 
 
 FIGURES = {
@@ -234,9 +232,9 @@ class Line:
     values: Mapping[str, float | None] = field(default_factory=dict)
 
 
-def lines(plan: Comparison, rows: Sequence[Row], factors: Factors) -> list[Line]:
+def lines(plan: Comparison, rows: Sequence[Row]) -> list[Line]:
     """Every line of the table, those without a run yet too."""
-    table = []
+    table, factors = [], plan.factors(rows)
     for task in plan.tasks:
         ran = {
             method: runs(rows, [plan.cell(task, method, seed, factors) for seed in plan.seeds])

@@ -14,10 +14,10 @@ from specbasis.checkpoint.atomic import write_whole
 from specbasis.figures import kit
 from specbasis.figures.kit import Axes, Figure
 from specbasis.figures.table import Column, Table, number
-from specbasis.finetuning.grid import BEYOND, search_sizes
 from specbasis.finetuning.tasks import GLUE
 from specbasis.jobs.experiments import Row
 from specbasis.paper.differences import MEANING, Difference, percent
+from specbasis.paper.search import BEYOND, search_sizes
 from specbasis.paper.table1 import Comparison, Factors, Line, lines, ours, rate_from, title_of
 
 
@@ -30,17 +30,17 @@ def printed() -> Mapping[str, Any]:
     return tomllib.loads(files("specbasis.paper").joinpath("table1.toml").read_text(encoding="utf-8"))
 
 
-def write(plan: Comparison, rows: Sequence[Row], factors: Factors, base: str, out: str | Path) -> list[Path]:
+def write(plan: Comparison, rows: Sequence[Row], base: str, out: str | Path) -> list[Path]:
     """Write ``NAME.md`` into the folder of the rows, and ``NAME.png`` and ``.svg`` where there are differences."""
-    path, table = Path(out) / f"{plan.name}.md", lines(plan, rows, factors)
-    write_whole(path, markdown(plan, table, rows, factors, base))
+    path, table = Path(out) / f"{plan.name}.md", lines(plan, rows)
+    write_whole(path, markdown(plan, table, rows, base))
     compared = [line for line in table if line.differences]
     if not compared:
         return [path]
     return [path, *kit.write_figure(path, lambda: _figure(plan, compared, base))]
 
 
-def markdown(plan: Comparison, table: Sequence[Line], rows: Sequence[Row], factors: Factors, base: str) -> str:
+def markdown(plan: Comparison, table: Sequence[Line], rows: Sequence[Row], base: str) -> str:
     """The table, what it cost, and the paper's own numbers, as Markdown."""
     by_cell = {(line.task, line.method): line for line in table}
     runs = sum(len(line.scores) for line in table)
@@ -62,7 +62,7 @@ def markdown(plan: Comparison, table: Sequence[Line], rows: Sequence[Row], facto
             f"Mean over the seeds that both have, in points; {MEANING}",
             _by_task(["method"], plan.tasks, body),
         ]
-    parts += ["## Cost", _cost(table), "## Learning rates", *_rates(plan, rows, factors), *_paper(plan)]
+    parts += ["## Cost", _cost(table), "## Learning rates", *_rates(plan, rows), *_paper(plan)]
     failed = [row for row in rows if row.error is not None]
     if failed:
         cells = [" ".join(f"{name}={value}" for name, value in row.experiment.items()) for row in failed]
@@ -112,12 +112,13 @@ def _cost(table: Sequence[Line]) -> str:
     return Table(tuple(Column(name, words=name == "method") for name in names), tuple(rows)).markdown()
 
 
-def _rates(plan: Comparison, rows: Sequence[Row], factors: Factors) -> list[str]:
+def _rates(plan: Comparison, rows: Sequence[Row]) -> list[str]:
     """How learning rates were chosen, in words, and which they are."""
+    factors = plan.factors(rows)
     if plan.search is None:
         text = "Each method's own, as published (Tab. 5 for the spectral ones)."
     else:
-        where = "each task" if plan.search.task is None else GLUE[plan.search.task].title
+        where = GLUE[plan.search.task].title if plan.search.task else "each task"
         sizes = {task: search_sizes(plan.search.task or task) for task in plan.tasks}
         tried = ", ".join(f"{factor:g}" for factor in plan.search.factors)
         text = (
