@@ -182,7 +182,7 @@ def test_figures_and_claims_are_made_from_rows_alone(grid, data, tmp_path, figur
     paths, found = write_outcome(figure, read_experiments(out), tmp_path)
     assert {path.name for path in paths} == {f"{figure}.png", f"{figure}.svg", "claims.json", "claims.md"}
     assert all(path.stat().st_size for path in paths)
-    assert {c.claim[:3] for c in found} == set(FIGURES[figure][2])
+    assert {c.claim[:3] for c in found} == set(FIGURES[figure].letters)
     stored = json.loads((tmp_path / "claims.json").read_text())
     assert len(stored) >= len(found)
 

@@ -30,8 +30,6 @@ from specbasis.paper.options import (
 )
 
 if TYPE_CHECKING:
-    from specbasis.figures.table import Table
-    from specbasis.paper.formation_claims import Claim
     from specbasis.paper.formation_grid import Formation
 
 GRIDS = {
@@ -247,6 +245,7 @@ def _formation(figure: str, out: OUT, options: FormationOptions, no_run: NO_RUN 
     require("matplotlib", "transformers", extra="pretrain", purpose="this experiment needs")
     from specbasis.jobs.experiments import read_experiments
     from specbasis.paper.formation import experiments_of, write_outcome
+    from specbasis.paper.formation_claims import table
     from specbasis.paper.formation_grid import run_formation
 
     plan = _plan(options)
@@ -257,7 +256,7 @@ def _formation(figure: str, out: OUT, options: FormationOptions, no_run: NO_RUN 
             if row.error is not None:
                 line(f"failed: {' '.join(map(str, row.experiment.values()))}: {row.error}", style="yellow")
     paths, claims = write_outcome(figure, read_experiments(out), out)
-    STDOUT.print(_claims(claims).terminal())
+    STDOUT.print(table(claims).terminal())
     _written(paths)
 
 
@@ -277,23 +276,6 @@ def _plan(options: FormationOptions) -> Formation:
         same_task_images=options.post_images or plan.same_task_images,
         new_task_images=options.post_images or plan.new_task_images,
     )
-
-
-def _claims(claims: Sequence[Claim]) -> Table:
-    from specbasis.figures.table import Column, Table
-
-    columns = (
-        *(Column(name, words=True) for name in ("claim", "setting", "matrices")),
-        Column("effect", "+.3f"),
-        Column("interval", words=True),
-        Column("seeds"),
-        Column("verdict", words=True),
-    )
-    rows = []
-    for c in claims:
-        ends = None if c.low != c.low else f"{c.low:+.3f} … {c.high:+.3f}"
-        rows.append((f"{c.claim}: {c.measure}", c.setting, c.group, c.effect, ends, c.seeds, c.verdict))
-    return Table(columns, tuple(rows), "effects, with 95 % intervals over seeds")
 
 
 # --- zoo ----------------------------------------------------------------------------------------------------------

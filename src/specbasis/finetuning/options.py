@@ -89,10 +89,15 @@ class Placement(Options):
     )
     roles: tuple[str, ...] | None = option(None, "roles of the matrices that are adapted", panel=PYTHON)
     target_modules: tuple[str, ...] | None = option(None, "names of the adapted modules", panel=PYTHON)
-    checkpoint: str | None = option(None, "model whose singular vectors are used", panel=ADVANCED)
+    checkpoint: str | Path | None = option(None, "model whose singular vectors are used", panel=ADVANCED)
     options: Mapping[str, Any] = field(
         default_factory=dict, metadata={"rule": Rule("settings of the method", panel=PYTHON)}
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.checkpoint, Path):
+            object.__setattr__(self, "checkpoint", str(self.checkpoint))
 
 
 @dataclass(frozen=True)

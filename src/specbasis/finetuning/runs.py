@@ -92,16 +92,9 @@ def finetune(
     if isinstance(task, TaskData):
         data = task
     else:
-        data = load_task(
-            task,
-            data_dir=options.data_dir,
-            dev=options.dev,
-            text=options.text,
-            label=options.label,
-            regression=options.regression,
-        )
-    protocol, data = resolved(options.part(Protocol), method, data, options.examples)
-    placement = options.part(Placement)
+        source: dict[str, Any] = {name: getattr(options, name) for name in _SOURCE}
+        data = load_task(task, **source)
+    options, data = resolved(options, method, data)
     config = {
         "base": str(base),
         "base_sha256": weights_sha256(open_checkpoint(base)),
@@ -110,8 +103,8 @@ def finetune(
         "data": data.digest,
         "method": method,
         "seed": options.seed,
-        "protocol": dataclasses.asdict(protocol),
-        "placement": dataclasses.asdict(placement),
+        "protocol": dataclasses.asdict(options.part(Protocol)),
+        "placement": dataclasses.asdict(options.part(Placement)),
         "cache_prefix": options.cache_prefix is not None,
     }
     folder = Path(out)
@@ -123,16 +116,17 @@ def finetune(
         if finished is not None:
             return finished
         texts = held_back_texts(options.held_back, data, options.data_dir)
-        run = Run(
-            base, data, method, options.seed, protocol, placement, options.cache_prefix, texts, options.report_to
-        )
-        metrics = train(run, folder, callbacks)
+        metrics = train(Run(base, data, method, options, texts), folder, callbacks)
         predictions = metrics.pop("predictions")
         metrics = plain(metrics)
         if is_main_process():
             _write_predictions(folder / PREDICTIONS, predictions, data.task)
             _finish(folder, config, metrics, data)
     return Finetuned(folder, metrics)
+
+
+_SOURCE = ("data_dir", "dev", "text", "label", "regression")
+"""Options that say where the examples are."""
 
 
 def _check_report(report_to: str) -> None:
@@ -147,20 +141,18 @@ def _check_report(report_to: str) -> None:
         )
 
 
-def resolved(
-    protocol: Protocol, method: str, data: TaskData, examples: int | None = None
-) -> tuple[Protocol, TaskData]:
-    """The protocol with the method's own epochs and learning rate, and the data without what is chosen on."""
+def resolved(options: FinetuneOptions, method: str, data: TaskData) -> tuple[FinetuneOptions, TaskData]:
+    """The options with the method's own epochs and learning rate, and the data without what is chosen on."""
     from specbasis.finetuning.methods import METHODS
 
     epochs, rate = METHODS[method].recipe(data.task.name)
-    protocol = dataclasses.replace(
-        protocol, epochs=protocol.epochs or epochs, learning_rate=protocol.learning_rate or rate
+    options = dataclasses.replace(
+        options, epochs=options.epochs or epochs, learning_rate=options.learning_rate or rate
     )
-    if len(data.selection):
-        return protocol, data
-    selection = selection_size(len(data.train)) if protocol.select == "best" else None
-    return protocol, subset(data, examples=examples, selection=selection) if selection or examples else data
+    selection = selection_size(len(data.train)) if options.select == "best" else None
+    if len(data.selection) or not (selection or options.examples):
+        return options, data
+    return options, subset(data, examples=options.examples, selection=selection)
 
 
 def load(folder: str | Path, base: str | Path | None = None) -> tuple[Any, Any]:

@@ -27,7 +27,7 @@ from specbasis.finetuning.costs import Stopwatch, peak_memory, weights_bytes
 from specbasis.finetuning.forgetting import Pretraining, pretraining_loss
 from specbasis.finetuning.methods import Attached, attach
 from specbasis.finetuning.metrics import Predictions
-from specbasis.finetuning.options import Placement, Protocol
+from specbasis.finetuning.options import FinetuneOptions, Placement
 from specbasis.finetuning.prefix import NoPrefixError, PrefixCache, Uncut, find_cut, narrowed
 from specbasis.finetuning.prefix.rows import Collator
 from specbasis.finetuning.tasks import Split, Task, TaskData
@@ -43,12 +43,8 @@ class Run:
         base: as of `finetune`.
         data: the examples; the selection, where there is one, is scored too.
         method: name in `methods.METHODS`.
-        seed: of the head, the method's random parts, the order of the examples, and dropout.
-        protocol: with epochs and learning rate given; see `runs.resolved`.
-        placement: where the method goes.
-        cache_prefix: as of `finetune`.
+        options: with epochs and learning rate given; see `runs.resolved`. Data and texts were taken from them.
         held_back: what the texts are that forgetting is measured on, and the texts.
-        report_to: as of `finetune`.
         resumable: write a checkpoint at the end of every epoch, and go on from the last.
         scratch: begin from random weights instead of the base's.
     """
@@ -56,12 +52,8 @@ class Run:
     base: str | Path
     data: TaskData
     method: str
-    seed: int
-    protocol: Protocol
-    placement: Placement
-    cache_prefix: str | Path | None = None
+    options: FinetuneOptions
     held_back: tuple[str, Sequence[str]] = ("", ())
-    report_to: str = "none"
     resumable: bool = True
     scratch: bool = False
 
@@ -73,19 +65,19 @@ class Run:
 
 def train(run: Run, folder: Path, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
     """Train, score, save the adapter into ``folder``, and return the metrics with the predictions."""
-    data, protocol = run.data, run.protocol
+    data, options = run.data, run.options
     text, texts = run.held_back
     with quiet():
         pretraining, before = _pretraining(str(run.base), data.task, tuple(texts))
         with peak_memory() as peak:
-            set_seed(run.seed)
-            base = load_base(run.base, data.task, max_length=protocol.max_length, scratch=run.scratch)
-            attached = attach(base.model, run.method, seed=run.seed, **vars(run.placement))
+            set_seed(options.seed)
+            base = load_base(run.base, data.task, max_length=options.max_length, scratch=run.scratch)
+            attached = attach(base.model, run.method, options.part(Placement), seed=options.seed)
             watch = Stopwatch()
             with _trainer(run, base, attached, folder) as trainer:
                 for callback in (watch, *attached.callbacks, *callbacks):
                     trainer.add_callback(callback)
-                set_seed(run.seed)
+                set_seed(options.seed)
                 trainer.train(resume_from_checkpoint=_last_checkpoint(folder) if run.resumable else None)
                 memory = peak()
                 predictions = {name: trainer.predictions(split) for name, split in run.scored.items()}
@@ -102,8 +94,8 @@ def train(run: Run, folder: Path, callbacks: Sequence[TrainerCallback] = ()) -> 
         "score": data.task.score(next(iter(scores.values()))),
         **scores,
         "parameters": {"adapter": counts.adapter, "head": counts.head, "total": counts.total},
-        "learning_rate": protocol.learning_rate,
-        "epochs": protocol.epochs,
+        "learning_rate": options.learning_rate,
+        "epochs": options.epochs,
         "steps": trainer.state.global_step,
         "train_examples": len(data.train),
         "train_loss": [round(entry["loss"], 6) for entry in trainer.state.log_history if "loss" in entry],
@@ -215,16 +207,17 @@ def _trainer(run: Run, base: Base, attached: Attached, folder: Path) -> Iterator
 
     With or without it, a model that reads the first position alone does not run its last block on the others.
     """
-    best = run.protocol.select == "best"
+    best = run.options.select == "best"
     args = _arguments(run, folder / CHECKPOINTS)
     examples = base.encode(run.data.train)
     collator: Collator = base.collator()
     notes: list[str] = []
     with ExitStack() as stack:
         cache = None
-        if run.cache_prefix is not None:
+        if run.options.cache_prefix is not None:
             datasets = [examples, *map(base.encode, run.scored.values())]
-            cache = _prefix_cache(attached.model.to(args.device), datasets, collator, run.cache_prefix, notes)
+            model = attached.model.to(args.device)
+            cache = _prefix_cache(model, datasets, collator, run.options.cache_prefix, notes)
         if cache is None:  # what runs from a cache is narrowed already
             stack.enter_context(narrowed(attached.model))
         else:
@@ -243,7 +236,7 @@ def _trainer(run: Run, base: Base, attached: Attached, folder: Path) -> Iterator
         # The mean loss of a classifier must not be scaled by the number of processes, which is for token losses.
         trainer.model_accepts_loss_kwargs = False
         trainer.remove_callback(PrinterCallback)  # the log is in the metrics, and goes where `report_to` says
-        if run.protocol.group_by_length and not isinstance(examples, Images):
+        if run.options.group_by_length and not isinstance(examples, Images):
             trainer.lengths = [len(example["input_ids"]) for example in examples]
         yield trainer
 
@@ -263,21 +256,25 @@ def _prefix_cache(
 
 
 def _arguments(run: Run, folder: Path) -> TrainingArguments:
-    protocol, best = run.protocol, run.protocol.select == "best"
+    """The protocol, as transformers has it."""
+    options, best = run.options, run.options.select == "best"
+    # Gradient checkpointing, under the name that this version of transformers has for it.
+    name = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"
+    recomputing = {f"{name}_checkpointing": True, f"{name}_checkpointing_kwargs": {"use_reentrant": False}}
     return TrainingArguments(
         output_dir=str(folder),
-        seed=run.seed,
-        data_seed=run.seed,
+        seed=options.seed,
+        data_seed=options.seed,
         use_cpu=not torch.accelerator.is_available(),
-        num_train_epochs=float(protocol.epochs or 0),
-        learning_rate=float(protocol.learning_rate or 0),
-        per_device_train_batch_size=protocol.batch_size,
-        per_device_eval_batch_size=4 * protocol.batch_size,
+        num_train_epochs=float(options.epochs or 0),
+        learning_rate=float(options.learning_rate or 0),
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=4 * options.batch_size,
         lr_scheduler_type="linear",
-        warmup_steps=protocol.warmup,
-        weight_decay=protocol.weight_decay,
-        bf16=protocol.precision == "bf16",
-        fp16=protocol.precision == "fp16",
+        warmup_steps=options.warmup,
+        weight_decay=options.weight_decay,
+        bf16=options.precision == "bf16",
+        fp16=options.precision == "fp16",
         save_strategy="epoch" if best or run.resumable else "no",
         save_total_limit=1,
         eval_strategy="epoch" if best else "no",
@@ -285,20 +282,14 @@ def _arguments(run: Run, folder: Path) -> TrainingArguments:
         metric_for_best_model="score" if best else None,
         greater_is_better=True if best else None,
         logging_strategy="epoch",
-        report_to=run.report_to.split(","),
+        report_to=options.report_to.split(","),
         disable_tqdm=not sys.stderr.isatty(),
         remove_unused_columns=False,
         label_names=["labels"],
         dataloader_pin_memory=torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
-        **(_recomputing() if protocol.gradient_checkpointing else {}),
+        **(recomputing if options.gradient_checkpointing else {}),
     )
-
-
-def _recomputing() -> dict[str, Any]:
-    """Gradient checkpointing, under the name that this version of transformers has for it."""
-    name = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"
-    return {f"{name}_checkpointing": True, f"{name}_checkpointing_kwargs": {"use_reentrant": False}}
 
 
 def _computed(task: Task) -> Callable[[EvalPrediction], dict[str, float]]:

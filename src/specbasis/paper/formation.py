@@ -3,30 +3,47 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from specbasis.checkpoint.atomic import write_whole
+from specbasis.core.errors import InputError
+from specbasis.figures import kit
 from specbasis.jobs.experiments import Row
 from specbasis.jobs.folder import plain, write_json
+from specbasis.paper import formation_figures
 from specbasis.paper.formation_claims import Claim, claims, markdown
-from specbasis.paper.formation_figures import write_formation_figure
-from specbasis.paper.formation_grid import Formation
+from specbasis.paper.formation_grid import POSTS, Formation
+from specbasis.paper.formation_rows import Grid
 from specbasis.paper.training import NEW_TASK, PRETRAINING
 
+
+@dataclass(frozen=True)
+class Outcome:
+    """A figure of a grid.
+
+    Attributes:
+        draw: makes it.
+        phases, tasks: whose experiments it needs.
+        letters: of the claims that it is about.
+    """
+
+    draw: Callable[[Grid], Any]
+    phases: tuple[str, ...]
+    tasks: tuple[str, ...]
+    letters: tuple[str, ...]
+
+
+_LABELS = ("true_labels", "random_labels")
+_TRAINED = ("pretrain", "post", "scratch")
 FIGURES = {
-    "fig4": (("pretrain", "post"), ("same_task", "true_labels"), ("(a)", "(b)")),
-    "fig9": (("pretrain", "post", "scratch"), ("true_labels", "random_labels"), ("(c)",)),
-    "fig21": (("pretrain", "post"), ("same_task", "second_data", "true_labels"), ("(b)",)),
-    "scratch": (
-        ("pretrain", "post", "scratch", "between"),
-        ("same_task", "second_data", "true_labels", "random_labels"),
-        ("(d)", "(e)"),
-    ),
+    "fig4": Outcome(formation_figures.fig4, _TRAINED[:2], ("same_task", "true_labels"), ("(a)", "(b)")),
+    "fig9": Outcome(formation_figures.fig9, _TRAINED, _LABELS, ("(c)",)),
+    "fig21": Outcome(formation_figures.fig21, _TRAINED[:2], ("same_task", "second_data", "true_labels"), ("(b)",)),
+    "scratch": Outcome(formation_figures.scratch, (*_TRAINED, "between"), POSTS, ("(d)", "(e)")),
 }
-"""Figure → the phases and tasks that it needs, and the claims that it is about."""
 
 SMALL = Formation(
     passes=(((1_000, 300), (16_000, 300)), ((4_000, 300),), ((1_000, 75),), ((16_000, 1_200),)),
@@ -60,11 +77,11 @@ def paper(
 
 def experiments_of(figure: str, plan: Formation) -> list[dict[str, Any]]:
     """The experiments of a grid that a figure needs."""
-    phases, tasks, _ = FIGURES[figure]
+    wanted = FIGURES[figure]
     return [
         experiment
         for experiment in plan.experiments()
-        if experiment["phase"] in phases and experiment.get("task", tasks[0]) in tasks
+        if experiment["phase"] in wanted.phases and experiment.get("task", wanted.tasks[0]) in wanted.tasks
     ]
 
 
@@ -77,9 +94,12 @@ def write_outcome(figure: str, rows: Sequence[Row], folder: Path) -> tuple[list[
     Raises:
         InputError: the rows hold nothing that the figure needs.
     """
-    paths = write_formation_figure(figure, rows, folder)
+    wanted, grid = FIGURES[figure], Grid([row for row in rows if row.error is None])
+    if not grid.of("pretrain"):
+        raise InputError("no pretraining of this grid has ended; run more of it")
     every = claims(rows)
+    paths = kit.write_figure(folder / f"{figure}.png", lambda: wanted.draw(grid))
     write_json(folder / "claims.json", plain([asdict(claim) for claim in every]))
     write_whole(folder / "claims.md", markdown(every))
-    letters = FIGURES[figure][2]
-    return [*paths, folder / "claims.json", folder / "claims.md"], [c for c in every if c.claim.startswith(letters)]
+    about = [claim for claim in every if claim.claim.startswith(wanted.letters)]
+    return [*paths, folder / "claims.json", folder / "claims.md"], about

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from specbasis.core.errors import InputError
 from specbasis.core.statistics import student_interval
+from specbasis.figures.table import Column, Table
 from specbasis.jobs.experiments import Row
+from specbasis.paper.formation_grid import POSTS
 from specbasis.paper.formation_rows import GROUPS, Curves, Grid, at_equal_size, curves, members, trained
+
+Effects = Iterator[tuple[str, str, str, str, Sequence[float]]]
+"""Claim, setting, group, measure, and the effect at each seed."""
 
 
 @dataclass(frozen=True)
@@ -65,58 +69,71 @@ def claims(rows: Iterable[Row]) -> list[Claim]:
         InputError: no experiment of the grid has ended.
     """
     grid = Grid([row for row in rows if row.error is None])
-    effects = [claim for part in _PARTS for claim in part(grid)]
-    if not effects:
+    every = [_claim(*effect) for part in _PARTS for effect in part(grid) if effect[-1]]
+    if not every:
         raise InputError("no experiment of this grid that a claim needs has ended; run more of it")
-    return effects
+    return every
+
+
+def table(effects: Sequence[Claim]) -> Table:
+    """Claims as a table."""
+    columns = (
+        *(Column(name, words=True) for name in ("claim", "setting", "matrices")),
+        Column("effect", "+.3f"),
+        Column("95 % interval", narrow="interval", words=True),
+        Column("seeds"),
+        Column("verdict", words=True),
+    )
+    rows = []
+    for c in effects:
+        ends = None if math.isnan(c.low) else f"{c.low:+.3f} … {c.high:+.3f}"
+        rows.append((f"{c.claim}: {c.measure}", c.setting, c.group, c.effect, ends, c.seeds, c.verdict))
+    return Table(columns, tuple(rows), "effects, with 95 % intervals over seeds")
 
 
 def markdown(effects: Sequence[Claim]) -> str:
-    """Claims as a table."""
-    lines = [
-        "Each interval holds with 95 % for itself: of twenty, one misses by chance.",
-        "",
-        "| claim | setting | matrices | effect | 95 % interval | seeds | verdict |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for c in effects:
-        ends = "–" if math.isnan(c.low) else f"{c.low:+.3f} … {c.high:+.3f}"
-        numbers = f"{c.effect:+.3f} | {ends} | {c.seeds} | {c.verdict}"
-        lines.append(f"| {c.claim}: {c.measure} | {c.setting} | {c.group} | {numbers} |")
-    return "\n".join(lines) + "\n"
+    """Claims as a page."""
+    return (
+        f"Each interval holds with 95 % for itself: of twenty, one misses by chance.\n\n{table(effects).markdown()}"
+    )
 
 
-def _claim(claim: str, setting: str, group: str, measure: str, each: Sequence[float]) -> list[Claim]:
-    if not each:
-        return []
+def _claim(claim: str, setting: str, group: str, measure: str, each: Sequence[float]) -> Claim:
     effect, low, high = student_interval(each)
     values = tuple(round(x, 5) for x in each)
     outcome = verdict(claim, measure, low, high)
-    return [Claim(claim, setting, group, measure, effect, low, high, len(each), values, outcome)]
+    return Claim(claim, setting, group, measure, effect, low, high, len(each), values, outcome)
 
+
+def _by_seed(seeds: Iterable[Sequence[Row]], value: Callable[[Row], float]) -> list[float]:
+    """A value of rows, averaged over those of each seed."""
+    return [float(np.mean([value(row) for row in rows])) for rows in seeds]
+
+
+_MEASURES: dict[str, Callable[[Sequence[Curves]], list[float]]] = {
+    "alignment at the end": lambda of: [c.end for c in of],
+    "‖delta‖/‖W‖ at the end": lambda of: [c.end_size for c in of],
+    "alignment at equal ‖delta‖/‖W‖": at_equal_size,
+}
+"""What of several trainings is compared."""
 
 # --- (a) ----------------------------------------------------------------------------------------------------------
 
 
-def _stages(grid: Grid) -> list[Claim]:
+def _stages(grid: Grid) -> Effects:
     """Neighbouring checkpoints of pretraining: the last third of the intervals against the first."""
-    effects: list[Claim] = []
-    text = "(a) alignment between checkpoints rises"
-    setting = "pretraining, mean over its sizes"
-    runs = grid.by_seed("pretrain")
+    text, setting = "(a) alignment between checkpoints rises", "pretraining, mean over its sizes"
+    seeds = grid.by_seed("pretrain").values()
     for group in GROUPS:
-        for name, measure in (
-            ("next", "neighbours, last third − first third"),
-            ("update_next", "‖delta‖/‖W‖ between neighbours, last third − first third"),
-        ):
-            each = [float(np.mean([_rise(members(row, group), name) for row in rows])) for rows in runs.values()]
-            effects += _claim(text, setting, group, measure, each)
-    each = [float(np.mean([_rise_at_equal_size(row) for row in rows])) for rows in runs.values()]
-    return effects + _claim(text, setting, GROUPS[0], "pairs at equal ‖delta‖/‖W‖, second half − first half", each)
+        for name, measure in (("next", "neighbours"), ("update_next", "‖delta‖/‖W‖ between neighbours")):
+            each = _by_seed(seeds, lambda row, group=group, name=name: _rise(row, group, name))
+            yield text, setting, group, f"{measure}, last third − first third", each
+    each = _by_seed(seeds, _rise_at_equal_size)
+    yield text, setting, GROUPS[0], "pairs at equal ‖delta‖/‖W‖, second half − first half", each
 
 
-def _rise(of: Sequence[Mapping[str, Any]], name: str) -> float:
-    steps = np.array([matrix[name] for matrix in of], dtype=np.float64).mean(axis=0)
+def _rise(row: Row, group: str, name: str) -> float:
+    steps = np.array([matrix[name] for matrix in members(row, group)], dtype=np.float64).mean(axis=0)
     third = max(1, len(steps) // 3)
     return float(steps[-third:].mean() - steps[:third].mean())
 
@@ -140,19 +157,17 @@ def _rise_at_equal_size(row: Row) -> float:
 # --- (b) ----------------------------------------------------------------------------------------------------------
 
 
-def _scale(grid: Grid) -> list[Claim]:
+def _scale(grid: Grid) -> Effects:
     """Alignment after what follows, against the number of pretraining images."""
-    effects: list[Claim] = []
     for name, sizes in grid.families():
+        doublings = [math.log2(images) for images, _ in sizes]
         for task in ("same_task", "second_data", "true_labels"):
             for group in GROUPS:
-                text, setting = "(b) larger sets keep more", f"{task}, {name}"
-                table = _complete(grid, task, sizes, group)
-                per_doubling = [math.log2(images) for images, _ in sizes]
-                for measure, value in _MEASURES.items():
-                    each = [_slope(per_doubling, value(of)) for of in table]
-                    effects += _claim(text, setting, group, f"{measure}, per doubling of images", each)
-    return effects
+                complete = _complete(grid, task, sizes, group)
+                for measure, values in _MEASURES.items():
+                    slopes = [float(np.polyfit(doublings, values(of), 1)[0]) for of in complete]
+                    measure = f"{measure}, per doubling of images"
+                    yield "(b) larger sets keep more", f"{task}, {name}", group, measure, slopes
 
 
 def _complete(grid: Grid, task: str, sizes: Sequence[tuple[int, int]], group: str) -> list[list[Curves]]:
@@ -165,35 +180,18 @@ def _complete(grid: Grid, task: str, sizes: Sequence[tuple[int, int]], group: st
     return tables
 
 
-_MEASURES: dict[str, Callable[[Sequence[Curves]], list[float]]] = {
-    "alignment at the end": lambda of: [c.end for c in of],
-    "‖delta‖/‖W‖ at the end": lambda of: [c.end_size for c in of],
-    "alignment at equal ‖delta‖/‖W‖": at_equal_size,
-}
-
-
-def _slope(x: Sequence[float], y: Sequence[float]) -> float:
-    return float(np.polyfit(x, y, 1)[0])
-
-
 # --- (c) ----------------------------------------------------------------------------------------------------------
 
 
-def _labels(grid: Grid) -> list[Claim]:
+def _labels(grid: Grid) -> Effects:
     """Random labels against true ones, from the same weights and images."""
-    effects: list[Claim] = []
-    for phase, setting in (
-        ("post", "from pretrained weights, mean over sizes"),
-        ("scratch", "from random weights"),
-    ):
+    settings = {"post": "from pretrained weights, mean over sizes", "scratch": "from random weights"}
+    for phase, setting in settings.items():
         for group in GROUPS:
-            pairs = _matched(grid, phase, group)
-            for measure, value in _MEASURES.items():
-                each = [float(np.mean([b - a for a, b in map(value, of)])) for of in pairs.values()]
-                effects += _claim(
-                    "(c) random labels lose it faster", setting, group, f"{measure}, random − true", each
-                )
-    return effects
+            seeds = _matched(grid, phase, group).values()
+            for measure, values in _MEASURES.items():
+                each = [float(np.mean([b - a for a, b in map(values, pairs)])) for pairs in seeds]
+                yield "(c) random labels lose it faster", setting, group, f"{measure}, random − true", each
 
 
 def _matched(grid: Grid, phase: str, group: str) -> dict[int, list[list[Curves]]]:
@@ -209,87 +207,66 @@ def _matched(grid: Grid, phase: str, group: str) -> dict[int, list[list[Curves]]
 # --- (d) ----------------------------------------------------------------------------------------------------------
 
 
-def _scratch(grid: Grid) -> list[Claim]:
+def _scratch(grid: Grid) -> Effects:
     """The start against the end: from random weights, and against the same training from pretrained ones."""
-    effects: list[Claim] = []
-    text = "(d) from scratch"
+    text, end, size = "(d) from scratch", "init with trained − chance", "‖delta‖/‖W‖"
     for group in GROUPS:
-        by_seed = grid.by_seed("pretrain").values()
-        for measure, value in (("init with trained − chance", "beyond_chance"), ("‖delta‖/‖W‖", "end_size")):
-            each = [float(np.mean([getattr(curves(row, group), value) for row in rows])) for rows in by_seed]
-            effects += _claim(text, "pretraining itself, mean over its sizes", group, measure, each)
-        for task in ("same_task", "second_data", "true_labels", "random_labels"):
+        seeds = grid.by_seed("pretrain").values()
+        for measure, name in ((end, "beyond_chance"), (size, "end_size")):
+            each = _by_seed(seeds, lambda row, group=group, name=name: getattr(curves(row, group), name))
+            yield text, "pretraining itself, mean over its sizes", group, measure, each
+        for task in POSTS:
             scratch = {row.experiment["seed"]: curves(row, group) for row in grid.of("scratch", task=task)}
-            effects += _claim(
-                text, task, group, "init with trained − chance", [c.beyond_chance for c in scratch.values()]
-            )
-            effects += _claim(text, task, group, "‖delta‖/‖W‖", [c.end_size for c in scratch.values()])
-            posts = grid.by_seed("post", task=task)
-            for measure, value_of in _MEASURES.items():
-                each = [
-                    float(
-                        np.mean([a - b for a, b in (value_of([curves(row, group), scratch[seed]]) for row in rows)])
-                    )
-                    for seed, rows in posts.items()
-                    if seed in scratch
-                ]
-                effects += _claim(text, task, group, f"{measure}, pretrained − scratch", each)
-    return effects
+            yield text, task, group, end, [c.beyond_chance for c in scratch.values()]
+            yield text, task, group, size, [c.end_size for c in scratch.values()]
+            posts = {seed: rows for seed, rows in grid.by_seed("post", task=task).items() if seed in scratch}
+            for measure, values in _MEASURES.items():
+                each = []
+                for seed, rows in posts.items():
+                    pairs = [values([curves(row, group), scratch[seed]]) for row in rows]
+                    each.append(float(np.mean([a - b for a, b in pairs])))
+                yield text, task, group, f"{measure}, pretrained − scratch", each
 
 
-def _between_seeds(grid: Grid) -> list[Claim]:
-    effects: list[Claim] = []
+def _between_seeds(grid: Grid) -> Effects:
     for group in GROUPS:
         settings: dict[str, list[float]] = defaultdict(list)
         for row in grid.of("between"):
-            of = members(row, group)
             name = trained(row) + (" from scratch" if "task" in row.experiment else "")
-            settings[name].append(float(np.mean([matrix["first"][-1] - matrix["chance"] for matrix in of])))
+            ends = [matrix["first"][-1] - matrix["chance"] for matrix in members(row, group)]
+            settings[name].append(float(np.mean(ends)))
         for name, each in settings.items():
-            effects += _claim("(d) between two seeds", name, group, "alignment − chance (pairs share seeds)", each)
-    return effects
+            yield "(d) between two seeds", name, group, "alignment − chance (pairs share seeds)", each
 
 
-# --- the null -----------------------------------------------------------------------------------------------------
+# --- (e): the null, (f): what was learned -------------------------------------------------------------------------
 
 
-def _null(grid: Grid) -> list[Claim]:
+def _null(grid: Grid) -> Effects:
     """What follows pretraining, against a Gaussian update of the same size."""
-    effects: list[Claim] = []
     for phase, start in (("post", "pretrained"), ("scratch", "random")):
-        for task in ("same_task", "second_data", "true_labels", "random_labels"):
+        for task in POSTS:
             for group in GROUPS:
-                each = []
-                for rows in grid.by_seed(phase, task=task).values():
-                    of = [curves(row, group) for row in rows]
-                    each.append(float(np.mean([c.end - c.null.mean() for c in of])))
-                measure = "alignment at the end − that of a Gaussian update as large"
-                effects += _claim(
-                    "(e) beyond a random update", f"{task} from {start} weights", group, measure, each
+                each = _by_seed(
+                    grid.by_seed(phase, task=task).values(),
+                    lambda row, group=group: (of := curves(row, group)).end - of.null.mean(),
                 )
-    return effects
+                measure = "alignment at the end − that of a Gaussian update as large"
+                yield "(e) beyond a random update", f"{task} from {start} weights", group, measure, each
 
 
-# --- what was learned ---------------------------------------------------------------------------------------------
-
-
-def _learned(grid: Grid) -> list[Claim]:
+def _learned(grid: Grid) -> Effects:
     """Whether a training did what it was for: its losses, and the accuracy of a classification, at the end."""
-    effects: list[Claim] = []
-    for phase, task, rows in grid.trainings():
-        start = {"pretrain": "", "post": " from pretrained weights", "scratch": " from random weights"}[phase]
-        for name, measure in (
-            ("loss", "training loss"),
-            ("validation", "validation loss"),
-            ("accuracy", "validation accuracy"),
-        ):
-            each = [
-                float(np.mean([row.values["log"][-1][name] for row in of]))
-                for of in rows.values()
-                if all(name in row.values["log"][-1] for row in of)
-            ]
-            effects += _claim("(f) what was learned", f"{task}{start}", "the model", f"{measure} at the end", each)
-    return effects
+    starts = {"pretrain": "", "post": " from pretrained weights", "scratch": " from random weights"}
+    names = {"loss": "training loss", "validation": "validation loss", "accuracy": "validation accuracy"}
+    for phase, task in dict.fromkeys((row.experiment["phase"], trained(row)) for row in grid.rows):
+        if phase not in starts:
+            continue
+        seeds = Grid([row for row in grid.rows if trained(row) == task]).by_seed(phase).values()
+        for name, measure in names.items():
+            known = [rows for rows in seeds if all(name in row.values["log"][-1] for row in rows)]
+            each = _by_seed(known, lambda row, name=name: row.values["log"][-1][name])
+            yield "(f) what was learned", f"{task}{starts[phase]}", "the model", f"{measure} at the end", each
 
 
 _PARTS = (_stages, _scale, _labels, _scratch, _between_seeds, _null, _learned)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from specbasis.core.errors import InputError
 from specbasis.core.statistics import student_interval
 from specbasis.figures import kit
 from specbasis.figures.kit import COLORS, Axes, Figure
@@ -24,21 +22,7 @@ TITLES = {
 }
 
 
-def write_formation_figure(name: str, rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Draw one of `FIGURES` as PNG and SVG into a folder.
-
-    Raises:
-        InputError: no such figure, or none of its experiments has ended.
-    """
-    if name not in FIGURES:
-        raise InputError(f"no figure {name!r}; there is: {', '.join(FIGURES)}")
-    grid = Grid([row for row in rows if row.error is None])
-    if not grid.of("pretrain"):
-        raise InputError("no pretraining of this grid has ended; run more of it")
-    return kit.write_figure(folder / f"{name}.png", lambda: FIGURES[name](grid))
-
-
-def _fig4(grid: Grid) -> Figure:
+def fig4(grid: Grid) -> Figure:
     """A: between the checkpoints of pretraining; B, C: after it, smallest and largest set."""
     title = "Final block's feed-forward matrices, mean of the leading 10 ranks and both sides"
     figure, (axes,) = kit.free_panels(1, 3, (12.5 / 3, 3.4), title)
@@ -54,7 +38,7 @@ def _fig4(grid: Grid) -> Figure:
     return figure
 
 
-def _fig9(grid: Grid) -> Figure:
+def fig9(grid: Grid) -> Figure:
     """True against random labels: by step, and by size of the update."""
     title = "True against random labels, from pretrained (solid) and random (dotted) weights"
     figure, rows = kit.free_panels(2, 2, (12.5 / 2, 3.35), title)
@@ -63,7 +47,7 @@ def _fig9(grid: Grid) -> Figure:
     return figure
 
 
-def _fig21(grid: Grid) -> Figure:
+def fig21(grid: Grid) -> Figure:
     """Every set of pretrainings: alignment after the same task on new data and after a new task."""
     tasks = ("same_task", "second_data", "true_labels")
     families = grid.families() or [("one size", _sizes(grid))]
@@ -77,7 +61,7 @@ def _fig21(grid: Grid) -> Figure:
     return figure
 
 
-def _scratch(grid: Grid) -> Figure:
+def scratch(grid: Grid) -> Figure:
     """The same training from pretrained and from random weights; and the ends of two seeds."""
     title = "Alignment of the start with the weights on the way; ends of two seeds"
     figure, rows = kit.free_panels(2, 3, (12.5 / 3, 3.35), title)
@@ -85,9 +69,6 @@ def _scratch(grid: Grid) -> Figure:
         _starts(axes, grid, group, ("same_task", "true_labels"))
         _bars(axes[2], grid, group)
     return figure
-
-
-FIGURES: dict[str, Callable[[Grid], Figure]] = {"fig4": _fig4, "fig9": _fig9, "fig21": _fig21, "scratch": _scratch}
 
 
 # --- parts ------------------------------------------------------------------------------------------------------

@@ -79,24 +79,16 @@ class Formation:
         """Every experiment, seed by seed, so that a part of the grid says something; pairs once both are there."""
         experiments: list[dict[str, Any]] = []
         for number, pretrainings in enumerate(self.passes):
+            sizes: list[dict[str, Any]] = [{"images": n, "steps": steps} for n, steps in pretrainings]
+            scratch: list[dict[str, Any]] = [{"task": task} for task in POSTS] if number == 0 else []
             for i, seed in enumerate(self.seeds):
-                experiments += self._of_seed(seed, self.seeds[:i], pretrainings, scratch=number == 0)
-        return experiments
-
-    def _of_seed(
-        self, seed: int, earlier: Sequence[int], pretrainings: Sequence[tuple[int, int]], *, scratch: bool
-    ) -> list[dict[str, Any]]:
-        sizes = [{"images": images, "steps": steps} for images, steps in pretrainings]
-        experiments: list[dict[str, Any]] = []
-        for size in sizes:
-            experiments.append({"phase": "pretrain", "seed": seed, **size})
-            experiments += [{"phase": "post", "seed": seed, **size, "task": task} for task in POSTS]
-        starts: list[dict[str, Any]] = list(sizes)
-        if scratch:
-            experiments += [{"phase": "scratch", "seed": seed, "task": task} for task in POSTS]
-            starts = [*sizes, *({"task": task} for task in POSTS)]
-        for other in earlier:
-            experiments += [{"phase": "between", "seed": seed, "other": other, **start} for start in starts]
+                for size in sizes:
+                    experiments.append({"phase": "pretrain", "seed": seed, **size})
+                    experiments += [{"phase": "post", "seed": seed, **size, "task": task} for task in POSTS]
+                experiments += [{"phase": "scratch", "seed": seed, **task} for task in scratch]
+                for other in self.seeds[:i]:
+                    between = {"phase": "between", "seed": seed, "other": other}
+                    experiments += [between | start for start in (*sizes, *scratch)]
         return experiments
 
 
@@ -121,7 +113,8 @@ def run_formation(
 
     Raises: as `run_experiments`.
     """
-    config = _config(plan)
+    # What experiments of one folder share; the lists of experiments may grow.
+    config = {k: v for k, v in asdict(plan).items() if k not in ("passes", "seeds")} | {"top": TOP, "ranks": RANKS}
     run = partial(run_experiment, plan=plan, work=Path(out) / "work")
     wanted = plan.experiments() if experiments is None else experiments
     return run_experiments(
@@ -163,9 +156,7 @@ def follow_checkpoints(checkpoints: Sequence[Path], ranks: int = RANKS) -> dict[
 # --- trainings --------------------------------------------------------------------------------------------------
 
 
-@cache
-def _data(source: str, size: int) -> ImageData:
-    return open_images(source, size=size)
+_data = cache(open_images)
 
 
 def _splits(plan: Formation) -> tuple[ImageData, Images]:
@@ -174,7 +165,7 @@ def _splits(plan: Formation) -> tuple[ImageData, Images]:
     Raises:
         InputError: the test set is too small for the splits.
     """
-    data = _data(plan.data, plan.mae.image)
+    data = _data(plan.data, size=plan.mae.image)
     wanted = plan.validation + max(plan.same_task_images, plan.new_task_images)
     if len(data.test) < wanted:
         raise InputError(
@@ -199,7 +190,7 @@ def _post(experiment: dict[str, Any], plan: Formation, work: Path) -> Run:
     if task == "same_task":
         images, training = data.test.first(plan.same_task_images), plan.same_task
     elif task == "second_data":
-        second = _data(plan.second, plan.mae.image).train
+        second = _data(plan.second, size=plan.mae.image).train
         images, training = second.first(plan.same_task_images), plan.same_task
     else:
         images, training = data.test.first(plan.new_task_images), plan.new_task
@@ -289,9 +280,3 @@ def _final_ffn(followed: dict[str, Followed], *, pairs: bool) -> dict[str, Any]:
 
 def _rounded(values: Tensor | float) -> Any:
     return (torch.as_tensor(values, dtype=torch.float64) * 1e5).round().div(1e5).tolist()
-
-
-def _config(plan: Formation) -> dict[str, Any]:
-    """What experiments of one folder share; the lists of experiments may grow."""
-    shared = {k: v for k, v in asdict(plan).items() if k not in ("passes", "seeds")}
-    return shared | {"top": TOP, "ranks": RANKS}

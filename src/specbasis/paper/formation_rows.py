@@ -95,14 +95,6 @@ class Grid:
             rows[row.experiment["seed"]].append(row)
         return dict(rows)
 
-    def trainings(self) -> list[tuple[str, str, dict[int, list[Row]]]]:
-        """(phase, what was trained, seed → rows) of everything that was trained."""
-        runs: dict[tuple[str, str], dict[int, list[Row]]] = defaultdict(lambda: defaultdict(list))
-        for row in self.rows:
-            if row.experiment["phase"] != "between":
-                runs[row.experiment["phase"], trained(row)][row.experiment["seed"]].append(row)
-        return [(phase, task, dict(rows)) for (phase, task), rows in runs.items()]
-
     def families(self) -> list[tuple[str, list[tuple[int, int]]]]:
         """Sets of pretrainings, (images, steps), that differ in their images: equally many steps, or epochs."""
         sizes = sorted({(row.experiment["images"], row.experiment["steps"]) for row in self.of("pretrain")})

@@ -11,7 +11,7 @@ from typing import Any
 
 from specbasis.checkpoint import open_checkpoint, weights_sha256
 from specbasis.core.errors import InputError
-from specbasis.finetuning.options import Placement, Protocol, require_libraries
+from specbasis.finetuning.options import FinetuneOptions, require_libraries
 from specbasis.finetuning.sources import load_task
 from specbasis.finetuning.tasks import Split, TaskData, subset
 from specbasis.jobs.experiments import Row, read_experiments, run_experiments
@@ -137,10 +137,17 @@ def run_experiment(row: Mapping[str, Any], options: GlueOptions, out: Path, keep
         options.base,
         data,
         "full" if method == SCRATCH else method,
-        experiment.seed,
-        Protocol(epochs=experiment.epochs, learning_rate=experiment.learning_rate, **_protocol(options)),
-        Placement(experiment.rank, experiment.interval, experiment.blocks, checkpoint=checkpoint),
-        options.cache_prefix,
+        FinetuneOptions(
+            epochs=experiment.epochs,
+            learning_rate=experiment.learning_rate,
+            seed=experiment.seed,
+            rank=experiment.rank,
+            interval=experiment.interval,
+            blocks=experiment.blocks,
+            checkpoint=checkpoint,
+            cache_prefix=options.cache_prefix,
+            **_protocol(options),
+        ),
         ("", ()) if searches else runs.held_back_texts(None, data, data_dir),
         resumable=False,
         scratch=method == SCRATCH,

@@ -14,7 +14,7 @@ import pkgutil
 
 from specbasis.finetuning.methods.attached import Attached, Size, attach, load, match_budget, parameters
 from specbasis.finetuning.methods.kit import METHODS, Method, Request, method_named
-from specbasis.finetuning.methods.sites import ALL_LINEAR, FEED_FORWARD, Site, head_modules, sites
+from specbasis.finetuning.methods.sites import ALL_LINEAR, FEED_FORWARD, Site, sites
 from specbasis.finetuning.methods.spectral import TABLE_5
 
 
@@ -37,7 +37,6 @@ __all__ = [
     "Site",
     "Size",
     "attach",
-    "head_modules",
     "load",
     "match_budget",
     "method_named",

@@ -26,9 +26,11 @@ from specbasis.checkpoint import open_checkpoint
 from specbasis.checkpoint.adapter_file import PREFIX, adapter_folder
 from specbasis.checkpoint.atomic import write_whole
 from specbasis.core.errors import InputError
-from specbasis.finetuning.methods.kit import CHILD, METHODS, Built, Method, Request, additions, method_named
-from specbasis.finetuning.methods.sites import Site, head_modules
+from specbasis.core.options import takes
+from specbasis.finetuning.methods.kit import CHILD, METHODS, Method, Request, additions, method_named
+from specbasis.finetuning.methods.sites import Site, trained_whole
 from specbasis.finetuning.methods.updates import Update, merge_updates
+from specbasis.finetuning.options import Placement
 
 DESCRIPTION, TRAINED = "method.json", "trained.safetensors"
 FORMAT = 1
@@ -45,7 +47,6 @@ class Attached:
         head: names of head and pooler modules in the base model.
         base_parameters: parameters of the base model, its task head included.
         base_fingerprint: a hash of the base's weights before the method came, without the head; see `fingerprint`.
-        callbacks: what the Trainer must call for this method (AdaLoRA's allocation); empty for the others.
     """
 
     model: nn.Module
@@ -53,12 +54,16 @@ class Attached:
     head: tuple[str, ...]
     base_parameters: int
     base_fingerprint: str
-    callbacks: tuple[TrainerCallback, ...] = ()
 
     @property
     def method(self) -> Method:
         """The method."""
         return self.request.method
+
+    @property
+    def callbacks(self) -> tuple[TrainerCallback, ...]:
+        """What the Trainer must call for this method (AdaLoRA's allocation); empty for the others."""
+        return self.method.callbacks(self.request)
 
     @property
     def counts(self) -> ParameterCounts:
@@ -99,36 +104,21 @@ class Attached:
         Raises:
             InputError: the method is no linear update (bottleneck adapters).
         """
-        if isinstance(self.model, PeftModel):
-            _unwrap_head(self.model)
-            merged: nn.Module = self.model.merge_and_unload()
-            return merged
-        merge_updates(self.model)
-        return self.model
+        if not isinstance(self.model, PeftModel):
+            merge_updates(self.model)
+            return self.model
+        # Trained head modules in place of PEFT's wrappers: some of its tuners cannot unload those with parts.
+        for name, wrapper in list(self.model.named_modules()):
+            if isinstance(wrapper, ModulesToSaveWrapper):
+                parent, _, child = name.rpartition(".")
+                setattr(self.model.get_submodule(parent), child, wrapper.modules_to_save[wrapper.active_adapter])
+        merged: nn.Module = self.model.merge_and_unload()
+        return merged
 
 
-def _unwrap_head(model: PeftModel) -> None:
-    """Put trained head modules in place of PEFT's wrappers; some of its tuners cannot unload those with parts."""
-    wrappers = [
-        (name, module) for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)
-    ]
-    for name, wrapper in wrappers:
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, wrapper.modules_to_save[wrapper.active_adapter])
-
-
+@takes(Placement)
 def attach(
-    model: nn.Module,
-    method: str | Method,
-    *,
-    rank: int | None = None,
-    interval: tuple[int, int] | None = None,
-    target_modules: Sequence[str] | None = None,
-    roles: Sequence[str] | None = None,
-    blocks: Sequence[int] | None = None,
-    seed: int = 0,
-    checkpoint: str | Path | None = None,
-    options: Mapping[str, Any] | None = None,
+    model: nn.Module, method: str | Method, where: Placement | None = None, *, seed: int = 0, **keywords: Any
 ) -> Attached:
     """Put a method on a model: freeze everything, add what the method trains, and open head and missing pooler.
 
@@ -137,24 +127,20 @@ def attach(
     Args:
         model: a transformers model without adapters.
         method: a name in `METHODS`.
-        rank: the method's size (`Method.size`); the default of the method when None.
-        interval: ranks [k, m) for the spectral methods, in place of ``rank``.
-        target_modules: names, or endings of names, of the modules to adapt, in place of roles and blocks.
-        roles: roles of the matrices to adapt; the method's own when None.
-        blocks: blocks to adapt, negative ones from the last; the method's own when neither this, nor
-            roles, nor target_modules is given, else all.
+        where: where it goes and how large it is. ``interval`` and ``rank``, and ``target_modules`` (names, or their
+            endings) and roles or blocks (negative ones from the last), exclude each other. ``options`` go on top of
+            `Method.options`; for a PEFT method they are fields of its configuration.
         seed: of random initialisations and patterns. The global random state is left as it was.
-        checkpoint: the model whose singular vectors are the basis, for methods that want one.
-        options: settings of the method, on top of `Method.options`; for a PEFT method, fields of its configuration.
+        **keywords: the fields of `Placement`, in place of ``where``.
 
     Raises:
         InputError: an argument does not fit the method or the model.
     """
     if isinstance(model, PeftModel) or hasattr(model, "peft_config") or additions(model):
         raise InputError(f"{type(model).__name__} has adapters already; want a model without: load the base again")
-    request = _request(model, method, rank, interval, target_modules, roles, blocks, seed, checkpoint, options)
+    request = _request(model, method, Placement.of(where, keywords), seed)
 
-    def build(head: tuple[str, ...]) -> Built:
+    def build(head: tuple[str, ...]) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return request.method.attach(model, request, head)
@@ -162,35 +148,23 @@ def attach(
     return _attached(model, request, build)
 
 
-def _request(
-    model: nn.Module,
-    method: str | Method,
-    rank: int | None,
-    interval: Sequence[int] | None,
-    target_modules: Sequence[str] | None,
-    roles: Sequence[str] | None,
-    blocks: Sequence[int] | None,
-    seed: int,
-    checkpoint: str | Path | None,
-    options: Mapping[str, Any] | None,
-) -> Request:
-    """What was asked for, resolved for this model; the arguments are those of `attach`."""
+def _request(model: nn.Module, method: str | Method, where: Placement, seed: int) -> Request:
+    """What was asked for, resolved for this model."""
     method = method_named(method)
-    sites = method.sites(model, target_modules, roles, blocks)
-    width, ranks = method.sized(sites, rank, None if interval is None else (interval[0], interval[1]))
-    if (checkpoint is None) == bool(method.options.get("basis") == "from"):
-        wanted = "want the checkpoint of a model" if checkpoint is None else "leave checkpoint out"
-        raise InputError(f"{method.name}: got checkpoint = {checkpoint!r}; {wanted}")
-    source = None if checkpoint is None else str(checkpoint)
-    return Request(method, width, ranks, sites, seed, source, {**method.options, **(options or {})})
+    sites = method.sites(model, where)
+    width, ranks = method.sized(sites, where)
+    if (where.checkpoint is None) == bool(method.options.get("basis") == "from"):
+        wanted = "want the checkpoint of a model" if where.checkpoint is None else "leave checkpoint out"
+        raise InputError(f"{method.name}: got checkpoint = {where.checkpoint!r}; {wanted}")
+    assert not isinstance(where.checkpoint, Path)
+    return Request(method, width, ranks, sites, seed, where.checkpoint, {**method.options, **where.options})
 
 
-def _attached(model: nn.Module, request: Request, build: Callable[[tuple[str, ...]], Built]) -> Attached:
+def _attached(model: nn.Module, request: Request, build: Callable[[tuple[str, ...]], nn.Module]) -> Attached:
     """The model with its method, which ``build`` puts on it, and what was there before."""
-    head = tuple(head_modules(model))
+    head = tuple(trained_whole(model))
     total, hashed = sum(p.numel() for p in model.parameters()), fingerprint(model, head)
-    built, callbacks = build(head)
-    return Attached(built, request, head, total, hashed, callbacks)
+    return Attached(build(head), request, head, total, hashed)
 
 
 def load(folder: str | Path, base: nn.Module) -> Attached:
@@ -201,21 +175,21 @@ def load(folder: str | Path, base: nn.Module) -> Attached:
     """
     folder = Path(folder)
     described = _described(folder)
-    arguments = {key: described[key] for key in _ARGUMENTS}
+    name, seed = described["method"], described["seed"]
+    where = Placement(**{key: described[key] for key in _PLACEMENT})
     if described["peft"]:
         adapter_folder(folder)  # refuses a folder that is incomplete
-        request = _request(base, **arguments, roles=None, blocks=None)
-        attached = _attached(base, request, lambda _: (_peft_model(folder, base), ()))
+        attached = _attached(base, _request(base, name, where, seed), lambda _: _peft_model(folder, base))
     else:
-        attached = attach(base, **arguments)
+        attached = attach(base, name, where, seed=seed)
         if attached.method.trains_all(attached.request):
             base.load_state_dict(type(base).from_pretrained(folder).state_dict())  # type: ignore[attr-defined]
             return attached
         _fill(attached.model, open_checkpoint(folder / TRAINED), folder)
     if described["base_fingerprint"] != attached.base_fingerprint:  # a rounded base is another one, but usable
         warnings.warn(
-            f"{folder}: this base does not hold the weights that {described['method']} was trained on (another "
-            "model, revision or dtype); results will differ",
+            f"{folder}: this base does not hold the weights that {name} was trained on (another model, revision or "
+            "dtype); results will differ",
             stacklevel=2,
         )
     return attached
@@ -247,7 +221,7 @@ def fingerprint(model: nn.Module, head: Sequence[str]) -> str:
     return hashed.hexdigest()
 
 
-_ARGUMENTS = ("method", "rank", "interval", "target_modules", "seed", "checkpoint", "options")
+_PLACEMENT = ("rank", "interval", "target_modules", "checkpoint", "options")
 
 
 def _described(folder: Path) -> dict[str, Any]:
@@ -256,7 +230,9 @@ def _described(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder}: no {DESCRIPTION}; want a folder that a finetuning method saved")
     try:
         described = json.loads(file.read_text(encoding="utf-8"))
-        if described["format"] != FORMAT or not {*_ARGUMENTS, "peft", "base_fingerprint"} <= set(described):
+        if described["format"] != FORMAT or not {*_PLACEMENT, "method", "seed", "peft", "base_fingerprint"} <= set(
+            described
+        ):
             raise KeyError
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{file}: damaged, or of a newer version; want format {FORMAT}") from None
@@ -312,10 +288,7 @@ def match_budget(
     model: nn.Module,
     budget: int | None = None,
     methods: Iterable[str | Method] | None = None,
-    *,
-    rank: int | None = None,
-    roles: Sequence[str] | None = None,
-    blocks: Sequence[int] | None = None,
+    **where: Any,
 ) -> dict[str, Size]:
     """The size of each method that comes nearest to a budget of trained parameters, and what it then trains.
 
@@ -325,20 +298,19 @@ def match_budget(
         model: a transformers model without adapters.
         budget: trained parameters without head and pooler; what the spectral method trains when None.
         methods: names in `METHODS`; all when None.
-        rank: width of the spectral method's interval where it sets the budget; its default when None.
-        roles: adapt these roles with every method; each method's own when None.
-        blocks: adapt these blocks with every method.
+        **where: ``roles`` and ``blocks`` that every method adapts, each its own when not given; ``rank``, the width
+            of the spectral method's interval where it sets the budget.
 
     Raises:
         InputError: as `attach`; or the budget is not positive.
     """
     if budget is None:
-        budget = parameters("spectral", model, rank=rank, roles=roles, blocks=blocks)
+        budget = parameters("spectral", model, **where)
     if budget < 1:
         raise InputError(f"got a budget of {budget} parameters; want at least 1")
     chosen = [method_named(method) for method in (METHODS if methods is None else methods)]
     stands = {method.name: (type(method), method.roles, method.blocks) for method in chosen}
-    sites = {stands[method.name]: method.sites(model, None, roles, blocks) for method in chosen}
+    sites = {stands[method.name]: method.sites(model, Placement(**where)) for method in chosen}
     return {method.name: _nearest(method, model, sites[stands[method.name]], budget) for method in chosen}
 
 
@@ -353,15 +325,14 @@ def _nearest(method: Method, model: nn.Module, sites: Sequence[Site], budget: in
     return Size(method.name, best, count(best))
 
 
-def parameters(
-    method: str | Method,
-    model: nn.Module,
-    *,
-    rank: int | None = None,
-    roles: Sequence[str] | None = None,
-    blocks: Sequence[int] | None = None,
-) -> int:
-    """How many parameters a method trains on a model, without task head and pooler; from shapes alone."""
-    method = method_named(method)
-    sites = method.sites(model, None, roles, blocks)
-    return method.count(model, sites, rank or method.default_size(sites))
+def parameters(method: str | Method, model: nn.Module, **where: Any) -> int:
+    """How many parameters a method trains on a model, without task head and pooler; from shapes alone.
+
+    Args:
+        method: a name in `METHODS`.
+        model: on the meta device too.
+        **where: ``rank``, ``roles`` and ``blocks``, as of `Placement`.
+    """
+    method, placement = method_named(method), Placement(**where)
+    sites = method.sites(model, placement)
+    return method.count(model, sites, placement.rank or method.default_size(sites))

@@ -13,6 +13,7 @@ from transformers.activations import ACT2FN
 from specbasis.core.errors import InputError
 from specbasis.finetuning.methods.kit import Added, AddedMethod, Request, register
 from specbasis.finetuning.methods.sites import Site
+from specbasis.finetuning.prefix.probe import evaluating, hooked, make_probe, one_line
 
 
 class Bottleneck(Added):
@@ -91,7 +92,7 @@ def norms_behind(model: nn.Module, sites: Sequence[Site]) -> dict[str, str]:
     input.
 
     Raises:
-        InputError: the model takes no input that is known here, or a module is in no list of blocks.
+        InputError: a module is in no list of blocks, or does not run on a plain input.
     """
     blocks = {site.name: _block_of(model, site.name) for site in sites}
     waiting: dict[str, Tensor | None] = {}
@@ -115,15 +116,15 @@ def norms_behind(model: nn.Module, sites: Sequence[Site]) -> dict[str, str]:
     for name, module in model.named_modules():
         if name in blocks:
             handles.append(module.register_forward_hook(partial(passed, name)))
-        elif "norm" in type(module).__name__.lower():
+        elif _is_norm(module):
             handles.append(module.register_forward_pre_hook(partial(normalises, name)))
         if name in blocks.values():
             handles.append(module.register_forward_hook(partial(ends, name)))
     try:
-        _run_once(model)
-    finally:
-        for handle in handles:
-            handle.remove()
+        with hooked(*handles), evaluating(model), torch.no_grad():
+            model(**make_probe(model, 1, 4).batch)
+    except Exception as error:  # any model may fail in any way on made-up inputs
+        raise InputError(f"{type(model).__name__}: does not run on a plain input ({one_line(error)})") from error
     missing = [name for name in blocks if name not in hosts]
     if missing:
         raise InputError(f"{missing[0]}: not used on a plain input; leave it out of the adapted modules")
@@ -137,31 +138,6 @@ def _block_of(model: nn.Module, name: str) -> str:
         if isinstance(model.get_submodule(".".join(parts[: n - 1])), nn.ModuleList):
             return ".".join(parts[:n])
     raise InputError(f"{name}: in no list of blocks; this method wants a model of blocks")
-
-
-def _run_once(model: nn.Module) -> None:
-    """Run the backbone on a small input, without gradients, in eval mode, and leave the model as it was."""
-    backbone = getattr(model, "base_model", model)
-    kind = getattr(model, "main_input_name", "input_ids")
-    config: Any = getattr(model, "config", None)
-    device = next(model.parameters()).device
-    inputs: dict[str, Tensor]
-    if kind == "pixel_values":
-        size = config.image_size
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        inputs = {"pixel_values": torch.zeros(1, getattr(config, "num_channels", 3), height, width)}
-    elif kind == "input_ids":
-        inputs = model.dummy_inputs  # type: ignore[assignment]
-    else:
-        raise InputError(f"{type(model).__name__} takes {kind}; this method knows models of text and images only")
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            backbone(**{key: value.to(device) for key, value in inputs.items()})
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 register(

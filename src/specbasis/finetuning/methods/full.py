@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from torch import nn
 
 from specbasis.core.errors import InputError
-from specbasis.finetuning.methods.kit import Built, Method, Request, open_head, register
-from specbasis.finetuning.methods.sites import Site, head_modules
+from specbasis.finetuning.methods.kit import Method, Request, open_head, register
+from specbasis.finetuning.methods.sites import Site, trained_whole
+from specbasis.finetuning.options import Placement
 
 
 class Subset(Method):
@@ -16,21 +17,15 @@ class Subset(Method):
 
     adds = False
 
-    def sites(
-        self,
-        model: nn.Module,
-        targets: Sequence[str] | None = None,
-        roles: Sequence[str] | None = None,
-        blocks: Sequence[int] | None = None,
-    ) -> tuple[Site, ...]:
+    def sites(self, model: nn.Module, where: Placement) -> tuple[Site, ...]:
         """The modules whose parameters are trained; a probe has none."""
-        return () if self.options["which"] == "none" else super().sites(model, targets, roles, blocks)
+        return () if self.options["which"] == "none" else super().sites(model, where)
 
     def trains_all(self, request: Request) -> bool:
         """Full finetuning of the whole model does."""
         return bool(request.options["which"] == "all") and not request.sites
 
-    def attach(self, model: nn.Module, request: Request, head: tuple[str, ...]) -> Built:
+    def attach(self, model: nn.Module, request: Request, head: tuple[str, ...]) -> nn.Module:
         """Open the parameters."""
         which = request.options_over(which="all")["which"]
         model.requires_grad_(False)
@@ -40,11 +35,11 @@ class Subset(Method):
         for p in parameters:
             p.requires_grad_(True)
         open_head(model, head)
-        return model, ()
+        return model
 
     def count(self, model: nn.Module, sites: Sequence[Site], rank: int | None) -> int:
         """Parameters that are opened, which are the model's own."""
-        return sum(p.numel() for p in _chosen(model, self.options["which"], sites, tuple(head_modules(model))))
+        return sum(p.numel() for p in _chosen(model, self.options["which"], sites, tuple(trained_whole(model))))
 
 
 def _chosen(model: nn.Module, which: str, sites: Sequence[Site], head: tuple[str, ...]) -> list[nn.Parameter]:

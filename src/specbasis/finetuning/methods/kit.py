@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -20,9 +20,7 @@ from transformers import TrainerCallback
 from specbasis.adapter.layouts import CONV1D, layout_of
 from specbasis.core.errors import InputError
 from specbasis.finetuning.methods.sites import ALL_LINEAR, Site, named_sites, sites
-
-Built = tuple[nn.Module, tuple[TrainerCallback, ...]]
-"""A model with the method on it, and what the Trainer must call for it."""
+from specbasis.finetuning.options import Placement
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,22 +67,17 @@ class Method:
         """(epochs, learning rate) for a task: the published ones, or the defaults."""
         return self.schedule.get(task, (self.epochs, self.learning_rate))
 
-    def sites(
-        self,
-        model: nn.Module,
-        targets: Sequence[str] | None = None,
-        roles: Sequence[str] | None = None,
-        blocks: Sequence[int] | None = None,
-    ) -> tuple[Site, ...]:
-        """The modules that the method adapts, by name, or by role and block; arguments as of `attach`."""
-        given = [name for name, value in (("roles", roles), ("blocks", blocks)) if value is not None]
-        if targets is not None:
+    def sites(self, model: nn.Module, where: Placement) -> tuple[Site, ...]:
+        """The modules that the method adapts, by name, or by role and block; its own where neither is given."""
+        given = [name for name in ("roles", "blocks") if getattr(where, name) is not None]
+        if where.target_modules is not None:
             if given:
                 raise InputError(f"got target_modules and {given[0]}; want one of the two")
-            return named_sites(model, targets)
+            return named_sites(model, where.target_modules)
         if not given and not self.roles:
             return ()
-        return sites(model, self.roles_among(roles or self.roles or ALL_LINEAR), blocks if given else self.blocks)
+        roles = self.roles_among(where.roles or self.roles or ALL_LINEAR)
+        return sites(model, roles, where.blocks if given else self.blocks)
 
     def roles_among(self, roles: Sequence[str]) -> Sequence[str]:
         """Those of the roles asked for that the method can adapt."""
@@ -98,34 +91,39 @@ class Method:
         """The largest size that every adapted matrix has room for."""
         return min(site.rank for site in sites)
 
-    def sized(
-        self, sites: Sequence[Site], rank: int | None, interval: tuple[int, int] | None
-    ) -> tuple[int | None, tuple[int, int] | None]:
+    def sized(self, sites: Sequence[Site], where: Placement) -> tuple[int | None, tuple[int, int] | None]:
         """(rank, interval) from what was asked for and the defaults.
 
         Raises:
             InputError: the method takes no interval, or has no such size.
         """
-        if interval is not None and (not self.takes_interval or rank is not None):
-            wrong = (
-                f"rank = {rank} as well; want one of the two"
-                if self.takes_interval
-                else f"{self.name} takes rank only"
-            )
-            raise InputError(f"got interval = {tuple(interval)}; {wrong}")
-        default = self.default_size(sites)
+        rank, interval, default = where.rank, where.interval, self.default_size(sites)
+        if interval is not None and not self.takes_interval:
+            raise InputError(f"got interval = {interval}; {self.name} takes rank only")
+        if interval is not None and rank is not None:
+            raise InputError(f"got interval = {interval} and rank = {rank}; want one of the two")
         if rank is not None and (rank < 1 or default is None):
             want = "no rank: this method has no size" if default is None else "rank >= 1"
             raise InputError(f"{self.name}: got rank = {rank}; want {want}")
         return rank or default, interval
 
+    def check_options(self, options: Iterable[str], known: Iterable[str]) -> None:
+        """Refuse an option that the method does not know."""
+        unknown = sorted(set(options) - set(known))
+        if unknown:
+            raise InputError(f"{self.name} has no option {unknown[0]!r}; want some of {', '.join(sorted(known))}")
+
     def trains_all(self, request: Request) -> bool:
         """Whether every parameter of the model is trained, so that the whole model is what is saved."""
         return False
 
-    def attach(self, model: nn.Module, request: Request, head: tuple[str, ...]) -> Built:
+    def attach(self, model: nn.Module, request: Request, head: tuple[str, ...]) -> nn.Module:
         """Freeze the model, add what the method trains, open the head. Draws from the global random generator."""
         raise NotImplementedError
+
+    def callbacks(self, request: Request) -> tuple[TrainerCallback, ...]:
+        """What the Trainer must call for the method."""
+        return ()
 
     def count(self, model: nn.Module, sites: Sequence[Site], rank: int | None) -> int:
         """Parameters that the method trains, without head and pooler: attached to empty layers of these shapes."""
@@ -143,8 +141,8 @@ class Method:
             model = nn.ModuleDict({"layer": nn.Linear(shape[1], shape[0], bias=False)})
         request = dataclasses.replace(request, sites=(Site("layer", shape),))
         with torch.random.fork_rng(devices=[]):
-            built, _ = self.attach(model, request, ())
-        return sum(p.numel() for p in built.parameters() if p.requires_grad)
+            attached = self.attach(model, request, ())
+        return sum(p.numel() for p in attached.parameters() if p.requires_grad)
 
 
 @dataclass(frozen=True)
@@ -193,16 +191,8 @@ class Request:
         Raises:
             InputError: an option has no default, so the method does not know it.
         """
-        self.check_options(self.options, defaults)
+        self.method.check_options(self.options, defaults)
         return {**defaults, **self.options}
-
-    def check_options(self, options: Mapping[str, Any], known: Any) -> None:
-        """Refuse an option that the method does not know."""
-        unknown = sorted(set(options) - set(known))
-        if unknown:
-            raise InputError(
-                f"{self.method.name} has no option {unknown[0]!r}; want some of {', '.join(sorted(known))}"
-            )
 
 
 _METHODS: dict[str, Method] = {}
@@ -245,11 +235,7 @@ class PeftMethod(Method):
         """Fields of the configuration, the request's options among them."""
         raise NotImplementedError
 
-    def callbacks(self, request: Request) -> tuple[TrainerCallback, ...]:
-        """What the Trainer must call for the method."""
-        return ()
-
-    def attach(self, model: nn.Module, request: Request, head: tuple[str, ...]) -> Built:
+    def attach(self, model: nn.Module, request: Request, head: tuple[str, ...]) -> nn.Module:
         """Inject the method.
 
         Raises:
@@ -257,7 +243,7 @@ class PeftMethod(Method):
         """
         fields = self.fields(request)
         known = {entry.name for entry in dataclasses.fields(self.config)}  # type: ignore[arg-type]
-        request.check_options(fields, known)
+        self.check_options(fields, known)
         layers = [model.get_submodule(site.name) for site in request.sites]
         if "fan_in_fan_out" in known and layers and all(layout_of(layer, self.name) is CONV1D for layer in layers):
             fields["fan_in_fan_out"] = True
@@ -270,12 +256,13 @@ class PeftMethod(Method):
             )
         except (ValueError, TypeError) as error:
             raise InputError(f"{self.name}: {error}") from None
-        return peft.get_peft_model(model, config), self.callbacks(request)
+        adapted: nn.Module = peft.get_peft_model(model, config)
+        return adapted
 
 
 # Methods that PEFT lacks are small modules that hang at a layer of the model, and a forward hook brings them in.
-# The # layer itself, its class and the names of its parameters stay as they are. The hook is a function of this
-# module, # so # that a model with hooks can be copied and pickled.
+# The layer itself, its class and the names of its parameters stay as they are. The hook is a function of this
+# module, so that a model with hooks can be copied and pickled.
 
 CHILD = "finetuned"
 """Under which name a method's module hangs at the layer it adapts."""
@@ -316,7 +303,7 @@ class AddedMethod(Method):
         """At which module each site's addition hangs."""
         return {site.name: site.name for site in sites}
 
-    def attach(self, model: nn.Module, request: Request, head: tuple[str, ...]) -> Built:
+    def attach(self, model: nn.Module, request: Request, head: tuple[str, ...]) -> nn.Module:
         """Hang an addition at the host of each site.
 
         Raises:
@@ -334,4 +321,4 @@ class AddedMethod(Method):
             host.add_module(CHILD, child)
             host.register_forward_hook(joined)
         open_head(model, head)
-        return model, ()
+        return model

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from specbasis.adapter.layouts import matrix_shape
-from specbasis.adapter.task_heads import fresh_modules
+from specbasis.adapter.task_heads import fresh_modules, head_modules
 from specbasis.architecture.key import ROLES, MatrixRef
 from specbasis.architecture.recognise import model_map
 from specbasis.checkpoint import open_checkpoint
@@ -124,20 +124,12 @@ def named_sites(model: nn.Module, targets: Collection[str]) -> tuple[Site, ...]:
     return tuple(chosen[name] for name in matrices if name in chosen)
 
 
-def head_modules(model: nn.Module) -> list[str]:
+def trained_whole(model: nn.Module) -> list[str]:
     """Modules that every method trains besides its own parameters: the task head, and what the base lacks.
 
     The task head is what stands outside of the backbone and does not hold the output embedding (that of a language
     model is pretrained). A pooler inside the backbone counts only if the base checkpoint has no weights for it.
     """
-    backbone = getattr(model, "base_model", model)
     output = getattr(model, "get_output_embeddings", lambda: None)()
-    outside = [
-        name
-        for name, module in model.named_children()
-        if backbone is not model
-        and module is not backbone
-        and list(module.parameters())
-        and (output is None or output not in list(module.modules()))
-    ]
+    outside = [name for name in head_modules(model) if output not in list(model.get_submodule(name).modules())]
     return sorted({*outside, *fresh_modules(model)})

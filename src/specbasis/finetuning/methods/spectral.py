@@ -1,4 +1,4 @@
-"""The spectral adapter through its PEFT bridge, LoRA-XS, and the controls with other bases and intervals."""
+"""The spectral adapter through its PEFT bridge, LoRA-XS, PSOFT with a free core, and the controls."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+from peft import PsoftConfig
+
 from specbasis.adapter import SpectralConfig
 from specbasis.core.errors import InputError
 from specbasis.finetuning.methods.kit import PeftMethod, Request, register
 from specbasis.finetuning.methods.sites import FEED_FORWARD, Site
+from specbasis.finetuning.options import Placement
 
 TABLE_5: Mapping[str, tuple[int, float]] = MappingProxyType(
     {
@@ -40,23 +43,19 @@ class Spectral(PeftMethod):
         """Width of the paper's interval in proportion: 300 of 768 singular values (Yu et al. 2026, §4.4)."""
         return max(1, round(300 / 768 * self.largest_size(sites)))
 
-    def sized(
-        self, sites: Sequence[Site], rank: int | None, interval: tuple[int, int] | None
-    ) -> tuple[int | None, tuple[int, int] | None]:
+    def sized(self, sites: Sequence[Site], where: Placement) -> tuple[int | None, tuple[int, int] | None]:
         """The width, and the interval: at the head of the spectrum, in its middle, or at its tail."""
-        width, interval = super().sized(sites, rank, interval)
+        width, interval = super().sized(sites, where)
         if interval is not None:
-            return interval[1] - interval[0], (int(interval[0]), int(interval[1]))
+            return interval[1] - interval[0], interval
         n = self.largest_size(sites)
         assert width is not None
         if width > n:
             raise InputError(
                 f"{self.name}: got rank = {width}; the smallest adapted matrix has {n} singular values"
             )
-        if not self.takes_interval:
-            return width, None
         start = {"head": 0, "middle": (n - width) // 2, "tail": n - width}[self.options.get("where", "head")]
-        return width, (start, start + width)
+        return width, (start, start + width) if self.takes_interval else None
 
     def fields(self, request: Request) -> dict[str, Any]:
         """Interval and basis."""
@@ -73,13 +72,37 @@ class Spectral(PeftMethod):
         return dataclasses.replace(request, options={})
 
 
-def spectral(name: str, title: str, trains: str, *, note: str = "", source: str = "", **options: Any) -> Spectral:
+class Psoft(Spectral):
+    """R in W + U diag(S) (R − 1) Vh in PEFT, as wide as the spectral method, on the leading ranks."""
+
+    config = PsoftConfig
+    takes_interval = False
+
+    def fields(self, request: Request) -> dict[str, Any]:
+        """The rank; the update is scaled by psoft_alpha / r = 1."""
+        return {"r": request.rank, "psoft_alpha": request.rank, **request.options}
+
+    def counted(self, request: Request) -> Request:
+        """The same."""
+        return request
+
+
+def spectral(
+    name: str,
+    title: str,
+    trains: str,
+    *,
+    kind: type[Spectral] = Spectral,
+    note: str = "",
+    source: str = "Yu et al. 2026, Eq. 3, 4, App. M",
+    **options: Any,
+) -> Spectral:
     """A spectral method at the paper's place: the feed-forward matrices of the last two blocks."""
-    return Spectral(
+    return kind(
         name=name,
         title=title,
         trains=trains,
-        source=source or "Yu et al. 2026, Eq. 3, 4, App. M",
+        source=source,
         roles=FEED_FORWARD,
         blocks=LAST_TWO,
         learning_rate=2e-4,
@@ -122,4 +145,16 @@ register(
     ),
     spectral("spectral-middle", "Spectral, middle ranks", "M on the middle ranks", note="control", where="middle"),
     spectral("spectral-tail", "Spectral, last ranks", "M on the last ranks", note="control", where="tail"),
+    spectral(
+        "psoft",
+        "PSOFT (free R)",
+        "R in W + U_r diag(S_r) (R − 1) Vh_r",
+        kind=Psoft,
+        source="Wu et al. 2025, FSHrinMArK (OpenReview)",
+        note="R without its orthogonality and scaling vectors: LoRA-XS in other letters. PEFT computes its basis "
+        "again on loading and does not check signs: a saved one belongs to one machine",
+        psoft_orth=False,
+        psoft_mag_a=False,
+        psoft_mag_b=False,
+    ),
 )
