@@ -79,13 +79,13 @@ class Images(Dataset[dict[str, Any]]):
         return len(self.split)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image
 
         (path,) = self.split.inputs[index]
         try:
             with Image.open(path) as image:
                 pixels = self.processor(image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
-        except (OSError, UnidentifiedImageError) as error:
+        except OSError as error:
             raise InputError(f"{path}: not a readable image: {error}") from error
         return {"pixel_values": pixels, "labels": int(self.split.labels[index])}
 

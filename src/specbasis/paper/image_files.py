@@ -25,71 +25,60 @@ Parts = dict[str, tuple[Array, Array]]
 
 
 @dataclass(frozen=True)
-class Folder:
-    """A folder from which files are read by name, none of them through a link that leads out of it."""
+class Place:
+    """A folder, or one inside of a tar archive, from which files are read by name.
+
+    Nothing is unpacked to disk, and no link that leads out of the place is followed.
+    """
 
     path: Path
+    inside: str = ""
 
     def read(self, name: str) -> bytes | None:
         """A file's bytes, unpacked where the file is gzipped; None where it is not there."""
-        for path in (self.path / name, self.path / f"{name}.gz"):
-            if path.is_file():
-                if not path.resolve().is_relative_to(self.path.resolve()):
-                    raise InputError(f"{path}: is a link that leads out of the folder; put the file itself there")
-                return _unpacked(path) if path.suffix == ".gz" else path.read_bytes()
+        if self.path.is_file():
+            return self._members.get(f"{self.inside}/{name}")
+        folder = self.path / self.inside
+        for path in (folder / name, folder / f"{name}.gz"):
+            if not path.is_file():
+                continue
+            if not path.resolve().is_relative_to(folder.resolve()):
+                raise InputError(f"{path}: is a link that leads out of the folder; put the file itself there")
+            try:
+                return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+            except (OSError, EOFError, zlib.error) as error:
+                raise InputError(f"{path}: is truncated or damaged ({error}); fetch it again") from error
         return None
-
-    def below(self, name: str) -> Folder | None:
-        """A subfolder, where it is there."""
-        return Folder(self.path / name) if (self.path / name).is_dir() else None
-
-
-@dataclass(frozen=True)
-class Archive:
-    """The members of a tar archive, read in place: nothing is unpacked to disk, and links are not followed."""
-
-    path: Path
-    prefix: str
-
-    def read(self, name: str) -> bytes | None:
-        """A member's bytes; None where it is not there."""
-        return self._members.get(f"{self.prefix}/{name}")
 
     @cached_property
     def _members(self) -> dict[str, bytes]:
         """Every regular file, in one pass: the archive is compressed as a whole."""
-        found: dict[str, bytes] = {}
+        members: dict[str, bytes] = {}
         try:
             with tarfile.open(self.path, "r:*") as archive:
                 for member in archive:
                     file = archive.extractfile(member) if member.isreg() else None
                     if file is not None:
-                        found[member.name.removeprefix("./")] = file.read()
+                        members[member.name.removeprefix("./")] = file.read()
         except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
             raise InputError(f"{self.path}: is damaged or no archive ({error}); fetch it again") from error
-        return found
-
-
-def _unpacked(path: Path) -> bytes:
-    try:
-        return gzip.decompress(path.read_bytes())
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: is truncated or damaged ({error}); fetch it again") from error
+        return members
 
 
 # --- idx: MNIST and Fashion-MNIST -------------------------------------------------------------------------------
 
 
-def read_idx(folder: Folder) -> Parts | None:
-    """MNIST's four idx files; None where they are not there."""
-    if folder.read("train-images-idx3-ubyte") is None:
+def read_idx(path: Path) -> Parts | None:
+    """MNIST's four idx files in a folder; None where they are not there."""
+    place = Place(path)
+    if place.read("train-images-idx3-ubyte") is None:
         return None
     arrays = []
     for name in (f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")):
-        content = folder.read(name)
+        content = place.read(name)
         if content is None:
-            raise InputError(f"{folder.path / name}: is missing; want the four idx files together")
-        arrays.append(_idx_array(content, str(folder.path / name)))
+            raise InputError(f"{path / name}: is missing; want the four idx files together")
+        arrays.append(_idx_array(content, str(path / name)))
     return {"train": (arrays[0], arrays[1]), "test": (arrays[2], arrays[3])}
 
 
@@ -112,42 +101,39 @@ _Decode = Callable[[bytes, str], tuple[Array, Array]]
 _BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
 
 
-def read_cifar(folder: Folder) -> Parts | None:
+def read_cifar(path: Path) -> Parts | None:
     """CIFAR-10 in either version, from its archive or unpacked, here or in the folder that the archive makes."""
     for version, ending, inside, decode in (
         ("python", "", "cifar-10-batches-py", _python_batch),
         ("binary", ".bin", "cifar-10-batches-bin", _binary_batch),
     ):
-        archive = folder.path / f"cifar-10-{version}.tar.gz"
-        places: list[Folder | Archive | None] = [folder, folder.below(inside)]
-        places += [Archive(archive, inside)] if archive.is_file() else []
-        for place in places:
-            if place is not None and place.read(f"data_batch_1{ending}") is not None:
+        archive = path / f"cifar-10-{version}.tar.gz"
+        for place in (Place(path), Place(path, inside), *([Place(archive, inside)] if archive.is_file() else [])):
+            if place.read(f"data_batch_1{ending}") is not None:
                 return {part: _batches(place, names, ending, decode) for part, names in _BATCHES.items()}
     return None
 
 
-def _batches(place: Folder | Archive, names: Sequence[str], ending: str, decode: _Decode) -> tuple[Array, Array]:
-    pixels, labels = [], []
+def _batches(place: Place, names: Sequence[str], ending: str, decode: _Decode) -> tuple[Array, Array]:
+    batches = []
     for name in names:
-        label = f"{place.path}: {name}{ending}"
+        where = f"{place.path / place.inside}: {name}{ending}"
         content = place.read(name + ending)
         if content is None:
-            raise InputError(f"{label} is missing; want all six batches of CIFAR-10")
-        batch = decode(content, label)
-        pixels.append(batch[0])
-        labels.append(batch[1])
-    return np.concatenate(pixels).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), np.concatenate(labels)
+            raise InputError(f"{where} is missing; want all six batches of CIFAR-10")
+        batches.append(decode(content, where))
+    pixels, labels = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
+    return pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels
 
 
-def _binary_batch(content: bytes, where: str) -> tuple[NDArray[Any], NDArray[Any]]:
+def _binary_batch(content: bytes, where: str) -> tuple[Array, Array]:
     if not content or len(content) % _RECORD:
         raise InputError(f"{where} has {len(content)} bytes, no multiple of {_RECORD}: truncated or damaged")
     records = np.frombuffer(content, np.uint8).reshape(-1, _RECORD)
     return records[:, 1:], records[:, 0].astype(np.int64)
 
 
-def _python_batch(content: bytes, where: str) -> tuple[NDArray[Any], NDArray[Any]]:
+def _python_batch(content: bytes, where: str) -> tuple[Array, Array]:
     try:
         batch = _Unpickler(io.BytesIO(content), encoding="bytes").load()
     except InputError as error:
@@ -157,41 +143,28 @@ def _python_batch(content: bytes, where: str) -> tuple[NDArray[Any], NDArray[Any
     table = batch if isinstance(batch, Mapping) else {}
     named = {key.decode("latin-1") if isinstance(key, bytes) else key: value for key, value in table.items()}
     data, labels = named.get("data"), named.get("labels")
-    if not isinstance(data, _State) or not isinstance(labels, list):
+    if not isinstance(data, _Inert) or not isinstance(labels, list):
         raise InputError(f"{where} holds no data and labels; want a batch of CIFAR-10's python version")
-    pixels = data.bytes_of(where)
+    match data.state:
+        case (_, tuple(), _Inert(made_of=("u1" | b"u1", *_)), fortran, bytes() as pixels) if not fortran:
+            pass
+        case _:
+            raise InputError(f"{where} holds an array that is not unsigned bytes in C order")
     if len(pixels) != len(labels) * (_RECORD - 1) or not all(isinstance(label, int) for label in labels):
         raise InputError(f"{where} holds {len(pixels)} bytes for {len(labels)} images; want {_RECORD - 1} for each")
     return np.frombuffer(pixels, np.uint8).reshape(-1, _RECORD - 1), np.array(labels, dtype=np.int64)
 
 
-class _State:
-    """What a pickle says of an array: its state, recorded and not acted on."""
+class _Inert:
+    """What a pickle says of an array or a dtype: what it is made of and its state, recorded and not acted on."""
 
     state: Any = None
 
-    def __init__(self, *_: Any) -> None:
-        pass
+    def __init__(self, *made_of: Any) -> None:
+        self.made_of = made_of
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
-
-    def bytes_of(self, where: str) -> bytes:
-        """The bytes of an array of unsigned bytes in C order."""
-        match self.state:
-            case (_, tuple(), _DType(name=("u1" | b"u1")), fortran, bytes() as content) if not fortran:
-                return content
-        raise InputError(f"{where} holds an array that is not unsigned bytes in C order")
-
-
-class _DType:
-    """What a pickle says of a dtype: its name."""
-
-    def __init__(self, name: Any = "", *_: Any) -> None:
-        self.name = name
-
-    def __setstate__(self, state: Any) -> None:
-        pass
 
 
 def _as_bytes(text: str, encoding: str) -> bytes:
@@ -205,10 +178,10 @@ class _Unpickler(pickle.Unpickler):
     """Reads the one thing that CIFAR-10's pickles hold beside builtins, arrays, as inert records; runs nothing."""
 
     ADMITTED: Mapping[tuple[str, str], Any] = {
-        ("numpy.core.multiarray", "_reconstruct"): _State,
-        ("numpy._core.multiarray", "_reconstruct"): _State,
-        ("numpy", "ndarray"): _State,
-        ("numpy", "dtype"): _DType,
+        ("numpy.core.multiarray", "_reconstruct"): _Inert,
+        ("numpy._core.multiarray", "_reconstruct"): _Inert,
+        ("numpy", "ndarray"): _Inert,
+        ("numpy", "dtype"): _Inert,
         ("_codecs", "encode"): _as_bytes,
     }
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from specbasis.core.errors import InputError
 from specbasis.core.extras import require
-from specbasis.paper.image_files import Folder, read_cifar, read_idx
+from specbasis.paper.image_files import read_cifar, read_idx
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 """Where the Debian package dataset-fashion-mnist puts its files."""
@@ -150,7 +150,7 @@ def open_images(source: str | Path, *, size: int = 32) -> ImageData:
     if not path.is_dir():
         raise InputError(f"{path}: no such folder; want images: fashion-mnist, mnist-5k, a folder, or an .npz file")
     for reader, name in ((read_cifar, "CIFAR-10"), (read_idx, path.name)):
-        arrays = reader(Folder(path))
+        arrays = reader(path)
         if arrays is not None:
             return ImageData(**{p: from_arrays(*arrays[p], name=f"{name} {p}", size=size) for p in arrays})
     return _image_folder(path, size)
@@ -227,13 +227,10 @@ def _mnist_5k(size: int) -> Images:
 
 
 def _arrays(path: Path, size: int) -> ImageData:
-    """An .npz file: a zip archive of .npy files, which are read without pickles."""
-    arrays: dict[str, NDArray[Any]] = {}
+    """An .npz file, whose arrays are read without pickles."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            for name in archive.namelist():
-                with archive.open(name) as file:
-                    arrays[name.removesuffix(".npy")] = np.lib.format.read_array(file, allow_pickle=False)
+        with path.open("rb") as file, np.lib.npyio.NpzFile(file, allow_pickle=False) as archive:
+            arrays = dict(archive)
     except (zipfile.BadZipFile, OSError, ValueError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: is damaged, or not of plain arrays ({error})") from error
 
@@ -251,17 +248,12 @@ def _arrays(path: Path, size: int) -> ImageData:
 
 def _image_folder(path: Path, size: int) -> ImageData:
     tests = [path / name for name in ("test", "val", "validation") if (path / name).is_dir()]
-    if (path / "train").is_dir() and tests:
-        classes = _classes(path / "train")
-        return ImageData(_folder(path / "train", classes, size), _folder(tests[0], classes, size))
-    return _held_out(_folder(path, _classes(path), size))
-
-
-def _classes(path: Path) -> list[str]:
-    """Names of the subfolders that hold images; empty where the images lie in the folder itself."""
-    return sorted(
-        child.name for child in path.iterdir() if child.is_dir() and next(_files(child), None) is not None
-    )
+    divided = (path / "train").is_dir() and bool(tests)
+    train = path / "train" if divided else path
+    # The subfolders that hold images; none where the images lie in the folder itself.
+    classes = sorted(child.name for child in train.iterdir() if child.is_dir() and any(_files(child)))
+    images = _folder(train, classes, size)
+    return ImageData(images, _folder(tests[0], classes, size)) if divided else _held_out(images)
 
 
 def _files(path: Path) -> Iterator[Path]:
@@ -273,7 +265,7 @@ def _files(path: Path) -> Iterator[Path]:
 
 def _folder(path: Path, classes: Sequence[str], size: int) -> Images:
     require("PIL", purpose=f"{path}: reading images needs")
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     pixels: list[NDArray[np.uint8]] = []
     labels: list[int] = []
@@ -283,13 +275,7 @@ def _folder(path: Path, classes: Sequence[str], size: int) -> Images:
             try:
                 with Image.open(file) as image:
                     small = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
-            except (
-                UnidentifiedImageError,
-                OSError,
-                ValueError,
-                SyntaxError,
-                Image.DecompressionBombError,
-            ) as error:
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
                 bad.append(f"{file}: not read ({type(error).__name__})")
                 continue
             pixels.append(np.asarray(small))

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from specbasis.checkpoint import open_checkpoint, sha256
 from specbasis.checkpoint.atomic import whole, write_whole, writing
 from specbasis.core.errors import InputError
 from specbasis.jobs.folder import Kind, environment, opened, write_json
-from specbasis.jobs.progress import Progress
+from specbasis.jobs.progress import Progress, silent
 from specbasis.paper.images import Images
 from specbasis.paper.mae import (
     MAE,
@@ -115,20 +115,26 @@ def train(
     Raises:
         InputError: the folder holds another training, labels are missing, sizes differ, or the loss is not finite.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    job = _Job(images, validation, Path(folder), mae or MAE(), training, start, classes, torch.device(device))
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    start = None if start is None else Path(start)
+    job = _Job(images, validation, Path(folder), mae or MAE(), training, start, classes or images.classes, place)
     job.check()
-    with job.begun() as is_done:
-        if not is_done:
-            with _tf32(job.device):
-                _train(job, progress or (lambda _: None))
+    with opened(job.folder, TRAINING, job.config()) as run:
+        run.manifest.setdefault("done", False)
+        if "state" not in run.manifest:
+            run.manifest.update(environment(("transformers",)), steps=job.total, state=None)
+            run.write_manifest()
+        if not run.manifest["done"]:
+            with _tf32(place):
+                _train(job, progress or silent)
     return Run(job.folder)
 
 
 def _train(job: _Job, progress: Callable[[Progress], None]) -> None:
     state = job.resume()
     validated, kept = job.marks(job.training.validations), job.kept()
-    best = job.best_loss()
+    best_so_far = job.folder / "best" / "best.json"
+    best = json.loads(best_so_far.read_text("utf-8"))["validation"] if best_so_far.is_file() else math.inf
     started = time.perf_counter()
     for step in range(state.step, job.total):
         job.advance(state, step)
@@ -169,13 +175,9 @@ class _Job:
     folder: Path
     mae: MAE
     training: Training
-    start: str | Path | None
-    given_classes: int | None
+    start: Path | None
+    classes: int
     device: torch.device
-
-    @property
-    def classes(self) -> int:
-        return self.given_classes or self.images.classes
 
     @property
     def total(self) -> int:
@@ -208,25 +210,17 @@ class _Job:
 
     def config(self) -> dict[str, Any]:
         """What makes two trainings the same."""
-        start = None if self.start is None else _weights_digest(Path(self.start))
+        weights = None if self.start is None else self.start / "model.safetensors"
+        if weights is not None and not weights.is_file():
+            raise InputError(f"{self.start}: no model.safetensors here; want a checkpoint of a training")
         return {
             "mae": asdict(self.mae),
             "training": asdict(self.training),
             "classes": self.classes if self.training.task == CLASSIFY else None,
             "images": {"name": self.images.name, "count": len(self.images), "sha256": self.images.sha256},
             "validation": {"count": len(self.validation), "sha256": self.validation.sha256},
-            "start": start,
+            "start": None if weights is None else sha256(weights),
         }
-
-    @contextmanager
-    def begun(self) -> Iterator[bool]:
-        """Make the folder, or find that it belongs to this training; whether that is done already."""
-        with opened(self.folder, TRAINING, self.config()) as run:
-            run.manifest.setdefault("done", False)
-            if "state" not in run.manifest:
-                run.manifest.update(environment(("transformers",)), steps=self.total, state=None)
-                run.write_manifest()
-            yield bool(run.manifest["done"])
 
     def update(self, **changes: Any) -> None:
         write_json(self.folder / TRAINING.manifest, TRAINING.read(self.folder) | changes)
@@ -262,11 +256,6 @@ class _Job:
             about = {"step": state.step, "validation": loss}
             (temporary / "best.json").write_text(json.dumps(about), encoding="utf-8")
 
-    def best_loss(self) -> float:
-        """Least validation loss so far."""
-        path = self.folder / "best" / "best.json"
-        return float(json.loads(path.read_text(encoding="utf-8"))["validation"]) if path.is_file() else math.inf
-
     # --- the training
 
     def new_model(self) -> Model:
@@ -275,7 +264,7 @@ class _Job:
         classify = self.training.task == CLASSIFY
         model: Model = new_classifier(self.mae, self.classes, seed) if classify else new_mae(self.mae, seed)
         if self.start is not None:
-            (load_encoder if classify else load_model)(model, Path(self.start))
+            (load_encoder if classify else load_model)(model, self.start)
         return model
 
     def resume(self) -> _State:
@@ -306,7 +295,12 @@ class _Job:
         """One step of AdamW, at its place on the cosine."""
         for group in state.optimizer.param_groups:
             group["lr"] = self.training.rate * 0.5 * (1 + math.cos(math.pi * step / self.total))
-        images = self._on_device.take(self._batch(step))
+        n, batch = len(self.images), self.training.batch
+        epoch, place = divmod(step, math.ceil(n / batch))
+        # A new order every epoch, all images once in each.
+        generator = torch.Generator().manual_seed(_seed(self.training.seed, "order", epoch))
+        index = torch.randperm(n, generator=generator)[place * batch : (place + 1) * batch]
+        images = self._on_device.take(index.to(self.device))
         loss = self._loss(state.model, images, _seed(self.training.seed, "mask", step))[0]
         state.scaler.scale(loss).backward()
         state.scaler.unscale_(state.optimizer)
@@ -338,17 +332,8 @@ class _Job:
 
     @cached_property
     def _on_device(self) -> Images:
-        labels = self.images.labels
-        return Images(
-            self.images.pixels.to(self.device), None if labels is None else labels.to(self.device), self.images.name
-        )
-
-    def _batch(self, step: int) -> Tensor:
-        """Indices of a step's images: a new order every epoch, all images once in each."""
-        n, batch = len(self.images), self.training.batch
-        epoch, place = divmod(step, math.ceil(n / batch))
-        generator = torch.Generator().manual_seed(_seed(self.training.seed, "order", epoch))
-        return torch.randperm(n, generator=generator)[place * batch : (place + 1) * batch].to(self.device)
+        labels = None if self.images.labels is None else self.images.labels.to(self.device)
+        return replace(self.images, pixels=self.images.pixels.to(self.device), labels=labels)
 
     def _loss(self, model: Model, images: Images, seed: int) -> tuple[Tensor, float]:
         """Mean loss of some images, and how many of them are classified rightly."""
@@ -366,27 +351,17 @@ class _Job:
             return loss, 0.0
 
 
-class _tf32:  # noqa: N801
+@contextmanager
+def _tf32(device: torch.device) -> Iterator[None]:
     """TF32 products on a GPU for as long as this lasts."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.on = device.type == "cuda"
-
-    def __enter__(self) -> None:
-        self.before = torch.get_float32_matmul_precision()
-        if self.on:
-            torch.set_float32_matmul_precision("high")
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_float32_matmul_precision(self.before)
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _trainable(model: Model) -> list[Tensor]:
     return [p for p in model.parameters() if p.requires_grad]
-
-
-def _weights_digest(folder: Path) -> str:
-    path = folder / "model.safetensors"
-    if not path.is_file():
-        raise InputError(f"{folder}: no model.safetensors here; want a checkpoint of a training")
-    return sha256(path)

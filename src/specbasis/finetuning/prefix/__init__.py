@@ -6,8 +6,8 @@ that: it spares a classifier on the first token the last block's work on all oth
 """
 
 from specbasis.finetuning.prefix.cut import Cut, Uncut, find_cut
-from specbasis.finetuning.prefix.kept import Kept
 from specbasis.finetuning.prefix.narrow import narrowed
+from specbasis.finetuning.prefix.plan import Kept
 from specbasis.finetuning.prefix.rows import NoPrefixError
 from specbasis.finetuning.prefix.store import PrefixCache
 

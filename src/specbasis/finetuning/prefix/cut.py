@@ -20,10 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from specbasis.finetuning.prefix.gather import LeanGather
-from specbasis.finetuning.prefix.kept import Kept, capture, plain_name
-from specbasis.finetuning.prefix.narrow import search_narrow, slicing
-from specbasis.finetuning.prefix.plan import NoPlanError, Run, plan
+from specbasis.finetuning.prefix.narrow import LeanGather, search_narrow, slicing
+from specbasis.finetuning.prefix.plan import Kept, NoPlanError, Run, capture, plain_name, plan
 from specbasis.finetuning.prefix.probe import Call, Probe, leaves_of, make_probe, matrix_work, one_line, probing
 from specbasis.finetuning.prefix.standin import Action, Suffix
 

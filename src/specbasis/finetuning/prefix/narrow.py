@@ -1,19 +1,25 @@
-"""The tail of a model of which only the first position is read: it need not run on the others.
+"""What makes a model's part above the cut lighter: a tail that runs on the first position only, and a lean gather.
 
 A classifier on the first token ([CLS]) reads one position of the last block. From the last attention on every
 position is on its own, so the feed-forward layer of that block, two thirds of its matrices, is worked out for all
 positions but one in vain. Slicing the attention's output leaves outputs and gradients as they are.
+
+torch keeps the whole input of a gather until the backward pass, which reads no more than its shape. In an attention
+with relative positions (DeBERTa) that input is the score of every token with every relative position, twice: with
+64 tokens and 512 positions eight times the attention's own scores.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from specbasis.finetuning.prefix.probe import (
@@ -114,3 +120,39 @@ def _work(model: nn.Module, calls: Sequence[Call]) -> int:
         if isinstance(leaf, Tensor) and leaf.dim() == 3:
             total += size * leaf.shape[0] * leaf.shape[1]
     return total
+
+
+class LeanGather(TorchFunctionMode):
+    """Inside, `torch.gather` gives the same values and gradients and holds less memory until the backward pass."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Put the lean gather in the place of torch's."""
+        lean = _gather if func in (torch.gather, Tensor.gather) else func
+        return lean(*args, **(kwargs or {}))
+
+
+def _gather(input: Tensor, dim: int, index: Tensor, **rest: Any) -> Tensor:
+    if rest or not (torch.is_grad_enabled() and input.requires_grad):
+        return torch.gather(input, dim, index, **rest)
+    output: Tensor = _Gather.apply(input, dim, index)  # type: ignore[no-untyped-call]
+    return output
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, dim: int, index: Tensor) -> Tensor:
+        ctx.dim, ctx.shape = dim, values.shape
+        ctx.save_for_backward(index)
+        return torch.gather(values, dim, index)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (index,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.shape).scatter_add_(ctx.dim, index, grad), None, None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from specbasis.core.errors import InputError
 from specbasis.finetuning.prefix.cut import Cut
-from specbasis.finetuning.prefix.kept import Kept, capture
+from specbasis.finetuning.prefix.plan import Kept, capture
 from specbasis.finetuning.prefix.probe import agree, outputs
 from specbasis.finetuning.prefix.standin import keyed
 
