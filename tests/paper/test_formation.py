@@ -195,7 +195,7 @@ def test_rows_without_what_a_figure_needs_are_one_line(tmp_path):
 
 
 def test_the_papers_plan_and_the_small_one():
-    plan = paper("cifar")
+    plan = paper()
     assert plan.passes[0][0] == (1000, 3200)
     assert plan.passes[0][-1] == (50_000, 156_400)
     assert (plan.validation, plan.same_task_images, plan.new_task_images) == (5000, 1000, 3000)

@@ -263,13 +263,12 @@ def _formation(figure: str, out: OUT, options: FormationOptions, no_run: NO_RUN 
 def _plan(options: FormationOptions) -> Formation:
     from specbasis.paper.formation import SMALL, paper
 
-    small = options.size == "small"
-    plan = (
-        replace(SMALL, data=options.data, second=options.second) if small else paper(options.data, options.second)
-    )
+    plan = SMALL if options.size == "small" else paper()
     sizes = tuple((images, options.steps or 0) for images in options.images)
     return replace(
         plan,
+        data=options.data,
+        second=options.second,
         seeds=options.seeds,
         passes=(sizes,) if sizes else plan.passes,
         validation=options.validation or plan.validation,

@@ -303,20 +303,16 @@ def _matrix(ax: Axes, title: str, rows: Sequence[Shared], values: Sequence[float
     tuned = list(dict.fromkeys(row.tuned for row in rows))
     sources = sorted(dict.fromkeys(row.source for row in rows), key=lambda name: (name != BASE, name))
     grid = np.full((len(tuned), len(sources)), np.nan)
+    texts = [[""] * len(sources) for _ in tuned]
     signed = colors == "RdBu"
     for row, value in zip(rows, values, strict=True):
         y, x = tuned.index(row.tuned), sources.index(row.source)
         grid[y, x] = np.nan if value is None else value
-        text = number(value, "+.3f" if signed else ".3f")
-        text += "" if signed or value is None else f"\n({row.chance:.3f})"
-        ax.text(x, y, text, ha="center", va="center", size=8)
+        texts[y][x] = number(value, "+.3f" if signed else ".3f")
+        texts[y][x] += "" if signed or value is None else f"\n({row.chance:.3f})"
     most = max(float(np.nanmax(np.abs(grid))) if np.isfinite(grid).any() else 1.0, 1e-9)
-    kit.heat(
-        ax, grid, cmap=colors, vmin=-most if signed else 0, vmax=most, alpha=0.3, aspect="equal", interpolation=None
-    )
-    ax.set_facecolor("white")
-    ax.set_xticks(range(len(sources)), sources)
-    ax.set_yticks(range(len(tuned)), tuned)
+    look = {"cmap": colors, "vmin": -most if signed else 0, "vmax": most, "alpha": 0.3, "aspect": "equal"}
+    kit.numbers(ax, grid, texts, tuned, sources, **look)
     ax.set(title=title, xlabel="vectors from", ylabel="model judged")
 
 

@@ -177,6 +177,19 @@ def heat(ax: Axes, values: Floats, extent: tuple[float, float, float, float] | N
     return ax.imshow(values, extent=extent, **(look | colors))
 
 
+def numbers(ax: Axes, values: Floats, texts: Sequence[Sequence[str]], down: Any, across: Any, **colors: Any) -> Any:
+    """Values as colours (see `heat`) with texts on them; the rows and columns have names."""
+    for y, line in enumerate(texts):
+        for x, text in enumerate(line):
+            ink = "#ffffff" if colors.get("alpha") is None and abs(values[y, x]) > 0.6 else INK
+            ax.text(x, y, text, ha="center", va="center", size=6.5, color=ink)
+    image = heat(ax, values, **colors)
+    ax.set_facecolor("white")
+    ax.set_xticks(range(len(across)), across)
+    ax.set_yticks(range(len(down)), down)
+    return image
+
+
 def scatter(ax: Axes, x: Floats, y: Floats, color: Floats, size: float = 26, edge: float = 0.6) -> Any:
     """Dots on a scale of colours from 0 to 1."""
     return ax.scatter(x, y, c=color, cmap="cividis", vmin=0, vmax=1, edgecolor=INK, linewidth=edge, s=size)

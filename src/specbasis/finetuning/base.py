@@ -111,22 +111,19 @@ def load_base(base: str | Path, task: Task, *, max_length: int = 256, scratch: b
     """
     import transformers
 
-    address = _address(base)
-    config = _loading(base, lambda: transformers.AutoConfig.from_pretrained(**address, trust_remote_code=False))
+    address = address_of(base)
+    config = loading(base, lambda: transformers.AutoConfig.from_pretrained(**address, trust_remote_code=False))
     config.num_labels = max(1, len(task.labels))
     if task.labels:
         config.id2label = dict(enumerate(task.labels))
         config.label2id = {name: index for index, name in enumerate(task.labels)}
     config.problem_type = "regression" if task.regression else "single_label_classification"
-    kind = (
-        transformers.AutoModelForImageClassification
-        if task.images
-        else transformers.AutoModelForSequenceClassification
-    )
-    processors = transformers.AutoImageProcessor if task.images else transformers.AutoTokenizer
-    processor = _loading(base, lambda: processors.from_pretrained(**address, trust_remote_code=False))
+    texts = (transformers.AutoModelForSequenceClassification, transformers.AutoTokenizer)
+    images = (transformers.AutoModelForImageClassification, transformers.AutoImageProcessor)
+    kind, processors = images if task.images else texts
+    processor = loading(base, lambda: processors.from_pretrained(**address, trust_remote_code=False))
     weights: dict[str, Any] = {"config": config, "dtype": torch.float32, "trust_remote_code": False}
-    model = _loading(
+    model = loading(
         base,
         lambda: (
             kind.from_config(**weights)
@@ -134,17 +131,15 @@ def load_base(base: str | Path, task: Task, *, max_length: int = 256, scratch: b
             else kind.from_pretrained(**address, **weights, ignore_mismatched_sizes=True)
         ),
     )
-    if not task.images and len(processor) <= len(set(processor.all_special_ids)):
-        raise InputError(
-            f"{base}: its tokenizer knows no words; are the tokenizer's files (tokenizer.json, vocab.txt …) beside "
-            "the weights?"
-        )
-    if not task.images and processor.pad_token is None:
-        processor.pad_token = processor.eos_token or processor.unk_token
-        if processor.pad_token is None:
-            raise InputError(f"{base}: its tokenizer has no token to pad with, nor one for ends or unknown words")
-    if not task.images and model.config.pad_token_id is None:
-        model.config.pad_token_id = processor.pad_token_id
+    if not task.images:
+        if len(processor) <= len(set(processor.all_special_ids)):
+            raise InputError(
+                f"{base}: its tokenizer knows no words; are the tokenizer's files (tokenizer.json, vocab.txt …) "
+                "beside the weights?"
+            )
+        let_pad(processor, base)
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = processor.pad_token_id
     return Base(model, processor, address, task, min(max_length, longest_input(model, processor)))
 
 
@@ -164,6 +159,17 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def let_pad(tokenizer: Any, base: str | Path) -> None:
+    """Give a tokenizer a token to pad with, where it has none.
+
+    Raises:
+        InputError: it has none for ends or unknown words either.
+    """
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token is None:
+        raise InputError(f"{base}: its tokenizer has no token to pad with, nor one for ends or unknown words")
+
+
 def longest_input(model: nn.Module, processor: Any) -> int:
     """Tokens that a model takes: positions of its own, and what its tokenizer was made for."""
     positions = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
@@ -181,7 +187,12 @@ def encoder_of(model: nn.Module) -> nn.Module:
     return backbone if isinstance(backbone, nn.Module) else inner
 
 
-def _address(base: str | Path) -> dict[str, Any]:
+def address_of(base: str | Path) -> dict[str, Any]:
+    """Arguments of ``from_pretrained`` for a folder, file, ``pkg:…`` or a repository on the Hub.
+
+    Raises:
+        InputError: nothing there, or no ``config.json``.
+    """
     text = str(base)
     if not (text.startswith("pkg:") or Path(text).expanduser().exists()):
         if isinstance(base, Path) or text.startswith(("/", ".", "~")):
@@ -199,7 +210,12 @@ def _address(base: str | Path) -> dict[str, Any]:
 _FAILURES = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError)
 
 
-def _loading(base: str | Path, load: Callable[[], Any]) -> Any:
+def loading(base: str | Path, load: Callable[[], Any]) -> Any:
+    """What transformers loads, with its many errors as one line.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
     try:
         return load()
     except (*_FAILURES, SafetensorError, UnpicklingError) as error:
@@ -214,8 +230,8 @@ def shape_of(base: str | Path) -> tuple[int, int]:
     """
     import transformers
 
-    address = _address(base)
-    config = _loading(base, lambda: transformers.AutoConfig.from_pretrained(**address, trust_remote_code=False))
+    address = address_of(base)
+    config = loading(base, lambda: transformers.AutoConfig.from_pretrained(**address, trust_remote_code=False))
     width, blocks = getattr(config, "hidden_size", None), getattr(config, "num_hidden_layers", None)
     if not isinstance(width, int) or not isinstance(blocks, int):
         raise InputError(f"{base}: its configuration has no hidden_size and num_hidden_layers; want a Transformer")

@@ -83,6 +83,7 @@ def finetune(
         InputError: an argument does not fit, the data are damaged, the folder holds another run, the disk is full.
     """
     require_libraries()
+    from specbasis.finetuning.card import model_card
     from specbasis.finetuning.methods import method_named
     from specbasis.finetuning.train import Run, is_main_process, train
 
@@ -121,7 +122,12 @@ def finetune(
         metrics = plain(metrics)
         if is_main_process():
             _write_predictions(folder / PREDICTIONS, predictions, data.task)
-            _finish(folder, config, metrics, data)
+            write_whole(folder / CARD, model_card(config, metrics, data.task))
+            logs = folder / CHECKPOINTS / LOGS
+            if logs.is_dir():
+                logs.rename(folder / LOGS)
+            write_json(folder / METRICS, metrics)  # whose presence says that the run is finished
+            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return Finetuned(folder, metrics)
 
 
@@ -226,18 +232,6 @@ def _begin(folder: Path, config: Mapping[str, Any], alone: ExitStack, is_first: 
     if (folder / METRICS).is_file():
         return Finetuned(folder, json.loads((folder / METRICS).read_text(encoding="utf-8")))
     return None
-
-
-def _finish(folder: Path, config: Mapping[str, Any], metrics: Mapping[str, Any], data: TaskData) -> None:
-    """Card, then metrics, whose presence says that the run is finished."""
-    from specbasis.finetuning.card import model_card
-
-    write_whole(folder / CARD, model_card(config, metrics, data.task))
-    logs = folder / CHECKPOINTS / LOGS
-    if logs.is_dir():
-        logs.rename(folder / LOGS)
-    write_json(folder / METRICS, metrics)
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
 
 def _write_predictions(path: Path, packed: Mapping[str, Mapping[str, Any]], task: Task) -> None:

@@ -48,13 +48,13 @@ def load_task(
             "own table (a path to it that is called like a task is written ./NAME)"
         )
     assert task.layout is not None
+    notes: list[str] = []
     if data_dir is None:
-        return _glue_hub(task, task.layout)
-    return _glue_folder(task, task.layout, Path(data_dir).expanduser())
-
-
-def _classes(names: Sequence[str]) -> dict[str, int]:
-    return {name: index for index, name in enumerate(names)}
+        train, *devs = _glue_hub(task, task.layout)
+    else:
+        train, *devs = _glue_folder(task, task.layout, Path(data_dir).expanduser(), notes)
+    names = (name.removeprefix("dev_") for name in task.layout.dev)  # of several, each file begins so
+    return TaskData(task, train, dict(zip(names, devs, strict=True)), notes=tuple(notes))
 
 
 # --- GLUE ---------------------------------------------------------------------------------------------------------
@@ -62,33 +62,24 @@ def _classes(names: Sequence[str]) -> dict[str, int]:
 _DEV_IDS = ("dev_ids.tsv", "mrpc_dev_ids.tsv")
 
 
-def _glue_folder(task: Task, layout: Layout, root: Path) -> TaskData:
+def _glue_folder(task: Task, layout: Layout, root: Path, notes: list[str]) -> list[Split]:
+    """Train and the dev sets from the official files."""
     folder = root / task.title
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; want a folder with GLUE, such as {folder}/train.tsv")
     if not folder.is_dir():
         raise InputError(f"{root}: holds no folder {task.title}; want {folder}/train.tsv")
-    notes: list[str] = []
     undivided = folder / layout.undivided
     if layout.undivided and undivided.is_file() and not (folder / "train.tsv").exists():
-        train, dev = _divided(task, layout, undivided, notes)
-        return TaskData(task, train, {"dev": dev}, notes=tuple(notes))
-    train, *devs = (_official(task, layout, folder / f"{name}.tsv", notes) for name in ("train", *layout.dev))
-    return TaskData(task, train, dict(zip(_dev_names(layout), devs, strict=True)), notes=tuple(notes))
+        return _divided(task, layout, undivided, notes)
+    columns, splits = (*layout.texts, layout.label), []
+    for path in (folder / f"{name}.tsv" for name in ("train", *layout.dev)):
+        rows = tab_rows(path, header=layout.header, columns=columns, drops_short=layout.drops_short, notes=notes)
+        splits.append(examples(rows, str(path), layout.texts, layout.label, task.labels))
+    return splits
 
 
-def _dev_names(layout: Layout) -> list[str]:
-    """Names of the dev sets, without the "dev" that the file of one of several begins with."""
-    return [name.removeprefix("dev_") for name in layout.dev]
-
-
-def _official(task: Task, layout: Layout, path: Path, notes: list[str]) -> Split:
-    columns = (*layout.texts, layout.label)
-    rows = tab_rows(path, header=layout.header, columns=columns, drops_short=layout.drops_short, notes=notes)
-    return examples(rows, str(path), layout.texts, layout.label, _classes(task.labels))
-
-
-def _divided(task: Task, layout: Layout, path: Path, notes: list[str]) -> tuple[Split, Split]:
+def _divided(task: Task, layout: Layout, path: Path, notes: list[str]) -> list[Split]:
     """Train and dev from the original corpus's one file and the official list of the pairs that are dev."""
     listed = next((path.with_name(name) for name in _DEV_IDS if path.with_name(name).is_file()), None)
     if listed is None:
@@ -103,12 +94,12 @@ def _divided(task: Task, layout: Layout, path: Path, notes: list[str]) -> tuple[
         raise InputError(
             f"{listed}: names {sum(is_dev)} of the {len(rows)} pairs of {path.name}; want GLUE's own list"
         )
-    whole = examples(rows, str(path), layout.texts, layout.label, _classes(task.labels))
-    train, dev = (whole.take(i for i, held in enumerate(is_dev) if held is part) for part in (False, True))
-    return train, dev
+    whole = examples(rows, str(path), layout.texts, layout.label, task.labels)
+    return [whole.take(i for i, held in enumerate(is_dev) if held is part) for part in (False, True)]
 
 
-def _glue_hub(task: Task, layout: Layout) -> TaskData:
+def _glue_hub(task: Task, layout: Layout) -> list[Split]:
+    """Train and the dev sets from the Hub."""
     # Without it the folder of the official files serves as well (--data-dir).
     datasets = require("datasets", purpose=f"{task.title} from the Hub needs")
     names = ("train", *(name.replace("dev", "validation") for name in layout.dev))
@@ -120,12 +111,8 @@ def _glue_hub(task: Task, layout: Layout) -> TaskData:
             f"{task.title}: cannot be had from the Hub ({first_line(error)}); name the folder of its official "
             "files with --data-dir"
         ) from error
-    columns = layout.hub_texts or layout.texts
-    indices = {index: index for index in range(len(task.labels))}
-    train, *devs = (
-        examples(enumerate(table, 1), f"nyu-mll/glue {task.name}", columns, "label", indices) for table in tables
-    )
-    return TaskData(task, train, dict(zip(_dev_names(layout), devs, strict=True)))
+    where, columns, indices = f"nyu-mll/glue {task.name}", layout.hub_texts or layout.texts, range(len(task.labels))
+    return [examples(enumerate(table, 1), where, columns, "label", indices) for table in tables]
 
 
 # --- a user's own task --------------------------------------------------------------------------------------------
@@ -152,8 +139,8 @@ def _own_task(path: Path, dev: Path | None, text: tuple[str, ...], label: str, r
     rows = list(read_table(path, (*text, label)))
     names = () if regression else class_names(rows, str(path), label)
     metrics = CORRELATIONS if regression else ("accuracy", "f1") if len(names) == 2 else ("accuracy",)
-    train = examples(rows, str(path), text, label, _classes(names))
-    held = examples(read_table(dev, (*text, label)), str(dev), text, label, _classes(names)) if dev else None
+    train = examples(rows, str(path), text, label, names)
+    held = examples(read_table(dev, (*text, label)), str(dev), text, label, names) if dev else None
     return _with_dev(Task(path.stem, path.stem, metrics, names), train, held)
 
 

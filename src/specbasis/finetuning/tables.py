@@ -150,7 +150,16 @@ def _json_rows(path: Path) -> Rows:
     try:
         value = json.loads("\n".join(line for _, line in numbered))
     except ValueError:
-        yield from (_json_row(path, *line) for line in numbered)
+        for number, line in numbered:
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise InputError(f"{path}, line {number}: not JSON: {error}; is the file truncated?") from error
+            if not isinstance(row, dict):
+                raise InputError(
+                    f"{path}, line {number}: got a {type(row).__name__}; want an object a line"
+                ) from None
+            yield number, row
         return
     if isinstance(value, dict):
         lists = [inner for inner in value.values() if isinstance(inner, list)]
@@ -158,16 +167,6 @@ def _json_rows(path: Path) -> Rows:
     if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
         raise InputError(f"{path}: want a list of objects, one an example")
     yield from enumerate(value, 1)
-
-
-def _json_row(path: Path, number: int, line: str) -> tuple[int, Row]:
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise InputError(f"{path}, line {number}: not JSON: {error}; is the file truncated?") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}, line {number}: got a {type(value).__name__}; want an object a line")
-    return number, value
 
 
 def _parquet_rows(path: Path) -> Rows:
@@ -198,7 +197,7 @@ def examples(
     where: str,
     texts: Sequence[str],
     label: str,
-    classes: Mapping[Any, int],
+    names: Sequence[Any],
 ) -> Split:
     """The examples of a table.
 
@@ -207,12 +206,12 @@ def examples(
         where: what messages call the table.
         texts: columns of the one or two texts.
         label: column of the label.
-        classes: a class's index by its name; empty where the label is a number to be met.
+        names: of the classes, by their index; empty where the label is a number to be met.
 
     Raises:
         InputError: a cell holds no text, class or number; the table holds no row.
     """
-    split = Split([], [])
+    split, classes = Split([], []), {name: index for index, name in enumerate(names)}
     for number, row in rows:
         place = f"{where}, line {number}"
         split.inputs.append(tuple(_text(row.get(column), column, place) for column in texts))
@@ -249,8 +248,6 @@ def class_names(rows: Iterable[tuple[int, Row]], where: str, label: str) -> tupl
 
 
 def _text(value: Any, column: str, place: str) -> str:
-    if value is None:
-        raise InputError(f"{place}: no {column}; want a text")
     if not _is_plain(value):
         raise InputError(f"{place}: {column} is {_shown(value)}; want a text")
     text = _as_text(value)

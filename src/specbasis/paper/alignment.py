@@ -196,14 +196,10 @@ def _correlation_map(ax: Axes, cells: Sequence[Correlation]) -> Any:
     """Correlations as numbers with their intervals and as colours, by depth and range of ranks."""
     ranks = list(dict.fromkeys(c.ranks for c in cells))
     grid = np.full((len(DEPTHS), max(1, len(ranks))), np.nan)
+    texts = [[""] * len(ranks) for _ in DEPTHS]
     for c in cells:
         y, x = DEPTHS.index(c.depth), ranks.index(c.ranks)
         grid[y, x] = c.r
         sign = "●" if c.q_by < 0.05 else "○" if c.q_bh < 0.05 else ""
-        text = f"{c.r:.2f}{sign}\n[{c.low:.2f}, {c.high:.2f}]" if math.isfinite(c.r) else "–"
-        ax.text(x, y, text, ha="center", va="center", size=6.5, color="#ffffff" if abs(c.r) > 0.6 else kit.INK)
-    image = kit.heat(ax, grid, cmap="RdBu_r", vmin=-1)
-    ax.set_facecolor("white")
-    ax.set_xticks(range(len(ranks)), ranks)
-    ax.set_yticks(range(len(DEPTHS)), DEPTHS)
-    return image
+        texts[y][x] = f"{c.r:.2f}{sign}\n[{c.low:.2f}, {c.high:.2f}]" if math.isfinite(c.r) else "–"
+    return kit.numbers(ax, grid, texts, DEPTHS, ranks, cmap="RdBu_r", vmin=-1)

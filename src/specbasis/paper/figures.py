@@ -1,6 +1,6 @@
 """Figures 2A–C, 3, 6, 8, 10, 11, 16, 18, 19, 20 and Tab. 4 of Yu et al. 2026, from the rows of comparisons.
 
-Each is the function of its name in `alignment`, `update` or `spectra`, with `@recipe(...)` on it. Each figure
+Each is the function of its name in `alignment` or `spectra`, with `@recipe(...)` on it. Each figure
 carries what chance, or a random update, would give, and an interval: over bases with all their finetunes, or over
 the finetunes of few bases, where there are `ENOUGH`; else the quartiles over matrices. Beside the picture stands a
 table of what is drawn.
@@ -23,7 +23,7 @@ from specbasis.figures.data import read_pair
 from specbasis.figures.kit import render
 from specbasis.figures.table import Table
 from specbasis.jobs.folder import plain
-from specbasis.paper import alignment, spectra, update  # noqa: F401 - their figures are in `RECIPES`
+from specbasis.paper import alignment, spectra  # noqa: F401 - their figures are in `RECIPES`
 from specbasis.paper.material import RECIPES, Material, Model, Recipe, Records
 from specbasis.paper.zoo import zoo
 

@@ -8,7 +8,7 @@ weights can go.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from specbasis.architecture.recognise import model_map
 from specbasis.checkpoint import open_checkpoint
 from specbasis.core.errors import InputError
 from specbasis.jobs.experiments import Row, run_experiments
-from specbasis.jobs.progress import Progress
+from specbasis.jobs.progress import Report
 from specbasis.paper.images import ImageData, Images, open_images
 from specbasis.paper.mae import MAE
 from specbasis.paper.options import Training
@@ -106,8 +106,7 @@ def run_formation(
     out: str | Path,
     *,
     experiments: Sequence[dict[str, Any]] | None = None,
-    workers: int = 1,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Report | None = None,
 ) -> list[Row]:
     """Run a grid, or go on with it, in a folder; weights are kept in its subfolder `work` and may be deleted after.
 
@@ -117,18 +116,14 @@ def run_formation(
     config = {k: v for k, v in asdict(plan).items() if k not in ("passes", "seeds")} | {"top": TOP, "ranks": RANKS}
     run = partial(run_experiment, plan=plan, work=Path(out) / "work")
     wanted = plan.experiments() if experiments is None else experiments
-    return run_experiments(
-        wanted, run, out, config=config, uses=("transformers",), workers=workers, progress=progress
-    )
+    return run_experiments(wanted, run, out, config=config, uses=("transformers",), progress=progress)
 
 
 def run_experiment(experiment: dict[str, Any], *, plan: Formation, work: Path) -> dict[str, Any]:
     """One experiment: train, or continue, and follow; or compare the ends of two seeds."""
     if experiment["phase"] == "between":
         return _between(experiment, plan, work)
-    run = (
-        _pretrained(experiment, plan, work) if experiment["phase"] == "pretrain" else _post(experiment, plan, work)
-    )
+    run = (_pretrained if experiment["phase"] == "pretrain" else _post)(experiment, plan, work)
     followed = follow_checkpoints(run.checkpoints)
     values = {
         "steps": [int(path.name.partition("-")[2]) for path in run.checkpoints],
@@ -141,14 +136,14 @@ def run_experiment(experiment: dict[str, Any], *, plan: Formation, work: Path) -
     return values
 
 
-def follow_checkpoints(checkpoints: Sequence[Path], ranks: int = RANKS) -> dict[str, Followed]:
+def follow_checkpoints(checkpoints: Sequence[Path]) -> dict[str, Followed]:
     """Every encoder matrix over some checkpoints of one model, by name."""
     opened = [open_checkpoint(path) for path in checkpoints]
     refs = [r for r in model_map(opened[0]).matrices if r.key.stack != "decoder" and r.key.role != "head"]
 
     def one(ref: MatrixRef) -> Followed:
         matrices = [ref.read(checkpoint).to(torch.float64) for checkpoint in opened]
-        return Followed(ref, follow(matrices.__getitem__, len(matrices), ranks=ranks), matrices[0])
+        return Followed(ref, follow(matrices.__getitem__, len(matrices), ranks=RANKS), matrices[0])
 
     return {ref.key.name: one(ref) for ref in refs}
 
@@ -198,15 +193,8 @@ def _post(experiment: dict[str, Any], plan: Formation, work: Path) -> Run:
         images = images.shuffled_labels(seed) if task == "random_labels" else images
     start = _pretrained(experiment, plan, work).best if experiment["phase"] == "post" else None
     folder = _place(work, experiment, task)
-    return train(
-        images,
-        validation,
-        folder,
-        mae=plan.mae,
-        training=replace(training, seed=seed),
-        start=start,
-        classes=classes,
-    )
+    training = replace(training, seed=seed)
+    return train(images, validation, folder, mae=plan.mae, training=training, start=start, classes=classes)
 
 
 def _place(work: Path, experiment: dict[str, Any], name: str) -> Path:
@@ -223,8 +211,7 @@ def _between(experiment: dict[str, Any], plan: Formation, work: Path) -> dict[st
             ends.append(_pretrained(of_seed, plan, work).best)
         else:
             ends.append(_post({**of_seed, "phase": "scratch"}, plan, work).checkpoints[-1])
-    followed = follow_checkpoints(ends)
-    return {"matrices": {name: _summary(f) for name, f in followed.items()}}
+    return {"matrices": {name: _summary(f) for name, f in follow_checkpoints(ends).items()}}
 
 
 # --- values -----------------------------------------------------------------------------------------------------

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from specbasis.checkpoint import open_checkpoint, weights_sha256
 from specbasis.core.errors import InputError
+from specbasis.core.options import rules
 from specbasis.finetuning.options import FinetuneOptions, require_libraries
 from specbasis.finetuning.sources import load_task
 from specbasis.finetuning.tasks import Split, TaskData, subset
 from specbasis.jobs.experiments import Row, read_experiments, run_experiments
 from specbasis.jobs.folder import WHERE_USED
-from specbasis.jobs.progress import Progress
+from specbasis.jobs.progress import Report
 from specbasis.paper.options import GlueOptions
 
 SCRATCH = "scratch"
@@ -30,15 +31,10 @@ class Experiment:
     Attributes:
         task: name of a GLUE task.
         method: name in `methods.METHODS`, or `SCRATCH`.
-        seed: of head, order, dropout, and the method's random parts.
-        epochs: passes over train.
-        learning_rate: at its peak.
-        examples: size of the fixed part of train that is trained on; all of it when None.
         selection: size of the fixed part of train that is scored, in place of the dev set.
-        rank: the method's size.
-        interval: ranks [k, m).
-        blocks: blocks that are adapted.
         checkpoint: `SCRATCH`, or the path of the model whose basis is used.
+
+    The other fields are those of `FinetuneOptions`.
     """
 
     task: str
@@ -86,7 +82,7 @@ def run_grid(
     *,
     keep: Sequence[str] = (),
     no_run: bool = False,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Report | None = None,
 ) -> list[Row]:
     """Run the experiments that have no row yet; see `jobs.experiments.run_experiments`.
 
@@ -138,15 +134,9 @@ def run_experiment(row: Mapping[str, Any], options: GlueOptions, out: Path, keep
         data,
         "full" if method == SCRATCH else method,
         FinetuneOptions(
-            epochs=experiment.epochs,
-            learning_rate=experiment.learning_rate,
-            seed=experiment.seed,
-            rank=experiment.rank,
-            interval=experiment.interval,
-            blocks=experiment.blocks,
-            checkpoint=checkpoint,
-            cache_prefix=options.cache_prefix,
-            **_protocol(options),
+            **{name: value for name, value in vars(experiment).items() if name in rules(FinetuneOptions)}
+            | {"checkpoint": checkpoint, "examples": None, "cache_prefix": options.cache_prefix}
+            | _protocol(options)
         ),
         ("", ()) if searches else runs.held_back_texts(None, data, data_dir),
         resumable=False,

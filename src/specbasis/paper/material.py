@@ -146,18 +146,10 @@ def last_ffn(model: Model, notes: list[str]) -> list[int]:
 
 def thirds(model: Model) -> NDArray[np.int64]:
     """Third of its stack in which each matrix is; −1 outside of the blocks."""
-    stacks, blocks = model.pair.matrices["stack"], model.pair.matrices["block"]
-    last: dict[str, int] = {}
-    for stack, block in zip(stacks, blocks, strict=True):
-        if block is not None:
-            last[stack] = max(last.get(stack, 0), block)
+    places = list(zip(model.pair.matrices["stack"], model.pair.matrices["block"], strict=True))
+    last = {s: max((b for stack, b in places if stack == s and b is not None), default=0) for s, _ in places}
     n = len(DEPTHS)
-    return np.array(
-        [
-            -1 if block is None else min(n - 1, n * block // (last[stack] + 1))
-            for stack, block in zip(stacks, blocks, strict=True)
-        ]
-    )
+    return np.array([-1 if b is None else min(n - 1, n * b // (last[stack] + 1)) for stack, b in places])
 
 
 # --- means and intervals ------------------------------------------------------------------------------------------

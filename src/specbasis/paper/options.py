@@ -89,30 +89,25 @@ class FormationOptions(Options):
             raise InputError("got no seeds; want at least one")
 
 
-def _factors(text: str, flag: str) -> tuple[float, ...]:
+def _positive(kind: type[int] | type[float], word: str, flag: str, wanted: str) -> Any:
     try:
-        factors = tuple(float(word) for word in words(text))
+        number = kind(word)
     except ValueError:
-        factors = (0.0,)
-    if any(factor <= 0 for factor in factors):
-        raise InputError(f"{flag} got {text!r}; want positive factors, such as 1,4,16")
-    return factors
+        number = kind(0)
+    if number <= 0:
+        raise InputError(f"{flag} got {word!r}; want {wanted}")
+    return number
+
+
+def _factors(text: str, flag: str) -> tuple[float, ...]:
+    return tuple(_positive(float, word, flag, "positive factors, such as 1,4,16") for word in words(text))
 
 
 def _by_task(kind: type[int] | type[float]) -> Any:
     def parse(text: str, flag: str) -> tuple[tuple[str, Any], ...]:
         """Task and number, from 3 (for every one: the name is empty) or sst2=2,rte=3."""
-        pairs = []
-        for word in words(text):
-            name, _, value = word.rpartition("=")
-            try:
-                number = kind(value)
-            except ValueError:
-                number = kind(0)
-            if number <= 0:
-                raise InputError(f"{flag} got {word!r}; want a number, or TASK=NUMBER")
-            pairs.append((name, number))
-        return tuple(pairs)
+        pairs = (word.rpartition("=") for word in words(text))
+        return tuple((name, _positive(kind, value, flag, "a number, or TASK=NUMBER")) for name, _, value in pairs)
 
     return parse
 

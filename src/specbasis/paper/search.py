@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from specbasis.finetuning.methods import METHODS
 from specbasis.jobs.experiments import Row
 from specbasis.paper.grid import SCRATCH, Experiment
 
@@ -24,8 +25,6 @@ def search_sizes(task: str) -> tuple[int, int]:
 
 def scaled_rate(method: str, task: str, factor: float = 1.0) -> float:
     """A multiple of the learning rate that a method is published with (Tab. 5's for the spectral ones)."""
-    from specbasis.finetuning.methods import METHODS
-
     rate = METHODS["full" if method == SCRATCH else method].recipe(task)[1] * factor
     return float(f"{rate:.6g}")
 

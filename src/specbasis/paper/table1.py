@@ -6,21 +6,24 @@ them, and what is missing.
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from specbasis.core.errors import InputError
 from specbasis.core.statistics import mean_and_spread
+from specbasis.finetuning.methods import METHODS, TABLE_5, method_named
 from specbasis.finetuning.tasks import GLUE, task_named
 from specbasis.jobs.experiments import Row
-from specbasis.paper.differences import Difference, Run, difference, runs
+from specbasis.paper.differences import Difference, difference, runs
 from specbasis.paper.grid import SCRATCH, Experiment
 from specbasis.paper.options import TableOptions
 from specbasis.paper.search import Search, scaled_rate
 
 OURS = "spectral"
-EPOCHS = {"sst2": 20, "mrpc": 12, "mnli": 5, "cola": 30, "qnli": 10, "qqp": 10, "rte": 20, "stsb": 10}
+EPOCHS: Mapping[str, float] = {task: epochs for task, (epochs, _) in TABLE_5.items()}
 """Epochs of each task, for every method (Yu et al. 2026, Tab. 5)."""
 COMPARED = (
     "spectral",
@@ -154,8 +157,6 @@ def comparison(name: str, options: TableOptions | None = None, **keywords: Any) 
     Raises:
         InputError: a task or a method does not exist, or no seeds.
     """
-    from specbasis.finetuning.methods import method_named
-
     options = TableOptions.of(options, keywords)
     paper = tuple(task for task in GLUE if task in EPOCHS)
     tasks = tuple(task_named(task).name for task in options.tasks) or (paper if name == "table1" else ("sst2",))
@@ -168,7 +169,7 @@ def comparison(name: str, options: TableOptions | None = None, **keywords: Any) 
             method_named(first)
     if not options.seeds:
         raise InputError("got no seeds; want at least one")
-    epochs = EPOCHS | _by_task(options.epochs)
+    epochs = {**EPOCHS, **_by_task(options.epochs)}
     unknown = [task for task in tasks if task not in epochs]
     if unknown:
         raise InputError(f"the paper has no epochs for {GLUE[unknown[0]].title}; say --epochs {unknown[0]}=NUMBER")
@@ -226,10 +227,10 @@ class Line:
 
     task: str
     method: str
-    scores: Mapping[int, float] = field(default_factory=dict)
-    differences: Mapping[str, Difference] = field(default_factory=dict)
-    chance: float | None = None
-    values: Mapping[str, float | None] = field(default_factory=dict)
+    scores: Mapping[int, float]
+    differences: Mapping[str, Difference]
+    chance: float | None
+    values: Mapping[str, float | None]
 
 
 def lines(plan: Comparison, rows: Sequence[Row]) -> list[Line]:
@@ -240,8 +241,26 @@ def lines(plan: Comparison, rows: Sequence[Row]) -> list[Line]:
             method: runs(rows, [plan.cell(task, method, seed, factors) for seed in plan.seeds])
             for method in plan.methods
         }
-        table += [_line(task, method, ran) for method in plan.methods]
+        for method, seeds in ran.items():
+            moves = {name: difference(seeds, ran[name]) for name in ours(ran) if name != method}
+            table.append(
+                Line(
+                    task,
+                    method,
+                    {seed: run.score for seed, run in seeds.items()},
+                    {name: moved for name, moved in moves.items() if moved is not None},
+                    next((run.chance for run in seeds.values()), None),
+                    {name: _mean([run.values for run in seeds.values()], path) for name, path in FIGURES.items()},
+                )
+            )
     return table
+
+
+def _mean(runs: Sequence[Any], path: Sequence[str]) -> float | None:
+    """The mean of a figure that stands at a path in the values of runs; None where none has it."""
+    figures = [functools.reduce(operator.getitem, path, values) for values in runs]
+    known = [float(figure) for figure in figures if figure is not None]
+    return mean_and_spread(known)[0] if known else None
 
 
 def ours(methods: Iterable[str]) -> list[str]:
@@ -251,34 +270,6 @@ def ours(methods: Iterable[str]) -> list[str]:
 
 def title_of(method: str) -> str:
     """A method's name in tables and figures."""
-    from specbasis.finetuning.methods import METHODS
-
     name, _, rank = method.partition("@")
     title = "Full, random start" if name == SCRATCH else METHODS[name].title
     return f"{title}, K = {rank}" if rank else title
-
-
-def _line(task: str, method: str, ran: Mapping[str, Mapping[int, Run]]) -> Line:
-    seeds = ran[method]
-    if not seeds:
-        return Line(task, method)
-    differences = {name: difference(seeds, ran[name]) for name in ours(ran) if name != method}
-    return Line(
-        task,
-        method,
-        {seed: run.score for seed, run in seeds.items()},
-        {name: moved for name, moved in differences.items() if moved is not None},
-        next(iter(seeds.values())).chance,
-        {name: _mean([_at(run.values, path) for run in seeds.values()]) for name, path in FIGURES.items()},
-    )
-
-
-def _at(values: Any, path: Sequence[str]) -> float | None:
-    for name in path:
-        values = values[name]
-    return None if values is None else float(values)
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    numbers = [value for value in values if value is not None]
-    return mean_and_spread(numbers)[0] if numbers else None

@@ -53,21 +53,21 @@ def markdown(plan: Comparison, table: Sequence[Line], rows: Sequence[Row], base:
     ]
     for reference in ours(plan.methods):
         body: list[tuple[str | None, ...]] = []
-        for method in plan.methods:
-            if method != reference:
-                moves = [by_cell[task, method].differences.get(reference) for task in plan.tasks]
-                body.append((title_of(method), *(None if move is None else move.shown for move in moves)))
+        for method in (method for method in plan.methods if method != reference):
+            moves = [by_cell[task, method].differences.get(reference) for task in plan.tasks]
+            body.append((title_of(method), *(move.shown if move else None for move in moves)))
         parts += [
             f"## Difference to: {title_of(reference)}",
             f"Mean over the seeds that both have, in points; {MEANING}",
             _by_task(["method"], plan.tasks, body),
         ]
     parts += ["## Cost", _cost(table), "## Learning rates", *_rates(plan, rows), *_paper(plan)]
-    failed = [row for row in rows if row.error is not None]
-    if failed:
-        cells = [" ".join(f"{name}={value}" for name, value in row.experiment.items()) for row in failed]
-        failures = (f"- {cell}: {row.error}\n" for cell, row in zip(cells, failed, strict=True))
-        parts += ["## Failed", "".join(failures)]
+    failures = [
+        f"- {' '.join(f'{name}={value}' for name, value in row.experiment.items())}: {row.error}\n"
+        for row in rows
+        if row.error is not None
+    ]
+    parts += ["## Failed", "".join(failures)] if failures else []
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 
 

@@ -61,7 +61,12 @@ def zoo() -> Zoo:
     Source: Yu et al. 2026, Tab. 2, Tab. 3, App. A.2.
     """
     data = tomllib.loads(files("specbasis.paper").joinpath("zoo.toml").read_text(encoding="utf-8"))
-    return Zoo(tuple(_pair(entry) for entry in data["pair"]), tuple(data["notes"]))
+    pairs = []
+    for entry in data["pair"]:
+        name = entry.get("name") or entry["tuned"].removeprefix("timm:").rpartition("/")[2]
+        notes = tuple(entry.get("notes", ()))
+        pairs.append(ZooPair(**{"accuracy": None, **entry, "name": name, "notes": notes}))
+    return Zoo(tuple(pairs), tuple(data["notes"]))
 
 
 def run_zoo(
@@ -83,10 +88,8 @@ def run_zoo(
     chosen = [
         pair
         for pair in zoo().pairs
-        if not only
-        or any(
-            fnmatch.fnmatch(text, pattern) for pattern in only for text in (pair.name, pair.table, pair.modality)
-        )
+        for texts in [(pair.name, pair.table, pair.modality)]
+        if any(fnmatch.fnmatch(text, pattern) for pattern in only or ("*",) for text in texts)
     ]
     if not chosen:
         raise InputError(f"no pair of the zoo matches {', '.join(only)}; `specbasis zoo` shows them all")
@@ -98,17 +101,3 @@ def run_zoo(
             yield pair, compare(pair.base, pair.tuned, out / pair.name, **options)
         except InputError as error:
             yield pair, error
-
-
-def _pair(entry: dict[str, Any]) -> ZooPair:
-    name = entry.get("name") or entry["tuned"].removeprefix("timm:").rpartition("/")[2]
-    return ZooPair(
-        name,
-        entry["base"],
-        entry["tuned"],
-        entry["task"],
-        entry.get("accuracy"),
-        entry["table"],
-        entry["modality"],
-        tuple(entry.get("notes", ())),
-    )

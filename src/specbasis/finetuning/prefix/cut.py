@@ -126,12 +126,16 @@ def _search(model: nn.Module, runs: Sequence[Run], first: Call) -> Cut | Uncut:
             f"{plain_name(first.module)} is trained, and {_share(work, first):.0%} of the work is done before it: "
             "too little to keep"
         )
+    # What the forward takes besides labels; below PEFT's wrappers, which take anything.
+    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    names = inspect.signature(inner.forward).parameters
+    inputs = frozenset(name for name in names if "label" not in name and name not in _LABELS)
     cuts: list[Cut] = []
     reason = ""
     for share, points in reversed(_points(calls, first, work).items()):
         for point in points:
             try:
-                cuts.append(Cut(point.module, *plan(model, runs, point), _inputs(model), share))
+                cuts.append(Cut(point.module, *plan(model, runs, point), inputs, share))
             except NoPlanError as error:
                 reason = reason or str(error)
                 continue
@@ -143,14 +147,6 @@ def _search(model: nn.Module, runs: Sequence[Run], first: Call) -> Cut | Uncut:
     if best.share < _LEAST_SHARE:
         return Uncut(f"no cut that spares work before {plain_name(first.module)}: {reason}")
     return best
-
-
-def _inputs(model: nn.Module) -> frozenset[str]:
-    """What the model's forward takes besides labels; below PEFT's wrappers, which take anything."""
-    inner: Any = model
-    inner = inner.get_base_model() if hasattr(model, "get_base_model") else model
-    names = inspect.signature(inner.forward).parameters
-    return frozenset(name for name in names if "label" not in name and name not in _LABELS)
 
 
 def _first_trained(model: nn.Module, run: Run) -> Call | Uncut:

@@ -39,9 +39,10 @@ def make_probe(model: nn.Module, rows: int, tokens: int) -> Probe:
         pixels = torch.randn(rows, getattr(config, "num_channels", 3), height, width, generator=generator)
         return Probe({name: pixels.to(first)}, None)
     vocabulary = getattr(config, "vocab_size", None) or config.get_text_config().vocab_size
-    pad, end = (_token(getattr(config, f"{kind}_token_id", None)) for kind in ("pad", "eos"))
+    settings = (getattr(config, f"{kind}_token_id", None) for kind in ("pad", "eos"))
+    tokens_of = (setting[0] if isinstance(setting, list | tuple) and setting else setting for setting in settings)
+    pad, end = (token if isinstance(token, int) and 0 <= token < vocabulary else None for token in tokens_of)
     ids = torch.randint(0, vocabulary, (rows, tokens), generator=generator)
-    pad, end = (token if token is not None and token < vocabulary else None for token in (pad, end))
     special = [token for token in (pad, end) if token is not None]
     plain = next(n for n in range(vocabulary) if n not in special)
     for token in special:
@@ -54,11 +55,6 @@ def make_probe(model: nn.Module, rows: int, tokens: int) -> Probe:
     return Probe(
         {name: ids.to(first.device), "attention_mask": mask.long().to(first.device)}, mask.to(first.device)
     )
-
-
-def _token(setting: Any) -> int | None:
-    token = setting[0] if isinstance(setting, list | tuple) and setting else setting
-    return token if isinstance(token, int) and token >= 0 else None
 
 
 def outputs(result: Any, mask: Tensor | None) -> list[Tensor]:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from specbasis.checkpoint.entry import first_line
 from specbasis.core.errors import InputError
-from specbasis.finetuning.base import longest_input
+from specbasis.finetuning.base import address_of, let_pad, loading, longest_input
 from specbasis.interventions.samples import Sample
 
 TOKENS = 4096
@@ -74,8 +73,7 @@ class Encoded:
             import transformers
 
             tokenizer = transformers.AutoTokenizer.from_pretrained(location, trust_remote_code=False)
-            if tokenizer.pad_token is None:
-                tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+            let_pad(tokenizer, location)
             longest = min(max_length, longest_input(model, tokenizer))
             self._batches[location] = list(self.encode(tokenizer, longest, model))
         return self._batches[location]
@@ -132,23 +130,9 @@ def pretrained(auto_class: Any, source: str) -> nn.Module:
     Raises:
         InputError: transformers cannot load it.
     """
-    try:
-        model: nn.Module = auto_class.from_pretrained(address(source), trust_remote_code=False, dtype="auto")
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{source}: transformers cannot load it ({first_line(error)})") from error
+    load = partial(auto_class.from_pretrained, **address_of(source), trust_remote_code=False, dtype="auto")
+    model: nn.Module = loading(source, load)
     return model.eval()
-
-
-def address(source: str) -> str:
-    """What transformers' from_pretrained wants for a source."""
-    from specbasis.checkpoint.places import locate
-
-    if source.startswith("pkg:"):
-        location, _ = locate(source)
-        (file,), _ = location.provenance(["config.json"])
-        return str(file.parent)
-    path = Path(source).expanduser()
-    return str(path) if path.exists() else source.removeprefix("hub:")
 
 
 def location_of(model: Any) -> str:

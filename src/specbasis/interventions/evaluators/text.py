@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from specbasis.core.errors import InputError
 from specbasis.core.statistics import Array
-from specbasis.interventions.evaluators.kit import Batch, Encoded, address, form, logits_of, padded, pretrained
+from specbasis.finetuning.base import address_of
+from specbasis.interventions.evaluators.kit import Batch, Encoded, form, logits_of, padded, pretrained
 from specbasis.interventions.samples import Sample, perplexity, ratio
 
 
@@ -40,7 +41,7 @@ class Text(Encoded):
         """A transformers model with its language-model head, causal or masked as its config says."""
         import transformers
 
-        config = transformers.AutoConfig.from_pretrained(address(source), trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(**address_of(source), trust_remote_code=False)
         masked = any(map(_is_masked, config.architectures or ()))
         return pretrained(
             transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM, source
