@@ -118,10 +118,19 @@ class Suffix:
             park: folder for the weights that stand still, to give their memory back.
         """
         standing = [name for name, actions in self.actions.items() if None not in actions] if park else []
+        parked = Parked(self.model, standing, park or Path())
+        parts = self.before.split(".")
+        around = [self.modules[".".join(parts[:n])] for n in range(1, len(parts) + 1) if self.before]
+        unchecked: list[nn.Module] = []
 
         def start(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            # A checkpointed block would call its stand-ins again in the backward pass, when the batch is gone.
+            for part in around:
+                if getattr(part, "gradient_checkpointing", False):
+                    vars(part)["gradient_checkpointing"] = False
+                    unchecked.append(part)
             values = {name: value for name, value in kwargs.items() if name.startswith(KEY)}
             rest = {name: value for name, value in kwargs.items() if name not in values}
             if values and getattr(module, "_is_replica", False):
@@ -141,17 +150,17 @@ class Suffix:
         def stop(*_: Any) -> None:
             self.values = {}
 
-        with (
-            self._replaced(),
-            self._unchecked() as uncheck,
-            parking(self.model, standing, park or Path()) as parked,
-            hooked(
-                self.model.register_forward_pre_hook(lambda *_: uncheck()),
-                self.model.register_forward_pre_hook(start, with_kwargs=True),
-                self.model.register_forward_hook(stop, always_call=True),
-            ),
-        ):
-            yield
+        hooks = (
+            self.model.register_forward_pre_hook(start, with_kwargs=True),
+            self.model.register_forward_hook(stop, always_call=True),
+        )
+        try:
+            with self._replaced(), hooked(*hooks):
+                yield
+        finally:
+            parked.back()
+            for part in unchecked:
+                vars(part)["gradient_checkpointing"] = True
 
     def _leaf(self, leaf: Leaf) -> Any:
         if isinstance(leaf, Constant):
@@ -193,28 +202,6 @@ class Suffix:
                 del module.__dict__["forward"]
                 if own:
                     module.__dict__["forward"] = forward
-
-    @contextmanager
-    def _unchecked(self) -> Iterator[Callable[[], None]]:
-        """A function that turns gradient checkpointing off in what the cut is inside of; it comes back at the end.
-
-        A checkpointed block would call its stand-ins again in the backward pass, when the batch is gone.
-        """
-        parts = self.before.split(".")
-        around = [self.modules[".".join(parts[:n])] for n in range(1, len(parts) + 1) if self.before]
-        changed: list[nn.Module] = []
-
-        def uncheck() -> None:
-            for module in around:
-                if getattr(module, "gradient_checkpointing", False) and hasattr(module, "gradient_checkpointing"):
-                    vars(module)["gradient_checkpointing"] = False
-                    changed.append(module)
-
-        try:
-            yield uncheck
-        finally:
-            for module in changed:
-                vars(module)["gradient_checkpointing"] = True
 
 
 # --- weights that stand still, out of the way ---------------------------------------------------------------------
@@ -285,13 +272,3 @@ class Parked:
         for p, offset in zip(self.parameters, offsets, strict=False):
             part = mapped[offset : offset + p.numel() * p.element_size()]
             p.data = part.view(p.dtype).view(p.shape)
-
-
-@contextmanager
-def parking(model: nn.Module, standing: Iterable[str], folder: Path) -> Iterator[Parked]:
-    """Parameters to be parked; at the end all are back."""
-    parked = Parked(model, standing, folder)
-    try:
-        yield parked
-    finally:
-        parked.back()
