@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -276,25 +276,15 @@ def read_pairs(comparison: Comparison) -> list[Pair]:
 def read_pair(comparison: Comparison, label: str) -> Pair:
     """The rows of one pair, with its matrices in the order of the rows."""
     own = tuple(measure["name"] for measure in comparison.manifest.get("measures", []))
-    return replace(_pair(label, comparison.facts[label].rows), own=own)
-
-
-def _pair(label: str, rows: pa.Table) -> Pair:
-    rows = rows.unify_dictionaries().combine_chunks()
+    rows = comparison.facts[label].rows.unify_dictionaries().combine_chunks()
     codes = _codes(rows, "matrix")
     _, first = np.unique(codes, return_index=True)
     first = np.sort(first)
     about = rows.take(pa.array(first))
+    columns = {"matrix": "name", "out_features": "out", "in_features": "in"}
     matrices = {
-        name: about[column].to_pylist()
-        for name, column in {
-            "name": "matrix",
-            "stack": "stack",
-            "block": "block",
-            "role": "role",
-            "out": "out_features",
-            "in": "in_features",
-        }.items()
+        columns.get(column, column): about[column].to_pylist()
+        for column in ("matrix", "stack", "block", "role", "out_features", "in_features")
     }
     order = np.zeros(codes.max(initial=-1) + 1, np.int64)
     order[codes[first]] = np.arange(len(first))
@@ -310,7 +300,7 @@ def _pair(label: str, rows: pa.Table) -> Pair:
         at = at[np.lexsort((index[at], matrix[at]))]
         start = np.concatenate([[0], np.cumsum(np.bincount(matrix[at], minlength=len(first)))])
         series[names[code]] = Series(start, index[at], value[at], bound[at], resolved[at])
-    return Pair(label, matrices, series)
+    return Pair(label, matrices, series, own)
 
 
 def _codes(table: pa.Table, column: str) -> Ints:

@@ -27,21 +27,12 @@ def _both_sides(group: str, form: str, title: str, narrow: str) -> tuple[Column,
     return left, right
 
 
+_MEAN, _VECTORS = "mean alignment of the leading", "singular vectors, over resolved ranks"
 COLUMNS = (
     Column("role", title="what the matrices do in their block", words=True),
     Column("matrices", title="number of matrices compared", narrow="n"),
-    *_both_sides(
-        "top-10 alignment",
-        ".3f",
-        "mean alignment of the leading 10 singular vectors, over resolved ranks",
-        "top-10\nL     R",
-    ),
-    *_both_sides(
-        "top-30 alignment",
-        ".3f",
-        "mean alignment of the leading 30 singular vectors, over resolved ranks",
-        "top-30\nL     R",
-    ),
+    *_both_sides("top-10 alignment", ".3f", f"{_MEAN} 10 {_VECTORS}", "top-10\nL     R"),
+    *_both_sides("top-30 alignment", ".3f", f"{_MEAN} 30 {_VECTORS}", "top-30\nL     R"),
     *_both_sides("chance", ".2f", "alignment of independent directions", "chance\nL    R"),
     Column("RSD", ".2g", "relative spectral distance ‖S_tuned − S_base‖ / ‖S_base‖, mean over matrices"),
     Column("‖Δ‖/‖W‖", ".2g", "Frobenius norm of the update over that of the base, mean over matrices"),
@@ -52,19 +43,10 @@ COLUMNS = (
 
 def summary_table(lines: Sequence[RoleSummary], title: str = "") -> Table:
     """The summaries of one pair, by role; narrow enough for a terminal of 80 columns."""
-    rows = [
-        (
-            line.role,
-            line.matrices,
-            *line.top10,
-            *line.top30,
-            *line.chance,
-            line.rsd,
-            line.relative_update,
-            line.unresolved,
-        )
-        for line in lines
-    ]
+    rows = []
+    for line in lines:
+        alignments = (*line.top10, *line.top30, *line.chance)
+        rows.append((line.role, line.matrices, *alignments, line.rsd, line.relative_update, line.unresolved))
     return Table(COLUMNS, tuple(rows), title, total=True)
 
 

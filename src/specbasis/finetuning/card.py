@@ -21,6 +21,12 @@ def model_card(config: Mapping[str, Any], metrics: Mapping[str, Any], task: Task
     method = METHODS[config["method"]]
     parameters, protocol = metrics["parameters"], config["protocol"]
     share = 100 * parameters["adapter"] / parameters["total"]
+    loss = metrics["forgetting"]
+    forgetting = f"Forgetting is not measured: {loss['reason']}."
+    if loss["definition"]:
+        before, after = ("not finite" if loss[at] is None else f"{loss[at]:.4f}" for at in ("before", "after"))
+        what = f"{loss['definition']}, {loss['text']}"
+        forgetting = f"Loss on held-back text ({what}): {before} before, {after} after."
     lines = [
         "---",
         f"base_model: {config['base']}",
@@ -48,7 +54,7 @@ def model_card(config: Mapping[str, Any], metrics: Mapping[str, Any], task: Task
         f"{protocol['batch_size']}, texts cut at {protocol['max_length']} tokens, weight decay "
         f"{protocol['weight_decay']:g}, {protocol['precision']}. The dev set chose nothing.",
         "",
-        _forgetting(metrics["forgetting"]),
+        forgetting,
         "",
         "## Use",
         "",
@@ -62,10 +68,3 @@ def model_card(config: Mapping[str, Any], metrics: Mapping[str, Any], task: Task
     if metrics["notes"]:
         lines += ["## Notes", "", *(f"- {note}" for note in metrics["notes"]), ""]
     return "\n".join(lines)
-
-
-def _forgetting(loss: Mapping[str, Any]) -> str:
-    if not loss["definition"]:
-        return f"Forgetting is not measured: {loss['reason']}."
-    before, after = ("not finite" if loss[time] is None else f"{loss[time]:.4f}" for time in ("before", "after"))
-    return f"Loss on held-back text ({loss['definition']}, {loss['text']}): {before} before, {after} after."

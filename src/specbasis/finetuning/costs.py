@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import re
 import time
@@ -27,21 +28,14 @@ def peak_memory() -> Iterator[Callable[[], int | None]]:
         before = torch.cuda.memory_allocated()
         yield lambda: int(torch.cuda.max_memory_allocated() - before)
         return
-    restarted = _trim_and_reset()
-    before = _status("VmRSS") if restarted else 0
-    yield lambda: _status("VmHWM") - before if restarted else None
-
-
-def _trim_and_reset() -> bool:
-    """Give freed memory back and restart the kernel's peak: an earlier run in this process does not count."""
-    try:
-        import ctypes
-
+    try:  # give freed memory back and restart the kernel's peak: an earlier run in this process does not count
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        before = _status("VmRSS")
     except (OSError, AttributeError):
-        return False
-    return True
+        yield lambda: None
+        return
+    yield lambda: _status("VmHWM") - before
 
 
 def _status(field: str) -> int:

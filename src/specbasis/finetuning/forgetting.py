@@ -18,6 +18,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,21 +58,21 @@ def pretraining_loss(base: Base, texts: Sequence[str]) -> Pretraining:
         texts: held-back texts, of more than a few words each.
     """
     tokenizer = base.processor
+    reason = "the base has neither a language-model head nor the marks of a sentence encoder (modules.json)"
     if base.task.images:
-        return _none("images: no pretraining loss is defined for them")
-    if len(texts) < 2:
-        return _none("fewer than two held-back texts")
-    for definition, head, marks in _HEADS:
-        model = _with_head(base, head, marks)
-        if model is not None:
-            return Pretraining(
-                definition, "", lambda tuned, m=model, h=head: _under_head(m, h, tuned, tokenizer, texts)
-            )
-    if _is_sentence_encoder(base):
-        return Pretraining(
-            "contrastive-halves", "", lambda tuned: _contrastive(encoder_of(tuned), tokenizer, texts)
-        )
-    return _none("the base has neither a language-model head nor the marks of a sentence encoder (modules.json)")
+        reason = "images: no pretraining loss is defined for them"
+    elif len(texts) < 2:
+        reason = "fewer than two held-back texts"
+    else:
+        for definition, head, marks in _HEADS:
+            model = _with_head(base, head, marks)
+            if model is not None:
+                loss = partial(_under_head, model, head, tokenizer=tokenizer, texts=texts)
+                return Pretraining(definition, "", loss)
+        if _is_sentence_encoder(base):
+            halves = "contrastive-halves"
+            return Pretraining(halves, "", lambda tuned: _contrastive(encoder_of(tuned), tokenizer, texts))
+    return Pretraining("", reason, lambda tuned: None)
 
 
 _HEADS = (
@@ -79,10 +80,6 @@ _HEADS = (
     ("next-token", "CausalLM", ("ForCausalLM", "LMHeadModel")),
 )
 """Definition, head, and the ends of the names of classes that have it."""
-
-
-def _none(reason: str) -> Pretraining:
-    return Pretraining("", reason, lambda tuned: None)
 
 
 def _with_head(base: Base, head: str, marks: tuple[str, ...]) -> Any:
@@ -138,30 +135,25 @@ def _token_loss(model: Any, tokenizer: Any, texts: Sequence[str], *, masked: boo
 
 def _contrastive(encoder: nn.Module, tokenizer: Any, texts: Sequence[str]) -> float:
     """Mean over whole groups of the cross entropy of telling which halves belong together."""
+    device = next(encoder.parameters()).device
+
+    def embedded(texts: Sequence[str]) -> Tensor:
+        batch = {name: value.to(device) for name, value in _tokens(tokenizer, texts).items()}
+        with torch.inference_mode():
+            states = encoder(**batch).last_hidden_state.float()
+        mask = batch["attention_mask"].unsqueeze(-1).float()
+        return F.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
+
     losses = []
     with evaluating(encoder):
         for start in range(0, max(1, len(texts) - GROUP + 1), GROUP):
-            halves = zip(*map(_halves, texts[start : start + GROUP]), strict=True)
-            first, second = (_embeddings(encoder, tokenizer, half) for half in halves)
+            words = [(text, text.split()) for text in texts[start : start + GROUP]]
+            first = embedded([" ".join(split[: max(1, len(split) // 2)]) for _, split in words])
+            second = embedded([" ".join(split[max(1, len(split) // 2) :]) or text for text, split in words])
             similarity = first @ second.T / TEMPERATURE
-            own = torch.arange(len(first), device=first.device)
+            own = torch.arange(len(first), device=device)
             losses.append(float((F.cross_entropy(similarity, own) + F.cross_entropy(similarity.T, own)) / 2))
     return sum(losses) / len(losses)
-
-
-def _halves(text: str) -> tuple[str, str]:
-    words = text.split()
-    middle = max(1, len(words) // 2)
-    return " ".join(words[:middle]), " ".join(words[middle:]) or text
-
-
-def _embeddings(encoder: nn.Module, tokenizer: Any, texts: Sequence[str]) -> Tensor:
-    device = next(encoder.parameters()).device
-    batch = {name: value.to(device) for name, value in _tokens(tokenizer, texts).items()}
-    with torch.inference_mode():
-        states = encoder(**batch).last_hidden_state.float()
-    mask = batch["attention_mask"].unsqueeze(-1).float()
-    return F.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
 
 
 def _tokens(tokenizer: Any, texts: Sequence[str]) -> dict[str, Tensor]:

@@ -90,11 +90,8 @@ def finetune(
     options = FinetuneOptions.of(None, keywords)
     _check_report(options.report_to)
     method = method_named(method).name
-    if isinstance(task, TaskData):
-        data = task
-    else:
-        source: dict[str, Any] = {name: getattr(options, name) for name in _SOURCE}
-        data = load_task(task, **source)
+    source: dict[str, Any] = {name: getattr(options, name) for name in _SOURCE}
+    data = task if isinstance(task, TaskData) else load_task(task, **source)
     options, data = resolved(options, method, data)
     config = {
         "base": str(base),
@@ -113,9 +110,15 @@ def finetune(
 
     with ExitStack() as alone, _one_line_on_a_full_disk(folder):
         with PartialState().main_process_first():  # of several processes the first one makes the folder
-            finished = _begin(folder, config, alone, is_main_process())
-        if finished is not None:
-            return finished
+            if is_main_process():
+                run = alone.enter_context(opened(folder, RUN, config))
+                if "environment" not in run.manifest:
+                    run.manifest["environment"] = environment(WHERE_USED)
+                    run.write_manifest()
+            else:
+                refuse_another(folder, RUN.noun, RUN.read(folder)["config"], json.loads(json.dumps(config)))
+        if (folder / METRICS).is_file():
+            return Finetuned(folder, json.loads((folder / METRICS).read_text(encoding="utf-8")))
         texts = held_back_texts(options.held_back, data, options.data_dir)
         metrics = train(Run(base, data, method, options, texts), folder, callbacks)
         predictions = metrics.pop("predictions")
@@ -211,27 +214,6 @@ def held_back_texts(
         return "premises of RTE's dev set", sorted({inputs[0] for inputs in rte.inputs})[:HELD_BACK]
     name, split = next(iter(data.dev.items()))
     return f"texts of {data.task.title}'s {name} set", [" ".join(inputs) for inputs in split.inputs[:HELD_BACK]]
-
-
-# --- the folder -------------------------------------------------------------------------------------------------
-
-
-def _begin(folder: Path, config: Mapping[str, Any], alone: ExitStack, is_first: bool) -> Finetuned | None:
-    """The run of this folder if it is finished; else its manifest is there, and the folder in use until ``alone``.
-
-    Raises:
-        InputError: the folder holds another run, or anything else, or is in use.
-    """
-    if is_first:
-        run = alone.enter_context(opened(folder, RUN, config))
-        if "environment" not in run.manifest:
-            run.manifest["environment"] = environment(WHERE_USED)
-            run.write_manifest()
-    else:
-        refuse_another(folder, RUN.noun, RUN.read(folder)["config"], json.loads(json.dumps(config)))
-    if (folder / METRICS).is_file():
-        return Finetuned(folder, json.loads((folder / METRICS).read_text(encoding="utf-8")))
-    return None
 
 
 def _write_predictions(path: Path, packed: Mapping[str, Mapping[str, Any]], task: Task) -> None:

@@ -103,13 +103,8 @@ def train(run: Run, folder: Path, callbacks: Sequence[TrainerCallback] = ()) -> 
         "cpu_seconds_per_epoch": _mean(watch.cpu),
         "peak_memory_bytes": memory,
         "file_bytes": weights_bytes(folder) if is_main_process() else None,
-        "forgetting": {
-            "definition": pretraining.definition,
-            "reason": pretraining.reason,
-            "text": text,
-            "before": before,
-            "after": after,
-        },
+        "forgetting": {"definition": pretraining.definition, "reason": pretraining.reason}
+        | {"text": text, "before": before, "after": after},
         "prefix_cache": trainer.cache,
         "notes": [*data.notes, *trainer.notes],
         "predictions": {name: split.packed() for name, split in predictions.items()},

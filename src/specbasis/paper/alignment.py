@@ -52,15 +52,10 @@ def fig2(material: Material) -> tuple[Figure, Records]:
         image = kit.heat(row[2], grid, (0.5, grid.shape[1] + 0.5, 100.0, 0.0))
         row[2].set(xlabel="rank i", ylabel="depth (% of the blocks)", title=title_of(modality, "by depth"))
         figure.colorbar(image, ax=row[2], label="alignment")
+        depths = (np.arange(len(grid)) + 0.5) / len(grid)
         table += [
-            {
-                "panel": "C",
-                "modality": modality,
-                "depth": (r + 0.5) / len(grid),
-                "rank": i + 1,
-                "mean": float(value),
-            }
-            for r, values in enumerate(grid)
+            {"panel": "C", "modality": modality, "depth": float(depth), "rank": i + 1, "mean": float(value)}
+            for depth, values in zip(depths, grid, strict=True)
             for i, value in enumerate(values)
         ]
         row[0].legend(fontsize=7, loc="lower left")  # what the band is differs between modalities
@@ -144,11 +139,10 @@ def fig11(material: Material) -> tuple[Figure, Records]:
 
 def _attention(material: Material) -> tuple[Figure, Records]:
     """Alignment of the query, key, value and output projections by rank, left above right."""
-    groups: dict[str, Sequence[Model]] = {}
+    groups = dict(material.groups)
     for modality, models in material.groups.items():
-        if any(chosen(m, role, material.notes).any() for m in models for role in ATTENTION):
-            groups[modality] = models
-        else:
+        if not any(chosen(m, role, material.notes).any() for m in models for role in ATTENTION):
+            del groups[modality]
             names = ", ".join(m.name for m in models)
             material.notes.append(f"{names}: no attention projections, so not drawn")
     groups = groups or dict(material.groups)
@@ -182,13 +176,10 @@ def fig18(material: Material) -> tuple[Figure, Records]:
             ax.set_title(title_of(modality, method))
             n = max((c.clusters for c in cells), default=0)
             tests = max((c.family for c in cells), default=0)
-            power = next((p for p in material.population.power if p["clusters"] == n), None)
-            if power:
-                text = (
-                    f"{n} {power['unit']}s: |r| ≥ {power['alone']:.2f} seen 4 times in 5; "
-                    f"≥ {power['family']:.2f} in {tests} tests"
-                )
-                ax.set_xlabel(f"range of ranks\n{text}", size=7, color=kit.QUIET)
+            for power in [p for p in material.population.power if p["clusters"] == n][:1]:
+                text = f"range of ranks\n{n} {power['unit']}s: |r| ≥ {power['alone']:.2f} seen 4 times in 5; "
+                text += f"≥ {power['family']:.2f} in {tests} tests"
+                ax.set_xlabel(text, size=7, color=kit.QUIET)
     return figure, [asdict(c) for c in correlations]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -173,14 +174,12 @@ def _starts(axes: Sequence[Axes], grid: Grid, group: str, tasks: Sequence[str]) 
         for phase, start, dash in (("post", "pretrained", "solid"), ("scratch", "random weights", (0, (1, 1.5)))):
             rows = grid.of(phase, task=task)
             _line(axes[0], rows, group, color, f"{TITLES[task]}; {start}", dash)
-            _by_size(axes[1], rows, group, color, dash)
+            for of in (curves(row, group) for row in rows):
+                size, aligned = of.size.mean(axis=0), of.aligned.mean(axis=0)
+                axes[1].plot(size, aligned, color=color, ls=dash, lw=1.0, alpha=0.8)
     _finish(axes[0], grid, group, f"{group}: by step")
-    axes[1].set(
-        title=f"{group}: by size of the update, a line an experiment",
-        xlabel="‖delta‖/‖W‖",
-        ylabel="alignment with the start",
-        ylim=(-0.02, 1.03),
-    )
+    axes[1].set(xlabel="‖delta‖/‖W‖", ylabel="alignment with the start", ylim=(-0.02, 1.03))
+    axes[1].set_title(f"{group}: by size of the update, a line an experiment")
 
 
 def _after(ax: Axes, grid: Grid, task: str, sizes: Sequence[tuple[int, int]], group: str) -> None:
@@ -192,9 +191,9 @@ def _after(ax: Axes, grid: Grid, task: str, sizes: Sequence[tuple[int, int]], gr
 
 def _line(ax: Axes, rows: Sequence[Row], group: str, color: str, title: str, dash: Any = "solid") -> None:
     """Mean over seeds of the alignment at each checkpoint (those of one seed averaged), and its interval."""
-    by_seed: dict[int, list[Any]] = {}
+    by_seed: dict[int, list[Any]] = defaultdict(list)
     for row in rows:
-        by_seed.setdefault(row.experiment["seed"], []).append(curves(row, group).aligned.mean(axis=0))
+        by_seed[row.experiment["seed"]].append(curves(row, group).aligned.mean(axis=0))
     if not by_seed:
         return
     seeds = [np.mean(each, axis=0) for each in by_seed.values()]
@@ -203,13 +202,6 @@ def _line(ax: Axes, rows: Sequence[Row], group: str, color: str, title: str, das
     mean, low, high = ends[:, 0], ends[:, 1].clip(0, 1), ends[:, 2].clip(0, 1)
     look = {"color": color, "dash": dash, "label": f"{title} ({kit.counted(len(seeds), 'seed')})"}
     kit.band(ax, x, low, mean, high, width=1.4, alpha=0.12, marker="o", ms=2.5, **look)
-
-
-def _by_size(ax: Axes, rows: Sequence[Row], group: str, color: str, dash: Any) -> None:
-    """Alignment against the size of the update, a line an experiment."""
-    for row in rows:
-        of = curves(row, group)
-        ax.plot(of.size.mean(axis=0), of.aligned.mean(axis=0), color=color, ls=dash, lw=1.0, alpha=0.8)
 
 
 def _finish(ax: Axes, grid: Grid, group: str, title: str) -> None:
@@ -224,23 +216,14 @@ def _chance(grid: Grid, group: str) -> float:
 
 def _bars(ax: Axes, grid: Grid, group: str) -> None:
     """Alignment of two seeds' ends, a dot for each pair."""
-    names: list[str] = []
+    pairs: dict[str, list[float]] = defaultdict(list)
     for row in grid.of("between"):
-        task = row.experiment.get("task")
-        name = (
-            f"{TITLES[task]}\nfrom random weights"
-            if task
-            else f"pretraining, {row.experiment['steps']} steps\n{kit.counted(row.experiment['images'])} images"
-        )
-        if name not in names:
-            names.append(name)
-        ax.plot(
-            names.index(name),
-            np.mean([matrix["first"][-1] for matrix in members(row, group)]),
-            "o",
-            color=COLORS[0],
-            ms=4,
-        )
+        start = row.experiment
+        name = f"{TITLES[start['task']]}\nfrom random weights" if "task" in start else ""
+        name = name or f"pretraining, {start['steps']} steps\n{kit.counted(start['images'])} images"
+        pairs[name].append(float(np.mean([matrix["first"][-1] for matrix in members(row, group)])))
+    for x, ends in enumerate(pairs.values()):
+        ax.plot([x] * len(ends), ends, "o", color=COLORS[0], ms=4)
     kit.reference(ax, _chance(grid, group))
-    ax.set_xticks(range(len(names)), names, rotation=60, fontsize=6, ha="right")
+    ax.set_xticks(range(len(pairs)), pairs, rotation=60, fontsize=6, ha="right")
     ax.set(title=f"{group}: two seeds (dashed: chance)", ylim=(-0.02, 1.03))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -47,13 +48,7 @@ CHANGE = (
 def fig3(material: Material) -> tuple[Figure, Records]:
     """A: update size against alignment at rank 1; B, C: spectra of a small and of a large but aligned update."""
     figure, axes = kit.free_panels(1, 4, (3.3, 2.9), "Size and direction of the update, FFN matrices")
-    table: Records = []
-    dots = None
-    for ax, side in zip(axes[0], SIDES, strict=False):
-        points = _points(material, 1, side)
-        dots = _scatter(ax, points) or dots
-        ax.set_title(f"A, rank 1, {side}")
-        table += points
+    table, dots = _scatters(material, [(ax, 1, side, "A, ") for ax, side in zip(axes[0], SIDES, strict=False)])
     if dots is not None:
         figure.colorbar(dots, ax=axes[0][1], label="alignment of the update")
         axes[0][0].legend(fontsize=6, loc="center left")
@@ -77,17 +72,23 @@ def fig3(material: Material) -> tuple[Figure, Records]:
 def fig19(material: Material) -> tuple[Figure, Records]:
     """Update size against alignment at ranks 1, 5, 10 and 100, left and right."""
     figure, axes = kit.free_panels(2, 4, (2.9, 2.6), "Size of the update against alignment, FFN matrices")
-    table: Records = []
-    dots = None
-    for row, side in zip(axes, SIDES, strict=True):
-        for ax, rank in zip(row, SCATTER_RANKS, strict=True):
-            points = _points(material, rank, side)
-            dots = _scatter(ax, points) or dots
-            ax.set_title(f"rank {rank}, {side}")
-            table += points
+    places = [(axes[s, r], rank, side, "") for s, side in enumerate(SIDES) for r, rank in enumerate(SCATTER_RANKS)]
+    table, dots = _scatters(material, places)
     if dots is not None:
         figure.colorbar(dots, ax=axes, label="alignment of the update", shrink=0.6)
     return figure, table
+
+
+def _scatters(material: Material, places: Sequence[tuple[Axes, int, str, str]]) -> tuple[Records, Any]:
+    """A panel for each rank and side, with what its title begins with; records, and dots for a scale of colours."""
+    table: Records = []
+    dots = None
+    for ax, rank, side, begin in places:
+        points = _points(material, rank, side)
+        dots = _scatter(ax, points) or dots
+        ax.set_title(f"{begin}rank {rank}, {side}")
+        table += points
+    return table, dots
 
 
 def _points(material: Material, rank: int, side: str) -> Records:
@@ -131,14 +132,8 @@ def _scatter(ax: Axes, points: Records) -> Any:
         # Where models are few, none could be drawn in another's place: their matrices are drawn.
         clusters = models if models.max() + 1 >= ENOUGH else np.arange(len(points))
         low, high = correlation_interval(x, y, clusters, DRAWS)
-        ax.text(
-            0.02,
-            0.03,
-            f"Spearman {rho:.2f} [{low:.2f}, {high:.2f}]",
-            transform=ax.transAxes,
-            size=7,
-            color=kit.QUIET,
-        )
+        text = f"Spearman {rho:.2f} [{low:.2f}, {high:.2f}]"
+        ax.text(0.02, 0.03, text, transform=ax.transAxes, size=7, color=kit.QUIET)
     return dots
 
 

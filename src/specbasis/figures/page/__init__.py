@@ -156,13 +156,8 @@ def _series(series: Series) -> dict[str, Any]:
 
 
 def _band(band: Band) -> dict[str, Any]:
-    return {
-        "x": _floats(band.x),
-        "low": _floats(band.low),
-        "median": _floats(band.median),
-        "high": _floats(band.high),
-        "count": _ints(band.count),
-    }
+    ends = {name: _floats(getattr(band, name)) for name in ("x", "low", "median", "high")}
+    return {**ends, "count": _ints(band.count)}
 
 
 def _floats(values: Floats) -> str:

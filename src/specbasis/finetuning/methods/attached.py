@@ -83,19 +83,16 @@ class Attached:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        if isinstance(self.model, PeftModel):
-            self.model.save_pretrained(str(folder), save_embedding_layers=False)
+        peft = isinstance(self.model, PeftModel)
+        if peft:
+            self.model.save_pretrained(str(folder), save_embedding_layers=False)  # type: ignore[operator]
         elif self.method.trains_all(self.request):
             self.model.save_pretrained(folder)  # type: ignore[operator]
         else:
             trained = {name: tensor.cpu().clone().contiguous() for name, tensor in _saved(self.model).items()}
             write_whole(folder / TRAINED, lambda path: save_file(trained, path))
-        described = {
-            "format": FORMAT,
-            "peft": isinstance(self.model, PeftModel),
-            **self.request.arguments(),
-            "base_fingerprint": self.base_fingerprint,
-        }
+        described = {"format": FORMAT, "peft": peft, **self.request.arguments()}
+        described["base_fingerprint"] = self.base_fingerprint
         write_whole(folder / DESCRIPTION, json.dumps(described, indent=2) + "\n")
 
     def merged(self) -> nn.Module:
@@ -246,13 +243,9 @@ def _fill(model: nn.Module, stored: Mapping[str, Tensor], folder: Path) -> None:
         InputError: the file does not fit the model, or the base has another basis.
     """
     current = _saved(model)
-    wrong = sorted(set(current) ^ set(stored)) or [
-        name for name in stored if current[name].shape != stored[name].shape
-    ]
+    wrong = sorted(set(current) ^ set(stored)) or [n for n in stored if current[n].shape != stored[n].shape]
     if wrong:
-        raise InputError(
-            f"{folder}: {wrong[0]} does not fit this base; load the base that the method was trained on"
-        )
+        raise InputError(f"{folder}: {wrong[0]} does not fit this base; load the base that it was trained on")
     with torch.no_grad():
         for name, tensor in current.items():
             tensor.copy_(stored[name])
