@@ -150,9 +150,6 @@ def write_figures(
     return list(contents)
 
 
-# --- metrics against ranks ----------------------------------------------------------------------------------------
-
-
 def draw(
     name: str, rows: Sequence[Row], metrics: Mapping[str, str], only: Sequence[str] = ()
 ) -> Iterator[tuple[str, bytes]]:
@@ -268,9 +265,6 @@ def _draw_lines(ax: Axes, curves: Sequence[Line], names: Sequence[str]) -> dict[
 def _spread(y: Any, low: Any, high: Any) -> Any:
     """Lengths of the bars below and above, as matplotlib wants them."""
     return np.maximum([y - np.asarray(low), np.asarray(high) - y], 0)
-
-
-# --- sharing ------------------------------------------------------------------------------------------------------
 
 
 def sharing_figure(table: Sequence[Shared]) -> Figure:

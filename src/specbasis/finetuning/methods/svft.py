@@ -62,8 +62,8 @@ class SVFT(Update):
     def forward(self, x: Tensor) -> Tensor:
         """D x for x (…, in)."""
         z = self.project(x, self.frozen["Vh"])
-        index = (self.crow, self.columns, self.order, self.ccol, self.rows_by_column)
-        return self.project(sparse_mix(z, self.M, *index), self.frozen["U"])  # type: ignore[arg-type]
+        mixed = sparse_mix(z, self.M, self.crow, self.columns, self.order, self.ccol, self.rows_by_column)  # type: ignore[arg-type]
+        return self.project(mixed, self.frozen["U"])
 
     def delta(self) -> Float[Tensor, "out in"]:
         """U M Vh in float64."""
@@ -158,17 +158,15 @@ def _times(M: Tensor, z: Tensor) -> Tensor:
         return (M @ z.reshape(-1, z.shape[-1]).mT).mT.reshape(z.shape)
 
 
-def sparse_mix(
-    z: Float[Tensor, "*tokens n"],
-    m: Float[Tensor, " e"],
-    crow: Int[Tensor, " n1"],
-    columns: Int[Tensor, " e"],
-    order: Int[Tensor, " e"],
-    ccol: Int[Tensor, " n1"],
-    rows_by_column: Int[Tensor, " e"],
-) -> Float[Tensor, "*tokens n"]:
-    """M z for the sparse n × n matrix M with values m, in m's dtype; its positions as `compressed` gives them."""
-    mixed: Tensor = _SparseMix.apply(z.to(m.dtype), m, crow, columns, order, ccol, rows_by_column)  # type: ignore[no-untyped-call]
+def sparse_mix(z: Float[Tensor, "*tokens n"], m: Float[Tensor, " e"], *index: Tensor) -> Float[Tensor, "*tokens n"]:
+    """M z in m's dtype, for the sparse n × n matrix M with values m.
+
+    Args:
+        z: hidden states in the singular basis.
+        m: values, by row.
+        *index: row starts and columns, then order, column starts and rows by column, as `compressed` gives them.
+    """
+    mixed: Tensor = _SparseMix.apply(z.to(m.dtype), m, *index)  # type: ignore[no-untyped-call]
     return mixed
 
 

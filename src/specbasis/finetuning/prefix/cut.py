@@ -103,26 +103,21 @@ def find_cut(model: nn.Module) -> Cut | Uncut:
             runs = [Run.of(model, make_probe(model, rows, tokens)) for rows, tokens in ((3, 11), (2, 7))]
         except Exception as error:  # any model may fail in any way on made-up inputs
             return Uncut(f"the model does not run on a batch of random inputs ({one_line(error)})")
-        first = _first_trained(model, runs[0])
-        if isinstance(first, Uncut):
-            return first
-        cut = _search(model, runs, first)
-        if isinstance(cut, Uncut):
-            return cut
+        try:
+            cut = _search(model, runs, _first_trained(model, runs[0]))
+        except NoPlanError as error:
+            return Uncut(str(error))
         with Suffix(model, cut.actions).running():
             narrow = search_narrow(model, runs[0].fed(cut.kept))
         return replace(cut, narrow=narrow, digest=_digest(model, runs[0].probe, cut))
 
 
-# --- the search ---------------------------------------------------------------------------------------------------
-
-
-def _search(model: nn.Module, runs: Sequence[Run], first: Call) -> Cut | Uncut:
+def _search(model: nn.Module, runs: Sequence[Run], first: Call) -> Cut:
     """The best cut before the first trained call, without its digest yet."""
     calls = runs[0].calls
     work = matrix_work(model, calls)
     if _share(work, first) < _LEAST_SHARE:
-        return Uncut(
+        raise NoPlanError(
             f"{plain_name(first.module)} is trained, and {_share(work, first):.0%} of the work is done before it: "
             "too little to keep"
         )
@@ -142,18 +137,18 @@ def _search(model: nn.Module, runs: Sequence[Run], first: Call) -> Cut | Uncut:
             if len(cuts[-1].kept) == 1:
                 break
     if not cuts:
-        return Uncut(f"no cut before {plain_name(first.module)}: {reason}")
+        raise NoPlanError(f"no cut before {plain_name(first.module)}: {reason}")
     best = min(cuts, key=lambda cut: (cut.size(_TOKENS), -cut.share))
     if best.share < _LEAST_SHARE:
-        return Uncut(f"no cut that spares work before {plain_name(first.module)}: {reason}")
+        raise NoPlanError(f"no cut that spares work before {plain_name(first.module)}: {reason}")
     return best
 
 
-def _first_trained(model: nn.Module, run: Run) -> Call | Uncut:
+def _first_trained(model: nn.Module, run: Run) -> Call:
     """The first call of a module that owns a trained parameter, or inside of which one is read."""
     trained = [(name, p) for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]
     if not trained:
-        return Uncut("no parameter of the model is trained")
+        raise NoPlanError("no parameter of the model is trained")
     called = {call.module for call in run.calls}
     owners = set()
     for name, parameter in trained:
@@ -163,7 +158,7 @@ def _first_trained(model: nn.Module, run: Run) -> Call | Uncut:
                 owner = owner.rpartition(".")[0]
             owners.add(owner)
     if not owners:
-        return Uncut("the model's outputs depend on no trained parameter")
+        raise NoPlanError("the model's outputs depend on no trained parameter")
     return next(call for call in run.calls if call.module in owners)
 
 

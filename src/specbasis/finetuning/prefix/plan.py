@@ -34,9 +34,7 @@ from specbasis.finetuning.prefix.probe import (
 from specbasis.finetuning.prefix.standin import (
     Action,
     Blank,
-    Constant,
     Dim,
-    Leaf,
     Output,
     Site,
     Suffix,
@@ -138,9 +136,6 @@ def capture(model: nn.Module, batch: Mapping[str, Any], kept: Sequence[Kept]) ->
     with hooked(*handles), suppress(_EnoughError):
         model(**batch)
     return [value.total(outputs) for value in kept]
-
-
-# --- the plan -------------------------------------------------------------------------------------------------
 
 
 class NoPlanError(Exception):
@@ -308,13 +303,13 @@ class _Draft:
             actions[call.module].append(None if call.key in self.rerun else Output(call.spec, tuple(leaves)))
         return {name: tuple(calls) for name, calls in actions.items()}
 
-    def _leaf(self, site: Site, values: Mapping[Site, Value]) -> Leaf:
+    def _leaf(self, site: Site, values: Mapping[Site, Value]) -> Any:
         leaf = self.leaves[site]
         if site in values:
             return values[site]
         if isinstance(leaf, Tensor):
             return Blank(self.shapes[site], leaf.dtype)
-        return Constant(leaf if isinstance(leaf, bool | int | float | str) else None)
+        return leaf if isinstance(leaf, bool | int | float | str) else None
 
     def _values(self, sites: Sequence[Site]) -> dict[Site, Value]:
         names = keyed(self.leaves[site] for site in sites)

@@ -35,13 +35,6 @@ class Site:
 
 
 @dataclass(frozen=True)
-class Constant:
-    """An output that is no tensor."""
-
-    value: Any
-
-
-@dataclass(frozen=True)
 class Blank:
     """An output that nothing reads but for its shape, dtype and device: zeros that take no memory."""
 
@@ -57,15 +50,12 @@ class Value:
     dtype: torch.dtype
 
 
-Leaf = Constant | Blank | Value
-
-
 @dataclass(frozen=True)
 class Output:
-    """What a call returns in place of computing: the structure and its leaves."""
+    """What a call returns in place of computing: the structure and its leaves, constants where not tensors."""
 
     spec: Any
-    leaves: tuple[Leaf, ...]
+    leaves: tuple[Any, ...]
 
 
 Action = Output | None
@@ -162,11 +152,11 @@ class Suffix:
             for part in unchecked:
                 vars(part)["gradient_checkpointing"] = True
 
-    def _leaf(self, leaf: Leaf) -> Any:
-        if isinstance(leaf, Constant):
-            return leaf.value
+    def _leaf(self, leaf: Any) -> Any:
         if isinstance(leaf, Value):
             return self.values[leaf.name].to(leaf.dtype)
+        if not isinstance(leaf, Blank):
+            return leaf
         named = {"batch": self.sizes[0], "tokens": self.sizes[1]}
         shape = [n if isinstance(n, int) else named[n] or 0 for n in leaf.shape]
         device = next(iter(self.values.values())).device
