@@ -28,7 +28,7 @@ from specbasis.checkpoint.atomic import write_whole
 from specbasis.core.errors import InputError
 from specbasis.core.options import takes
 from specbasis.finetuning.methods.kit import CHILD, METHODS, Method, Request, additions, method_named
-from specbasis.finetuning.methods.sites import Site, trained_whole
+from specbasis.finetuning.methods.sites import trained_whole
 from specbasis.finetuning.methods.updates import Update, merge_updates
 from specbasis.finetuning.options import Placement
 
@@ -264,15 +264,13 @@ def _saved(model: nn.Module) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Size:
-    """A method at a size.
+    """A size of a method.
 
     Attributes:
-        method: its name.
         rank: what `attach` takes as ``rank``; None where the method has no size.
         parameters: what it trains, without task head and pooler. For AdaLoRA, what remains in the end.
     """
 
-    method: str
     rank: int | None
     parameters: int
 
@@ -301,21 +299,19 @@ def match_budget(
         budget = parameters("spectral", model, **where)
     if budget < 1:
         raise InputError(f"got a budget of {budget} parameters; want at least 1")
-    chosen = [method_named(method) for method in (METHODS if methods is None else methods)]
-    stands = {method.name: (type(method), method.roles, method.blocks) for method in chosen}
-    sites = {stands[method.name]: method.sites(model, Placement(**where)) for method in chosen}
-    return {method.name: _nearest(method, model, sites[stands[method.name]], budget) for method in chosen}
-
-
-def _nearest(method: Method, model: nn.Module, sites: Sequence[Site], budget: int) -> Size:
-    count = functools.cache(lambda rank: method.count(model, sites, rank))
-    if method.default_size(sites) is None:
-        return Size(method.name, None, count(None))
-    ranks = range(1, method.largest_size(sites) + 1)
-    above = bisect_left(ranks, budget, key=count)
-    near = [ranks[i] for i in (above - 1, above) if 0 <= i < len(ranks)]
-    best = min(near, key=lambda rank: abs(count(rank) - budget))
-    return Size(method.name, best, count(best))
+    sizes = {}
+    for method in map(method_named, METHODS if methods is None else methods):
+        sites = method.sites(model, Placement(**where))
+        count = functools.cache(functools.partial(method.count, model, sites))
+        ranks: Sequence[int | None] = [None]
+        if method.default_size(sites) is not None:
+            every = range(1, method.largest_size(sites) + 1)
+            above = bisect_left(every, budget, key=count)
+            ranks = every[max(0, above - 1) : above + 1]
+        distances = [abs(count(rank) - budget) for rank in ranks]
+        rank = ranks[distances.index(min(distances))]
+        sizes[method.name] = Size(rank, count(rank))
+    return sizes
 
 
 def parameters(method: str | Method, model: nn.Module, **where: Any) -> int:
