@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -24,7 +24,7 @@ from specbasis.checkpoint import open_checkpoint, sha256
 from specbasis.checkpoint.atomic import whole, write_whole, writing
 from specbasis.core.errors import InputError
 from specbasis.jobs.folder import Kind, environment, opened, write_json
-from specbasis.jobs.progress import Progress, silent
+from specbasis.jobs.progress import Progress, Report, silent
 from specbasis.paper.images import Images
 from specbasis.paper.mae import (
     MAE,
@@ -94,7 +94,7 @@ def train(
     start: str | Path | None = None,
     classes: int | None = None,
     device: str | None = None,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Report | None = None,
 ) -> Run:
     """Train a model, or continue a training that was killed, or return one that is done.
 
@@ -118,7 +118,6 @@ def train(
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     start = None if start is None else Path(start)
     job = _Job(images, validation, Path(folder), mae or MAE(), training, start, classes or images.classes, place)
-    job.check()
     with opened(job.folder, TRAINING, job.config()) as run:
         run.manifest.setdefault("done", False)
         if "state" not in run.manifest:
@@ -126,49 +125,16 @@ def train(
             run.write_manifest()
         if not run.manifest["done"]:
             with _tf32(place):
-                _train(job, progress or silent)
+                job.run(progress or silent)
     return Run(job.folder)
 
 
-def _train(job: _Job, progress: Callable[[Progress], None]) -> None:
-    state = job.resume()
-    validated, kept = job.marks(job.training.validations), job.kept()
-    best_so_far = job.folder / "best" / "best.json"
-    best = json.loads(best_so_far.read_text("utf-8"))["validation"] if best_so_far.is_file() else math.inf
-    started = time.perf_counter()
-    for step in range(state.step, job.total):
-        job.advance(state, step)
-        if state.step in validated:
-            entry = job.validate(state) | {"seconds": round(time.perf_counter() - started, 3)}
-            job.write_log([*Run(job.folder).log, entry])
-            if entry["validation"] < best:
-                best = entry["validation"]
-                job.keep_best(state, best)
-        if state.step in kept:
-            job.keep(state)
-        progress(Progress(state.step, job.total, f"{job.folder.name}: step {state.step}"))
-    job.update(done=True, state=None)
-    for path in job.folder.glob("state-*.safetensors"):
-        path.unlink()
-
-
-# --- one training -----------------------------------------------------------------------------------------------
-
-
 @dataclass(eq=False)
-class _State:
-    """What changes from step to step; ``losses`` are those since the last entry of the log, on the device."""
-
-    model: Model
-    optimizer: torch.optim.AdamW
-    scaler: Any
-    step: int = 0
-    losses: list[Tensor] = field(default_factory=list)
-
-
-@dataclass(frozen=True, eq=False)
 class _Job:
-    """What stays: the data, the settings, the folder."""
+    """One training: data, settings and folder; and, from `resume` on, model, optimizer, scaler and step.
+
+    ``losses`` are those since the last entry of the log, on the device.
+    """
 
     images: Images
     validation: Images
@@ -178,6 +144,45 @@ class _Job:
     start: Path | None
     classes: int
     device: torch.device
+    step: int = 0
+    losses: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for images in (self.images, self.validation):
+            size = images.pixels.shape[-1]
+            if size != self.mae.image:
+                raise InputError(f"{images.name}: images of {size} pixels; the model takes {self.mae.image}")
+            if self.training.task != CLASSIFY:
+                continue
+            if images.labels is None or not 2 <= max(self.classes, images.classes) <= self.classes:
+                raise InputError(
+                    f"{images.name}: got {images.classes} classes; want labels of {self.classes} (2 or more)"
+                )
+
+    def run(self, progress: Report) -> None:
+        """Every step that is left, with what is due after it."""
+        self.resume()
+        validated, kept = self.marks(self.training.validations), self.kept()
+        best_so_far = self.folder / "best" / "best.json"
+        best = json.loads(best_so_far.read_text("utf-8"))["validation"] if best_so_far.is_file() else math.inf
+        started = time.perf_counter()
+        while self.step < self.total:
+            self.advance()
+            if self.step in validated:
+                entry = self.validate() | {"seconds": round(time.perf_counter() - started, 3)}
+                self.write_log([*Run(self.folder).log, entry])
+                if entry["validation"] < best:
+                    best = entry["validation"]
+                    with writing(best_so_far.parent), whole(best_so_far.parent) as temporary:
+                        save_model(self.model, temporary)
+                        about = json.dumps({"step": self.step, "validation": best})
+                        (temporary / best_so_far.name).write_text(about, encoding="utf-8")
+            if self.step in kept:
+                self.keep()
+            progress(Progress(self.step, self.total, f"{self.folder.name}: step {self.step}"))
+        self.update(done=True, state=None)
+        for path in self.folder.glob("state-*.safetensors"):
+            path.unlink()
 
     @property
     def total(self) -> int:
@@ -193,20 +198,6 @@ class _Job:
         even = self.marks(self.training.checkpoints)
         doubling = (2**i for i in range(min(even).bit_length()))
         return even | {step for step in doubling if self.training.early and step < min(even)}
-
-    def check(self) -> None:
-        for images in (self.images, self.validation):
-            size = images.pixels.shape[-1]
-            if size != self.mae.image:
-                raise InputError(f"{images.name}: images of {size} pixels; the model takes {self.mae.image}")
-            if self.training.task != CLASSIFY:
-                continue
-            if images.labels is None or not 2 <= max(self.classes, images.classes) <= self.classes:
-                raise InputError(
-                    f"{images.name}: got {images.classes} classes; want labels of {self.classes} (2 or more)"
-                )
-
-    # --- the folder
 
     def config(self) -> dict[str, Any]:
         """What makes two trainings the same."""
@@ -228,106 +219,93 @@ class _Job:
     def write_log(self, entries: list[dict[str, Any]]) -> None:
         write_whole(self.folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries))
 
-    def keep(self, state: _State) -> None:
+    def keep(self) -> None:
         """Write a checkpoint, then what is needed to go on from it, then say that it is there."""
-        path = self.folder / f"checkpoint-{state.step}"
+        path = self.folder / f"checkpoint-{self.step}"
         if not path.exists():  # else it was written before a kill: the same weights
             with writing(path), whole(path) as temporary:
-                save_model(state.model, temporary)
+                save_model(self.model, temporary)
         tensors = {
             f"{i}.{name}": value.cpu().contiguous()
-            for i, p in enumerate(_trainable(state.model))
-            for name, value in state.optimizer.state.get(p, {}).items()
+            for i, p in enumerate(_trainable(self.model))
+            for name, value in self.optimizer.state.get(p, {}).items()
         }
-        tensors["losses"] = torch.stack(state.losses).cpu() if state.losses else torch.zeros(0)
-        write_whole(self._state(state.step), lambda path: save_file(tensors, path))
-        self.update(state=state.step, scaler=state.scaler.state_dict())
+        tensors["losses"] = torch.stack(self.losses).cpu() if self.losses else torch.zeros(0)
+        write_whole(self.state, lambda path: save_file(tensors, path))
+        self.update(state=self.step, scaler=self.scaler.state_dict())
         for old in self.folder.glob("state-*.safetensors"):
-            if old != self._state(state.step):
+            if old != self.state:
                 old.unlink()
 
-    def _state(self, step: int) -> Path:
-        return self.folder / f"state-{step}.safetensors"
+    @property
+    def state(self) -> Path:
+        """The file of what is needed to go on from this step's checkpoint."""
+        return self.folder / f"state-{self.step}.safetensors"
 
-    def keep_best(self, state: _State, loss: float) -> None:
-        path = self.folder / "best"
-        with writing(path), whole(path) as temporary:
-            save_model(state.model, temporary)
-            about = {"step": state.step, "validation": loss}
-            (temporary / "best.json").write_text(json.dumps(about), encoding="utf-8")
-
-    # --- the training
-
-    def new_model(self) -> Model:
-        """The model at step 0."""
-        seed = self.training.seed
-        classify = self.training.task == CLASSIFY
-        model: Model = new_classifier(self.mae, self.classes, seed) if classify else new_mae(self.mae, seed)
-        if self.start is not None:
-            (load_encoder if classify else load_model)(model, self.start)
-        return model
-
-    def resume(self) -> _State:
+    def resume(self) -> None:
         """Everything as it was at the last checkpoint, or at the start."""
-        model, about = self.new_model(), TRAINING.read(self.folder)
+        seed, classify = self.training.seed, self.training.task == CLASSIFY
+        self.model: Model = new_classifier(self.mae, self.classes, seed) if classify else new_mae(self.mae, seed)
+        if self.start is not None:
+            (load_encoder if classify else load_model)(self.model, self.start)
+        about = TRAINING.read(self.folder)
         at = about["state"]
         if at is not None:
-            load_model(model, self.folder / f"checkpoint-{at}")
-        model.to(self.device).train()
+            load_model(self.model, self.folder / f"checkpoint-{at}")
+        self.model.to(self.device).train()
         rate, decay = self.training.rate, self.training.weight_decay
-        optimizer = torch.optim.AdamW(_trainable(model), lr=rate, weight_decay=decay, fused=True)
-        scaler = torch.amp.GradScaler(self.device.type, enabled=self.device.type == "cuda")
-        state = _State(model, optimizer, scaler, at or 0)
+        self.optimizer = torch.optim.AdamW(_trainable(self.model), lr=rate, weight_decay=decay, fused=True)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.device.type == "cuda")
         if at is None:
             self.write_log([])
-            self.keep(state)
-            return state
+            self.keep()
+            return
+        self.step = at
         self.write_log([entry for entry in Run(self.folder).log if entry["step"] <= at])
-        stored = open_checkpoint(self._state(at))
-        for i, p in enumerate(_trainable(model)):
+        stored = open_checkpoint(self.state)
+        for i, p in enumerate(_trainable(self.model)):
             names = [name for name in ("step", "exp_avg", "exp_avg_sq") if f"{i}.{name}" in stored]
-            optimizer.state[p] = {name: stored[f"{i}.{name}"].clone().to(self.device) for name in names}
-        scaler.load_state_dict(about["scaler"])
-        state.losses = list(stored["losses"].clone().to(self.device))
-        return state
+            self.optimizer.state[p] = {name: stored[f"{i}.{name}"].clone().to(self.device) for name in names}
+        self.scaler.load_state_dict(about["scaler"])
+        self.losses = list(stored["losses"].clone().to(self.device))
 
-    def advance(self, state: _State, step: int) -> None:
+    def advance(self) -> None:
         """One step of AdamW, at its place on the cosine."""
-        for group in state.optimizer.param_groups:
-            group["lr"] = self.training.rate * 0.5 * (1 + math.cos(math.pi * step / self.total))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.training.rate * 0.5 * (1 + math.cos(math.pi * self.step / self.total))
         n, batch = len(self.images), self.training.batch
-        epoch, place = divmod(step, math.ceil(n / batch))
+        epoch, place = divmod(self.step, math.ceil(n / batch))
         # A new order every epoch, all images once in each.
         generator = torch.Generator().manual_seed(_seed(self.training.seed, "order", epoch))
         index = torch.randperm(n, generator=generator)[place * batch : (place + 1) * batch]
         images = self._on_device.take(index.to(self.device))
-        loss = self._loss(state.model, images, _seed(self.training.seed, "mask", step))[0]
-        state.scaler.scale(loss).backward()
-        state.scaler.unscale_(state.optimizer)
-        torch.nn.utils.clip_grad_norm_(state.model.parameters(), self.training.clip)
-        state.scaler.step(state.optimizer)
-        state.scaler.update()
-        state.optimizer.zero_grad(set_to_none=True)
-        state.losses.append(loss.detach())
-        state.step = step + 1
+        loss = self._loss(images, _seed(self.training.seed, "mask", self.step))[0]
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        self.scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.training.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.losses.append(loss.detach())
+        self.step += 1
 
     @torch.no_grad()
-    def validate(self, state: _State) -> dict[str, Any]:
+    def validate(self) -> dict[str, Any]:
         """An entry of the log; masks are the same every time."""
-        state.model.eval()
+        self.model.eval()
         loss, right = 0.0, 0.0
         for start in range(0, len(self.validation), 256):
             part = self.validation.take(slice(start, start + 256))
-            mean, hits = self._loss(state.model, part, _seed(0, "validation", start))
+            mean, hits = self._loss(part, _seed(0, "validation", start))
             loss += float(mean) * len(part) / len(self.validation)
             right += hits / len(self.validation)
-        state.model.train()
-        train_loss = float(torch.stack(state.losses).double().mean()) if state.losses else math.nan
-        state.losses.clear()
+        self.model.train()
+        train_loss = float(torch.stack(self.losses).double().mean()) if self.losses else math.nan
+        self.losses.clear()
         if not math.isfinite(loss + train_loss):
-            raise InputError(f"{self.folder}: the loss is not finite at step {state.step}; choose a lower rate")
-        epoch = state.step * self.training.batch / len(self.images)
-        entry = {"step": state.step, "epoch": round(epoch, 4), "loss": train_loss, "validation": loss}
+            raise InputError(f"{self.folder}: the loss is not finite at step {self.step}; choose a lower rate")
+        epoch = self.step * self.training.batch / len(self.images)
+        entry = {"step": self.step, "epoch": round(epoch, 4), "loss": train_loss, "validation": loss}
         return entry | ({"accuracy": right} if self.training.task == CLASSIFY else {})
 
     @cached_property
@@ -335,9 +313,9 @@ class _Job:
         labels = None if self.images.labels is None else self.images.labels.to(self.device)
         return replace(self.images, pixels=self.images.pixels.to(self.device), labels=labels)
 
-    def _loss(self, model: Model, images: Images, seed: int) -> tuple[Tensor, float]:
+    def _loss(self, images: Images, seed: int) -> tuple[Tensor, float]:
         """Mean loss of some images, and how many of them are classified rightly."""
-        pixels = images.pixels.to(self.device).float().div_(127.5).sub_(1.0)
+        model, pixels = self.model, images.pixels.to(self.device).float().div_(127.5).sub_(1.0)
         with torch.autocast(self.device.type, torch.float16, enabled=self.device.type == "cuda"):
             if isinstance(model, PatchClassifier):
                 labels = images.labels

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from specbasis.core.errors import InputError
+from specbasis.finetuning.base import Images
 from specbasis.finetuning.metrics import METRICS
 from specbasis.finetuning.sources import load_task
 from specbasis.finetuning.tasks import Split, Task, task_named
@@ -100,16 +101,11 @@ class Classification(Encoded):
 def _images(model: nn.Module, split: Split) -> Iterator[Batch]:
     """Pictures as the model's processor has them, read each time: they take too much memory to be kept."""
     import transformers
-    from PIL import Image
 
-    processor = transformers.AutoImageProcessor.from_pretrained(location_of(model))
+    images = Images(split, transformers.AutoImageProcessor.from_pretrained(location_of(model)))
     for start in range(0, len(split), 32):
         indices = list(range(start, min(start + 32, len(split))))
-        pictures = []
-        for index in indices:
-            with Image.open(split.inputs[index][0]) as picture:
-                pictures.append(picture.convert("RGB"))
-        yield indices, dict(processor(pictures, return_tensors="pt"))
+        yield indices, {"pixel_values": torch.stack([images[index]["pixel_values"] for index in indices])}
 
 
 def _label_order(model: Any, task: Task) -> list[int]:
