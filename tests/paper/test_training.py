@@ -10,7 +10,7 @@ from transformers import ViTMAEForPreTraining
 from specbasis.architecture.recognise import model_map
 from specbasis.checkpoint import open_checkpoint
 from specbasis.core.errors import InputError
-from specbasis.paper.mae import MAE, load_encoder, new_classifier, new_mae, positions
+from specbasis.paper.mae import MAE, load_weights, new_classifier, new_mae, positions
 from specbasis.paper.training import CLASSIFY, NEW_TASK, PRETRAINING, SAME_TASK, _seed, train
 from tests.paper.pico import TINY, images, state_of, training
 
@@ -70,7 +70,7 @@ def test_the_loss_is_the_mean_square_over_hidden_patches():
 def test_a_classifier_pools_patches_and_takes_the_encoder_of_a_checkpoint(tmp_path):
     run = train(images(), images(8, seed=1), tmp_path / "run", mae=TINY, training=training(steps=2), device="cpu")
     model = new_classifier(TINY, 3, seed=5).eval()
-    load_encoder(model, run.best)
+    load_weights(model, run.best, "vit.")
     stored = open_checkpoint(run.best)
     assert torch.equal(model.vit.layers[0].mlp.fc1.weight, stored["vit.layers.0.mlp.fc1.weight"])
     x = torch.rand(2, 3, 8, 8)

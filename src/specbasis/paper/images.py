@@ -174,16 +174,14 @@ def from_arrays(
     if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[3] not in (1, 3) or not pixels.numel():
         got = f"{pixels.dtype} {tuple(np.asarray(images).shape)}"
         raise InputError(f"{name}: got images {got}; want uint8 (n, height, width) or (n, height, width, 3)")
-    return Images(_fitted(pixels.permute(0, 3, 1, 2), size), _labels(labels, len(pixels), name), name)
-
-
-def _labels(labels: Any, n: int, name: str) -> Tensor | None:
-    if labels is None:
-        return None
-    classes = np.asarray(labels)
-    if classes.shape != (n,) or classes.dtype.kind not in "iu" or (n and int(classes.min()) < 0):
-        raise InputError(f"{name}: got labels {classes.dtype} {classes.shape}; want {n} whole numbers from 0")
-    return torch.as_tensor(classes.astype(np.int64))
+    classes: Tensor | None = None
+    if labels is not None:
+        given = np.asarray(labels)
+        if given.shape != (len(pixels),) or given.dtype.kind not in "iu" or int(given.min()) < 0:
+            got = f"{given.dtype} {given.shape}"
+            raise InputError(f"{name}: got labels {got}; want {len(pixels)} whole numbers from 0")
+        classes = torch.as_tensor(given.astype(np.int64))
+    return Images(_fitted(pixels.permute(0, 3, 1, 2), size), classes, name)
 
 
 def _fitted(pixels: Tensor, size: int) -> Tensor:

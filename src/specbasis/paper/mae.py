@@ -131,21 +131,22 @@ def new_classifier(mae: MAE, classes: int, seed: int) -> PatchClassifier:
     return model
 
 
-def load_encoder(model: Model, folder: Path) -> None:
-    """Put the encoder's weights of a checkpoint into a model; the other weights stay.
+def load_weights(model: Model, folder: Path, part: str = "") -> None:
+    """Put the weights of a checkpoint into a model: those whose names begin so ("vit." is the encoder), or all.
 
     Raises:
-        InputError: the checkpoint has no encoder of this shape.
+        InputError: the checkpoint lacks one of them, or has one of another shape.
     """
-    stored = {
-        name: W for name, W in open_checkpoint(folder / "model.safetensors").items() if name.startswith("vit.")
-    }
-    _load(model, stored, folder, {name for name in model.state_dict() if name.startswith("vit.")})
-
-
-def load_model(model: Model, folder: Path) -> None:
-    """Put all weights of a checkpoint into a model of the same shape. Raises as `load_encoder`."""
-    _load(model, dict(open_checkpoint(folder / "model.safetensors")), folder, set(model.state_dict()))
+    every, own = open_checkpoint(folder / "model.safetensors"), model.state_dict()
+    stored, wanted = ({name: W for name, W in of.items() if name.startswith(part)} for of in (every, own))
+    bad = sorted(
+        name
+        for name in wanted | stored
+        if name not in stored or name not in wanted or stored[name].shape != wanted[name].shape
+    )
+    if bad:
+        raise InputError(f"{folder}: {bad[0]} is missing or of another shape; want a checkpoint of the same sizes")
+    model.load_state_dict({**own, **stored})
 
 
 def save_model(model: Any, folder: Path) -> None:
@@ -180,18 +181,6 @@ def _complete(vit: Any, decoder: Any) -> None:
     nn.init.xavier_uniform_(projection.weight.flatten(1))
     for token in (vit.embeddings.cls_token, decoder.mask_token):
         nn.init.normal_(token, std=vit.config.initializer_range)
-
-
-def _load(model: Model, stored: dict[str, Tensor], folder: Path, wanted: set[str]) -> None:
-    own = model.state_dict()
-    bad = sorted(
-        name
-        for name in wanted | stored.keys()
-        if name not in stored or name not in own or stored[name].shape != own[name].shape
-    )
-    if bad:
-        raise InputError(f"{folder}: {bad[0]} is missing or of another shape; want a checkpoint of the same sizes")
-    model.load_state_dict({**own, **stored})
 
 
 def _seed(seed: int, *names: object) -> int:

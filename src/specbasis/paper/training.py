@@ -31,8 +31,7 @@ from specbasis.paper.mae import (
     Model,
     PatchClassifier,
     _seed,
-    load_encoder,
-    load_model,
+    load_weights,
     new_classifier,
     new_mae,
     save_model,
@@ -247,11 +246,11 @@ class _Job:
         seed, classify = self.training.seed, self.training.task == CLASSIFY
         self.model: Model = new_classifier(self.mae, self.classes, seed) if classify else new_mae(self.mae, seed)
         if self.start is not None:
-            (load_encoder if classify else load_model)(self.model, self.start)
+            load_weights(self.model, self.start, "vit." if classify else "")
         about = TRAINING.read(self.folder)
         at = about["state"]
         if at is not None:
-            load_model(self.model, self.folder / f"checkpoint-{at}")
+            load_weights(self.model, self.folder / f"checkpoint-{at}")
         self.model.to(self.device).train()
         rate, decay = self.training.rate, self.training.weight_decay
         self.optimizer = torch.optim.AdamW(_trainable(self.model), lr=rate, weight_decay=decay, fused=True)
