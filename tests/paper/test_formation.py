@@ -14,9 +14,8 @@ from specbasis.core.errors import InputError
 from specbasis.jobs.experiments import Row, read_experiments
 from specbasis.paper import formation_grid as formation
 from specbasis.paper.formation import FIGURES, SMALL, experiments_of, paper, write_outcome
-from specbasis.paper.formation_claims import claims, markdown, verdict
+from specbasis.paper.formation_claims import Curves, at_equal_size, claims, markdown, verdict
 from specbasis.paper.formation_grid import Formation, run_formation
-from specbasis.paper.formation_rows import Curves, at_equal_size
 from tests.paper.pico import TINY, training
 
 

@@ -19,7 +19,7 @@ from specbasis.finetuning.metrics import Predictions
 from specbasis.finetuning.tasks import GLUE
 from specbasis.jobs.experiments import Row, read_experiments
 from specbasis.paper import table1
-from specbasis.paper.search import scaled_rate
+from specbasis.paper.grid import scaled_rate
 from specbasis.paper.table1 import comparison, lines
 from specbasis.paper.table1_page import markdown, printed, write
 from tests.finetuning import lab

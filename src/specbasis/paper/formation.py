@@ -18,9 +18,8 @@ from specbasis.figures.kit import COLORS, Axes, Figure
 from specbasis.figures.tracking import between_checkpoints
 from specbasis.jobs.experiments import Row
 from specbasis.jobs.folder import plain, write_json
-from specbasis.paper.formation_claims import Claim, claims, markdown
+from specbasis.paper.formation_claims import GROUPS, Claim, Grid, claims, curves, markdown, members
 from specbasis.paper.formation_grid import POSTS, Formation
-from specbasis.paper.formation_rows import GROUPS, Grid, curves, members
 from specbasis.paper.training import NEW_TASK, PRETRAINING
 
 SMALL = Formation(

@@ -18,9 +18,8 @@ from specbasis.finetuning.methods import METHODS, TABLE_5, method_named
 from specbasis.finetuning.tasks import GLUE, task_named
 from specbasis.jobs.experiments import Row
 from specbasis.paper.differences import Difference, difference, runs
-from specbasis.paper.grid import SCRATCH, Experiment
+from specbasis.paper.grid import SCRATCH, Experiment, Search, scaled_rate
 from specbasis.paper.options import TableOptions
-from specbasis.paper.search import Search, scaled_rate
 
 OURS = "spectral"
 EPOCHS: Mapping[str, float] = {task: epochs for task, (epochs, _) in TABLE_5.items()}

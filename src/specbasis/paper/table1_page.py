@@ -17,7 +17,7 @@ from specbasis.figures.table import Column, Table, number
 from specbasis.finetuning.tasks import GLUE
 from specbasis.jobs.experiments import Row
 from specbasis.paper.differences import MEANING, Difference, percent
-from specbasis.paper.search import BEYOND, search_sizes
+from specbasis.paper.grid import BEYOND, search_sizes
 from specbasis.paper.table1 import Comparison, Factors, Line, lines, ours, rate_from, title_of
 
 
