@@ -101,7 +101,18 @@ class Placement(Options):
 
 
 @dataclass(frozen=True)
-class FinetuneOptions(Placement, Protocol):
+class Source(Options):
+    """Where the examples of a task are; see `sources.load_task`."""
+
+    data_dir: str | Path | None = option(None, "GLUE in its official layout; default: from the Hub")
+    text: tuple[str, ...] = option((), "column of your table with the text, or two: premise,hypothesis")
+    label: str = option("", "column of your table with the label")
+    regression: bool = option(False, "the label of your table is a number", panel=ADVANCED)
+    dev: str | Path | None = option(None, "dev set of your own task; default: a tenth of it", panel=ADVANCED)
+
+
+@dataclass(frozen=True)
+class FinetuneOptions(Source, Placement, Protocol):
     """Everything about a finetune but base, task and method.
 
     By default ``held_back`` is the premises of RTE's dev set where GLUE is at hand, else the texts of the task's
@@ -109,11 +120,6 @@ class FinetuneOptions(Placement, Protocol):
     """
 
     seed: int = option(42, "of head, order, dropout and the method's random parts")
-    data_dir: str | Path | None = option(None, "GLUE in its official layout; default: from the Hub")
-    text: tuple[str, ...] = option((), "column of your table with the text, or two: premise,hypothesis")
-    label: str = option("", "column of your table with the label")
-    regression: bool = option(False, "the label of your table is a number", panel=ADVANCED)
-    dev: str | Path | None = option(None, "dev set of your own task; default: a tenth of it", panel=ADVANCED)
     examples: int | None = option(None, "train on a fixed part of train, of this size", panel=ADVANCED)
     cache_prefix: str | Path | None = option(
         None, "folder of activations: what lies below the first trained module runs once an example"

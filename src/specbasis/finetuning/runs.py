@@ -21,7 +21,7 @@ from specbasis.checkpoint.atomic import whole, write_whole, writing
 from specbasis.core.errors import InputError
 from specbasis.core.options import takes
 from specbasis.finetuning.metrics import Predictions
-from specbasis.finetuning.options import FinetuneOptions, Placement, Protocol, require_libraries
+from specbasis.finetuning.options import FinetuneOptions, Placement, Protocol, Source, require_libraries
 from specbasis.finetuning.sources import load_task
 from specbasis.finetuning.tables import lines
 from specbasis.finetuning.tasks import Task, TaskData, selection_size, subset
@@ -90,8 +90,7 @@ def finetune(
     options = FinetuneOptions.of(None, keywords)
     _check_report(options.report_to)
     method = method_named(method).name
-    source: dict[str, Any] = {name: getattr(options, name) for name in _SOURCE}
-    data = task if isinstance(task, TaskData) else load_task(task, **source)
+    data = task if isinstance(task, TaskData) else load_task(task, options.part(Source))
     options, data = resolved(options, method, data)
     config = {
         "base": str(base),
@@ -132,10 +131,6 @@ def finetune(
             write_json(folder / METRICS, metrics)  # whose presence says that the run is finished
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return Finetuned(folder, metrics)
-
-
-_SOURCE = ("data_dir", "dev", "text", "label", "regression")
-"""Options that say where the examples are."""
 
 
 def _check_report(report_to: str) -> None:

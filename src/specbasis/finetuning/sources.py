@@ -4,55 +4,48 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from specbasis.checkpoint.entry import first_line
 from specbasis.core.errors import InputError
 from specbasis.core.extras import require
+from specbasis.core.options import takes
+from specbasis.finetuning.options import Source
 from specbasis.finetuning.tables import READERS, class_names, column_names, examples, lines, read_table, tab_rows
 from specbasis.finetuning.tasks import CORRELATIONS, GLUE, Layout, Split, Task, TaskData, task_key, task_named
 
 
-def load_task(
-    source: str | Path,
-    *,
-    data_dir: str | Path | None = None,
-    dev: str | Path | None = None,
-    text: Sequence[str] = (),
-    label: str = "",
-    regression: bool = False,
-) -> TaskData:
+@takes(Source)
+def load_task(source: str | Path, where: Source | None = None, **keywords: Any) -> TaskData:
     """Read a task and all of its examples.
 
     Args:
         source: name of a GLUE task; or the path of a table of texts, or of a folder of images, one folder a class.
-        data_dir: folder with GLUE in its official layout (``CoLA/train.tsv`` …); without it GLUE comes from the
-            Hub.
-        dev: the user's dev set, a table or folder like ``source``; without it every tenth example of ``source``, by
-            content, is the dev set.
-        text: the columns of a table that hold the one or two texts.
-        label: the column that holds the label.
-        regression: the label is a number, not a class.
+        where: without ``data_dir`` GLUE comes from the Hub; ``dev`` is a table or folder like ``source``, and
+            without it every tenth example of ``source``, by content, is the dev set.
+        **keywords: the fields of `Source`, in place of ``where``.
 
     Raises:
         InputError: no such task, file or column, an empty or truncated file, or a label that is none; names the
             line.
     """
+    where = Source.of(where, keywords)
     path = Path(source).expanduser()
     named = isinstance(source, str) and task_key(source) in GLUE  # even where a run's folder is called like a task
-    if not named and (path.suffix.lower() in READERS or path.is_dir() or dev is not None):
-        return _own_task(path, None if dev is None else Path(dev).expanduser(), tuple(text), label, regression)
+    if not named and (path.suffix.lower() in READERS or path.is_dir() or where.dev is not None):
+        return _own_task(path, None if where.dev is None else Path(where.dev).expanduser(), where)
     task = task_named(str(source))
-    if text or label or regression or dev is not None:
+    if where.text or where.label or where.regression or where.dev is not None:
         raise InputError(
             f"{task.title} names its own columns and dev set; --text, --label, --dev and --regression are for your "
             "own table (a path to it that is called like a task is written ./NAME)"
         )
     assert task.layout is not None
     notes: list[str] = []
-    if data_dir is None:
+    if where.data_dir is None:
         train, *devs = _glue_hub(task, task.layout)
     else:
-        train, *devs = _glue_folder(task, task.layout, Path(data_dir).expanduser(), notes)
+        train, *devs = _glue_folder(task, task.layout, Path(where.data_dir).expanduser(), notes)
     names = (name.removeprefix("dev_") for name in task.layout.dev)  # of several, each file begins so
     return TaskData(task, train, dict(zip(names, devs, strict=True)), notes=tuple(notes))
 
@@ -121,7 +114,8 @@ _IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
 _DEV_FOLDERS = ("dev", "val", "valid", "validation", "test")
 
 
-def _own_task(path: Path, dev: Path | None, text: tuple[str, ...], label: str, regression: bool) -> TaskData:
+def _own_task(path: Path, dev: Path | None, where: Source) -> TaskData:
+    text, label, regression = where.text, where.label, where.regression
     for place in filter(None, (path, dev)):
         if not place.exists():
             raise InputError(f"{place}: no such file or folder")
