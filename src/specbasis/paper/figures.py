@@ -36,7 +36,6 @@ class Drawn:
 
     files: tuple[Path, ...]
     notes: tuple[str, ...]
-    table: Records
 
 
 def reproduce(
@@ -139,4 +138,4 @@ def _write(recipe: Recipe, material: Material, out: Path) -> Drawn:
     files[f"{recipe.name}.json"] = json.dumps(plain(about), indent=1, ensure_ascii=False) + "\n"
     for name, content in files.items():
         write_whole(out / name, content)
-    return Drawn(tuple(out / name for name in files), notes, records)
+    return Drawn(tuple(out / name for name in files), notes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -63,12 +63,19 @@ def sites(model: nn.Module, roles: Collection[str], blocks: Sequence[int] | None
     for ref in model_map(open_checkpoint(dict(model.state_dict()))).matrices:
         if ref.key.block is not None and ref.expert is None:
             by_module[ref.parameter.rpartition(".")[0]].append(ref)
-    inside = _inside(by_module, blocks, type(model).__name__)
+    counts: dict[str, int] = {}  # blocks of each stack
+    for ref in (ref for refs in by_module.values() for ref in refs):
+        counts[ref.key.stack] = max(counts.get(ref.key.stack, 0), (ref.key.block or 0) + 1)
+    most = max(counts.values(), default=0)
+    outside = [block for block in blocks or () if not -most <= block < most]
+    if outside or (blocks is not None and not blocks):
+        want = f"want some of −{most} … {most - 1}"
+        raise InputError(f"got block {outside[:1] or blocks} for {type(model).__name__}; {want}")
     chosen: list[Site] = []
     for name, refs in by_module.items():
         stored = tuple(ref.key.role for ref in refs)
-        wanted = set(stored) & set(roles)
-        if not wanted or refs[0] not in inside:
+        wanted, key = set(stored) & set(roles), refs[0].key
+        if not wanted or not (blocks is None or key.block in [b % counts[key.stack] for b in blocks]):
             continue
         if wanted != set(stored):
             raise InputError(
@@ -84,23 +91,6 @@ def sites(model: nn.Module, roles: Collection[str], blocks: Sequence[int] | None
             "with target_modules"
         )
     return tuple(chosen)
-
-
-def _inside(
-    by_module: Mapping[str, list[MatrixRef]], blocks: Sequence[int] | None, model: str
-) -> Collection[MatrixRef]:
-    """The matrices in the wanted blocks."""
-    refs = [ref for stored in by_module.values() for ref in stored]
-    if blocks is None:
-        return set(refs)
-    counts: dict[str, int] = {}
-    for ref in refs:
-        counts[ref.key.stack] = max(counts.get(ref.key.stack, 0), (ref.key.block or 0) + 1)
-    most = max(counts.values(), default=0)
-    outside = [block for block in blocks if not -most <= block < most]
-    if outside or not blocks:
-        raise InputError(f"got block {outside[:1] or blocks} for {model}; want some of −{most} … {most - 1}")
-    return {ref for ref in refs if any(ref.key.block == b % counts[ref.key.stack] for b in blocks)}
 
 
 def named_sites(model: nn.Module, targets: Collection[str]) -> tuple[Site, ...]:

@@ -45,15 +45,12 @@ def row_keys(batch: Mapping[str, Any], inputs: frozenset[str]) -> tuple[list[byt
             by_token = mask is not None and value.shape[:2] == mask.shape
             part = value[i][mask[i]] if by_token and mask is not None else value[i]
             digest.update(f"{name} {tuple(part.shape)} {part.dtype}".encode())
-            digest.update(_bytes(part) if part.dim() else bytes(str(part), "ascii"))
+            plain = part.contiguous().view(torch.uint8).numpy().tobytes() if part.dim() else str(part).encode()
+            digest.update(plain)
         inner = torch.empty(0) if mask is None else mask[i].nonzero().flatten()
         if len(inner) and int(inner[-1] - inner[0]) + 1 != len(inner):  # holes: which positions counts
             digest.update(str((inner - inner[0]).tolist()).encode())
     return [digest.digest()[:16] for digest in digests], mask
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def parts_of(model: nn.Module, cut: Cut, batch: Mapping[str, Any]) -> list[list[Tensor]]:
