@@ -95,9 +95,8 @@ class Setting:
 
     @property
     def base_name(self) -> str:
-        """The base as tables and manifests call it: without this machine's path."""
-        local = Path(self.base)
-        return "/".join(local.absolute().parts[-2:]) if local.exists() else self.base
+        """See `base_name`."""
+        return base_name(self.base)
 
     @functools.cached_property
     def base_sha256(self) -> str:
@@ -112,6 +111,12 @@ class Setting:
             "protocol": dict(self.protocol),
             "prefix_cached": self.cache_prefix is not None,
         }
+
+
+def base_name(base: str) -> str:
+    """A base as tables and manifests call it: without this machine's path."""
+    local = Path(base)
+    return "/".join(local.absolute().parts[-2:]) if local.exists() else base
 
 
 def run_experiment(row: Mapping[str, Any], setting: Setting) -> dict[str, Any]:
