@@ -17,7 +17,7 @@ from specbasis.adapter.bases import basis_of, check_interval
 from specbasis.adapter.layouts import innermost, layout_of
 from specbasis.adapter.proof import Proof, empty_proof, prove, settled_basis
 from specbasis.adapter.state import PARTS, Adapter, Cores, Frozen
-from specbasis.checkpoint.adapter_file import BASIS, PROOF
+from specbasis.checkpoint.adapter_file import AGAIN, BASIS, PROOF, digest
 from specbasis.core.errors import InputError
 from specbasis.core.svd import SVD
 
@@ -72,7 +72,7 @@ class AdaptedLayer(nn.Module):
         self.module_name = module_name
         self.layout = layout_of(base_layer, module_name)
         self.adapters: dict[str, Adapter] = {}
-        self.spectral_M = Cores()
+        self.spectral_M = Cores(partial(self._arrived, "M"))
         for part in PARTS:
             setattr(self, f"spectral_{part}", Frozen(self._expected, partial(self._arrived, part)))
         self.merged_adapters: list[str] = []
@@ -104,7 +104,7 @@ class AdaptedLayer(nn.Module):
     def weight_matrix(self) -> Float[Tensor, "out in"]:
         """The frozen weight as a matrix (out, in), dequantised if need be."""
         if self._original is not None:
-            return self.layout.matrix(self._original.detach())
+            return self.layout.matrix(self._original.detach().to(self.stored_weight().device))
         return self.layout.matrix(self.stored_weight())
 
     def stored_weight(self) -> Tensor:
@@ -154,8 +154,9 @@ class AdaptedLayer(nn.Module):
         )
         U, Vh = (torch.zeros(shape, device=weight.device) for shape in ((out, m - k), (m - k, in_)))
         self._store(adapter_name, U, Vh, empty_proof(m - k), shard)
-        if from_file:
+        if from_file or self.spectral_M[adapter_name].is_meta:
             adapter.expect()
+            adapter.awaited.add("M")
         elif not (later or weight.is_meta):
             self.settle(adapter_name)
 
@@ -172,9 +173,11 @@ class AdaptedLayer(nn.Module):
         """
         if self.adapters[adapter_name].settled:
             return
-        proof = self.proof(adapter_name)
+        proof, seal = self.proof(adapter_name), self.adapters[adapter_name].seal
         if bool(proof.origin.any()) or bool(self.spectral_M[adapter_name].any()):
             self._prove(adapter_name, proof)
+        elif seal is not None and seal.arrived:
+            raise InputError(f"{self.module_name} (adapter {adapter_name!r}): is not in the adapter file; {AGAIN}")
         else:
             self._compute(adapter_name)
             self._start(adapter_name)
@@ -205,6 +208,14 @@ class AdaptedLayer(nn.Module):
                 f"configuration says [{adapter.interval[0]}, {adapter.interval[1]}); the folder mixes two "
                 "adapters: save it again"
             )
+        parts = {"M": self.spectral_M[name], **{part: getattr(proof, part) for part in PROOF}}
+        if adapter.seal is not None and digest(parts) not in adapter.seal.digests:
+            raise InputError(f"{label}: holds other coefficients than were saved; {AGAIN}")
+        if not bool(torch.isfinite(self.spectral_M[name]).all()):
+            raise InputError(
+                f"{label}: the coefficients are not finite; the training diverged, or the file is damaged: load an "
+                "earlier one"
+            )
         twin = self._twin(name)
         factors = None if twin is None else (self.spectral_U[twin], self.spectral_Vh[twin])
         if not adapter.keep_basis and twin is not None and factors is not None and self._same_proof(name, twin):
@@ -234,7 +245,7 @@ class AdaptedLayer(nn.Module):
         """Keep a basis that is now known to be the right one."""
         self._store(name, U, Vh, proof, shard=name in self.spectral_U._parameters)
         adapter = self.adapters[name]
-        adapter.settled, adapter.exact = True, exact
+        adapter.settled, adapter.exact, adapter.seal = True, exact, None
         self._rate(name)
 
     def _twin(self, name: str) -> str | None:
@@ -282,6 +293,8 @@ class AdaptedLayer(nn.Module):
     def _arrived(self, part: str, name: str) -> None:
         """A tensor of an adapter was put in place from outside: with the last that its file holds, settle them."""
         adapter = self.adapters[name]
+        if adapter.seal is not None:
+            adapter.seal.arrived = True
         if part in adapter.awaited:
             adapter.awaited.discard(part)
             if not adapter.awaited and not self.stored_weight().is_meta:
@@ -329,7 +342,7 @@ def find_bases(layers: Iterable[AdaptedLayer], adapter_name: str) -> None:
         layer
         for layer in layers
         if adapter_name in layer.adapters and not layer.adapters[adapter_name].settled
-        if not layer.stored_weight().is_meta
+        if not (layer.stored_weight().is_meta or layer.spectral_M[adapter_name].is_meta)
     ]
     threads = torch.get_num_threads()
     small = [

@@ -91,7 +91,7 @@ class SpectralLinear(AdaptedLayer):
         original = innermost(self).weight
         if self._original is None:
             assert isinstance(original, nn.Parameter)
-            self._original = original
+            vars(self)["_original"] = original  # registered, it would be one of the adapter's own parameters
         self._put_weight(weight)
         self.merged_adapters.extend(names)
 

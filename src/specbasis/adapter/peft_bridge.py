@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,15 +25,20 @@ from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_module_exists
 from peft.utils import register_peft_method
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from specbasis.adapter.adapted import find_bases
 from specbasis.adapter.bases import save_bases
+from specbasis.adapter.inert import refuse_inert
 from specbasis.adapter.peft_config import FILE_NAME, NAME, SpectralConfig
-from specbasis.adapter.peft_layer import SpectralLayer
-from specbasis.adapter.peft_resolve import feed_forward, resolve
+from specbasis.adapter.peft_layer import SpectralLayer, adapted_layer
+from specbasis.adapter.peft_resolve import all_linear, check_targets, feed_forward, resolve, tell_small_layers
+from specbasis.adapter.rest import fingerprints, rest_of, warn_of_another_base
+from specbasis.adapter.state import Seal
+from specbasis.checkpoint.adapter_file import seal
 from specbasis.core.errors import InputError
 
 NEEDS_PEFT = "0.21"
@@ -53,20 +59,29 @@ class SpectralModel(BaseTuner):
             InputError: an adapter from a file does not restore a module that is random in this base.
         """
         config = self.peft_config[adapter_name]
-        resolve(config, model)
+        file = resolve(config, model)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            layers = {
+                name: layer for name, layer in self.spectral_layers().items() if adapter_name in layer.adapters
+            }
             if config.file_format is None:
-                find_bases(self.spectral_layers().values(), adapter_name)
+                tell_small_layers(config, layers)
+                find_bases(layers.values(), adapter_name)
+            else:
+                check_targets(config, file, layers)
         except Exception:
             self._remove(adapter_name)
             raise
+        if config.file_format is not None and config.seal is not None:
+            seal = Seal(frozenset(config.seal["layers"].values()))
+            for layer in layers.values():
+                layer.adapters[adapter_name].seal = seal
+            warn_of_another_base(config.seal, model, config.modules_to_save or ())
         if config.basis_file and config.basis == "pretrained" and not Path(config.basis_file).exists():
-            layers = self.spectral_layers().items()
-            own = {
-                name: layer.stored_basis(adapter_name) for name, layer in layers if adapter_name in layer.adapters
-            }
-            save_bases(config.basis_file, own)
+            save_bases(
+                config.basis_file, {name: layer.stored_basis(adapter_name) for name, layer in layers.items()}
+            )
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """Replace a submodule; a trained module saved whole (a pooler) may have parts instead of a weight."""
@@ -104,7 +119,50 @@ class SpectralModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: SpectralConfig, model_config: dict[str, Any]) -> SpectralConfig:
         if peft_config.target_modules is None:
             peft_config.target_modules = sorted(feed_forward(self.model))
+        elif str(peft_config.target_modules).lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+            peft_config.target_modules = sorted(all_linear(peft_config, self.model))
         return peft_config
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Leave the float32 of cores and bases: a rounded basis is another one.
+
+        PEFT calls this when an adapter is added; ``autocast_adapter_dtype=False`` asks for the base layer's dtype.
+        """
+        dtypes = {layer.stored_weight().dtype for layer in self.spectral_layers().values()} - {torch.float32}
+        narrow = sorted(str(dtype).removeprefix("torch.") for dtype in dtypes if dtype.is_floating_point)
+        if narrow and not autocast_adapter_dtype:
+            warnings.warn(
+                f"autocast_adapter_dtype=False: spectral coefficients stay in float32, not {'/'.join(narrow)}; the "
+                "output has the base's dtype",
+                stacklevel=2,
+            )
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: SpectralConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        """The tensors of the adapter's file, which PEFT is about to write; the configuration gets their seal."""
+        stored: dict[str, Tensor] = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, **kwargs
+        )
+        whole = f".modules_to_save.{adapter_name}."
+        saved = {name.replace(whole, "."): tensor for name, tensor in state_dict.items() if whole in name}
+        config.seal = None
+        if all(
+            type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta
+            for tensor in (*stored.values(), *saved.values())
+        ):
+            named = {
+                cls._remove_adapter_name_from_key(name, adapter_name): tensor for name, tensor in stored.items()
+            }
+            base = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+            config.seal = seal(config, named, saved, fingerprints(rest_of(base, config.modules_to_save or [])))
+        return stored
 
     def _create_and_replace(
         self,
@@ -118,11 +176,12 @@ class SpectralModel(BaseTuner):
     ) -> None:
         layer = target
         if not isinstance(target, SpectralLayer):
-            layer = SpectralLayer(target, current_key, get_quantization_kwargs(self.model))
+            refuse_inert(parent, target_name, current_key)
+            layer = adapted_layer(target, current_key, get_quantization_kwargs(self.model))
         assert isinstance(layer, SpectralLayer)
         layer.add(
             adapter_name,
-            peft_config.interval_of(current_key),
+            peft_config.interval_of(current_key, layer.layout.shape(layer)),
             later=True,
             from_file=peft_config.file_format is not None,
             shard=peft_config.shard_basis,
@@ -205,10 +264,12 @@ class SpectralModel(BaseTuner):
             rank=None,
             target_modules=sorted(unions),
             blocks_to_transform=None,
+            layers_to_transform=None,
             layers_pattern=None,
             interval_pattern={re.escape(name): interval for name, interval in unions.items()},
             init="zero",
             file_format=None,
+            seal=None,
         )
         self.inject_adapter(self.model, adapter_name)
         with torch.no_grad():

@@ -15,18 +15,24 @@ FILE_NAME = f"{NAME}: run `from specbasis.adapter import SpectralConfig` first"
 """How adapter_config.json names the method. PEFT without specbasis stops with a KeyError that shows this text."""
 
 
+DEFAULT_RANK = 300
+"""Singular vectors of a layer where none are asked for (Yu et al. 2026, App. M)."""
+
+
 @dataclass
 class SpectralConfig(PeftConfig):
     """Configuration of a spectral adapter: W' = W + U[:, k:m] M Vh[k:m, :], only M trained.
 
     Args:
-        interval: ranks [k, m) of the singular vectors, 0-based, m excluded; default (0, 300).
+        interval: ranks [k, m) of the singular vectors, 0-based, m excluded; by default the first 300, or all of a
+            layer that has fewer.
         rank: shorthand for interval (0, rank).
         interval_pattern: intervals of single layers: {regular expression at the end of the module name: (k, m)}.
         target_modules: names (endings) of modules, a regular expression, or "all-linear"; by default both matrices
             of every feed-forward network, where the architecture is known.
         exclude_modules: names or a regular expression of modules to leave out.
         blocks_to_transform: indices of the blocks to adapt; negative ones count from the last block.
+        layers_to_transform: PEFT's name for ``blocks_to_transform``; give one of the two.
         layers_pattern: name of the list of blocks, where a module's name holds several numbers.
         scale: "none", or "sigma" for coefficients in units of the singular values (LoRA-XS, PSOFT with free R).
         basis: "pretrained" singular vectors; "from:PATH", the singular vectors of the same matrix in another
@@ -43,6 +49,7 @@ class SpectralConfig(PeftConfig):
             added by themselves.
         shard_basis: hold U and Vh as parameters without gradient, which FSDP shards.
         file_format: set by saving; tells a loaded configuration from a new one.
+        seal: set by saving: digests of the file, and what tells the base, see `AdapterFile.prove`.
     """
 
     interval: tuple[int, int] | None = None
@@ -51,6 +58,7 @@ class SpectralConfig(PeftConfig):
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     blocks_to_transform: list[int] | int | None = None
+    layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     scale: str = "none"
     basis: str = "pretrained"
@@ -61,6 +69,7 @@ class SpectralConfig(PeftConfig):
     modules_to_save: list[str] | None = None
     shard_basis: bool = False
     file_format: int | None = None
+    seal: dict[str, Any] | None = None
     _place: ClassVar[Any] = None  # where it was loaded from: folder or name, subfolder, options of the download
 
     def __post_init__(self) -> None:
@@ -70,8 +79,16 @@ class SpectralConfig(PeftConfig):
             if self.interval is not None and tuple(self.interval) != (0, self.rank):
                 raise InputError(f"got interval = {self.interval} and rank = {self.rank}; want one of the two")
             self.interval = (0, self.rank)
-        self.interval = _pair(self.interval or (0, 300))
+        self.interval = None if self.interval is None else _pair(self.interval)
         self.interval_pattern = {name: _pair(pair) for name, pair in (self.interval_pattern or {}).items()}
+        if None not in (self.blocks_to_transform, self.layers_to_transform):
+            raise InputError(
+                f"got blocks_to_transform = {self.blocks_to_transform} and layers_to_transform = "
+                f"{self.layers_to_transform}; want one of the two"
+            )
+        self.choose_blocks(
+            self.layers_to_transform if self.blocks_to_transform is None else self.blocks_to_transform
+        )
         if isinstance(self.target_modules, (list, set, tuple)):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # PEFT's own form
         if not re.fullmatch(r"pretrained|(random|shuffled)(:\d+)?|from:.+", self.basis):
@@ -90,23 +107,21 @@ class SpectralConfig(PeftConfig):
     target_parameters = None
     bias = "none"
 
-    @property
-    def layers_to_transform(self) -> list[int] | int | None:
-        """PEFT's name for the blocks."""
-        return self.blocks_to_transform
+    def choose_blocks(self, blocks: list[int] | int | None) -> None:
+        """Set the blocks, under PEFT's name for them too, which its matching of names reads."""
+        self.blocks_to_transform = self.layers_to_transform = blocks
 
-    def interval_of(self, module_name: str) -> tuple[int, int]:
+    def interval_of(self, module_name: str, shape: tuple[int, int]) -> tuple[int, int]:
         """The interval for a module: the first pattern that matches the end of its name, else the common one."""
         for pattern, interval in (self.interval_pattern or {}).items():
             if re.match(rf"(.*\.)?({pattern})$", module_name):
                 return interval
-        assert self.interval is not None
-        return self.interval
+        return self.interval or (0, min(DEFAULT_RANK, *shape))
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as adapter_config.json holds it."""
         fields = super().to_dict()
-        del fields["basis_file"], fields["rank"]
+        del fields["basis_file"], fields["rank"], fields["layers_to_transform"]
         if isinstance(fields["target_modules"], set):
             fields["target_modules"] = sorted(fields["target_modules"])
         return {**fields, "peft_type": FILE_NAME, "file_format": 1}

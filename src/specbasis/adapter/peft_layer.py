@@ -12,7 +12,7 @@ from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 
 from specbasis.adapter.layer import SpectralLinear
-from specbasis.adapter.layouts import innermost
+from specbasis.adapter.layouts import innermost, layout_of
 from specbasis.adapter.state import PARTS
 
 
@@ -82,9 +82,33 @@ class SpectralLayer(SpectralLinear, BaseTunerLayer):
             for part in PARTS:
                 self._frozen(part)._apply(lambda tensor: tensor.to(device))
 
+    @property
+    def in_features(self) -> int:
+        """Inputs of the base layer as PEFT counts them: channels of a convolution."""
+        return int(getattr(innermost(self), "in_channels", self.layout.shape(self)[1]))
+
+    @property
+    def out_features(self) -> int:
+        """Outputs of the base layer, or its output channels."""
+        return self.layout.shape(self)[0]
+
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """The update is additive."""
         return True
 
     def __repr__(self) -> str:
         return "spectral." + super().__repr__()
+
+
+class SpectralLinearLayer(SpectralLayer):
+    """Over a linear layer. PEFT takes a layer with "Linear" in its class's name for one of "all-linear"."""
+
+
+class SpectralConv2dLayer(SpectralLayer):
+    """Over a convolution."""
+
+
+def adapted_layer(base_layer: nn.Module, module_name: str, quantization: dict[str, Any]) -> SpectralLayer:
+    """The layer of PEFT's over a base layer, without an adapter yet."""
+    kind = SpectralLinearLayer if layout_of(base_layer, module_name).linear else SpectralConv2dLayer
+    return kind(base_layer, module_name, quantization)
