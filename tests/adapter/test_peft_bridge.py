@@ -336,6 +336,80 @@ def test_injected_on_meta_and_filled_from_a_state_dict(save_basis):
     assert torch.equal(fresh(X), model(X))
 
 
+ORDERS = [("spectral", "lora"), ("lora", "spectral")]
+
+
+def both(order, wrap):
+    """A spectral and a LoRA adapter over the same layers, with random coefficients, by name."""
+    configs = {
+        "spectral": SpectralConfig(target_modules=["lin0", "lin1"], rank=4),
+        "lora": peft.LoraConfig(target_modules=["lin0", "lin1"], r=2, init_lora_weights=False),
+    }
+    return wrap(mlp(), [(name, configs[name]) for name in order])
+
+
+def mixed_model(net, configs):
+    (name, config), (second, other) = configs
+    model = get_peft_model(net, config, adapter_name=name, mixed=True)
+    model.add_adapter(second, other)
+    return model
+
+
+def nested(net, configs):
+    for name, config in configs:
+        net = inject_adapter_in_model(config, net, name)
+    return net
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("wrap", [mixed_model, nested])
+def test_beside_an_adapter_of_another_kind_updates_add(order, wrap):
+    model = both(order, wrap).eval()
+    randomise(model)
+    if wrap is mixed_model:
+        model.set_adapter(list(order))
+    wanted = mlp()
+    for name in ("lin0", "lin1"):
+        layer = model.get_submodule(f"base_model.model.{name}" if wrap is mixed_model else name)
+        while hasattr(layer, "base_layer"):
+            adapter = next(iter(layer.adapters if hasattr(layer, "adapters") else layer.lora_A))
+            wanted.get_submodule(name).weight += layer.get_delta_weight(adapter)
+            layer = layer.base_layer
+    assert torch.allclose(model(X), wanted(X), atol=1e-5)
+    with torch.enable_grad():
+        assert torch.allclose(model(X.clone().requires_grad_()), wanted(X), atol=1e-5)
+    if wrap is mixed_model:
+        model.set_adapter("spectral")
+        assert not torch.allclose(model(X), wanted(X), atol=1e-3)
+        model.set_adapter(list(order))
+        assert torch.allclose(model.merge_and_unload()(X), wanted(X), atol=1e-5)
+
+
+def test_stacked_experts_are_refused_with_the_reason():
+    with pytest.raises(InputError, match=r"target_parameters = \['experts.up'\]; a spectral adapter wraps layers"):
+        SpectralConfig(target_parameters=["experts.up"])
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_saved_as_diffusers_does_and_loaded_by_injection(low_cpu_mem_usage, tmp_path):
+    """diffusers asks for the configuration first, then for the tensors, and injects by the names of the tensors."""
+    config = SpectralConfig(rank=4, target_modules=["lin0"])
+    model = inject_adapter_in_model(config, mlp())
+    for seed in (0, 1):
+        randomise(model, seed)
+        text = json.dumps(model.peft_config["default"].to_dict())
+        tensors = peft.get_peft_model_state_dict(model)
+        save_file(tensors, tmp_path / "weights.safetensors", metadata={"adapter": text})
+        assert "seal" not in json.loads(text), "the second time it would be that of the first"
+    state = load_file(tmp_path / "weights.safetensors")
+    loaded = peft.PeftConfig.from_peft_type(**json.loads(text))
+    for again in (loaded, SpectralConfig(rank=4, target_modules=["lin0"])):
+        fresh = inject_adapter_in_model(again, mlp(), state_dict=state, low_cpu_mem_usage=low_cpu_mem_usage)
+        result = peft.set_peft_model_state_dict(fresh, state, low_cpu_mem_usage=low_cpu_mem_usage)
+        assert not result.unexpected_keys
+        assert torch.equal(fresh(X), model(X))
+
+
 def test_inject_and_state_dict_functions():
     model = mlp()
     config = SpectralConfig(rank=4, target_modules=["lin0"])

@@ -304,7 +304,8 @@ class AdaptedLayer(nn.Module):
         """Note whether a route may divide by the singular values of this weight: see ``functional.CONDITION``."""
         adapter, weight, S = self.adapters[name], self.base_layer.weight, self.spectral_S[name]
         adapter.rated = False
-        plain = self.layout.linear and type(weight) is nn.Parameter
+        # An adapter of another kind inside the base layer would be multiplied with too.
+        plain = self.layout.linear and type(weight) is nn.Parameter and self.base_layer is innermost(self)
         if not (plain and adapter.exact and adapter.basis == "pretrained"):
             return
         assert isinstance(weight, Tensor)

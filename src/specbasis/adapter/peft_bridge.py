@@ -23,6 +23,7 @@ import torch
 from packaging.version import Version
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.mixed import model as mixed
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_module_exists
 from peft.utils import register_peft_method
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
@@ -182,7 +183,7 @@ class SpectralModel(BaseTuner):
         layer.add(
             adapter_name,
             peft_config.interval_of(current_key, layer.layout.shape(layer)),
-            later=True,
+            later=isinstance(self, SpectralModel),  # a PeftMixedModel creates layers through here too
             from_file=peft_config.file_format is not None,
             shard=peft_config.shard_basis,
             scale=peft_config.scale,
@@ -313,6 +314,22 @@ def _with_adapter_names(names: list[str], module: nn.Module, args: Any, kwargs: 
     return args, {**kwargs, "adapter_names": names}
 
 
+def _join_mixed_models() -> None:
+    """Let `peft.PeftMixedModel` take the method: its lists of methods are closed as well."""
+    theirs: Any = mixed.MixedModel._create_and_replace
+
+    @functools.wraps(theirs)
+    def create_and_replace(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        create = SpectralModel._create_and_replace if isinstance(config, SpectralConfig) else theirs
+        create(self, config, *args, **kwargs)
+
+    types = (*mixed.COMPATIBLE_TUNER_TYPES, PeftType[NAME])
+    mixed.COMPATIBLE_TUNER_TYPES = peft.tuners.mixed.COMPATIBLE_TUNER_TYPES = types
+    mixed.PREFIXES.append(SpectralModel.prefix)
+    mixed.Configs, mixed.Layers = mixed.Configs | SpectralConfig, (*mixed.Layers, SpectralLayer)
+    mixed.MixedModel._create_and_replace = create_and_replace
+
+
 def register() -> None:
     """Make PEFT know the method. Doing it again changes nothing.
 
@@ -336,6 +353,7 @@ def register() -> None:
             name=NAME.lower(), config_cls=SpectralConfig, model_cls=SpectralModel, prefix="spectral_"
         )
         PEFT_TYPE_TO_CONFIG_MAPPING[FILE_NAME] = SpectralConfig
+        _join_mixed_models()
     elif registered is not SpectralConfig:
         raise InputError(f"peft {peft.__version__} has a method {NAME} of its own; upgrade specbasis")
 

@@ -15,6 +15,8 @@ FILE_NAME = f"{NAME}: run `from specbasis.adapter import SpectralConfig` first"
 """How adapter_config.json names the method. PEFT without specbasis stops with a KeyError that shows this text."""
 
 
+_NOT_SAVED = ("basis_file", "rank", "layers_to_transform", "target_parameters")
+
 DEFAULT_RANK = 300
 """Singular vectors of a layer where none are asked for (Yu et al. 2026, App. M)."""
 
@@ -49,6 +51,7 @@ class SpectralConfig(PeftConfig):
             added by themselves.
         shard_basis: hold U and Vh as parameters without gradient, which FSDP shards.
         file_format: set by saving; tells a loaded configuration from a new one.
+        target_parameters: stacked experts in PEFT's other methods; refused here, with the reason.
         seal: set by saving: digests of the file, and what tells the base, see `AdapterFile.prove`.
     """
 
@@ -70,6 +73,8 @@ class SpectralConfig(PeftConfig):
     shard_basis: bool = False
     file_format: int | None = None
     seal: dict[str, Any] | None = None
+    target_parameters: list[str] | None = None
+    _saving = False
     _place: ClassVar[Any] = None  # where it was loaded from: folder or name, subfolder, options of the download
 
     def __post_init__(self) -> None:
@@ -81,14 +86,13 @@ class SpectralConfig(PeftConfig):
             self.interval = (0, self.rank)
         self.interval = None if self.interval is None else _pair(self.interval)
         self.interval_pattern = {name: _pair(pair) for name, pair in (self.interval_pattern or {}).items()}
-        if None not in (self.blocks_to_transform, self.layers_to_transform):
+        chosen = [blocks for blocks in (self.blocks_to_transform, self.layers_to_transform) if blocks is not None]
+        if any(blocks != chosen[0] for blocks in chosen):
             raise InputError(
                 f"got blocks_to_transform = {self.blocks_to_transform} and layers_to_transform = "
                 f"{self.layers_to_transform}; want one of the two"
             )
-        self.choose_blocks(
-            self.layers_to_transform if self.blocks_to_transform is None else self.blocks_to_transform
-        )
+        self.choose_blocks(next(iter(chosen), None))
         if isinstance(self.target_modules, (list, set, tuple)):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # PEFT's own form
         if not re.fullmatch(r"pretrained|(random|shuffled)(:\d+)?|from:.+", self.basis):
@@ -97,6 +101,11 @@ class SpectralConfig(PeftConfig):
             raise InputError(
                 f"got basis = {self.basis!r} with save_basis = False; want save_basis = True: a path is no proof"
             )
+        if self.target_parameters:
+            raise InputError(
+                f"got target_parameters = {self.target_parameters}; a spectral adapter wraps layers, and "
+                "experts stacked in one parameter are none: name layers in target_modules, or use LoRA for them"
+            )
         if not 0 <= self.dropout < 1:
             raise InputError(f"got dropout = {self.dropout}; want 0 <= dropout < 1")
         if self.file_format not in (None, 1):
@@ -104,7 +113,6 @@ class SpectralConfig(PeftConfig):
                 f"the adapter folder has format {self.file_format}; this version of specbasis reads 1: upgrade it"
             )
 
-    target_parameters = None
     bias = "none"
 
     def choose_blocks(self, blocks: list[int] | int | None) -> None:
@@ -119,12 +127,21 @@ class SpectralConfig(PeftConfig):
         return self.interval or (0, min(DEFAULT_RANK, *shape))
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as adapter_config.json holds it."""
+        """The configuration as adapter_config.json holds it, without the seal, which belongs to one file."""
         fields = super().to_dict()
-        del fields["basis_file"], fields["rank"], fields["layers_to_transform"]
+        for name in _NOT_SAVED if self._saving else (*_NOT_SAVED, "seal"):
+            del fields[name]
         if isinstance(fields["target_modules"], set):
             fields["target_modules"] = sorted(fields["target_modules"])
         return {**fields, "peft_type": FILE_NAME, "file_format": 1}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write adapter_config.json, with the seal of the adapter that PEFT wrote just before."""
+        self._saving = True
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self._saving = False
 
     @classmethod
     def from_pretrained(
