@@ -39,7 +39,7 @@ CUSTOM = [
     ("MLP", {"target_modules": "all-linear"}),
     ("EmbConv1D", {"target_modules": ["conv1d"]}),
     ("Conv2d", {"target_modules": ["conv2d"]}),
-    ("Conv2d", {"target_modules": ["conv2d", "lin0"], "rank": 4}),
+    ("Conv2d", {"target_modules": ["conv2d", "lin0"], "rank": 2}),
     ("Conv2d1x1", {"target_modules": ["conv2d"]}),
     ("Conv2dGroups", {"target_modules": ["conv2d"]}),
     ("MLP2", {"target_modules": ["lin0", "lin1"]}),
@@ -50,7 +50,8 @@ TASKS = {
     "feature_extraction_models": "FEATURE_EXTRACTION",
     "seq_classifier": "SEQ_CLS",
 }
-CONFIGURATIONS: list[dict[str, Any]] = [{}, {"target_modules": "all-linear", "rank": 4, "scale": "sigma"}]
+ALL_LINEAR = {"target_modules": "all-linear", "exclude_modules": ["pooler.dense"], "rank": 2, "scale": "sigma"}
+CONFIGURATIONS: list[dict[str, Any]] = [{}, ALL_LINEAR]
 SHAPE = {"vocab_size": 100, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 MODELS: dict[str, dict[str, dict[str, Any]]] = {
     "decoder_models": {
@@ -76,7 +77,16 @@ MODELS: dict[str, dict[str, dict[str, Any]]] = {
 }
 MODELS["token_classification_qa"] = MODELS["seq_classifier"]
 
-EXPLAINED: dict[str, str] = {}
+EXPLAINED: dict[str, str] = {
+    "test_loading_model_requires_grad_set_correctly": "loads an adapter on another base than the trained one",
+    "test_loading_model_with_modules_to_save_requires_grad": "loads it on another base than the trained one",
+    "test_default_target_modules_list_of_str": "names targets in PEFT's table; ours are known by architecture",
+    "test_default_target_modules_str": "names targets in PEFT's table; ours are known by architecture",
+    "False-dtype0-MLP 10": "shard_basis: U and Vh are parameters, and stay in float32",
+    "False-dtype1-MLP 10": "shard_basis: U and Vh are parameters, and stay in float32",
+    "test_safe_merge[Conv2d 13": "float32 rounding, 1e-5 of inputs up to 89; PEFT allows its own methods 1e-3 here",
+    "test_prompt_learning_with_gradient_checkpointing": "about prompts; asks the Hub for a tokenizer",
+}
 """Part of a test's name → why it fails; docs/compatibility.md says it at length."""
 
 

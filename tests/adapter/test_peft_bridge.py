@@ -314,14 +314,28 @@ def test_layers_to_transform_are_blocks():
         SpectralConfig(layers_to_transform=[0], blocks_to_transform=[1])
 
 
-def test_coefficients_that_stay_in_float32_say_so():
-    for model, asked, told in ((mlp().bfloat16(), False, 1), (mlp().bfloat16(), True, 0), (mlp(), False, 0)):
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            config = SpectralConfig(rank=3, target_modules=["lin0"])
-            adapter = get_peft_model(model, config, autocast_adapter_dtype=asked)
-        assert sum("stay in float32" in str(w.message) for w in caught) == told
-        assert adapter.base_model.model.lin0.spectral_M["default"].dtype == torch.float32
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_coefficients_in_the_dtype_of_the_base_on_request(dtype, tmp_path):
+    config = SpectralConfig(rank=3, target_modules=["lin0"])
+    wide = get_peft_model(mlp().to(dtype), config)
+    assert wide.base_model.model.lin0.spectral_M["default"].dtype == torch.float32
+    narrow = get_peft_model(mlp().to(dtype), config, autocast_adapter_dtype=False).eval()
+    M = narrow.base_model.model.lin0.spectral_M["default"]
+    assert M.dtype == dtype
+    assert M.requires_grad
+    assert narrow.base_model.model.lin0.spectral_U["default"].dtype == torch.float32
+    randomise(narrow)
+    wanted = narrow(X.to(dtype))
+    with torch.enable_grad():
+        narrow(X.to(dtype)).float().square().sum().backward()
+    assert M.grad.dtype == dtype
+    assert M.grad.abs().max() > 0
+    narrow.save_pretrained(tmp_path)
+    for cast, low_cpu_mem_usage in ((True, False), (True, True), (False, False), (False, True)):
+        options = {"autocast_adapter_dtype": cast, "low_cpu_mem_usage": low_cpu_mem_usage}
+        loaded = PeftModel.from_pretrained(mlp().to(dtype), tmp_path, **options)
+        assert loaded.base_model.model.lin0.spectral_M["default"].dtype == (torch.float32 if cast else dtype)
+        assert torch.equal(loaded(X.to(dtype)), wanted)
 
 
 @pytest.mark.parametrize("save_basis", [True, False])
@@ -909,7 +923,7 @@ def test_feed_forward_layers_are_the_default_where_the_family_is_known(tmp_path)
         "encoder.layer.1.intermediate.dense",
         "encoder.layer.1.output.dense",
     ]
-    with pytest.raises(InputError, match="set target_modules"):
+    with pytest.raises(InputError, match="specify `target_modules`"):
         get_peft_model(mlp(), SpectralConfig(rank=2))
     mixture = transformers.MixtralForCausalLM(
         transformers.MixtralConfig(

@@ -7,6 +7,8 @@ import functools
 import inspect
 import re
 import textwrap
+from collections.abc import Iterator
+from types import CodeType, FunctionType
 
 from torch import nn
 
@@ -36,39 +38,46 @@ def refuse_inert(parent: nn.Module, child: str, name: str) -> None:
 
 def is_inert(parent: nn.Module, child: str) -> bool:
     """Whether a module reads the weight of a layer of its own where it should call the layer, by its source."""
-    read, used = _uses(type(parent))  # type: ignore[arg-type]
-    return child in read and (child not in used or bool(_FUSED.search(type(parent).__name__)))
+    read, used = _uses(type(parent), child)  # type: ignore[arg-type]
+    return read and (not used or bool(_FUSED.search(type(parent).__name__)))
 
 
-@functools.lru_cache(maxsize=256)
-def _uses(cls: type) -> tuple[frozenset[str], frozenset[str]]:
-    """Attributes whose ``weight`` the methods of a class compute with, and attributes that they use themselves."""
-    read: set[str] = set()
-    used: set[str] = set()
-    for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
+@functools.lru_cache(maxsize=1024)
+def _uses(cls: type, child: str) -> tuple[bool, bool]:
+    """Whether the methods of a class compute with the weight of an attribute, and whether they use it itself."""
+    read = used = False
+    for method in _methods(cls, child):
         try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
+            tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
         except (OSError, TypeError, SyntaxError):
-            continue
-        for method in ast.walk(tree):
-            if isinstance(method, ast.FunctionDef) and not _SETTING_UP.match(method.name):
-                _note_uses(method, read, used)
-    return frozenset(read), frozenset(used)
+            return False, True
+        around = {inner: node for node in ast.walk(tree) for inner in ast.iter_child_nodes(node)}
+        for node, outer in around.items():
+            if isinstance(node, ast.Attribute) and node.attr == child and ast.unparse(node.value) == "self":
+                used = used or not isinstance(outer, ast.Attribute)
+                read = read or (isinstance(outer, ast.Attribute) and _is_computed_with(outer, around))
+    return read, used
 
 
-def _note_uses(method: ast.FunctionDef, read: set[str], used: set[str]) -> None:
-    around = {child: node for node in ast.walk(method) for child in ast.iter_child_nodes(node)}
-    for node in ast.walk(method):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
-            outer = around[node]
-            if not isinstance(outer, ast.Attribute):
-                used.add(node.attr)
-            elif outer.attr == "weight" and isinstance(outer.ctx, ast.Load) and _is_computed_with(outer, around):
-                read.add(node.attr)
+def _methods(cls: type, child: str) -> Iterator[FunctionType]:
+    """Methods whose code names an attribute, of a class and those that it inherits from, but for setting up."""
+    for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
+        for name, value in vars(base).items():
+            method = inspect.unwrap(value) if isinstance(value, FunctionType) else None
+            if isinstance(method, FunctionType) and not _SETTING_UP.match(name) and _names(method.__code__, child):
+                yield method
+
+
+def _names(code: CodeType, name: str) -> bool:
+    """Whether code, or a function inside of it, names an attribute."""
+    inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
+    return name in code.co_names or any(_names(function, name) for function in inner)
 
 
 def _is_computed_with(weight: ast.Attribute, around: dict[ast.AST, ast.AST]) -> bool:
-    """Whether a weight is more than asked for its dtype, device or class."""
+    """Whether ``self.child.weight`` is read, and is more than asked for its dtype, device or class."""
+    if weight.attr != "weight" or not isinstance(weight.ctx, ast.Load):
+        return False
     outer = around[weight]
     if isinstance(outer, ast.Attribute):
         return outer.attr in ("t", "T", "mT", "transpose", "to", "float")

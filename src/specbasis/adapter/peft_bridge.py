@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,7 +74,7 @@ class SpectralModel(BaseTuner):
             self._remove(adapter_name)
             raise
         if config.file_format is not None and config.seal is not None:
-            seal = Seal(frozenset(config.seal["layers"].values()))
+            seal = Seal(config.seal["layers"])
             for layer in layers.values():
                 layer.adapters[adapter_name].seal = seal
             warn_of_another_base(config.seal, model, config.modules_to_save or ())
@@ -125,18 +124,16 @@ class SpectralModel(BaseTuner):
         return peft_config
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Leave the float32 of cores and bases: a rounded basis is another one.
+        """Give an adapter's cores float32, or with ``autocast_adapter_dtype=False`` the dtype of their base layers.
 
-        PEFT calls this when an adapter is added; ``autocast_adapter_dtype=False`` asks for the base layer's dtype.
+        PEFT calls this when an adapter is added and when it is loaded. Bases stay in float32: a rounded one is
+        another.
         """
-        dtypes = {layer.stored_weight().dtype for layer in self.spectral_layers().values()} - {torch.float32}
-        narrow = sorted(str(dtype).removeprefix("torch.") for dtype in dtypes if dtype.is_floating_point)
-        if narrow and not autocast_adapter_dtype:
-            warnings.warn(
-                f"autocast_adapter_dtype=False: spectral coefficients stay in float32, not {'/'.join(narrow)}; the "
-                "output has the base's dtype",
-                stacklevel=2,
-            )
+        for layer in self.spectral_layers().values():
+            if adapter_name in layer.adapters:
+                layer.cast_core(
+                    adapter_name, torch.float32 if autocast_adapter_dtype else layer.stored_weight().dtype
+                )
 
     @classmethod
     def _get_adapter_state_dict(

@@ -194,14 +194,14 @@ def feed_forward(model: nn.Module) -> set[str]:
     """
     matrices = model_map(open_checkpoint(_base_parameters(model))).matrices
     names = {ref.parameter.removesuffix(".weight") for ref in matrices if ref.key.role.startswith("ffn.")}
-    want = "set target_modules, for example target_modules='all-linear'"
+    want = "Please specify `target_modules`, for example 'all-linear'"  # PEFT's own words
     if not names:
-        raise InputError(f"the feed-forward layers of {type(model).__name__} are not known; {want}")
+        raise InputError(f"the feed-forward layers of {type(model).__name__} are not known. {want}")
     stacked = sorted(names - {name for name, _ in model.named_modules()})
     if stacked:
         raise InputError(
             f"{len(stacked)} feed-forward parameters of {type(model).__name__} are stacks of experts, not layers "
-            f"({stacked[0]}), and a spectral adapter wraps layers; {want}"
+            f"({stacked[0]}), and a spectral adapter wraps layers. {want}"
         )
     return names
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -22,12 +22,17 @@ class Seal:
     """What a configuration records of coefficients that are about to be loaded; the layers of an adapter share it.
 
     Attributes:
-        digests: of each layer's coefficients and proof.
+        digests: module name → digest of its coefficients and proof.
         arrived: whether any layer got a tensor.
     """
 
-    digests: frozenset[str]
+    digests: Mapping[str, str]
     arrived: bool = False
+
+    def holds(self, module_name: str, digest: str) -> bool:
+        """Whether a layer's digest is the recorded one; of a renamed layer, whether it is anyone's."""
+        named = self.digests.get(module_name)
+        return digest == named if named is not None else digest in self.digests.values()
 
 
 @dataclass(eq=False)

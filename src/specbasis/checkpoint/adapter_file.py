@@ -167,9 +167,11 @@ def seal(
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """The first 64 bits of the SHA-256 of named tensors: names, dtypes, shapes and bytes."""
+    """The first 64 bits of the SHA-256 of named tensors: names, shapes and values, whatever the floating dtype."""
     hashed = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
+        if tensor.dtype in (torch.float16, torch.bfloat16):
+            tensor = tensor.float()
         hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
         hashed.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return hashed.hexdigest()[:16]
