@@ -194,6 +194,16 @@ def test_several_adapters(tmp_path):
     assert torch.equal(loaded.base_model.model(X), mlp()(X))
 
 
+@pytest.mark.parametrize("name", ["half", "a.b", "keys"])
+def test_a_name_that_torch_cannot_hold_is_refused_and_leaves_no_trace(name):
+    model = adapted()
+    wanted = model(X)
+    with pytest.raises(InputError, match=f"adapter name '{name}'"):
+        model.add_adapter(name, SpectralConfig(rank=2, target_modules=["lin0", "lin1"]))
+    assert torch.equal(model(X), wanted)
+    assert type(model.base_model.model.lin1) is nn.Linear
+
+
 def test_reloading_under_another_name_and_into_a_folder_that_exists(tmp_path):
     model = adapted()
     model.save_pretrained(tmp_path)

@@ -42,7 +42,7 @@ def llama(base, **options):
 def saved(base, tmp_path):
     """An adapter folder with random coefficients, and a trained head of the model saved whole."""
     config = SpectralConfig(
-        rank=8, target_modules=["down_proj", "up_proj"], modules_to_save=["norm"], task_type="CAUSAL_LM"
+        rank=8, target_modules=["down_proj", "up_proj"], modules_to_save=["model.norm"], task_type="CAUSAL_LM"
     )
     model = get_peft_model(llama(base), config).eval()
     randomise(model)
@@ -234,3 +234,25 @@ def test_other_adapters_and_heads_do_not_count(base, saved, tmp_path):
         warnings.filterwarnings("error", message=".*tensors of the base")
         model.load_adapter(tmp_path, "again")
         PeftModel.from_pretrained(llama(base), tmp_path)
+
+
+def test_an_embedding_that_the_file_restores_does_not_count(base, tmp_path):
+    """A vocabulary that was resized for the training is saved by PEFT with the adapter."""
+    model = get_peft_model(llama(base), SpectralConfig(rank=8, target_modules=["down_proj"]))
+    model.get_input_embeddings().weight.data.add_(0.1)
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    assert complaints(base, tmp_path) == []
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    assert "model.embed_tokens.weight" in complaints(base, tmp_path)[0]
+
+
+def test_a_weighted_sum_and_a_selected_adapter_have_seals_of_their_own(base, saved, tmp_path):
+    model = PeftModel.from_pretrained(llama(base), saved)
+    model.add_weighted_adapter(["default"], [0.5], "less")
+    model.save_pretrained(tmp_path, selected_adapters=["less"])
+    seals = [
+        json.loads((place / "adapter_config.json").read_text())["seal"] for place in (saved, tmp_path / "less")
+    ]
+    assert seals[0]["layers"].keys() == seals[1]["layers"].keys()
+    assert seals[0]["layers"] != seals[1]["layers"]
+    PeftModel.from_pretrained(llama(base), tmp_path / "less")

@@ -140,6 +140,10 @@ class AdaptedLayer(nn.Module):
         Raises:
             InputError: the interval does not fit the weight, or an option has no such value.
         """
+        if "." in adapter_name or hasattr(nn.ParameterDict, adapter_name):
+            raise InputError(
+                f"got adapter name {adapter_name!r}, which torch's modules cannot hold; choose another"
+            )
         out, in_ = self.layout.shape(self)
         k, m = check_interval(interval, (out, in_), self.module_name)
         adapter = Adapter((k, m), **options)

@@ -36,9 +36,9 @@ from specbasis.adapter.inert import refuse_inert
 from specbasis.adapter.peft_config import FILE_NAME, NAME, SpectralConfig
 from specbasis.adapter.peft_layer import SpectralLayer, adapted_layer
 from specbasis.adapter.peft_resolve import all_linear, check_targets, feed_forward, resolve, tell_small_layers
-from specbasis.adapter.rest import fingerprints, rest_of, warn_of_another_base
+from specbasis.adapter.rest import fingerprints, is_dense, rest_of, warn_of_another_base
 from specbasis.adapter.state import Seal
-from specbasis.checkpoint.adapter_file import seal
+from specbasis.checkpoint.adapter_file import PREFIX, seal
 from specbasis.core.errors import InputError
 
 NEEDS_PEFT = "0.21"
@@ -77,7 +77,7 @@ class SpectralModel(BaseTuner):
             seal = Seal(config.seal["layers"])
             for layer in layers.values():
                 layer.adapters[adapter_name].seal = seal
-            warn_of_another_base(config.seal, model, config.modules_to_save or ())
+            warn_of_another_base(config.seal, model, config.seal["saved"] if file is None else file.saved)
         if config.basis_file and config.basis == "pretrained" and not Path(config.basis_file).exists():
             save_bases(
                 config.basis_file, {name: layer.stored_basis(adapter_name) for name, layer in layers.items()}
@@ -149,17 +149,18 @@ class SpectralModel(BaseTuner):
             model, config, adapter_name, state_dict, **kwargs
         )
         whole = f".modules_to_save.{adapter_name}."
-        saved = {name.replace(whole, "."): tensor for name, tensor in state_dict.items() if whole in name}
+        saved = {
+            name.removeprefix(PREFIX).replace(whole, "."): tensor
+            for name, tensor in state_dict.items()
+            if whole in name
+        }
         config.seal = None
         if all(
-            type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta
-            for tensor in (*stored.values(), *saved.values())
-        ):
-            named = {
-                cls._remove_adapter_name_from_key(name, adapter_name): tensor for name, tensor in stored.items()
-            }
+            is_dense(tensor) for tensor in (*stored.values(), *saved.values())
+        ):  # else a shard is at hand, no more
+            named = {cls._remove_adapter_name_from_key(name, adapter_name): t for name, t in stored.items()}
             base = model.get_base_model() if isinstance(model, peft.PeftModel) else model
-            config.seal = seal(config, named, saved, fingerprints(rest_of(base, config.modules_to_save or [])))
+            config.seal = seal(config, named, saved, fingerprints(rest_of(base, saved)))
         return stored
 
     def _create_and_replace(

@@ -83,9 +83,9 @@ def warn_of_another_base(seal: Mapping[str, Any], model: nn.Module, apart: Itera
     Args:
         seal: what the adapter's configuration records.
         model: the base, with the adapter's layers.
-        apart: modules that the adapter saves whole.
+        apart: names of tensors that the adapter's file restores.
     """
-    recorded, tensors = seal["base"], rest_of(model, [*apart, *seal["saved"]])
+    recorded, tensors = seal["base"], rest_of(model, apart)
     different = differences(recorded, tensors)
     if not different:
         return
@@ -106,29 +106,29 @@ def rest_of(model: nn.Module, apart: Iterable[str]) -> dict[str, Tensor]:
 
     Args:
         model: the base, adapters in it or not; a merged layer counts with its frozen weight.
-        apart: modules that an adapter saves whole, as in ``modules_to_save``.
+        apart: names of tensors to leave out: those that the adapter saves.
     """
     frozen = {
         id(innermost(module).weight): module._original
         for module in model.modules()
         if isinstance(module, AdaptedLayer) and module._original is not None
     }
-    outside = tuple(f".{part}." for part in (*apart, "modules_to_save"))
+    outside = {f".{name}" for name in apart}
     tensors: dict[str, Tensor] = {}
     for prefix, module in model.named_modules():
         passing = module._non_persistent_buffers_set
         own = {**module._parameters, **{key: t for key, t in module._buffers.items() if key not in passing}}
         for key, tensor in own.items():
             name = re.sub(r"\.(base_layer|original_module|_orig_mod)(?=\.)", "", f".{prefix}.{key}")
-            if tensor is None or ".spectral_" in name or any(part in name for part in outside):
+            if tensor is None or ".spectral_" in name or ".modules_to_save." in name or name in outside:
                 continue
             tensor = frozen.get(id(tensor), tensor)
-            if _is_dense(tensor):
+            if is_dense(tensor):
                 tensors[name.lstrip(".")] = tensor
     return tensors
 
 
-def _is_dense(tensor: Tensor) -> bool:
+def is_dense(tensor: Tensor) -> bool:
     """Whether the values are at hand: not on meta, not a shard, not packed by a quantiser."""
     return (
         type(tensor) in (Tensor, nn.Parameter)

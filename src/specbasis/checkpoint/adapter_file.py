@@ -149,7 +149,7 @@ def seal(
     Args:
         config: the configuration; its `SETTINGS` are recorded as they are.
         tensors: the adapted matrices' tensors by their names in the file.
-        saved: the modules that are saved whole, likewise.
+        saved: tensors of modules that are saved whole, by their names without `PREFIX`.
         base: what is recorded of the base.
     """
     layers: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
@@ -157,11 +157,10 @@ def seal(
         match = _PART.match(name.removeprefix(PREFIX))
         if match is not None and match["spectral"] not in BASIS:
             layers[match["module"]][match["spectral"]] = tensor
-    whole = {name.removeprefix(PREFIX): tensor for name, tensor in saved.items()}
     return {
         **{name: getattr(config, name) for name in SETTINGS},
         "layers": {module: digest(parts) for module, parts in layers.items()},
-        "saved": {name: digest({name: tensor}) for name, tensor in whole.items()},
+        "saved": {name: digest({name: tensor}) for name, tensor in saved.items()},
         "base": dict(base),
     }
 
