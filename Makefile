@@ -17,7 +17,7 @@ TORCH ?= $(TORCH_LOCKED)
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format lint types rows slow bench lock test-latest test-oldest clean
+.PHONY: help demo test check format lint types rows peft-suite slow bench lock test-latest test-oldest clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*  ## /\1\t/' | expand -t 14
@@ -45,6 +45,9 @@ format: $(VENV)/dev.stamp  ## mend format and lint
 
 rows: $(VENV)/demo.stamp  ## the list of measures in docs/rows.md anew
 	$(BIN)/python -c 'from pathlib import Path; from specbasis.measures.table import write_listing; write_listing(Path("docs/rows.md"))'
+
+peft-suite: $(VENV)/dev.stamp  ## PEFT's own tests of every method, with ours
+	$(BIN)/python tests/peft_suite.py
 
 slow: $(VENV)/dev.stamp  ## real runs that take minutes
 	$(BIN)/python -m pytest -m slow $(TESTS)

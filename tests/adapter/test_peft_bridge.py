@@ -127,6 +127,17 @@ def test_merging(case, safe_merge):
     assert type(merged.lin0) is nn.Linear
 
 
+def test_what_a_merged_adapter_saves_is_the_adapter():
+    model = adapted()
+    before = peft.get_peft_model_state_dict(model)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    model.merge_adapter()
+    after = peft.get_peft_model_state_dict(model)
+    assert {name: tensor.shape for name, tensor in after.items()} == {n: t.shape for n, t in before.items()}
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert sum(parameter.numel() for parameter in model.parameters()) == count
+
+
 def test_merged_model_is_an_ordinary_one(tmp_path):
     model = adapted()
     wanted = model(X)
@@ -181,6 +192,16 @@ def test_several_adapters(tmp_path):
     assert not any("other" in name for name in loaded.state_dict())
     loaded.delete_adapter("default")
     assert torch.equal(loaded.base_model.model(X), mlp()(X))
+
+
+@pytest.mark.parametrize("name", ["half", "a.b", "keys"])
+def test_a_name_that_torch_cannot_hold_is_refused_and_leaves_no_trace(name):
+    model = adapted()
+    wanted = model(X)
+    with pytest.raises(InputError, match=f"adapter name '{name}'"):
+        model.add_adapter(name, SpectralConfig(rank=2, target_modules=["lin0", "lin1"]))
+    assert torch.equal(model(X), wanted)
+    assert type(model.base_model.model.lin1) is nn.Linear
 
 
 def test_reloading_under_another_name_and_into_a_folder_that_exists(tmp_path):
@@ -245,6 +266,174 @@ def test_weighted_sum_of_a_loaded_and_a_new_adapter(tmp_path):
     assert torch.allclose(layer.get_delta_weight("triple"), 3 * layer.get_delta_weight("default"), atol=1e-6)
 
 
+@pytest.mark.parametrize("first", [["lin0"], "all-linear"])
+def test_a_second_adapter_on_all_linear_has_the_layers_of_the_first(first):
+    model = adapted(target_modules=first)
+    model.add_adapter("second", SpectralConfig(rank=3, target_modules="all-linear"))
+    assert [name for name, m in model.base_model.spectral_layers().items() if "second" in m.adapters] == [
+        "lin0",
+        "lin1",
+    ]
+
+
+def test_all_linear_leaves_convolutions_of_an_earlier_adapter_alone():
+    net = nn.Sequential(nn.Conv2d(3, 8, 2), nn.Flatten(), nn.Linear(8, 6))
+    model = get_peft_model(net, SpectralConfig(rank=3, target_modules=["0", "2"]))
+    model.add_adapter("second", SpectralConfig(rank=3, target_modules="all-linear"))
+    assert [name for name, m in model.base_model.spectral_layers().items() if "second" in m.adapters] == ["2"]
+
+
+def test_layers_have_the_sizes_that_pefts_have():
+    for net, target in ((nn.Linear(5, 7), "0"), (nn.Conv2d(4, 6, 3, groups=2), "0")):
+        kinds = [
+            get_peft_model(nn.Sequential(copy.deepcopy(net)), kind(target_modules=[target], **size))
+            for kind, size in ((SpectralConfig, {"rank": 2}), (peft.LoraConfig, {"r": 2}))
+        ]
+        ours, theirs = (model.base_model.model[0] for model in kinds)
+        assert (ours.in_features, ours.out_features) == (theirs.in_features, theirs.out_features)
+        assert ours.weight is ours.base_layer.weight
+
+
+def test_the_default_is_all_ranks_of_a_layer_with_fewer_and_says_so(tmp_path):
+    with pytest.warns(UserWarning, match=r"2 of 2 layers have fewer than the default of 300 .*smallest: lin1, 4\)"):
+        model = get_peft_model(mlp(), SpectralConfig(target_modules="all-linear")).eval()
+    randomise(model)
+    layers = model.base_model.spectral_layers()
+    assert {name: layer.adapters["default"].interval for name, layer in layers.items()} == {
+        "lin0": (0, 10),
+        "lin1": (0, 4),
+    }
+    model.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(mlp(), tmp_path)(X), model(X))
+
+
+def test_layers_to_transform_are_blocks():
+    class Deep(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.ModuleDict({"lin": linear(6, 6)}) for _ in range(3))
+
+    for options in ({"layers_to_transform": [0, 2]}, {"blocks_to_transform": [0, 2]}):
+        config = SpectralConfig(rank=2, target_modules=["lin"], **options)
+        assert config.layers_to_transform == config.blocks_to_transform == [0, 2]
+        assert sorted(get_peft_model(nn.Sequential(Deep()), config).base_model.spectral_layers()) == [
+            "0.layers.0.lin",
+            "0.layers.2.lin",
+        ]
+    with pytest.raises(InputError, match="want one of the two"):
+        SpectralConfig(layers_to_transform=[0], blocks_to_transform=[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_coefficients_in_the_dtype_of_the_base_on_request(dtype, tmp_path):
+    config = SpectralConfig(rank=3, target_modules=["lin0"])
+    wide = get_peft_model(mlp().to(dtype), config)
+    assert wide.base_model.model.lin0.spectral_M["default"].dtype == torch.float32
+    narrow = get_peft_model(mlp().to(dtype), config, autocast_adapter_dtype=False).eval()
+    M = narrow.base_model.model.lin0.spectral_M["default"]
+    assert M.dtype == dtype
+    assert M.requires_grad
+    assert narrow.base_model.model.lin0.spectral_U["default"].dtype == torch.float32
+    randomise(narrow)
+    wanted = narrow(X.to(dtype))
+    with torch.enable_grad():
+        narrow(X.to(dtype)).float().square().sum().backward()
+    assert M.grad.dtype == dtype
+    assert M.grad.abs().max() > 0
+    narrow.save_pretrained(tmp_path)
+    for cast, low_cpu_mem_usage in ((True, False), (True, True), (False, False), (False, True)):
+        options = {"autocast_adapter_dtype": cast, "low_cpu_mem_usage": low_cpu_mem_usage}
+        loaded = PeftModel.from_pretrained(mlp().to(dtype), tmp_path, **options)
+        assert loaded.base_model.model.lin0.spectral_M["default"].dtype == (torch.float32 if cast else dtype)
+        assert torch.equal(loaded(X.to(dtype)), wanted)
+
+
+@pytest.mark.parametrize("save_basis", [True, False])
+def test_injected_on_meta_and_filled_from_a_state_dict(save_basis):
+    model = adapted(save_basis=save_basis)
+    state = peft.get_peft_model_state_dict(model)
+    config = SpectralConfig(rank=4, target_modules=["lin0"], save_basis=save_basis)
+    fresh = inject_adapter_in_model(config, mlp(), low_cpu_mem_usage=True)
+    assert fresh.lin0.spectral_M["default"].is_meta
+    peft.set_peft_model_state_dict(fresh, state, low_cpu_mem_usage=True)
+    assert fresh.lin0.adapters["default"].settled
+    assert torch.equal(fresh(X), model(X))
+
+
+ORDERS = [("spectral", "lora"), ("lora", "spectral")]
+
+
+def both(order, wrap):
+    """A spectral and a LoRA adapter over the same layers, with random coefficients, by name."""
+    configs = {
+        "spectral": SpectralConfig(target_modules=["lin0", "lin1"], rank=4),
+        "lora": peft.LoraConfig(target_modules=["lin0", "lin1"], r=2, init_lora_weights=False),
+    }
+    return wrap(mlp(), [(name, configs[name]) for name in order])
+
+
+def mixed_model(net, configs):
+    (name, config), (second, other) = configs
+    model = get_peft_model(net, config, adapter_name=name, mixed=True)
+    model.add_adapter(second, other)
+    return model
+
+
+def nested(net, configs):
+    for name, config in configs:
+        net = inject_adapter_in_model(config, net, name)
+    return net
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("wrap", [mixed_model, nested])
+def test_beside_an_adapter_of_another_kind_updates_add(order, wrap):
+    model = both(order, wrap).eval()
+    randomise(model)
+    if wrap is mixed_model:
+        model.set_adapter(list(order))
+    wanted = mlp()
+    for name in ("lin0", "lin1"):
+        layer = model.get_submodule(f"base_model.model.{name}" if wrap is mixed_model else name)
+        while hasattr(layer, "base_layer"):
+            adapter = next(iter(layer.adapters if hasattr(layer, "adapters") else layer.lora_A))
+            wanted.get_submodule(name).weight += layer.get_delta_weight(adapter)
+            layer = layer.base_layer
+    assert torch.allclose(model(X), wanted(X), atol=1e-5)
+    with torch.enable_grad():
+        assert torch.allclose(model(X.clone().requires_grad_()), wanted(X), atol=1e-5)
+    if wrap is mixed_model:
+        model.set_adapter("spectral")
+        assert not torch.allclose(model(X), wanted(X), atol=1e-3)
+        model.set_adapter(list(order))
+        assert torch.allclose(model.merge_and_unload()(X), wanted(X), atol=1e-5)
+
+
+def test_stacked_experts_are_refused_with_the_reason():
+    with pytest.raises(InputError, match=r"target_parameters = \['experts.up'\]; a spectral adapter wraps layers"):
+        SpectralConfig(target_parameters=["experts.up"])
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_saved_as_diffusers_does_and_loaded_by_injection(low_cpu_mem_usage, tmp_path):
+    """diffusers asks for the configuration first, then for the tensors, and injects by the names of the tensors."""
+    config = SpectralConfig(rank=4, target_modules=["lin0"])
+    model = inject_adapter_in_model(config, mlp())
+    for seed in (0, 1):
+        randomise(model, seed)
+        text = json.dumps(model.peft_config["default"].to_dict())
+        tensors = peft.get_peft_model_state_dict(model)
+        save_file(tensors, tmp_path / "weights.safetensors", metadata={"adapter": text})
+        assert "seal" not in json.loads(text), "the second time it would be that of the first"
+    state = load_file(tmp_path / "weights.safetensors")
+    loaded = peft.PeftConfig.from_peft_type(**json.loads(text))
+    for again in (loaded, SpectralConfig(rank=4, target_modules=["lin0"])):
+        fresh = inject_adapter_in_model(again, mlp(), state_dict=state, low_cpu_mem_usage=low_cpu_mem_usage)
+        result = peft.set_peft_model_state_dict(fresh, state, low_cpu_mem_usage=low_cpu_mem_usage)
+        assert not result.unexpected_keys
+        assert torch.equal(fresh(X), model(X))
+
+
 def test_inject_and_state_dict_functions():
     model = mlp()
     config = SpectralConfig(rank=4, target_modules=["lin0"])
@@ -296,15 +485,13 @@ def test_files_that_lack_their_proof_or_basis_are_refused(part, tmp_path):
         PeftModel.from_pretrained(mlp(), tmp_path)
 
 
-def test_a_file_that_cannot_be_read_beforehand_is_refused_at_first_use(tmp_path):
-    """As pickled files are, whose names nobody reads before PEFT loads them."""
+def test_a_pickled_file_is_proven_like_another(tmp_path):
     adapted(save_basis=False).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_model.safetensors").unlink()
     torch.save({k: v for k, v in tensors.items() if k.endswith("_M")}, tmp_path / "adapter_model.bin")
-    model = PeftModel.from_pretrained(mlp(), tmp_path)
     with pytest.raises(InputError, match="does not say which basis"):
-        model(X)
+        PeftModel.from_pretrained(mlp(), tmp_path)
 
 
 def test_a_file_on_the_hub_is_checked_like_a_folder(tmp_path, monkeypatch):
@@ -649,13 +836,9 @@ def test_a_rounded_base_cast_back_gets_the_trained_update(tmp_path):
 
 
 def test_native_loading_refuses_a_wrong_base(base, tmp_path):
-    classifier(base, save_basis=False).save_pretrained(tmp_path)
-    file = tmp_path / "adapter_model.safetensors"
-    tensors = load_file(file)
-    for name in tensors:
-        if name.endswith("_M"):
-            tensors[name].fill_(0.1)
-    save_file(tensors, file)
+    model = classifier(base, save_basis=False)
+    randomise(model)
+    model.save_pretrained(tmp_path)
     native = load_classifier(base)
     native.deberta.encoder.layer[2].output.dense.weight.mul_(1.01)
     for trainable in (False, True):
@@ -750,7 +933,7 @@ def test_feed_forward_layers_are_the_default_where_the_family_is_known(tmp_path)
         "encoder.layer.1.intermediate.dense",
         "encoder.layer.1.output.dense",
     ]
-    with pytest.raises(InputError, match="set target_modules"):
+    with pytest.raises(InputError, match="specify `target_modules`"):
         get_peft_model(mlp(), SpectralConfig(rank=2))
     mixture = transformers.MixtralForCausalLM(
         transformers.MixtralConfig(

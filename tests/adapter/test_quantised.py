@@ -11,6 +11,7 @@ peft = pytest.importorskip("peft", minversion="0.21")
 from peft import PeftModel, get_peft_model  # noqa: E402
 
 from specbasis.adapter import SpectralConfig  # noqa: E402
+from specbasis.core.errors import InputError  # noqa: E402
 from tests.adapter.helpers import linear, randomise  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -39,6 +40,23 @@ def torchao() -> nn.Module:
     options = type("Options", (), {"get_apply_tensor_subclass": staticmethod(quantization.Int8WeightOnlyConfig)})
     model.hf_quantizer = type("Quantizer", (), {"quantization_config": options})
     return model.eval()
+
+
+def test_a_base_that_quantize_has_quantised_is_adapted_and_not_merged(tmp_path):
+    """torchao's ``quantize_`` leaves no recipe on the model."""
+    model = torchao()
+    del model.hf_quantizer
+    model = get_peft_model(model, SpectralConfig(rank=8, target_modules=["0"])).eval()
+    randomise(model)
+    x = torch.randn(8, 64)
+    with torch.no_grad():
+        changed = model(x)
+        layer = model.base_model.model[0]
+        wanted = x @ (layer.weight_matrix() + layer.get_delta_weight("default")).mT + layer.base_layer.bias
+        assert torch.allclose(changed, wanted, atol=1e-3)
+        with pytest.raises(InputError, match="merge into the unquantised base"):
+            model.merge_adapter()
+        assert torch.equal(model(x), changed)
 
 
 @pytest.mark.parametrize("make", [bnb_8bit, bnb_4bit, torchao])

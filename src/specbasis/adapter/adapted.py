@@ -17,7 +17,7 @@ from specbasis.adapter.bases import basis_of, check_interval
 from specbasis.adapter.layouts import innermost, layout_of
 from specbasis.adapter.proof import Proof, empty_proof, prove, settled_basis
 from specbasis.adapter.state import PARTS, Adapter, Cores, Frozen
-from specbasis.checkpoint.adapter_file import BASIS, PROOF
+from specbasis.checkpoint.adapter_file import AGAIN, BASIS, PROOF, digest
 from specbasis.core.errors import InputError
 from specbasis.core.svd import SVD
 
@@ -72,7 +72,7 @@ class AdaptedLayer(nn.Module):
         self.module_name = module_name
         self.layout = layout_of(base_layer, module_name)
         self.adapters: dict[str, Adapter] = {}
-        self.spectral_M = Cores()
+        self.spectral_M = Cores(partial(self._arrived, "M"))
         for part in PARTS:
             setattr(self, f"spectral_{part}", Frozen(self._expected, partial(self._arrived, part)))
         self.merged_adapters: list[str] = []
@@ -104,7 +104,7 @@ class AdaptedLayer(nn.Module):
     def weight_matrix(self) -> Float[Tensor, "out in"]:
         """The frozen weight as a matrix (out, in), dequantised if need be."""
         if self._original is not None:
-            return self.layout.matrix(self._original.detach())
+            return self.layout.matrix(self._original.detach().to(self.stored_weight().device))
         return self.layout.matrix(self.stored_weight())
 
     def stored_weight(self) -> Tensor:
@@ -140,6 +140,10 @@ class AdaptedLayer(nn.Module):
         Raises:
             InputError: the interval does not fit the weight, or an option has no such value.
         """
+        if "." in adapter_name or hasattr(nn.ParameterDict, adapter_name):
+            raise InputError(
+                f"got adapter name {adapter_name!r}, which torch's modules cannot hold; choose another"
+            )
         out, in_ = self.layout.shape(self)
         k, m = check_interval(interval, (out, in_), self.module_name)
         adapter = Adapter((k, m), **options)
@@ -154,10 +158,17 @@ class AdaptedLayer(nn.Module):
         )
         U, Vh = (torch.zeros(shape, device=weight.device) for shape in ((out, m - k), (m - k, in_)))
         self._store(adapter_name, U, Vh, empty_proof(m - k), shard)
-        if from_file:
+        if from_file or self.spectral_M[adapter_name].is_meta:
             adapter.expect()
+            adapter.awaited.add("M")
         elif not (later or weight.is_meta):
             self.settle(adapter_name)
+
+    def cast_core(self, adapter_name: str, dtype: torch.dtype) -> None:
+        """Hold an adapter's coefficients in another floating-point dtype; they are computed with in float32."""
+        M = self.spectral_M[adapter_name]
+        if dtype.is_floating_point and M.dtype != dtype:
+            self.spectral_M._parameters[adapter_name] = nn.Parameter(M.detach().to(dtype), M.requires_grad)
 
     def settle(self, adapter_name: str) -> None:
         """Make sure that an adapter's coefficients meet the basis that they belong to.
@@ -172,9 +183,11 @@ class AdaptedLayer(nn.Module):
         """
         if self.adapters[adapter_name].settled:
             return
-        proof = self.proof(adapter_name)
+        proof, seal = self.proof(adapter_name), self.adapters[adapter_name].seal
         if bool(proof.origin.any()) or bool(self.spectral_M[adapter_name].any()):
             self._prove(adapter_name, proof)
+        elif seal is not None and seal.arrived:
+            raise InputError(f"{self.module_name} (adapter {adapter_name!r}): is not in the adapter file; {AGAIN}")
         else:
             self._compute(adapter_name)
             self._start(adapter_name)
@@ -205,6 +218,15 @@ class AdaptedLayer(nn.Module):
                 f"configuration says [{adapter.interval[0]}, {adapter.interval[1]}); the folder mixes two "
                 "adapters: save it again"
             )
+        parts = {"M": self.spectral_M[name], **{part: getattr(proof, part) for part in PROOF}}
+        rounded = parts["M"].dtype != torch.float32  # on request, after the file was proven
+        if adapter.seal is not None and not rounded and not adapter.seal.holds(self.module_name, digest(parts)):
+            raise InputError(f"{label}: holds other coefficients than were saved; {AGAIN}")
+        if not bool(torch.isfinite(self.spectral_M[name]).all()):
+            raise InputError(
+                f"{label}: the coefficients are not finite; the training diverged, or the file is damaged: load an "
+                "earlier one"
+            )
         twin = self._twin(name)
         factors = None if twin is None else (self.spectral_U[twin], self.spectral_Vh[twin])
         if not adapter.keep_basis and twin is not None and factors is not None and self._same_proof(name, twin):
@@ -234,7 +256,7 @@ class AdaptedLayer(nn.Module):
         """Keep a basis that is now known to be the right one."""
         self._store(name, U, Vh, proof, shard=name in self.spectral_U._parameters)
         adapter = self.adapters[name]
-        adapter.settled, adapter.exact = True, exact
+        adapter.settled, adapter.exact, adapter.seal = True, exact, None
         self._rate(name)
 
     def _twin(self, name: str) -> str | None:
@@ -282,6 +304,8 @@ class AdaptedLayer(nn.Module):
     def _arrived(self, part: str, name: str) -> None:
         """A tensor of an adapter was put in place from outside: with the last that its file holds, settle them."""
         adapter = self.adapters[name]
+        if adapter.seal is not None:
+            adapter.seal.arrived = True
         if part in adapter.awaited:
             adapter.awaited.discard(part)
             if not adapter.awaited and not self.stored_weight().is_meta:
@@ -291,7 +315,8 @@ class AdaptedLayer(nn.Module):
         """Note whether a route may divide by the singular values of this weight: see ``functional.CONDITION``."""
         adapter, weight, S = self.adapters[name], self.base_layer.weight, self.spectral_S[name]
         adapter.rated = False
-        plain = self.layout.linear and type(weight) is nn.Parameter
+        # An adapter of another kind inside the base layer would be multiplied with too.
+        plain = self.layout.linear and type(weight) is nn.Parameter and self.base_layer is innermost(self)
         if not (plain and adapter.exact and adapter.basis == "pretrained"):
             return
         assert isinstance(weight, Tensor)
@@ -329,7 +354,7 @@ def find_bases(layers: Iterable[AdaptedLayer], adapter_name: str) -> None:
         layer
         for layer in layers
         if adapter_name in layer.adapters and not layer.adapters[adapter_name].settled
-        if not layer.stored_weight().is_meta
+        if not (layer.stored_weight().is_meta or layer.spectral_M[adapter_name].is_meta)
     ]
     threads = torch.get_num_threads()
     small = [

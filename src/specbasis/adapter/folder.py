@@ -73,6 +73,7 @@ def read_folder(path: str | Path) -> AdapterFolder:
     if not file.modules:
         raise InputError(f"{path}: holds no coefficients; save the adapter again")
     file.require(("M", *PROOF))
+    file.prove()
     scale = str(file.config.get("scale", "none"))
     with reading(file.source):
         layers = [_stored_layer(module, parts, scale) for module, parts in file.modules.items()]

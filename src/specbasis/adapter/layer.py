@@ -35,7 +35,8 @@ class SpectralLinear(AdaptedLayer):
     def core(self, adapter_name: str) -> Float[Tensor, "r r"]:
         """The adapter's core in units of the weight: M, or diag(S) M."""
         scale = self.adapters[adapter_name].scale
-        return functional.core(self.spectral_M[adapter_name], self.spectral_S[adapter_name], scale)
+        S = self.spectral_S[adapter_name]
+        return functional.core(self.spectral_M[adapter_name].to(S.dtype), S, scale)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """The update in the base layer's layout and dtype: U C Vh, formed in float64.
@@ -91,7 +92,7 @@ class SpectralLinear(AdaptedLayer):
         original = innermost(self).weight
         if self._original is None:
             assert isinstance(original, nn.Parameter)
-            self._original = original
+            vars(self)["_original"] = original  # registered, it would be one of the adapter's own parameters
         self._put_weight(weight)
         self.merged_adapters.extend(names)
 

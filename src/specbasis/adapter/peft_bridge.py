@@ -22,17 +22,23 @@ import torch
 from packaging.version import Version
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.mixed import model as mixed
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_module_exists
 from peft.utils import register_peft_method
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from specbasis.adapter.adapted import find_bases
 from specbasis.adapter.bases import save_bases
+from specbasis.adapter.inert import refuse_inert
 from specbasis.adapter.peft_config import FILE_NAME, NAME, SpectralConfig
-from specbasis.adapter.peft_layer import SpectralLayer
-from specbasis.adapter.peft_resolve import feed_forward, resolve
+from specbasis.adapter.peft_layer import SpectralLayer, adapted_layer
+from specbasis.adapter.peft_resolve import all_linear, check_targets, feed_forward, resolve, tell_small_layers
+from specbasis.adapter.rest import fingerprints, is_dense, rest_of, warn_of_another_base
+from specbasis.adapter.state import Seal
+from specbasis.checkpoint.adapter_file import PREFIX, seal
 from specbasis.core.errors import InputError
 
 NEEDS_PEFT = "0.21"
@@ -53,20 +59,29 @@ class SpectralModel(BaseTuner):
             InputError: an adapter from a file does not restore a module that is random in this base.
         """
         config = self.peft_config[adapter_name]
-        resolve(config, model)
+        file = resolve(config, model)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            layers = {
+                name: layer for name, layer in self.spectral_layers().items() if adapter_name in layer.adapters
+            }
             if config.file_format is None:
-                find_bases(self.spectral_layers().values(), adapter_name)
+                tell_small_layers(config, layers)
+                find_bases(layers.values(), adapter_name)
+            else:
+                check_targets(config, file, layers)
         except Exception:
             self._remove(adapter_name)
             raise
+        if config.file_format is not None and config.seal is not None:
+            seal = Seal(config.seal["layers"])
+            for layer in layers.values():
+                layer.adapters[adapter_name].seal = seal
+            warn_of_another_base(config.seal, model, config.seal["saved"] if file is None else file.saved)
         if config.basis_file and config.basis == "pretrained" and not Path(config.basis_file).exists():
-            layers = self.spectral_layers().items()
-            own = {
-                name: layer.stored_basis(adapter_name) for name, layer in layers if adapter_name in layer.adapters
-            }
-            save_bases(config.basis_file, own)
+            save_bases(
+                config.basis_file, {name: layer.stored_basis(adapter_name) for name, layer in layers.items()}
+            )
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """Replace a submodule; a trained module saved whole (a pooler) may have parts instead of a weight."""
@@ -104,7 +119,49 @@ class SpectralModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: SpectralConfig, model_config: dict[str, Any]) -> SpectralConfig:
         if peft_config.target_modules is None:
             peft_config.target_modules = sorted(feed_forward(self.model))
+        elif str(peft_config.target_modules).lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+            peft_config.target_modules = sorted(all_linear(peft_config, self.model))
         return peft_config
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Give an adapter's cores float32, or with ``autocast_adapter_dtype=False`` the dtype of their base layers.
+
+        PEFT calls this when an adapter is added and when it is loaded. Bases stay in float32: a rounded one is
+        another.
+        """
+        for layer in self.spectral_layers().values():
+            if adapter_name in layer.adapters:
+                layer.cast_core(
+                    adapter_name, torch.float32 if autocast_adapter_dtype else layer.stored_weight().dtype
+                )
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: SpectralConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        """The tensors of the adapter's file, which PEFT is about to write; the configuration gets their seal."""
+        stored: dict[str, Tensor] = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, **kwargs
+        )
+        whole = f".modules_to_save.{adapter_name}."
+        saved = {
+            name.removeprefix(PREFIX).replace(whole, "."): tensor
+            for name, tensor in state_dict.items()
+            if whole in name
+        }
+        config.seal = None
+        if all(
+            is_dense(tensor) for tensor in (*stored.values(), *saved.values())
+        ):  # else a shard is at hand, no more
+            named = {cls._remove_adapter_name_from_key(name, adapter_name): t for name, t in stored.items()}
+            base = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+            config.seal = seal(config, named, saved, fingerprints(rest_of(base, saved)))
+        return stored
 
     def _create_and_replace(
         self,
@@ -118,12 +175,13 @@ class SpectralModel(BaseTuner):
     ) -> None:
         layer = target
         if not isinstance(target, SpectralLayer):
-            layer = SpectralLayer(target, current_key, get_quantization_kwargs(self.model))
+            refuse_inert(parent, target_name, current_key)
+            layer = adapted_layer(target, current_key, get_quantization_kwargs(self.model))
         assert isinstance(layer, SpectralLayer)
         layer.add(
             adapter_name,
-            peft_config.interval_of(current_key),
-            later=True,
+            peft_config.interval_of(current_key, layer.layout.shape(layer)),
+            later=isinstance(self, SpectralModel),  # a PeftMixedModel creates layers through here too
             from_file=peft_config.file_format is not None,
             shard=peft_config.shard_basis,
             scale=peft_config.scale,
@@ -205,10 +263,12 @@ class SpectralModel(BaseTuner):
             rank=None,
             target_modules=sorted(unions),
             blocks_to_transform=None,
+            layers_to_transform=None,
             layers_pattern=None,
             interval_pattern={re.escape(name): interval for name, interval in unions.items()},
             init="zero",
             file_format=None,
+            seal=None,
         )
         self.inject_adapter(self.model, adapter_name)
         with torch.no_grad():
@@ -252,6 +312,22 @@ def _with_adapter_names(names: list[str], module: nn.Module, args: Any, kwargs: 
     return args, {**kwargs, "adapter_names": names}
 
 
+def _join_mixed_models() -> None:
+    """Let `peft.PeftMixedModel` take the method: its lists of methods are closed as well."""
+    theirs: Any = mixed.MixedModel._create_and_replace
+
+    @functools.wraps(theirs)
+    def create_and_replace(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        create = SpectralModel._create_and_replace if isinstance(config, SpectralConfig) else theirs
+        create(self, config, *args, **kwargs)
+
+    types = (*mixed.COMPATIBLE_TUNER_TYPES, PeftType[NAME])
+    mixed.COMPATIBLE_TUNER_TYPES = peft.tuners.mixed.COMPATIBLE_TUNER_TYPES = types
+    mixed.PREFIXES.append(SpectralModel.prefix)
+    mixed.Configs, mixed.Layers = mixed.Configs | SpectralConfig, (*mixed.Layers, SpectralLayer)
+    mixed.MixedModel._create_and_replace = create_and_replace
+
+
 def register() -> None:
     """Make PEFT know the method. Doing it again changes nothing.
 
@@ -275,6 +351,7 @@ def register() -> None:
             name=NAME.lower(), config_cls=SpectralConfig, model_cls=SpectralModel, prefix="spectral_"
         )
         PEFT_TYPE_TO_CONFIG_MAPPING[FILE_NAME] = SpectralConfig
+        _join_mixed_models()
     elif registered is not SpectralConfig:
         raise InputError(f"peft {peft.__version__} has a method {NAME} of its own; upgrade specbasis")
 

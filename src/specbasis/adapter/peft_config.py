@@ -15,18 +15,26 @@ FILE_NAME = f"{NAME}: run `from specbasis.adapter import SpectralConfig` first"
 """How adapter_config.json names the method. PEFT without specbasis stops with a KeyError that shows this text."""
 
 
+_NOT_SAVED = ("basis_file", "rank", "layers_to_transform", "target_parameters")
+
+DEFAULT_RANK = 300
+"""Singular vectors of a layer where none are asked for (Yu et al. 2026, App. M)."""
+
+
 @dataclass
 class SpectralConfig(PeftConfig):
     """Configuration of a spectral adapter: W' = W + U[:, k:m] M Vh[k:m, :], only M trained.
 
     Args:
-        interval: ranks [k, m) of the singular vectors, 0-based, m excluded; default (0, 300).
+        interval: ranks [k, m) of the singular vectors, 0-based, m excluded; by default the first 300, or all of a
+            layer that has fewer.
         rank: shorthand for interval (0, rank).
         interval_pattern: intervals of single layers: {regular expression at the end of the module name: (k, m)}.
         target_modules: names (endings) of modules, a regular expression, or "all-linear"; by default both matrices
             of every feed-forward network, where the architecture is known.
         exclude_modules: names or a regular expression of modules to leave out.
         blocks_to_transform: indices of the blocks to adapt; negative ones count from the last block.
+        layers_to_transform: PEFT's name for ``blocks_to_transform``; give one of the two.
         layers_pattern: name of the list of blocks, where a module's name holds several numbers.
         scale: "none", or "sigma" for coefficients in units of the singular values (LoRA-XS, PSOFT with free R).
         basis: "pretrained" singular vectors; "from:PATH", the singular vectors of the same matrix in another
@@ -43,6 +51,8 @@ class SpectralConfig(PeftConfig):
             added by themselves.
         shard_basis: hold U and Vh as parameters without gradient, which FSDP shards.
         file_format: set by saving; tells a loaded configuration from a new one.
+        target_parameters: stacked experts in PEFT's other methods; refused here, with the reason.
+        seal: set by saving: digests of the file, and what tells the base, see `AdapterFile.prove`.
     """
 
     interval: tuple[int, int] | None = None
@@ -51,6 +61,7 @@ class SpectralConfig(PeftConfig):
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     blocks_to_transform: list[int] | int | None = None
+    layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     scale: str = "none"
     basis: str = "pretrained"
@@ -61,6 +72,9 @@ class SpectralConfig(PeftConfig):
     modules_to_save: list[str] | None = None
     shard_basis: bool = False
     file_format: int | None = None
+    seal: dict[str, Any] | None = None
+    target_parameters: list[str] | None = None
+    _saving = False
     _place: ClassVar[Any] = None  # where it was loaded from: folder or name, subfolder, options of the download
 
     def __post_init__(self) -> None:
@@ -70,8 +84,15 @@ class SpectralConfig(PeftConfig):
             if self.interval is not None and tuple(self.interval) != (0, self.rank):
                 raise InputError(f"got interval = {self.interval} and rank = {self.rank}; want one of the two")
             self.interval = (0, self.rank)
-        self.interval = _pair(self.interval or (0, 300))
+        self.interval = None if self.interval is None else _pair(self.interval)
         self.interval_pattern = {name: _pair(pair) for name, pair in (self.interval_pattern or {}).items()}
+        chosen = [blocks for blocks in (self.blocks_to_transform, self.layers_to_transform) if blocks is not None]
+        if any(blocks != chosen[0] for blocks in chosen):
+            raise InputError(
+                f"got blocks_to_transform = {self.blocks_to_transform} and layers_to_transform = "
+                f"{self.layers_to_transform}; want one of the two"
+            )
+        self.choose_blocks(next(iter(chosen), None))
         if isinstance(self.target_modules, (list, set, tuple)):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # PEFT's own form
         if not re.fullmatch(r"pretrained|(random|shuffled)(:\d+)?|from:.+", self.basis):
@@ -80,6 +101,11 @@ class SpectralConfig(PeftConfig):
             raise InputError(
                 f"got basis = {self.basis!r} with save_basis = False; want save_basis = True: a path is no proof"
             )
+        if self.target_parameters:
+            raise InputError(
+                f"got target_parameters = {self.target_parameters}; a spectral adapter wraps layers, and "
+                "experts stacked in one parameter are none: name layers in target_modules, or use LoRA for them"
+            )
         if not 0 <= self.dropout < 1:
             raise InputError(f"got dropout = {self.dropout}; want 0 <= dropout < 1")
         if self.file_format not in (None, 1):
@@ -87,29 +113,35 @@ class SpectralConfig(PeftConfig):
                 f"the adapter folder has format {self.file_format}; this version of specbasis reads 1: upgrade it"
             )
 
-    target_parameters = None
     bias = "none"
 
-    @property
-    def layers_to_transform(self) -> list[int] | int | None:
-        """PEFT's name for the blocks."""
-        return self.blocks_to_transform
+    def choose_blocks(self, blocks: list[int] | int | None) -> None:
+        """Set the blocks, under PEFT's name for them too, which its matching of names reads."""
+        self.blocks_to_transform = self.layers_to_transform = blocks
 
-    def interval_of(self, module_name: str) -> tuple[int, int]:
+    def interval_of(self, module_name: str, shape: tuple[int, int]) -> tuple[int, int]:
         """The interval for a module: the first pattern that matches the end of its name, else the common one."""
         for pattern, interval in (self.interval_pattern or {}).items():
             if re.match(rf"(.*\.)?({pattern})$", module_name):
                 return interval
-        assert self.interval is not None
-        return self.interval
+        return self.interval or (0, min(DEFAULT_RANK, *shape))
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as adapter_config.json holds it."""
+        """The configuration as adapter_config.json holds it, without the seal, which belongs to one file."""
         fields = super().to_dict()
-        del fields["basis_file"], fields["rank"]
+        for name in _NOT_SAVED if self._saving else (*_NOT_SAVED, "seal"):
+            del fields[name]
         if isinstance(fields["target_modules"], set):
             fields["target_modules"] = sorted(fields["target_modules"])
         return {**fields, "peft_type": FILE_NAME, "file_format": 1}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write adapter_config.json, with the seal of the adapter that PEFT wrote just before."""
+        self._saving = True
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self._saving = False
 
     @classmethod
     def from_pretrained(

@@ -12,8 +12,9 @@ from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 
 from specbasis.adapter.layer import SpectralLinear
-from specbasis.adapter.layouts import innermost
+from specbasis.adapter.layouts import innermost, layout_of
 from specbasis.adapter.state import PARTS
+from specbasis.core.errors import InputError
 
 
 class SpectralLayer(SpectralLinear, BaseTunerLayer):
@@ -22,7 +23,15 @@ class SpectralLayer(SpectralLinear, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, module_name: str, quantization: dict[str, Any]) -> None:
         super().__init__(base_layer, None, module_name=module_name)
         self._kept: tuple[Any, dict[str, Any]] | None = None  # what restores a quantised weight besides its tensor
-        self.quantization_backend = resolve_quantization_backend(innermost(base_layer), **quantization)
+        again = {"get_apply_tensor_subclass": self._unknown_quantisation, **quantization}
+        self.quantization_backend = resolve_quantization_backend(innermost(base_layer), **again)
+
+    def _unknown_quantisation(self) -> Any:
+        """The recipe of torchao for a merged weight, where ``quantize_`` was called and the model has none."""
+        raise InputError(
+            f"{self.module_name}: the model does not tell how torchao quantised it, and a merged weight would "
+            "have to be quantised again; merge into the unquantised base"
+        )
 
     def weight_matrix(self) -> Tensor:
         """The frozen weight as a matrix (out, in), dequantised if need be."""
@@ -42,6 +51,7 @@ class SpectralLayer(SpectralLinear, BaseTunerLayer):
                 raise ValueError(
                     f"{self.module_name}: merging into {backend.backend_name} weights is not supported by PEFT"
                 )
+            getattr(backend, "get_apply_tensor_subclass", bool)()  # refuses before anything is replaced
             warnings.warn(
                 f"{self.module_name}: the merged weight is quantised again with {backend.backend_name}; its "
                 "rounding changes the model. Merge into the unquantised base for an exact result",
@@ -82,9 +92,33 @@ class SpectralLayer(SpectralLinear, BaseTunerLayer):
             for part in PARTS:
                 self._frozen(part)._apply(lambda tensor: tensor.to(device))
 
+    @property
+    def in_features(self) -> int:
+        """Inputs of the base layer as PEFT counts them: channels of a convolution."""
+        return int(getattr(innermost(self), "in_channels", self.layout.shape(self)[1]))
+
+    @property
+    def out_features(self) -> int:
+        """Outputs of the base layer, or its output channels."""
+        return self.layout.shape(self)[0]
+
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """The update is additive."""
         return True
 
     def __repr__(self) -> str:
         return "spectral." + super().__repr__()
+
+
+class SpectralLinearLayer(SpectralLayer):
+    """Over a linear layer. PEFT takes a layer with "Linear" in its class's name for one of "all-linear"."""
+
+
+class SpectralConv2dLayer(SpectralLayer):
+    """Over a convolution."""
+
+
+def adapted_layer(base_layer: nn.Module, module_name: str, quantization: dict[str, Any]) -> SpectralLayer:
+    """The layer of PEFT's over a base layer, without an adapter yet."""
+    kind = SpectralLinearLayer if layout_of(base_layer, module_name).linear else SpectralConv2dLayer
+    return kind(base_layer, module_name, quantization)

@@ -4,26 +4,43 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import huggingface_hub
 import torch
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from torch import Tensor, nn
 
-from specbasis.adapter.peft_config import SpectralConfig
+from specbasis.adapter.adapted import AdaptedLayer
+from specbasis.adapter.inert import is_inert
+from specbasis.adapter.peft_config import DEFAULT_RANK, SpectralConfig
 from specbasis.adapter.task_heads import fresh_modules, head_modules, says_what_was_loaded
 from specbasis.architecture.recognise import model_map
 from specbasis.checkpoint import open_checkpoint
-from specbasis.checkpoint.adapter_file import BASIS, CONFIG, PROOF, WEIGHTS, AdapterFile, adapter_folder
+from specbasis.checkpoint.adapter_file import (
+    BASIS,
+    CONFIG,
+    PICKLED,
+    PROOF,
+    WEIGHTS,
+    AdapterFile,
+    adapter_folder,
+    checked_seal,
+)
 from specbasis.core.errors import InputError
 
 
-def resolve(config: SpectralConfig, model: nn.Module) -> None:
+def resolve(config: SpectralConfig, model: nn.Module) -> AdapterFile | None:
     """Make a configuration definite for a model: blocks counted from the front, and heads that must be trained.
 
+    Returns:
+        The file that the configuration came with, proven; None for a new adapter, or where it is not at hand.
+
     Raises:
-        InputError: the blocks do not exist; or the file that the configuration came with is incomplete, or does not
-            restore a module that is random in this base.
+        InputError: the blocks do not exist; or the file is incomplete, not what was saved, or does not restore a
+            module that is random in this base.
     """
     _resolve_blocks(config, model)
     fresh = fresh_modules(model)
@@ -31,11 +48,46 @@ def resolve(config: SpectralConfig, model: nn.Module) -> None:
         missing = _unsaved(config, fresh)
         if missing:
             config.modules_to_save = [*(config.modules_to_save or []), *missing]
-        return
+        return None
+    checked_seal(vars(config), "the adapter")
     file = _file_of(config)
     _check_heads(config, model, fresh, file)
     if file is not None:
-        file.require((*PROOF, *(BASIS if config.save_basis else ())))
+        file.require(("M", *PROOF, *(BASIS if config.save_basis else ())))
+        file.prove()
+    return file
+
+
+def check_targets(config: SpectralConfig, file: AdapterFile | None, layers: Iterable[str]) -> None:
+    """Refuse a file that has other layers than its configuration targets in this model.
+
+    Names are compared from the first number on: transformers renames what is above the blocks of some models.
+
+    Raises:
+        InputError: it does, with the first name of those that differ.
+    """
+    saved = file.modules if file is not None else (config.seal or {}).get("layers")
+    if saved is None:
+        return
+    stored, targeted = (Counter(_within_blocks(name) for name in names) for names in (saved, layers))
+    for more, fewer, problem in (
+        (stored, targeted, "is in the file, and the configuration does not target it in this model"),
+        (targeted, stored, "is targeted by the configuration, and is not in the file"),
+    ):
+        names = sorted((more - fewer).elements())
+        if names:
+            source = "the adapter" if file is None else file.source
+            raise InputError(
+                f"{source}: {names[0]} (and {len(names) - 1} more) {problem}; load it as it was saved, on the "
+                "base that it was trained on (for a new adapter, set file_format = None)"
+            )
+
+
+def _within_blocks(name: str) -> str:
+    """A module's name from its first number on, ``3.mlp.up_proj``; its last part where there is no number."""
+    parts = name.split(".")
+    start = next((i for i, part in enumerate(parts) if part.isdecimal()), len(parts) - 1)
+    return ".".join(parts[start:])
 
 
 def _resolve_blocks(config: SpectralConfig, model: nn.Module) -> None:
@@ -48,7 +100,7 @@ def _resolve_blocks(config: SpectralConfig, model: nn.Module) -> None:
         raise InputError(
             f"got blocks_to_transform = {blocks} for a model with {count} blocks; want indices of its blocks"
         )
-    config.blocks_to_transform = [block % count for block in listed]
+    config.choose_blocks([block % count for block in listed])
 
 
 def _unsaved(config: SpectralConfig, names: list[str]) -> list[str]:
@@ -83,7 +135,7 @@ def _check_heads(config: SpectralConfig, model: nn.Module, fresh: list[str], fil
 
 
 def _file_of(config: SpectralConfig) -> AdapterFile | None:
-    """The file that belongs to a loaded configuration; None where it is not at hand, or pickled.
+    """The file that belongs to a loaded configuration; None where it is not at hand.
 
     A file on the Hub is fetched as PEFT fetches it next: it is downloaded once.
     """
@@ -100,7 +152,38 @@ def _file_of(config: SpectralConfig) -> AdapterFile | None:
         except (OSError, ValueError):  # as all errors of the Hub are; PEFT says next what is wrong
             return None
         folder = Path(path).parent
-    return adapter_folder(folder, source=str(place)) if (folder / WEIGHTS).is_file() else None
+    stored = any((folder / name).is_file() for name in (WEIGHTS, PICKLED))
+    return adapter_folder(folder, source=str(place)) if stored else None
+
+
+def all_linear(config: SpectralConfig, model: nn.Module) -> set[str]:
+    """Names of all linear layers but a language model's head, as PEFT finds them, without those that never act."""
+    names = set(_maybe_include_all_linear_layers(config, model).target_modules or ())
+    inert = {
+        name for name in names if is_inert(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
+    }
+    if inert:
+        first, more = min(inert), f" (and {len(inert) - 1} more)" if len(inert) > 1 else ""
+        warnings.warn(
+            f"all-linear leaves out {first}{more}: its weight is read, the layer is not called: an adapter would "
+            "not act",
+            stacklevel=2,
+        )
+    return names - inert
+
+
+def tell_small_layers(config: SpectralConfig, layers: Mapping[str, AdaptedLayer]) -> None:
+    """Say which layers have fewer singular vectors than the default of `DEFAULT_RANK`, and so get all of theirs."""
+    if config.interval is not None:
+        return
+    ranks = {name: min(layer.layout.shape(layer)) for name, layer in layers.items()}
+    small = sorted((rank, name) for name, rank in ranks.items() if rank < DEFAULT_RANK)
+    if small:
+        warnings.warn(
+            f"{len(small)} of {len(ranks)} layers have fewer than the default of {DEFAULT_RANK} singular vectors "
+            f"and get all of theirs (the smallest: {small[0][1]}, {small[0][0]}); give a rank to have fewer",
+            stacklevel=2,
+        )
 
 
 def feed_forward(model: nn.Module) -> set[str]:
@@ -111,14 +194,14 @@ def feed_forward(model: nn.Module) -> set[str]:
     """
     matrices = model_map(open_checkpoint(_base_parameters(model))).matrices
     names = {ref.parameter.removesuffix(".weight") for ref in matrices if ref.key.role.startswith("ffn.")}
-    want = "set target_modules, for example target_modules='all-linear'"
+    want = "Please specify `target_modules`, for example 'all-linear'"  # PEFT's own words
     if not names:
-        raise InputError(f"the feed-forward layers of {type(model).__name__} are not known; {want}")
+        raise InputError(f"the feed-forward layers of {type(model).__name__} are not known. {want}")
     stacked = sorted(names - {name for name, _ in model.named_modules()})
     if stacked:
         raise InputError(
             f"{len(stacked)} feed-forward parameters of {type(model).__name__} are stacks of experts, not layers "
-            f"({stacked[0]}), and a spectral adapter wraps layers; {want}"
+            f"({stacked[0]}), and a spectral adapter wraps layers. {want}"
         )
     return names
 

@@ -218,6 +218,8 @@ def check_stored(
             "sketch in the same file; the adapter file is damaged: fetch or save it again"
         )
     if weight_digest(W) == proof.digest:
+        if singular:
+            _check_values(proof, U, Vh, W, name)
         return True
     if not singular:  # a random basis or one of another model has no relation to W to be checked
         raise InputError(
@@ -243,6 +245,22 @@ def check_stored(
         stacklevel=2,
     )
     return False
+
+
+def _check_values(proof: Proof, U: Tensor, Vh: Tensor, W: Tensor, name: str) -> None:
+    """Refuse singular values that are not those of the vectors, by Uᵀ W V z = diag(S) z for one z of signs.
+
+    Costs 2·out·in flops. Float32 rounding of the vectors leaves an error of about eps · S_1 in each row.
+    """
+    A, S = W.detach().to(U.device, torch.float64), proof.S.to(U.device).double()
+    z = torch.where(_directions(len(S))[:, 0] < 0, -1.0, 1.0).to(U.device, torch.float64)
+    off = (U.double().mT @ (A @ (Vh.double().mT @ z)) - S * z).abs()
+    wrong = int((~(off <= TOLERANCE * S.max())).sum())
+    if wrong:
+        raise InputError(
+            f"{name}: {wrong} of {len(S)} stored singular values are not those of this weight; the adapter file is "
+            "damaged: fetch or save it again"
+        )
 
 
 def check_format(proof: Proof, W: Float[Tensor, "out in"], name: str) -> None:

