@@ -17,8 +17,10 @@ import pyarrow.parquet as pq
 import pytest
 import scipy.linalg
 import torch
+from safetensors.torch import load_file
 
 import specbasis
+from specbasis.checkpoint import sha256
 from specbasis.comparison import decomposition
 from specbasis.core.errors import InputError
 from specbasis.jobs.progress import Progress
@@ -334,6 +336,53 @@ def test_a_second_run_computes_nothing_again(pair: tuple[Path, Path], tmp_path: 
     monkeypatch.setattr(decomposition, "half_svd", lambda *a, **k: pytest.fail("decomposed again"))
     specbasis.compare(*pair, tmp_path / "out")
     assert len(specbasis.load(tmp_path / "out").manifest["runs"]) == 1
+
+
+def rewritten(path: Path, factor: float) -> None:
+    """The same names, shapes, size and time; other weights."""
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    write(path, {name: factor * W for name, W in load_file(path).items()})
+    os.utime(path, ns=times)
+
+
+def test_weights_that_changed_under_their_size_and_time_are_another_comparison(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    specbasis.compare(*pair, tmp_path / "out")
+    rewritten(pair[1], 3.0)
+    with pytest.raises(InputError, match="holds another comparison"):
+        specbasis.compare(*pair, tmp_path / "out")
+
+
+@pytest.mark.parametrize("when", ["after hashing", "between two matrices"])
+@pytest.mark.parametrize("changed", [0, 1])
+def test_rows_of_weights_that_changed_while_they_were_compared_are_not_kept(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch, when: str, changed: int
+) -> None:
+    def hashed(path: Path) -> str:
+        digest = sha256(path)
+        if when == "after hashing" and path == pair[changed]:
+            rewritten(path, 3.0)
+        return digest
+
+    def progress(state: Progress) -> None:
+        if when == "between two matrices" and 0 < state.done < state.total / 2:
+            rewritten(pair[changed], 3.0)
+
+    monkeypatch.setattr("specbasis.jobs.provenance.sha256", hashed)
+    with pytest.raises(InputError, match=rf"{pair[changed].name}.*changed while it was being read"):
+        specbasis.compare(*pair, tmp_path / "out", workers=1, progress=progress)
+    kept = len(list((tmp_path / "out").rglob("*.parquet")))
+    assert kept == 0 if when == "after hashing" else kept < 14
+
+
+def test_a_file_that_was_left_alone_is_hashed_once(pair: tuple[Path, Path], tmp_path: Path, monkeypatch) -> None:
+    read: list[Path] = []
+    monkeypatch.setattr("specbasis.jobs.provenance.sha256", lambda path: read.append(path) or sha256(path))
+    monkeypatch.setattr("specbasis.jobs.provenance._SETTLED", -1)  # as if it had been written long ago
+    for _ in range(2):
+        specbasis.compare(*pair, tmp_path / "out")
+    assert sorted(read) == sorted(pair)
 
 
 def test_a_damaged_part_is_done_again(pair: tuple[Path, Path], tmp_path: Path) -> None:

@@ -88,6 +88,14 @@ def test_a_run_learns_and_leaves_everything_that_it_promises(place, tmp_path):
     with torch.inference_mode():
         assert model(**batch).logits.argmax(-1).tolist() == [int(label) for label in data.labels]
 
+    assert (
+        run(place, tmp_path / "run", "lora", epochs=6, learning_rate=2e-2).metrics == metrics
+    )  # done: read, not trained
+    changed = (tmp_path / "run/metrics.json").read_text().replace('"accuracy": 1.0', '"accuracy": 0.5')
+    (tmp_path / "run/metrics.json").write_text(changed)
+    with pytest.raises(InputError, match=r"metrics\.json: is not what was written"):
+        run(place, tmp_path / "run", "lora", epochs=6, learning_rate=2e-2)
+
 
 @pytest.mark.parametrize("task", ["stsb", "mnli"])
 def test_other_kinds_of_task_are_scored_by_their_metrics(task, place, tmp_path):

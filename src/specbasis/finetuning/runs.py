@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specbasis.checkpoint import open_checkpoint, weights_sha256
+from specbasis.checkpoint import open_checkpoint, sha256, weights_sha256
 from specbasis.checkpoint.atomic import whole, write_whole, writing
+from specbasis.checkpoint.digest import proven
 from specbasis.core.errors import InputError
 from specbasis.core.options import takes
 from specbasis.finetuning.metrics import Predictions
@@ -25,7 +26,7 @@ from specbasis.finetuning.options import FinetuneOptions, Placement, Protocol, r
 from specbasis.finetuning.sources import load_task
 from specbasis.finetuning.tables import lines
 from specbasis.finetuning.tasks import Task, TaskData, selection_size, subset
-from specbasis.jobs.folder import WHERE_USED, Kind, environment, opened, plain, refuse_another, write_json
+from specbasis.jobs.folder import WHERE_USED, Folder, Kind, environment, opened, plain, refuse_another, write_json
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -178,7 +179,7 @@ def load(folder: str | Path, base: str | Path | None = None) -> tuple[Any, Any]:
 
     place = Path(folder)
     try:
-        config = json.loads((place / MANIFEST).read_text(encoding="utf-8"))["config"]
+        config = proven(json.loads((place / MANIFEST).read_text(encoding="utf-8")))["config"]
         task = Task(**config["head"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
@@ -231,9 +232,15 @@ def _begin(folder: Path, config: Mapping[str, Any], alone: ExitStack, is_first: 
             run.write_manifest()
     else:
         refuse_another(folder, RUN.noun, RUN.read(folder)["config"], json.loads(json.dumps(config)))
-    if (folder / METRICS).is_file():
-        return Finetuned(folder, json.loads((folder / METRICS).read_text(encoding="utf-8")))
-    return None
+    if not (folder / METRICS).is_file():
+        return None
+    seal = RUN.read(folder).get("metrics", "")  # versions before seals have none
+    if seal and seal != sha256(folder / METRICS):
+        raise InputError(
+            f"{folder / METRICS}: is not what was written: its SHA-256 differs; delete it, and the same command "
+            "trains again"
+        )
+    return Finetuned(folder, json.loads((folder / METRICS).read_text(encoding="utf-8")))
 
 
 def _finish(folder: Path, config: Mapping[str, Any], metrics: Mapping[str, Any], data: TaskData) -> None:
@@ -245,6 +252,7 @@ def _finish(folder: Path, config: Mapping[str, Any], metrics: Mapping[str, Any],
     if logs.is_dir():
         logs.rename(folder / LOGS)
     write_json(folder / METRICS, metrics)
+    Folder(folder, {**RUN.read(folder), "metrics": sha256(folder / METRICS)}, RUN).write_manifest()
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from specbasis.checkpoint import open_checkpoint, sha256
 from specbasis.checkpoint.atomic import whole, write_whole, writing
 from specbasis.core.errors import InputError
-from specbasis.jobs.folder import Kind, environment, opened, write_json
+from specbasis.jobs.folder import Folder, Kind, environment, opened
 from specbasis.jobs.progress import Progress
 from specbasis.paper.images import Images
 from specbasis.paper.mae import (
@@ -229,7 +229,7 @@ class _Job:
             yield bool(run.manifest["done"])
 
     def update(self, **changes: Any) -> None:
-        write_json(self.folder / TRAINING.manifest, TRAINING.read(self.folder) | changes)
+        Folder(self.folder, TRAINING.read(self.folder) | changes, TRAINING).write_manifest()
 
     def write_log(self, entries: list[dict[str, Any]]) -> None:
         write_whole(self.folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries))
