@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from specbasis import decompose
 from specbasis.checkpoint.digest import digest
 from specbasis.jobs import cache as module
-from specbasis.jobs.cache import Cache
+from specbasis.jobs.cache import Cache, mapped
 from tests.helpers.matrices import gaussian, weight_like
 
 PARTS = ("U", "S", "Vh", "spectrum", "spectrum_error", "residual", "gap")
@@ -116,6 +116,21 @@ def test_damaged_samples_are_drawn_anew(tmp_path, how):
         path.write_bytes(other.read_bytes())
     again = cache.samples(W, T, "gaussian", 4, 6, lambda: drawn)
     assert all(torch.equal(a, b) for a, b in zip(again, drawn, strict=True))
+
+
+def test_an_entry_is_mapped_where_its_seal_was_checked_and_it_is_still_that_file(tmp_path):
+    W, cache = gaussian(8, 11), Cache(tmp_path)
+    path = cache.path(W)
+    assert mapped(path) is None
+    svd = cache.decompose(W)
+    assert same(mapped(path), svd)
+    path.write_bytes(path.read_bytes()[:-8])
+    assert mapped(path) is None
+    assert same(cache.decompose(W), svd)
+    assert same(mapped(path), svd)
+    Cache(tmp_path / "other").decompose(2 * W)
+    (tmp_path / "other" / cache.path(2 * W).name).replace(path)
+    assert mapped(path) is None
 
 
 def test_the_least_recently_used_go_first(tmp_path, only_once):

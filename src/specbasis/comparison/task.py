@@ -101,7 +101,8 @@ class Task:
                 outcomes.append((label, str(error)))
             else:
                 whole = triple.base if triple.every is None else triple.every
-                decomposed = {} if isinstance(whole, Absent) else {matched.base: whole}
+                is_shared = triple.scale == 1.0 and not isinstance(whole, Absent)
+                decomposed = {matched.base: whole} if is_shared else {}
                 outcomes.append((label, rows))
         return outcomes
 

@@ -19,6 +19,7 @@ from specbasis.checkpoint import Checkpoint
 from specbasis.checkpoint.atomic import whole
 from specbasis.checkpoint.digest import digest
 from specbasis.checkpoint.formats import file_entries
+from specbasis.checkpoint.formats.safetensors import entries
 from specbasis.core.errors import InputError
 from specbasis.core.svd import ALGORITHM, SVD, decompose
 
@@ -98,21 +99,33 @@ class Cache:
         try:
             with whole(path) as temporary:
                 save_file({**parts, "seal": seal}, temporary)
+            _PROVEN[path] = _which(path)
             _evict(self.folder, self.limit)
         except (OSError, SafetensorError) as error:
             warnings.warn(f"{self.folder}: {noun} cannot be kept here ({error})", stacklevel=2)
 
 
+_PROVEN: dict[Path, tuple[int, int]] = {}
+"""The files whose seals this process has checked: inode and bytes. An entry is never written in place."""
+
+
 def mapped(path: Path) -> SVD | None:
     """An entry that `Cache.decompose` gave before in this process, mapped: numbers are read when they are used.
 
-    Its digest is not checked again; None where it is gone.
+    None where the file is gone, or is another one than that whose seal was checked.
     """
     try:
-        stored = _open(path)
-        return SVD(**{part: stored[part] for part in _PARTS})
+        if _PROVEN.get(path) != _which(path):
+            return None
+        stored = entries(path, path.name)
+        return SVD(**{part: stored[part].load() for part in _PARTS})
     except (InputError, KeyError, OSError):
         return None
+
+
+def _which(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_ino, stat.st_size
 
 
 def _evict(folder: Path, limit: int) -> None:
@@ -151,6 +164,7 @@ def _read(path: Path, names: Sequence[str]) -> tuple[dict[str, Tensor], bool]:
         if bytes(stored[kept].tolist()).hex() != wanted:
             return {}, False
         os.utime(path)
+        _PROVEN[path] = _which(path)
     except (InputError, KeyError, OSError, TypeError, ValueError):
         return {}, False
     return parts, is_sealed
