@@ -338,6 +338,56 @@ def test_a_second_run_computes_nothing_again(pair: tuple[Path, Path], tmp_path: 
     assert len(specbasis.load(tmp_path / "out").manifest["runs"]) == 1
 
 
+FACTORS = {
+    "kohya": ("lora_unet_x_to_q.lora_down.weight", "lora_unet_x_to_q.lora_up.weight"),
+    "kohya's kernels": ("lora_unet_x.lora_mid.weight", "lora_unet_x.lora_up.weight"),
+    "LyCORIS": ("lycoris_x.hada_w1_a", "lycoris_x.lokr_w2"),
+    "diffusers": ("unet.x.processor.to_q_lora.down.weight", "unet.x.to_k.lora_linear_layer.up.weight"),
+    "PEFT": ("base_model.model.x.lora_A.weight", "base_model.model.x.lora_B.default.weight"),
+}
+
+
+@pytest.mark.parametrize("layout", FACTORS)
+def test_factors_of_adapters_are_not_compared_as_weights(layout: str, tmp_path: Path) -> None:
+    states = [{name: torch.randn(32, 32) for name in FACTORS[layout]} for _ in range(2)]
+    paths = [write(tmp_path / f"{i}.safetensors", state) for i, state in enumerate(states)]
+    with pytest.raises(InputError, match="a factor of an adapter that is not merged"):
+        specbasis.compare(*paths)
+
+
+def test_what_was_not_compared_is_never_identical(tmp_path: Path) -> None:
+    base = bert_state()
+    whole = specbasis.compare(base, dict(base))
+    assert whole.verdicts["state_dict"].kind == "identical"
+    total = len(whole.facts["state_dict"].matrices)
+    kept = "encoder.layer.1.output.dense.weight"
+
+    def quantised(name: str, W: torch.Tensor) -> torch.Tensor:
+        return W if W.ndim < 2 or name == kept else (W * 100).round().to(torch.int8)
+
+    others = {
+        "quantised": {name: quantised(name, W) for name, W in base.items()},
+        "lacking": {name: W for name, W in base.items() if W.ndim < 2 or name == kept},
+        "grown": {name: W if W.ndim < 2 or name == kept else torch.cat([W, W]) for name, W in base.items()},
+    }
+    for other in others.values():
+        found = specbasis.compare(base, other)
+        verdict, facts = found.verdicts["state_dict"], found.facts["state_dict"]
+        assert verdict.kind == "partial"
+        assert "identical" not in verdict.sentence
+        assert f"{total - 1} were not compared" in verdict.sentence
+        assert len(facts.uncompared) == total - 1
+        (frozen,) = (f for f in found.findings["state_dict"] if f.kind == "frozen")
+        assert "100" not in frozen.sentence
+        assert f"{total - 1} of both models were not compared" in frozen.sentence
+        assert found.report(tmp_path / "page.html").exists()
+    head = specbasis.compare(base, {**base, "classifier.weight": torch.randn(2, 32)})
+    assert head.verdicts["state_dict"].kind == "partial"
+    assert head.facts["state_dict"].uncompared == ["classifier.weight"]
+    broken = {**base, kept: torch.full_like(base[kept], math.nan)}
+    assert specbasis.compare(base, broken).verdicts["state_dict"].kind == "partial"
+
+
 def rewritten(path: Path, factor: float) -> None:
     """The same names, shapes, size and time; other weights."""
     times = path.stat().st_atime_ns, path.stat().st_mtime_ns

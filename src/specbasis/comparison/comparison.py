@@ -56,7 +56,8 @@ class Comparison:
     @cached_property
     def facts(self) -> dict[str, Facts]:
         """For each pair: its rows and what they say of each matrix, read once for all that follows."""
-        return by_pair(self.rows, self.pairs, self.failed)
+        skipped = {label: about.get("skipped", ()) for label, about in self.manifest["pairs"].items()}
+        return by_pair(self.rows, self.pairs, self.failed, skipped)
 
     @cached_property
     def summaries(self) -> dict[str, list[RoleSummary]]:
@@ -65,7 +66,7 @@ class Comparison:
 
     @cached_property
     def verdicts(self) -> dict[str, Verdict]:
-        """For each pair: identical, finetuned, independent or mixed, with the evidence."""
+        """For each pair: what it is, with the evidence; see `specbasis.comparison.verdict.judge`."""
         return {label: judge(facts) for label, facts in self.facts.items()}
 
     @cached_property
