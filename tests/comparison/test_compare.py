@@ -435,6 +435,20 @@ def test_a_file_that_was_left_alone_is_hashed_once(pair: tuple[Path, Path], tmp_
     assert sorted(read) == sorted(pair)
 
 
+def test_a_part_that_is_lost_is_named(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    base = pair[0]
+    specbasis.compare(base, base, tmp_path / "out")
+    next((tmp_path / "out").rglob("*.parquet")).unlink()
+    opened = specbasis.load(tmp_path / "out")
+    ((_, (lost,)),) = [(label, [s for s in skipped if "without rows" in s["reason"]])
+                       for label, skipped in opened.skipped.items()]  # fmt: skip
+    assert lost["name"] not in opened.rows["matrix"].to_pylist()
+    assert opened.verdicts["base"].kind == "partial"
+    assert "without rows" in opened._repr_html_()
+    specbasis.compare(base, base, tmp_path / "out")
+    assert specbasis.load(tmp_path / "out").verdicts["base"].kind == "identical"
+
+
 def test_a_damaged_part_is_done_again(pair: tuple[Path, Path], tmp_path: Path) -> None:
     first = specbasis.compare(*pair, tmp_path / "out")
     part = next((tmp_path / "out").rglob("*.parquet"))

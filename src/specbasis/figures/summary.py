@@ -105,7 +105,8 @@ def summary_html(comparison: Comparison) -> str:
 def _pair_html(comparison: Comparison, label: str, about: Mapping[str, Any]) -> str:
     verdict, lines = comparison.verdicts[label], comparison.summaries[label]
     left_out = "; ".join(
-        f"{len(names)}, {reason}: {named_parts(names, 2)}" for reason, names in by_reason(about["skipped"]).items()
+        f"{len(names)}, {reason}: {named_parts(names, 2)}"
+        for reason, names in by_reason(comparison.skipped[label]).items()
     )
     notes = "".join(f"<br><i>{escape(note)}</i>" for note in about["notes"])
     for finding in comparison.findings[label]:
