@@ -247,7 +247,8 @@ class _Job:
         }
         tensors["losses"] = torch.stack(state.losses).cpu() if state.losses else torch.zeros(0)
         write_whole(self._state(state.step), lambda path: save_file(tensors, path))
-        self.update(state=state.step, scaler=state.scaler.state_dict())
+        seal = sha256(self._state(state.step))
+        self.update(state=state.step, state_sha256=seal, scaler=state.scaler.state_dict())
         for old in self.folder.glob("state-*.safetensors"):
             if old != self._state(state.step):
                 old.unlink()
@@ -295,6 +296,10 @@ class _Job:
             return state
         self.write_log([entry for entry in Run(self.folder).log if entry["step"] <= at])
         stored = open_checkpoint(self._state(at))
+        if about.get("state_sha256", "") not in ("", sha256(self._state(at))):  # versions before seals have none
+            raise InputError(
+                f"{self._state(at)}: is not what was written: its SHA-256 differs; train in a new folder"
+            )
         for i, p in enumerate(_trainable(model)):
             names = [name for name in ("step", "exp_avg", "exp_avg_sq") if f"{i}.{name}" in stored]
             optimizer.state[p] = {name: stored[f"{i}.{name}"].clone().to(self.device) for name in names}
