@@ -10,7 +10,7 @@ import csv
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from specbasis.checkpoint import open_checkpoint, sha256, weights_sha256
 from specbasis.checkpoint.atomic import whole, write_whole, writing
 from specbasis.checkpoint.digest import proven
+from specbasis.checkpoint.entry import watched
 from specbasis.core.errors import InputError
 from specbasis.core.options import takes
 from specbasis.finetuning.metrics import Predictions
@@ -103,18 +104,7 @@ def finetune(
         )
     protocol, data = resolved(options.part(Protocol), method, data, options.examples)
     placement = options.part(Placement)
-    config = {
-        "base": str(base),
-        "base_sha256": weights_sha256(open_checkpoint(base)),
-        "task": data.task.name,
-        "head": {name: getattr(data.task, name) for name in ("name", "title", "metrics", "labels", "images")},
-        "data": data.digest,
-        "method": method,
-        "seed": options.seed,
-        "protocol": dataclasses.asdict(protocol),
-        "placement": dataclasses.asdict(placement),
-        "cache_prefix": options.cache_prefix is not None,
-    }
+    config, unchanged = _config(base, data, method, options, protocol, placement)
     folder = Path(out)
     from accelerate import PartialState
 
@@ -125,7 +115,16 @@ def finetune(
             return finished
         texts = held_back_texts(options.held_back, data, options.data_dir)
         run = Run(
-            base, data, method, options.seed, protocol, placement, options.cache_prefix, texts, options.report_to
+            base,
+            data,
+            method,
+            options.seed,
+            protocol,
+            placement,
+            options.cache_prefix,
+            texts,
+            options.report_to,
+            unchanged=unchanged,
         )
         metrics = train(run, folder, callbacks)
         predictions = metrics.pop("predictions")
@@ -134,6 +133,32 @@ def finetune(
             _write_predictions(folder / PREDICTIONS, predictions, data.task)
             _finish(folder, config, metrics, data)
     return Finetuned(folder, metrics)
+
+
+def _config(
+    base: str | Path,
+    data: TaskData,
+    method: str,
+    options: FinetuneOptions,
+    protocol: Protocol,
+    placement: Placement,
+) -> tuple[dict[str, Any], Callable[[], None]]:
+    """What makes two runs the same, and a check that the base is what was hashed for it."""
+    weights = open_checkpoint(base)
+    unchanged = watched(weights.files)
+    config = {
+        "base": str(base),
+        "base_sha256": weights_sha256(weights),
+        "task": data.task.name,
+        "head": {name: getattr(data.task, name) for name in ("name", "title", "metrics", "labels", "images")},
+        "data": data.digest,
+        "method": method,
+        "seed": options.seed,
+        "protocol": dataclasses.asdict(protocol),
+        "placement": dataclasses.asdict(placement),
+        "cache_prefix": options.cache_prefix is not None,
+    }
+    return config, unchanged
 
 
 def _check_report(report_to: str) -> None:

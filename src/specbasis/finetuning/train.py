@@ -51,6 +51,7 @@ class Run:
         report_to: as of `finetune`.
         resumable: write a checkpoint at the end of every epoch, and go on from the last.
         scratch: begin from random weights instead of the base's.
+        unchanged: raises where the base's files, which have been loaded now, are no longer those that were hashed.
     """
 
     base: str | Path
@@ -64,6 +65,7 @@ class Run:
     report_to: str = "none"
     resumable: bool = True
     scratch: bool = False
+    unchanged: Callable[[], None] = lambda: None
 
     @property
     def scored(self) -> dict[str, Split]:
@@ -80,6 +82,7 @@ def train(run: Run, folder: Path, callbacks: Sequence[TrainerCallback] = ()) -> 
         with peak_memory() as peak:
             set_seed(run.seed)
             base = load_base(run.base, data.task, max_length=protocol.max_length, scratch=run.scratch)
+            run.unchanged()
             attached = attach(base.model, run.method, seed=run.seed, **vars(run.placement))
             watch = Stopwatch()
             with _trainer(run, base, attached, folder) as trainer:
