@@ -553,6 +553,25 @@ def test_basis_file_is_written_read_and_checked(tmp_path):
     assert "basis_file" not in json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
 
 
+@pytest.mark.parametrize("damage", ["U", "S", "Vh", "seal", "names exchanged", "without a seal"])
+def test_a_basis_that_is_not_what_was_written_is_decomposed_anew(tmp_path, damage):
+    path = tmp_path / "bases.safetensors"
+    options = {"rank": 4, "target_modules": ["lin0"], "save_basis": False, "basis_file": str(path)}
+    own = get_peft_model(mlp(), SpectralConfig(**options)).base_model.model.lin0
+    stored = load_file(path)
+    if damage == "names exchanged":
+        stored["lin0.U"] = stored["lin0.U"].flip(1)
+    elif damage == "without a seal":  # as versions before seals wrote it, so that nothing proves the vectors
+        del stored["lin0.seal"]
+        stored["lin0.S"] *= 2
+    else:
+        stored[f"lin0.{damage}"].view(torch.uint8).view(-1)[0] ^= 1
+    save_file(stored, path)
+    again = get_peft_model(mlp(), SpectralConfig(**options)).base_model.model.lin0
+    for part in ("spectral_U", "spectral_S", "spectral_Vh"):
+        torch.testing.assert_close(getattr(again, part)["default"], getattr(own, part)["default"])
+
+
 def test_a_folder_is_a_cache_of_bases(tmp_path, monkeypatch):
     options = {"rank": 4, "target_modules": ["lin0", "lin1"], "save_basis": False, "basis_file": str(tmp_path)}
     one = get_peft_model(mlp(), SpectralConfig(**options))

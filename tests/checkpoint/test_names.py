@@ -40,6 +40,18 @@ def test_nothing_in_common_is_no_way() -> None:
     assert alignments({}, {}) == (0, [])
 
 
+def test_one_shape_in_common_aligns_nothing() -> None:
+    """Two prefixes that leave one word, or few names of many, are no alignment; one that leaves most names is."""
+    assert alignments({"embed.weight": (8, 4)}, {"head.weight": (8, 4)}) == (0, [])
+    assert alignments({"a.b.embed.weight": (8, 4)}, {"c.head.weight": (8, 4)}) == (0, [])
+    ours = {"a.proj.weight": (8, 4), "a.in.weight": (3, 4), "a.out.weight": (5, 4)}
+    theirs = {"b.proj.weight": (8, 4), "b.up.weight": (3, 4), "b.down.weight": (5, 4)}
+    assert alignments(ours, theirs) == (0, [])
+    theirs |= {"b.in.weight": (3, 4)}
+    assert alignments(ours, theirs) == (2, [("a.", "b.")])
+    assert alignments({"weight": (8, 4)}, {"head.weight": (8, 4)})[0] == 1  # a module of the other, by itself
+
+
 def test_what_wrappers_insert_is_left_out() -> None:
     assert bare_name("module._orig_mod.encoder._fsdp_wrapped_module.layer.weight") == "encoder.layer.weight"
 

@@ -17,8 +17,10 @@ import pyarrow.parquet as pq
 import pytest
 import scipy.linalg
 import torch
+from safetensors.torch import load_file
 
 import specbasis
+from specbasis.checkpoint import sha256
 from specbasis.comparison import decomposition
 from specbasis.core.errors import InputError
 from specbasis.jobs.progress import Progress
@@ -334,6 +336,117 @@ def test_a_second_run_computes_nothing_again(pair: tuple[Path, Path], tmp_path: 
     monkeypatch.setattr(decomposition, "half_svd", lambda *a, **k: pytest.fail("decomposed again"))
     specbasis.compare(*pair, tmp_path / "out")
     assert len(specbasis.load(tmp_path / "out").manifest["runs"]) == 1
+
+
+FACTORS = {
+    "kohya": ("lora_unet_x_to_q.lora_down.weight", "lora_unet_x_to_q.lora_up.weight"),
+    "kohya's kernels": ("lora_unet_x.lora_mid.weight", "lora_unet_x.lora_up.weight"),
+    "LyCORIS": ("lycoris_x.hada_w1_a", "lycoris_x.lokr_w2"),
+    "diffusers": ("unet.x.processor.to_q_lora.down.weight", "unet.x.to_k.lora_linear_layer.up.weight"),
+    "PEFT": ("base_model.model.x.lora_A.weight", "base_model.model.x.lora_B.default.weight"),
+}
+
+
+@pytest.mark.parametrize("layout", FACTORS)
+def test_factors_of_adapters_are_not_compared_as_weights(layout: str, tmp_path: Path) -> None:
+    states = [{name: torch.randn(32, 32) for name in FACTORS[layout]} for _ in range(2)]
+    paths = [write(tmp_path / f"{i}.safetensors", state) for i, state in enumerate(states)]
+    with pytest.raises(InputError, match="a factor of an adapter that is not merged"):
+        specbasis.compare(*paths)
+
+
+def test_what_was_not_compared_is_never_identical(tmp_path: Path) -> None:
+    base = bert_state()
+    whole = specbasis.compare(base, dict(base))
+    assert whole.verdicts["state_dict"].kind == "identical"
+    total = len(whole.facts["state_dict"].matrices)
+    kept = "encoder.layer.1.output.dense.weight"
+
+    def quantised(name: str, W: torch.Tensor) -> torch.Tensor:
+        return W if W.ndim < 2 or name == kept else (W * 100).round().to(torch.int8)
+
+    others = {
+        "quantised": {name: quantised(name, W) for name, W in base.items()},
+        "lacking": {name: W for name, W in base.items() if W.ndim < 2 or name == kept},
+        "grown": {name: W if W.ndim < 2 or name == kept else torch.cat([W, W]) for name, W in base.items()},
+    }
+    for other in others.values():
+        found = specbasis.compare(base, other)
+        verdict, facts = found.verdicts["state_dict"], found.facts["state_dict"]
+        assert verdict.kind == "partial"
+        assert "identical" not in verdict.sentence
+        assert f"{total - 1} were not compared" in verdict.sentence
+        assert len(facts.uncompared) == total - 1
+        (frozen,) = (f for f in found.findings["state_dict"] if f.kind == "frozen")
+        assert "100" not in frozen.sentence
+        assert f"{total - 1} of both models were not compared" in frozen.sentence
+        assert found.report(tmp_path / "page.html").exists()
+    head = specbasis.compare(base, {**base, "classifier.weight": torch.randn(2, 32)})
+    assert head.verdicts["state_dict"].kind == "partial"
+    assert head.facts["state_dict"].uncompared == ["classifier.weight"]
+    broken = {**base, kept: torch.full_like(base[kept], math.nan)}
+    assert specbasis.compare(base, broken).verdicts["state_dict"].kind == "partial"
+
+
+def rewritten(path: Path, factor: float) -> None:
+    """The same names, shapes, size and time; other weights."""
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    write(path, {name: factor * W for name, W in load_file(path).items()})
+    os.utime(path, ns=times)
+
+
+def test_weights_that_changed_under_their_size_and_time_are_another_comparison(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    specbasis.compare(*pair, tmp_path / "out")
+    rewritten(pair[1], 3.0)
+    with pytest.raises(InputError, match="holds another comparison"):
+        specbasis.compare(*pair, tmp_path / "out")
+
+
+@pytest.mark.parametrize("when", ["after hashing", "between two matrices"])
+@pytest.mark.parametrize("changed", [0, 1])
+def test_rows_of_weights_that_changed_while_they_were_compared_are_not_kept(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch, when: str, changed: int
+) -> None:
+    def hashed(path: Path) -> str:
+        digest = sha256(path)
+        if when == "after hashing" and path == pair[changed]:
+            rewritten(path, 3.0)
+        return digest
+
+    def progress(state: Progress) -> None:
+        if when == "between two matrices" and 0 < state.done < state.total / 2:
+            rewritten(pair[changed], 3.0)
+
+    monkeypatch.setattr("specbasis.jobs.provenance.sha256", hashed)
+    with pytest.raises(InputError, match=rf"{pair[changed].name}.*changed while it was being read"):
+        specbasis.compare(*pair, tmp_path / "out", workers=1, progress=progress)
+    kept = len(list((tmp_path / "out").rglob("*.parquet")))
+    assert kept == 0 if when == "after hashing" else kept < 14
+
+
+def test_a_file_that_was_left_alone_is_hashed_once(pair: tuple[Path, Path], tmp_path: Path, monkeypatch) -> None:
+    read: list[Path] = []
+    monkeypatch.setattr("specbasis.jobs.provenance.sha256", lambda path: read.append(path) or sha256(path))
+    monkeypatch.setattr("specbasis.jobs.provenance._SETTLED", -1)  # as if it had been written long ago
+    for _ in range(2):
+        specbasis.compare(*pair, tmp_path / "out")
+    assert sorted(read) == sorted(pair)
+
+
+def test_a_part_that_is_lost_is_named(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    base = pair[0]
+    specbasis.compare(base, base, tmp_path / "out")
+    next((tmp_path / "out").rglob("*.parquet")).unlink()
+    opened = specbasis.load(tmp_path / "out")
+    ((_, (lost,)),) = [(label, [s for s in skipped if "without rows" in s["reason"]])
+                       for label, skipped in opened.skipped.items()]  # fmt: skip
+    assert lost["name"] not in opened.rows["matrix"].to_pylist()
+    assert opened.verdicts["base"].kind == "partial"
+    assert "without rows" in opened._repr_html_()
+    specbasis.compare(base, base, tmp_path / "out")
+    assert specbasis.load(tmp_path / "out").verdicts["base"].kind == "identical"
 
 
 def test_a_damaged_part_is_done_again(pair: tuple[Path, Path], tmp_path: Path) -> None:

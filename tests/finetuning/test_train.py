@@ -16,6 +16,7 @@ import torch
 from transformers import TrainerCallback
 
 import specbasis
+from specbasis.checkpoint import weights_sha256
 from specbasis.cli import main
 from specbasis.core.errors import InputError
 from specbasis.finetuning import load, train
@@ -88,6 +89,14 @@ def test_a_run_learns_and_leaves_everything_that_it_promises(place, tmp_path):
     with torch.inference_mode():
         assert model(**batch).logits.argmax(-1).tolist() == [int(label) for label in data.labels]
 
+    assert (
+        run(place, tmp_path / "run", "lora", epochs=6, learning_rate=2e-2).metrics == metrics
+    )  # done: read, not trained
+    changed = (tmp_path / "run/metrics.json").read_text().replace('"accuracy": 1.0', '"accuracy": 0.5')
+    (tmp_path / "run/metrics.json").write_text(changed)
+    with pytest.raises(InputError, match=r"metrics\.json: is not what was written"):
+        run(place, tmp_path / "run", "lora", epochs=6, learning_rate=2e-2)
+
 
 @pytest.mark.parametrize("task", ["stsb", "mnli"])
 def test_other_kinds_of_task_are_scored_by_their_metrics(task, place, tmp_path):
@@ -96,6 +105,22 @@ def test_other_kinds_of_task_are_scored_by_their_metrics(task, place, tmp_path):
     for name in ("matched", "mismatched") if task == "mnli" else ("dev",):
         assert set(metrics[name]) == names
     assert metrics["score"] == pytest.approx(sum(metrics[name].values()) / len(names))
+
+
+def test_a_base_that_changed_between_hashing_and_loading_is_not_trained(place, tmp_path, monkeypatch):
+    base = tmp_path / "base"
+    shutil.copytree(place / "base", base)
+
+    def hashed(checkpoint):
+        digest = weights_sha256(checkpoint)
+        file = base / "model.safetensors"
+        file.write_bytes(file.read_bytes())
+        return digest
+
+    monkeypatch.setattr("specbasis.finetuning.runs.weights_sha256", hashed)
+    with pytest.raises(InputError, match=r"model\.safetensors: changed while it was being read"):
+        specbasis.finetune(base, "sst2", "lora", out=tmp_path / "run", data_dir=place / "glue", epochs=1)
+    assert not (tmp_path / "run/metrics.json").exists()
 
 
 class Kill(TrainerCallback):

@@ -4,10 +4,12 @@ import os
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from specbasis import decompose
+from specbasis.checkpoint.digest import digest
 from specbasis.jobs import cache as module
-from specbasis.jobs.cache import Cache
+from specbasis.jobs.cache import Cache, mapped
 from tests.helpers.matrices import gaussian, weight_like
 
 PARTS = ("U", "S", "Vh", "spectrum", "spectrum_error", "residual", "gap")
@@ -66,6 +68,69 @@ def test_a_damaged_entry_is_computed_anew(tmp_path, only_once, how, at):
     assert len(only_once) == 2
     assert same(Cache(tmp_path).decompose(W), first)
     assert len(only_once) == 2
+
+
+@pytest.mark.parametrize("other", [gaussian(8, 11, 5), gaussian(11, 8), 2 * gaussian(8, 11)])
+@pytest.mark.parametrize("is_sealed", [True, False], ids=["of today", "of versions before seals"])
+def test_an_entry_under_the_name_of_another_matrix_is_computed_anew(tmp_path, other, is_sealed):
+    W, cache = gaussian(8, 11), Cache(tmp_path)
+    cache.decompose(other)
+    stored = load_file(cache.path(other))
+    if not is_sealed:
+        del stored["seal"]
+        stored["digest"] = torch.tensor(list(bytes.fromhex(digest(*(stored[part] for part in PARTS)))))
+        stored["digest"] = stored["digest"].to(torch.uint8)
+    save_file(stored, cache.path(W))
+    assert same(cache.decompose(W), decompose(W))
+
+
+@pytest.mark.parametrize("ranks", [None, 3])
+def test_an_entry_of_versions_before_seals_is_taken_for_its_matrix_and_sealed(tmp_path, only_once, ranks):
+    W, cache = weight_like(12, 20), Cache(tmp_path)
+    cache.decompose(W, ranks)
+    stored = load_file(cache.path(W, ranks))
+    sealed = stored.pop("seal")
+    content = bytes.fromhex(digest(*(stored[part] for part in PARTS)))
+    save_file({**stored, "digest": torch.tensor(list(content), dtype=torch.uint8)}, cache.path(W, ranks))
+    assert same(cache.decompose(W, ranks), decompose(W, ranks))
+    assert torch.equal(load_file(cache.path(W, ranks))["seal"], sealed)
+    assert len(only_once) == 1
+
+
+@pytest.mark.parametrize("how", ["flipped", "without a seal", "of other matrices"])
+def test_damaged_samples_are_drawn_anew(tmp_path, how):
+    W, T, cache = gaussian(6, 8), gaussian(6, 8, 1), Cache(tmp_path)
+    drawn = (torch.rand(4, 6), torch.rand(4, 6))
+    cache.samples(W, T, "gaussian", 4, 6, lambda: drawn)
+    (path,) = tmp_path.iterdir()
+    if how == "flipped":
+        data = bytearray(path.read_bytes())
+        data[-3] ^= 1
+        path.write_bytes(data)
+    elif how == "without a seal":
+        stored = load_file(path)
+        save_file({name: stored[name] * 9 for name in ("left", "right")}, path)
+    else:
+        cache.samples(T, W, "gaussian", 4, 6, lambda: (drawn[1], drawn[0]))
+        other = next(entry for entry in tmp_path.iterdir() if entry != path)
+        path.write_bytes(other.read_bytes())
+    again = cache.samples(W, T, "gaussian", 4, 6, lambda: drawn)
+    assert all(torch.equal(a, b) for a, b in zip(again, drawn, strict=True))
+
+
+def test_an_entry_is_mapped_where_its_seal_was_checked_and_it_is_still_that_file(tmp_path):
+    W, cache = gaussian(8, 11), Cache(tmp_path)
+    path = cache.path(W)
+    assert mapped(path) is None
+    svd = cache.decompose(W)
+    assert same(mapped(path), svd)
+    path.write_bytes(path.read_bytes()[:-8])
+    assert mapped(path) is None
+    assert same(cache.decompose(W), svd)
+    assert same(mapped(path), svd)
+    Cache(tmp_path / "other").decompose(2 * W)
+    (tmp_path / "other" / cache.path(2 * W).name).replace(path)
+    assert mapped(path) is None
 
 
 def test_the_least_recently_used_go_first(tmp_path, only_once):

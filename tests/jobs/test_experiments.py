@@ -99,3 +99,16 @@ def test_a_damaged_line_is_named(tmp_path):
     (out / "rows.jsonl").write_text("\n".join([lines[0], "{oops", lines[1]]) + "\n")
     with pytest.raises(InputError, match=r"rows\.jsonl: line 2 is damaged"):
         read_experiments(out)
+
+
+def test_a_figure_that_changed_on_disk_is_damage_and_lines_of_versions_before_seals_are_read(tmp_path):
+    out = tmp_path / "out"
+    run_experiments([{"x": 5}], square, out)
+    line = (out / "rows.jsonl").read_text()
+    (out / "rows.jsonl").write_text(line.replace('"y": 25', '"y": 27'))
+    with pytest.raises(InputError, match=r"rows\.jsonl: line 1 is damaged"):
+        read_experiments(out)
+    stored = json.loads(line)
+    del stored["sha256"]
+    (out / "rows.jsonl").write_text(json.dumps(stored) + "\n")
+    assert read_experiments(out)[0].values["y"] == 25

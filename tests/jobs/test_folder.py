@@ -133,3 +133,20 @@ def test_a_manifest_names_what_is_always_there_and_what_is_loaded_or_used(monkey
 def test_the_commit_is_that_of_the_checkout() -> None:
     checkout = (Path(__file__).parents[2] / ".git").exists()
     assert (environment()["commit"] is not None) == checkout
+
+
+def test_a_manifest_that_is_not_what_was_written_is_refused(tmp_path: Path) -> None:
+    begun(tmp_path / "out", {"ranks": 10, "seed": 1})
+    path = tmp_path / "out/manifest.json"
+    whole = path.read_text()
+    for old, new in (('"ranks": 10', '"ranks": 11'), ('"pairs": {}', '"pairs": {"p": {"matrices": []}}')):
+        assert old in whole
+        path.write_text(whole.replace(old, new))
+        with pytest.raises(InputError, match=r"manifest\.json: .*SHA-256"):
+            MADE.read(tmp_path / "out")
+        with pytest.raises(InputError, match=r"manifest\.json: .*SHA-256"):
+            begun(tmp_path / "out", {"ranks": 11, "seed": 1})
+    stored = json.loads(whole)
+    del stored["sha256"]  # as versions before seals wrote it
+    path.write_text(json.dumps(stored))
+    begun(tmp_path / "out", {"ranks": 10, "seed": 1})

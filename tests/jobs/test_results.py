@@ -1,4 +1,5 @@
 import errno
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,9 +18,9 @@ def table(n: int = 1) -> pa.Table:
     return pa.Table.from_pylist([row] * n, schema=results.SCHEMA)
 
 
-def fresh(folder: Path) -> results.Results:
+def fresh(folder: Path, *matrices: str) -> results.Results:
     with results.create(folder, {"ranks": 1}) as made:
-        made.manifest["pairs"] = {"p": {"matrices": ["m"]}}
+        made.manifest["pairs"] = {"p": {"matrices": list(matrices or ["m"])}}
     return made
 
 
@@ -47,16 +48,82 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path, monkeypatch: 
     assert [p for p in (tmp_path / "out").rglob("*") if p.name.endswith(".tmp")] == []
 
 
-def test_damage_inside_a_part_names_the_file_to_delete(tmp_path: Path) -> None:
+def test_no_flipped_bit_changes_what_is_read(tmp_path: Path) -> None:
+    """Every flip is either found, or leaves every row as it was (a bit of padding, of a statistic, of a name)."""
     made = fresh(tmp_path / "out")
-    made.write("p", "m", table(1000))
+    made.write("p", "m", table(300))
     part = made.part("p", "m")
-    whole = bytearray(part.read_bytes())
-    whole[4:40] = bytes(36)  # the footer, by which a part counts as done, stays
-    part.write_bytes(whole)
+    whole, found = part.read_bytes(), 0
+    for at in range(len(whole)):
+        part.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << at % 8)]) + whole[at + 1 :])
+        try:
+            assert made.read("p", "m").equals(table(300)), at
+        except InputError:
+            found += 1
+    assert found > len(whole) / 3
+
+
+def other_rows(n: int = 3, **changes: object) -> pa.Table:
+    return pa.Table.from_pylist([row | changes for row in table(n).to_pylist()], schema=results.SCHEMA)
+
+
+@pytest.mark.parametrize(
+    "replaced",
+    [
+        pytest.param(lambda path: pq.write_table(pq.read_table(path).slice(1), path), id="a row less"),
+        pytest.param(lambda path: pq.write_table(other_rows(value=0.25), path), id="other figures"),
+        pytest.param(lambda path: pq.write_table(table(3), path), id="the same rows from elsewhere"),
+        pytest.param(lambda path: pq.write_table(pa.table({"x": [1]}), path), id="another schema"),
+        pytest.param(
+            lambda path: path.write_bytes(path.with_name(other_name(path)).read_bytes()), id="another matrix"
+        ),
+        pytest.param(lambda path: path.write_bytes(path.read_bytes()[:-9]), id="cut"),
+    ],
+)
+def test_a_part_that_is_not_what_was_written_is_not_done_and_is_named(
+    tmp_path: Path, replaced: Callable[[Path], None]
+) -> None:
+    made = fresh(tmp_path / "out", "m", "n")
+    made.write("p", "m", table(3))
+    made.write("p", "n", other_rows(matrix="n"))
+    made.write_manifest()
+    part = made.part("p", "m")
+    replaced(part)
+    assert not made.is_done("p", "m")
+    assert made.is_done("p", "n")
+    with pytest.raises(InputError, match=rf"{part.name}: is damaged .*run the comparison again"):
+        results.load(tmp_path / "out").rows()
+
+
+def other_name(path: Path) -> str:
+    return next(other.name for other in path.parent.iterdir() if other != path)
+
+
+def test_a_part_of_other_settings_or_weights_is_not_done(tmp_path: Path) -> None:
+    """The same names, matrix and rows; what was compared differs."""
+    configs = [
+        {"ranks": ranks, "tuned": {"p": p, "q": q}}
+        for ranks, p, q in ((1, "a", "b"), (2, "a", "b"), (1, "c", "b"), (1, "a", "d"))
+    ]
+    made = []
+    for i, config in enumerate(configs):
+        with results.create(tmp_path / str(i), config) as folder:
+            made.append(folder)
+    made[0].write("p", "m", table())
+    for other, accepted in zip(made[1:], (False, False, True), strict=True):  # the last differs in another pair
+        other.part("p", "m").parent.mkdir(parents=True)
+        other.part("p", "m").write_bytes(made[0].part("p", "m").read_bytes())
+        assert other.is_done("p", "m") == accepted
+
+
+def test_parts_of_versions_before_seals_are_taken_in_a_folder_that_they_began(tmp_path: Path) -> None:
+    made = fresh(tmp_path / "out")
+    del made.manifest["sealed"]
+    made.part("p", "m").parent.mkdir(parents=True)
+    pq.write_table(table(2), made.part("p", "m"))
     assert made.is_done("p", "m")
-    with pytest.raises(InputError, match=rf"{part.name}: is damaged .*delete this file"):
-        made.rows()
+    pq.write_table(other_rows(2, matrix="n"), made.part("p", "m"))
+    assert not made.is_done("p", "m")
 
 
 @given(st.lists(st.text(min_size=1), min_size=2, max_size=4, unique=True))

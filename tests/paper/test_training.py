@@ -118,6 +118,12 @@ def test_a_killed_training_goes_on_to_the_same_weights(tmp_path, task, kill_at):
     whole = run(tmp_path / "whole")
     with pytest.raises(KilledError):
         run(tmp_path / "killed", kill=kill_at)
+    (kept,) = (tmp_path / "killed").glob("state-*.safetensors")
+    content = kept.read_bytes()
+    kept.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(InputError, match=r"state-\d+\.safetensors: (is not what was written|truncated)"):
+        run(tmp_path / "killed")
+    kept.write_bytes(content)
     continued = run(tmp_path / "killed")
     first, second = state_of(whole), state_of(continued)
     assert first.keys() == second.keys()

@@ -1,11 +1,13 @@
 """Alignment over checkpoints against torch.linalg.svd and `compare`; series with everything wrong in them."""
 
 import json
+import os
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from specbasis import compare, load
 from specbasis.checkpoint import hub
@@ -199,3 +201,23 @@ def test_the_same_folder_continues_and_another_series_is_refused(tmp_path):
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["runs"][-1]["matrices"] == 1
     with pytest.raises(InputError, match="another tracked training"):
         track(run, tmp_path / "out", ranks=3)
+
+
+def test_a_checkpoint_that_changed_under_its_size_and_time_is_another_series(tmp_path):
+    run = run_folder(tmp_path / "run")
+    track(run, tmp_path / "out", ranks=2, workers=1)
+    file = run / "checkpoint-20" / "model.safetensors"
+    times = file.stat().st_atime_ns, file.stat().st_mtime_ns
+    write(file, {name: 3 * W for name, W in load_file(file).items()})
+    os.utime(file, ns=times)
+    with pytest.raises(InputError, match=r"holds another tracked training .*checkpoint-20"):
+        track(run, tmp_path / "out", ranks=2, workers=1)
+
+
+def test_a_folder_of_an_older_version_that_names_no_weights_goes_on(tmp_path):
+    run = run_folder(tmp_path / "run")
+    first = track(run, tmp_path / "out", ranks=2, workers=1)
+    for about in first.manifest["checkpoints"]:
+        del about["weights"]
+    first.results.write_manifest()
+    assert track(run, tmp_path / "out", ranks=2, workers=1).rows.equals(first.rows)

@@ -15,6 +15,7 @@ from specbasis.adapter.layouts import LINEAR, Layout
 from specbasis.adapter.proof import weight_digest
 from specbasis.checkpoint import Checkpoint, open_checkpoint
 from specbasis.checkpoint.atomic import write_whole
+from specbasis.checkpoint.digest import digest
 from specbasis.checkpoint.names import namesakes
 from specbasis.core.errors import InputError
 from specbasis.core.svd import SVD, decompose, half_svd
@@ -120,7 +121,8 @@ def _foreign_basis(path: str, W: Tensor, interval: tuple[int, int], name: str, l
 def save_bases(path: str | Path, bases: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Write a base-level basis file, which many adapters of one base share.
 
-    It is written beside its final place and moved there, so that a reader never sees half of it.
+    It is written beside its final place and moved there, so that a reader never sees half of it. Each basis carries
+    a seal over its module's name, its weight's origin and its vectors (`checkpoint.digest`).
 
     Args:
         path: the file.
@@ -129,7 +131,7 @@ def save_bases(path: str | Path, bases: Mapping[str, Mapping[str, Tensor]]) -> N
     tensors = {
         f"{name}.{part}": tensor.detach().cpu().contiguous()
         for name, basis in bases.items()
-        for part, tensor in basis.items()
+        for part, tensor in {**basis, "seal": _seal(name, basis)}.items()
     }
     write_whole(Path(path), lambda draft: save_file(tensors, draft))
 
@@ -137,21 +139,32 @@ def save_bases(path: str | Path, bases: Mapping[str, Mapping[str, Tensor]]) -> N
 def load_basis(path: str | Path, W: Float[Tensor, "out in"], interval: tuple[int, int], name: str) -> SVD:
     """The basis of a weight from a base-level basis file; the weight is decomposed if the file has not got it.
 
-    An entry is used only where its recorded digest is that of W and its interval covers the wanted one. A folder is
-    a cache of decompositions, of any weights, that fills itself.
+    An entry is used only where its recorded digest is that of W, its interval covers the wanted one, and its seal
+    proves its vectors; files of versions before seals have none. A folder is a cache of decompositions, of any
+    weights, that fills itself.
     """
     if Path(path).is_dir():
         return Cache(Path(path)).decompose(W, interval[1], name=name).interval(*interval)
     stored = open_checkpoint(path)
-    if f"{name}.origin" in stored:
-        origin = stored[f"{name}.origin"]
+    if all(f"{name}.{part}" in stored for part in (*_PARTS, "seal")):
+        parts = {part: stored[f"{name}.{part}"] for part in _PARTS}
+        origin = parts["origin"]
         k, m = int(origin[0]), int(origin[1])
-        if tuple(int(word) for word in origin[6:]) == weight_digest(W) and k <= interval[0] and interval[1] <= m:
-            U, S, Vh = (stored[f"{name}.{key}"].to(W.device) for key in ("U", "S", "Vh"))
+        is_whole = torch.equal(stored[f"{name}.seal"], _seal(name, parts))
+        is_of_weight = tuple(int(word) for word in origin[6:]) == weight_digest(W)
+        if is_whole and is_of_weight and k <= interval[0] and interval[1] <= m:
+            U, S, Vh = (parts[part].to(W.device) for part in ("U", "S", "Vh"))
             ranks = slice(interval[0] - k, interval[1] - k)
             unknown = torch.full_like(S, torch.nan)
             return SVD(U[:, ranks], S[ranks], Vh[ranks], S, unknown, unknown[ranks], unknown[ranks])
     return decompose(W, ranks=interval[1], name=name).interval(*interval)
+
+
+_PARTS = ("U", "S", "Vh", "origin")
+
+
+def _seal(name: str, basis: Mapping[str, Tensor]) -> Tensor:
+    return torch.tensor(list(bytes.fromhex(digest(name, *(basis[part] for part in _PARTS)))), dtype=torch.uint8)
 
 
 def parameter_named(checkpoint: Checkpoint, name: str, *, where: str, want: str) -> str:

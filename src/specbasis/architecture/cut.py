@@ -262,7 +262,11 @@ def unusable(name: str, entries: Mapping[str, Entry]) -> str:
 
 
 _SCALES = ("_scale_inv", "_scale", "scales", "absmax")
-ADAPTER = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|hada_w\d_[ab]|lora_magnitude_vector)(\.|$)")
+ADAPTER = re.compile(
+    r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector"  # PEFT
+    r"|lora_(down|up|mid)|dora_scale|lok[rt]_\w+|hada_[wt]\d(_[ab])?|oft_(blocks|diag)"  # kohya, LyCORIS
+    r"|(\w+_lora|lora_linear_layer)\.(down|up))(\.|$)"  # diffusers, before it took PEFT's names
+)
 _FACTOR = re.compile(r"(^|\.)(weight_[gv]|parametrizations\.weight\.original\d)$")
 
 

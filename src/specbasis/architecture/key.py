@@ -74,9 +74,11 @@ class MatrixRef:
     def read(self, checkpoint: Mapping[str, Tensor]) -> Tensor:
         """The matrix (out, in). Kernels are flattened to out × (in·kh·kw).
 
-        A view of the stored tensor, except where it is gathered from several groups of rows.
+        A view of the stored tensor, except where it is gathered from several groups of rows, or is one of a stack,
+        which may be mapped from a file that can be cut off (`checkpoint.formats.file_entries`).
         """
-        return self._part(checkpoint[self.parameter]).flatten(0, -2)
+        part = self._part(checkpoint[self.parameter])
+        return (part if self.expert is None else part.clone()).flatten(0, -2)
 
     def delta_factors(self, checkpoint: Checkpoint) -> tuple[Tensor, Tensor] | None:
         """Factors (B, A) of a low-rank update of this matrix, (out, r) and (r, in); None where there is none.

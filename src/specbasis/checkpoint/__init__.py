@@ -18,6 +18,7 @@ from torch import Tensor
 
 from specbasis.checkpoint.adapter_file import is_adapter
 from specbasis.checkpoint.choice import open_place
+from specbasis.checkpoint.digest import sha256
 from specbasis.checkpoint.entry import ABSENT, Checkpoint, Entry
 from specbasis.checkpoint.formats.kit import tensor_entries
 from specbasis.checkpoint.peft import open_adapter
@@ -84,12 +85,6 @@ def open_tuned(source: str | Path | Mapping[str, Tensor], base: Checkpoint, *, s
         return open_checkpoint(source)
     place, key = locate(source, stream=stream)
     return open_adapter(place, base) if is_adapter(place) else open_place(place, key)
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def content_sha256(checkpoint: Checkpoint) -> str:

@@ -127,6 +127,36 @@ def shown(name: str) -> str:
     return name if name.isprintable() else repr(name)
 
 
+def file_state(path: Path) -> dict[str, int]:
+    """What changes when a file does: bytes, times of its contents and of its entry, and which file it is.
+
+    The second time cannot be set: it tells a file that was given its old size and time again.
+    """
+    stat = path.stat()
+    return {
+        "bytes": stat.st_size,
+        "modified_ns": stat.st_mtime_ns,
+        "changed_ns": stat.st_ctime_ns,
+        "inode": stat.st_ino,
+    }
+
+
+def watched(paths: Iterable[Path]) -> Callable[[], None]:
+    """A check that files still are what they were now; it raises an InputError that names one that is not."""
+    states = {path: file_state(path) for path in paths}
+
+    def check() -> None:
+        for path, state in states.items():
+            with reading(str(path)):
+                if file_state(path) != state:
+                    raise InputError(
+                        f"{path}: changed while it was being read, so that nothing of it is kept; run again when "
+                        "nothing writes to it"
+                    )
+
+    return check
+
+
 @contextmanager
 def reading(source: str) -> Iterator[None]:
     """Turn what a reader raises on a damaged file into one line that names the source."""

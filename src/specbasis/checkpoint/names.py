@@ -35,7 +35,9 @@ def alignments(ours: Mapping[str, object], theirs: Mapping[str, object]) -> tupl
     """The prefixes to drop from the names of two sides so that the most names agree.
 
     Names that differ in numbers alone are judged by the first and the last of them: the blocks of a stack agree
-    together. Costs (prefixes of either side, multiplied) × (names without their numbers).
+    together. Where both sides drop a prefix, half of the names of one must agree, in more than the word behind the
+    last dot: ``embed.weight`` and ``head.weight`` have nothing in common.
+    Costs (prefixes of either side, multiplied) × (names without their numbers).
 
     Args:
         ours: name without wrappers → what has to be equal for two names to agree: a shape, a size, or nothing.
@@ -54,9 +56,12 @@ def alignments(ours: Mapping[str, object], theirs: Mapping[str, object]) -> tupl
         partners = {name.removeprefix(right): name for name in theirs}
         for left in (prefix for prefix in lefts if _may_drop(prefix, right)):
             for group in alike.values():
-                pairs = ((name, partners.get(name.removeprefix(left))) for name in {group[0], group[-1]})
+                bare = ((name, name.removeprefix(left)) for name in {group[0], group[-1]})
+                pairs = ((name, partners.get(rest)) for name, rest in bare if not (left and right) or "." in rest)
                 agree = any(partner is not None and theirs[partner] == ours[name] for name, partner in pairs)
                 agreeing[left, right] += len(group) * agree
+    least = min(len(ours), len(theirs)) / 2
+    agreeing = Counter({way: n for way, n in agreeing.items() if n >= least or not all(way)})
     most = max(agreeing.values(), default=0)
     ways = sorted((way for way, n in agreeing.items() if n == most), key=lambda way: (len("".join(way)), way))
     distinct: dict[tuple[str | None, ...], tuple[str, str]] = {}

@@ -41,7 +41,7 @@ def print_comparison(comparison: Comparison) -> None:
             )
         for note in about["notes"]:
             line(f"note: {note}")
-        for reason, names in by_reason(about["skipped"]).items():
+        for reason, names in by_reason(comparison.skipped[pair]).items():
             line(f"not compared: {len(names)}, {reason}: {named_parts(names, 2)}")
         line(comparison.verdicts[pair].sentence, style="bold")
         for finding in comparison.findings[pair]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from specbasis.core.options import takes
 from specbasis.jobs import engine as engines
 from specbasis.jobs.cost import makespan, rates
 from specbasis.jobs.progress import Report
-from specbasis.jobs.results import Results
+from specbasis.jobs.results import COMPARISON, Results, load
 from specbasis.measures.own import OwnMeasure
 
 Source = str | Path | Mapping[str, Tensor]
@@ -70,6 +70,7 @@ def compare(
         )
     local = matched.in_memory or not _portable_measures(chosen.own, chosen.engine)
     kept = tempfile.TemporaryDirectory(prefix="specbasis-") if out is None else None
+    unchanged = matched.watched()  # from before the files are hashed until their rows are kept
     with matched.results(Path(kept.name) if kept else Path(str(out))) as results:
         tasks = matched.tasks(results)
         running = engines.run(
@@ -77,7 +78,7 @@ def compare(
         )
         # Closed here, not when the garbage collector comes: an error's traceback would keep the workers busy.
         with results.timed(len(tasks), workers), matched.sharing(), closing(running):
-            _write(results, running)
+            _write(results, running, unchanged)
     if not any(
         results.part(label, m.key.name).exists() for label, p in matched.pairings.items() for m in p.matched
     ):
@@ -85,11 +86,17 @@ def compare(
     return Comparison(results, results.rows(), kept)
 
 
-def _write(results: Results, running: Iterable[tuple[Task, list[Outcome]]]) -> None:
-    """Put the rows of each task on disk as it ends, and into the manifest what failed."""
+def _write(results: Results, running: Iterable[tuple[Task, list[Outcome]]], unchanged: Callable[[], None]) -> None:
+    """Put the rows of each task on disk as it ends, and into the manifest what failed.
+
+    Raises:
+        InputError: the weights that they were computed from are no longer those that were hashed.
+    """
     for task, outcomes in running:
+        unchanged()
         for label, outcome in outcomes:
             if isinstance(outcome, str):
+                results.part(label, task.name).unlink(missing_ok=True)  # a damaged one, which is not to be read
                 results.manifest["failed"].append({"pair": label, "matrix": task.name, "error": outcome})
             else:
                 results.write(label, task.name, outcome)
@@ -133,7 +140,9 @@ def plan(
 ) -> Plan:
     """What `compare` with the same arguments would do, from headers alone; nothing is decomposed or written."""
     chosen = Options.of(options, keywords)
-    tasks = Matched.open(base, tuned, chosen).tasks(Results(Path(str(out))) if out is not None else None)
+    folder = None if out is None else Path(str(out))
+    begun = folder is not None and (folder / COMPARISON.manifest).is_file()
+    tasks = Matched.open(base, tuned, chosen).tasks(load(folder) if folder and begun else None)
     budget = engines.free_memory() // 2 if chosen.budget is None else chosen.budget
     return Plan(tuple(tasks), chosen.workers or cpu_count(), budget)
 

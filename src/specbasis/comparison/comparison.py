@@ -56,7 +56,24 @@ class Comparison:
     @cached_property
     def facts(self) -> dict[str, Facts]:
         """For each pair: its rows and what they say of each matrix, read once for all that follows."""
-        return by_pair(self.rows, self.pairs, self.failed)
+        return by_pair(self.rows, self.pairs, self.failed, self.skipped)
+
+    @cached_property
+    def skipped(self) -> dict[str, list[dict[str, str]]]:
+        """For each pair what was not compared (name, side, reason), and what should have rows and has none."""
+        reason = "without rows: the comparison was not finished, or they were lost; run it again"
+        failed = {(failure["pair"], failure["matrix"]) for failure in self.failed}
+        return {
+            label: [
+                *about["skipped"],
+                *(
+                    {"name": name, "side": "both", "reason": reason}
+                    for name in about["matrices"]
+                    if (label, name) not in failed and not self.results.part(label, name).exists()
+                ),
+            ]
+            for label, about in self.manifest["pairs"].items()
+        }
 
     @cached_property
     def summaries(self) -> dict[str, list[RoleSummary]]:
@@ -65,7 +82,7 @@ class Comparison:
 
     @cached_property
     def verdicts(self) -> dict[str, Verdict]:
-        """For each pair: identical, finetuned, independent or mixed, with the evidence."""
+        """For each pair: what it is, with the evidence; see `specbasis.comparison.verdict.judge`."""
         return {label: judge(facts) for label, facts in self.facts.items()}
 
     @cached_property

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -11,11 +12,12 @@ from torch import Tensor
 
 from specbasis.comparison.options import Options
 from specbasis.core.attention_heads import compare_heads
+from specbasis.core.blocks import ORDINARY, norm
 from specbasis.core.cosines import cosines
 from specbasis.core.draws import KINDS, draw
 from specbasis.core.dtypes import BY_PRECISION, name_of
-from specbasis.core.entries import read_entries
-from specbasis.core.errors import InputError
+from specbasis.core.entries import Entries, read_entries
+from specbasis.core.errors import InputError, NonFiniteError
 from specbasis.core.krylov import approximate_svd
 from specbasis.core.low_rank import low_rank_svd
 from specbasis.core.rounding import Rounding
@@ -52,20 +54,29 @@ def decompose_pair(
             none.
 
     Raises:
-        InputError: shapes differ. NonFiniteError: NaN or Inf in either.
+        InputError: shapes differ. NonFiniteError: NaN or Inf in either, or sizes that no number spans.
     """
     if W.shape != T.shape:
         raise InputError(f"{names[1]}: got shapes {tuple(W.shape)} and {tuple(T.shape)}; want equal ones")
     k = min(options.ranks, *W.shape)
     need = needed(options.taken, k)
     parts: dict[str, Decomposition] = {which: Absent(which, (W.shape[0], W.shape[1])) for which in need}
+    sums = read_entries(W, T, names)
+    stored = W, T
+    if sums.scale != 1.0:  # exact, and every power that is taken of the entries is in range
+        sizes = [float(norm(X)) for X in stored]
+        if 0 < min(sizes) < max(sizes) * 2.0**-ORDINARY:
+            raise NonFiniteError(
+                f"{names[1]}: its norm is {sizes[1]:.2g}, that of base is {sizes[0]:.2g}: out of range together"
+            )
+        W, T, base = W.double() * sums.scale, T.double() * sums.scale, None
+        update = None if update is None else (update[0].double() * sums.scale, update[1])
     every: SVD | HalfSVD | None = None
     if need["base"] is not None and reads(options.taken, "every"):
         every = base if isinstance(base, SVD | HalfSVD) else _every_vector(W, need["base"], options, names[0])
         parts["base"] = every.truncate(k) if isinstance(every, SVD) else every
     elif need["base"] is not None:
         parts["base"] = base or _decomposed(W, need["base"], options, names[0])
-    sums = read_entries(W, T, names)
     if sums.equal:
         parts["tuned"] = parts["base"]
     elif need["tuned"] is not None:
@@ -78,28 +89,33 @@ def decompose_pair(
         parts["base"],
         parts["tuned"],
         parts["delta"],
-        inner=sums.inner,
+        inner=sums.inner * sums.scale * sums.scale,
         subspace=options.k,
-        norms=sums.norms,
+        norms=sums.scaled_norms,
         every=every,
-        rounding=_roundings(W, T, sums.figures) if reads(options.taken, "rounding") else {},
+        rounding=_roundings(*stored, sums) if reads(options.taken, "rounding") else {},
         heads=compare_heads(W, T, *heads) if heads else None,
         sampled=_sampled(W, T, k, options, names[0]) if options.null_samples and not sums.equal else {},
         figures=sums.figures,
         entries=T,
+        scale=sums.scale,
     )
 
 
-def _roundings(W: Tensor, T: Tensor, figures: Mapping[str, float]) -> dict[str, Rounding]:
+def _roundings(W: Tensor, T: Tensor, sums: Entries) -> dict[str, Rounding]:
     """What rounding does to base and tuned, in the coarsest format that holds their entries.
 
-    Measured on tuned: the entries of base have about the same sizes.
+    Measured on tuned: the entries of base have about the same sizes. A coarser format that holds subnormal entries
+    has finer steps there than their own.
     """
     base, tuned = (
-        BY_PRECISION.get(int(figures.get(f"precision_{which}", 0)), name_of(X.dtype))
+        BY_PRECISION.get(int(sums.figures.get(f"precision_{which}", 0)), name_of(X.dtype))
         for which, X in (("base", W), ("tuned", T))
     )
-    error = rounding_of(T, tuned, base)
+    own = name_of(T.dtype)
+    error = rounding_of(T, tuned, base, own, scale=sums.scale)
+    least = {form: max(error.variance[form], error.variance.get(own, 0.0)) for form in (tuned, base)}
+    error = replace(error, variance=error.variance | least)
     return {"tuned": error, "base": Rounding(base, error.variance)}
 
 

@@ -6,6 +6,7 @@ What the terminal, the page and a notebook say is computed from these alone, so 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,10 +35,21 @@ class Facts:
     Attributes:
         rows: all of them.
         failed: matrices that could not be decomposed: pair, matrix, error.
+        skipped: parameters that were not compared, as the manifest lists them: name, side, reason.
     """
 
     rows: pa.Table
     failed: Sequence[Mapping[str, str]] = ()
+    skipped: Sequence[Mapping[str, str]] = ()
+
+    @cached_property
+    def uncompared(self) -> list[str]:
+        """Matrices of either side that are not in the rows: without a partner, unreadable, or failed.
+
+        What is no matrix, or is counted in another place, is not among them.
+        """
+        left = [item["name"] for item in self.skipped if not _NO_MATRIX.match(item["reason"])]
+        return [*left, *(failure["matrix"] for failure in self.failed)]
 
     def columns(self, measures: Sequence[str]) -> Columns:
         """The rows of some measures, as NumPy columns."""
@@ -76,7 +88,18 @@ class Facts:
         return list(facts.values())
 
 
-def by_pair(rows: pa.Table, labels: Sequence[str], failed: Sequence[Mapping[str, str]] = ()) -> dict[str, Facts]:
+_NO_MATRIX = re.compile(
+    r"(in tuned: )?(a vector or scalar|empty|the scales of|holds the values of|\d+-D and not known)"
+)
+"""How the reasons begin for which something was not compared that is no matrix, or is compared elsewhere."""
+
+
+def by_pair(
+    rows: pa.Table,
+    labels: Sequence[str],
+    failed: Sequence[Mapping[str, str]] = (),
+    skipped: Mapping[str, Sequence[Mapping[str, str]]] | None = None,
+) -> dict[str, Facts]:
     """The facts of some pairs; the rows of each are found in one pass over all, and not copied."""
     column = rows["pair"].combine_chunks()
     codes = column.indices.to_numpy() if isinstance(column, pa.DictionaryArray) else _array(rows["pair"])
@@ -87,7 +110,11 @@ def by_pair(rows: pa.Table, labels: Sequence[str], failed: Sequence[Mapping[str,
         if label in parts:
             parts[label].append(rows.slice(start, stop - start))
     return {
-        label: Facts(pa.concat_tables(tables or [rows.slice(0, 0)]), [f for f in failed if f["pair"] == label])
+        label: Facts(
+            pa.concat_tables(tables or [rows.slice(0, 0)]),
+            [f for f in failed if f["pair"] == label],
+            (skipped or {}).get(label, ()),
+        )
         for label, tables in parts.items()
     }
 

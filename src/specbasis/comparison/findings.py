@@ -282,7 +282,10 @@ def _frozen(pair: Judged, _: Mapping[str, float]) -> Found | None:
     names = pair.verdict.frozen
     if not names:
         return None
-    share = pair.share(names)
+    share, uncompared = pair.share(names), len(pair.facts.uncompared)
+    if uncompared:  # their size is not in the rows
+        text = f"{_count(names)} are equal bit for bit, {uncompared} of both models were not compared"
+        return text, names, {"matrices": len(names), "uncompared": uncompared}
     text = f"{_count(names)} ({share:.1%} of the parameters) are equal bit for bit"
     return text, names, {"share": share, "matrices": len(names)}
 

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
-
-from loky import cpu_count
 
 from specbasis.architecture.family import STRUCTURAL
 from specbasis.architecture.key import ROLES
 from specbasis.architecture.pair import MatrixPair, Pairing, pair
-from specbasis.checkpoint import Checkpoint, joined_sha256, open_checkpoint, open_tuned, sha256
+from specbasis.checkpoint import Checkpoint, open_checkpoint, open_tuned
+from specbasis.checkpoint.entry import watched
 from specbasis.comparison.options import Options
 from specbasis.comparison.task import Source, Task, sharing
 from specbasis.core.errors import InputError
 from specbasis.core.svd import ALGORITHM
 from specbasis.jobs import results as store
 from specbasis.jobs.folder import environment
+from specbasis.jobs.provenance import provenances
 from specbasis.jobs.results import Results
 
 
@@ -85,6 +83,10 @@ class Matched:
         tasks = [Task(self.source, tuple(todo), self.options) for todo in by_matrix.values()]
         return sorted(tasks, key=lambda task: -task.flops)
 
+    def watched(self) -> Callable[[], None]:
+        """A check that no file of these checkpoints has changed since now."""
+        return watched({path for checkpoint in (self.base, *self.tuned.values()) for path in checkpoint.files})
+
     def sharing(self) -> AbstractContextManager[None]:
         """Let the tasks of this process read the checkpoints that are open here."""
         tuned = ((self.sources[label], self.source, checkpoint) for label, checkpoint in self.tuned.items())
@@ -97,9 +99,7 @@ class Matched:
         Raises:
             InputError: the folder cannot be used, or holds another comparison.
         """
-        known = _known_hashes(folder)
-        with ThreadPoolExecutor(cpu_count()) as pool:  # hashing leaves the interpreter to the others
-            base, *tuned = pool.map(partial(_provenance, known=known), (self.base, *self.tuned.values()))
+        base, *tuned = provenances((self.base, *self.tuned.values()), _earlier(folder))
         by_label = dict(zip(self.tuned, tuned, strict=True))
         shown = [m for m in self.options.taken if m.shown == "table"]
         config = {
@@ -136,27 +136,12 @@ def _about(pairing: Pairing, provenance: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _provenance(checkpoint: Checkpoint, known: Mapping[str, Any]) -> dict[str, Any]:
-    """Source and SHA-256 of a checkpoint's files; one unchanged since an earlier run is not read again."""
-    files: list[dict[str, Any]] = []
-    for path in checkpoint.files:
-        stat = path.stat()
-        entry = {"path": str(path), "bytes": stat.st_size, "modified_ns": stat.st_mtime_ns}
-        earlier = known.get(str(path), {})
-        same = {key: earlier.get(key) for key in entry} == entry
-        files.append(entry | {"sha256": earlier["sha256"] if same else sha256(path)})
-    whole = joined_sha256(checkpoint, [file["sha256"] for file in files])
-    remote = {"revision": checkpoint.revision, "digests": dict(checkpoint.digests), "notes": list(checkpoint.notes)}
-    return {"source": checkpoint.source, "sha256": whole, "files": files} | {k: v for k, v in remote.items() if v}
-
-
-def _known_hashes(folder: Path) -> dict[str, Any]:
-    """The files that an earlier run of the same folder hashed, by path."""
-    if not (folder / "manifest.json").is_file():
-        return {}
+def _earlier(folder: Path) -> list[dict[str, Any]]:
+    """The provenances that an earlier run of the same folder left."""
+    if not (folder / store.COMPARISON.manifest).is_file():
+        return []
     manifest = store.load(folder).manifest
-    sources = [manifest.get("base", {}), *(about["tuned"] for about in manifest.get("pairs", {}).values())]
-    return {file["path"]: file for source in sources for file in source.get("files", [])}
+    return [manifest.get("base", {}), *(about["tuned"] for about in manifest["pairs"].values())]
 
 
 def _nothing_in_common(base: Checkpoint, pairings: Mapping[str, Pairing]) -> str:

@@ -20,6 +20,7 @@ from torch import Tensor
 from specbasis.architecture.key import MatrixKey
 from specbasis.architecture.recognise import model_map
 from specbasis.checkpoint import Checkpoint
+from specbasis.core.blocks import unit_scale
 from specbasis.core.extras import require
 from specbasis.core.spectrum import effective_rank, stable_rank
 from specbasis.core.svd import half_svd
@@ -74,13 +75,14 @@ def marchenko_pastur_edge(variance: float, shape: tuple[int, int]) -> float:
     return variance * (math.sqrt(shape[0]) + math.sqrt(shape[1])) ** 2
 
 
-def spectrum(S: Float[Tensor, " n"], shape: tuple[int, int], variance: float) -> Spectrum:
+def spectrum(S: Float[Tensor, " n"], shape: tuple[int, int], variance: float, scale: float = 1.0) -> Spectrum:
     """Figures of one spectrum.
 
     Args:
         S: all singular values, descending.
         shape: (out, in).
         variance: of the matrix's entries.
+        scale: what the matrix was multiplied by, so that squares are in range; the figures are of it without.
 
     Raises:
         InputError: the package ``powerlaw`` is missing (extra ``spectra``).
@@ -94,22 +96,24 @@ def spectrum(S: Float[Tensor, " n"], shape: tuple[int, int], variance: float) ->
         nan = math.nan
         return Spectrum(nan, nan, nan, nan, 0, -math.inf, -math.inf, nan, nan, nan, nan, nan, 0.0, 0)
     alpha, error, xmin, distance, tail = _power_law(squares.numpy())
-    p = squares / total
+    p, square = squares / total, 2 * math.log10(scale)
     edge = marchenko_pastur_edge(variance, shape)
     return Spectrum(
         alpha,
         error,
-        xmin,
+        xmin / scale / scale,
         distance,
         tail,
-        math.log10(total),
-        math.log10(top),
-        alpha * math.log10(top),
-        math.nan if math.isnan(alpha) else float((alpha * squares[squares > 0].log()).logsumexp(0)) / math.log(10),
+        math.log10(total) - square,
+        math.log10(top) - square,
+        alpha * (math.log10(top) - square),
+        math.nan
+        if math.isnan(alpha)
+        else float((alpha * squares[squares > 0].log()).logsumexp(0)) / math.log(10) - alpha * square,
         stable_rank(values),
         effective_rank(values),
         float(-torch.special.xlogy(p, p).sum()) / math.log(len(p)) if len(p) > 1 else math.nan,
-        edge,
+        edge / scale / scale,
         int((squares > edge).sum()),
     )
 
@@ -135,5 +139,6 @@ def spectra(checkpoint: Checkpoint) -> Iterator[tuple[MatrixKey, tuple[int, int]
     for ref in model_map(checkpoint).matrices:
         W = ref.read(checkpoint)
         found = half_svd(W, 0, name=f"{ref.key.name} in {checkpoint.source}")
-        variance = float(W.double().var(correction=0))
-        yield ref.key, ref.shape, spectrum(found.spectrum, ref.shape, variance)
+        scale = unit_scale(W.double(), ordinary=30)  # squares beyond about 1e±50 are misfitted
+        variance = float((W.double() * scale).var(correction=0))
+        yield ref.key, ref.shape, spectrum(found.spectrum * scale, ref.shape, variance, scale)

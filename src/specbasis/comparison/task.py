@@ -18,6 +18,7 @@ from specbasis.checkpoint import Checkpoint, open_checkpoint, open_tuned
 from specbasis.comparison.decomposition import decompose_pair
 from specbasis.comparison.options import Options
 from specbasis.core.draws import KINDS
+from specbasis.core.dtypes import FORMATS
 from specbasis.core.errors import NonFiniteError
 from specbasis.jobs.cost import Work, matrix_work
 from specbasis.jobs.results import Figures, rows_of
@@ -74,8 +75,8 @@ class Task:
 
     @property
     def bytes(self) -> int:
-        """Predicted peak memory."""
-        return self.work.bytes
+        """Predicted peak memory, with that of the two matrices, as float32."""
+        return self.work.bytes + 2 * FORMATS["float32"].bytes * self.shape[0] * self.shape[1]
 
     def run(self) -> list[Outcome]:
         """Compare; return the rows, or the error, of each pair."""
@@ -100,7 +101,8 @@ class Task:
                 outcomes.append((label, str(error)))
             else:
                 whole = triple.base if triple.every is None else triple.every
-                decomposed = {} if isinstance(whole, Absent) else {matched.base: whole}
+                is_shared = triple.scale == 1.0 and not isinstance(whole, Absent)
+                decomposed = {matched.base: whole} if is_shared else {}
                 outcomes.append((label, rows))
         return outcomes
 

@@ -1,9 +1,9 @@
-"""What a pair is, in one sentence: identical, a copy, finetuned, independent, or mixed, with the evidence."""
+"""What a pair is, in one sentence: identical, a copy, finetuned, independent, mixed, …, with the evidence."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -39,7 +39,7 @@ FLAT = 0.999
 """Spectra whose effective rank is above this share of n are all alike, and tell nothing."""
 
 
-Kind = Literal["identical", "copy", "finetuned", "independent", "mixed"]
+Kind = Literal["identical", "partial", "copy", "finetuned", "independent", "mixed"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Verdict:
     """What the pair is, with its evidence in one sentence.
 
     Attributes:
-        kind: identical, copy, finetuned, independent, or mixed.
+        kind: identical, partial, copy, finetuned, independent, or mixed.
         sentence: the verdict and the figures it rests on.
         frozen: matrices that are equal bit for bit.
         unrelated: matrices that were not finetuned from base (trained anew, or replaced).
@@ -78,7 +78,8 @@ def judge(facts: Facts) -> Verdict:
 
     Shares count parameters:
 
-    - identical: everything frozen;
+    - identical: everything frozen, and every matrix of both compared;
+    - partial: what was compared is frozen, and there are matrices that were not compared;
     - copy: nothing related, and of what is not frozen at most `SMALL_SHARE` unrelated, the rest copied;
     - independent: among what is not frozen, more than 1 − `SMALL_SHARE` unrelated, and less than half frozen;
     - finetuned: something related, and at most `SMALL_SHARE` unrelated; frozen parts are named;
@@ -96,7 +97,7 @@ def judge(facts: Facts) -> Verdict:
     changed = 1 - share["frozen"]
     kind: Kind
     if len(groups["frozen"]) == len(matrices):
-        kind = "identical"
+        kind = "partial" if facts.uncompared else "identical"
     elif groups["copied"] and not groups["related"] and share["unrelated"] <= SMALL_SHARE * changed:
         kind = "copy"
     elif share["unrelated"] > (1 - SMALL_SHARE) * changed and share["frozen"] < 0.5:
@@ -106,7 +107,7 @@ def judge(facts: Facts) -> Verdict:
     else:
         kind = "mixed"
     frozen, copied, _, unrelated = (tuple(m["matrix"] for m in members) for members in groups.values())
-    return Verdict(kind, _sentence(kind, matrices, groups), frozen, unrelated, copied)
+    return Verdict(kind, _sentence(kind, matrices, groups, facts.uncompared), frozen, unrelated, copied)
 
 
 def copy_form(m: Mapping[str, Any]) -> str:
@@ -149,8 +150,13 @@ def _group(m: Mapping[str, Any]) -> str:
     return "related" if _corresponds(m) else "unrelated"
 
 
-def _sentence(kind: Kind, matrices: list[Fact], groups: dict[str, list[Fact]]) -> str:
+def _sentence(kind: Kind, matrices: list[Fact], groups: dict[str, list[Fact]], uncompared: Sequence[str]) -> str:
     n = len(matrices)
+    if kind == "partial":
+        return (
+            f"equal bit for bit in the {n} matrices that were compared, and unknown beyond: {len(uncompared)} were "
+            f"not compared ({named_parts(uncompared)})"
+        )
     if kind == "identical":
         return f"identical: all {n} compared matrices are equal bit for bit"
     frozen = _part("frozen, bit for bit", groups["frozen"])

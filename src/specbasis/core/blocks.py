@@ -12,6 +12,8 @@ from specbasis.core.errors import InputError, NonFiniteError
 
 EPS = torch.finfo(torch.float64).eps
 BLOCK_BYTES = 32 * 2**20  # one float64 block of columns
+ORDINARY = 200
+"""Exponents of a largest entry that are left as they are, of 1023 in which sums of fourth powers must find room."""
 
 
 def short_side(W: Tensor, name: str) -> int:
@@ -21,6 +23,26 @@ def short_side(W: Tensor, name: str) -> int:
             f"{name}: got {W.dtype} of shape {tuple(W.shape)}; want a floating-point matrix (out, in) with entries"
         )
     return min(W.shape)
+
+
+def unit_scale(*matrices: Tensor, ordinary: int = ORDINARY) -> float:
+    """A power of two that brings float64 weights to a size whose fourth powers are in range; 1 where they are.
+
+    Those of narrower formats always are.
+    """
+    if not any(X.dtype == torch.float64 for X in matrices):
+        return 1.0
+    largest = max(float(X.abs().max()) for X in matrices)
+    exponent = math.frexp(largest)[1] if math.isfinite(largest) else 0
+    # 2^1024 is not a number: a subnormal largest entry is not scaled up to 1.
+    return 1.0 if abs(exponent) <= ordinary else 2.0 ** -max(-1000, min(1000, exponent))
+
+
+def norm(X: Tensor) -> Tensor:
+    """Frobenius norm in float64, of numbers of any size."""
+    scale = unit_scale(X)
+    size: Tensor = torch.linalg.vector_norm(X if scale == 1.0 else X * scale, dtype=torch.float64) / scale
+    return size
 
 
 class Blocks:

@@ -26,6 +26,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from specbasis.core.blocks import norm
 from specbasis.core.columns import columns, generator_of, random_complement, random_orthonormal
 from specbasis.core.errors import InputError
 from specbasis.core.groups import chains
@@ -181,11 +182,11 @@ def noise_like(
     The control that tells whether an edit is harmless for what it puts in, or only for being small.
     """
     exact = W.to(torch.float64, copy=True)
-    size = torch.linalg.vector_norm(edited - exact, dtype=torch.float64)
+    size = norm(edited - exact)
     if size == 0:
         return exact
     G = torch.randn(exact.shape, generator=generator_of(seed)).to(exact.device)
-    return exact.add_(G, alpha=float(size / torch.linalg.vector_norm(G, dtype=torch.float64)))
+    return exact.add_(G, alpha=float(size / norm(G)))
 
 
 # --- an edit as data ----------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from specbasis.core.blocks import unit_scale
 from specbasis.core.dtypes import BY_PRECISION, FORMATS, UNSCALED
 from specbasis.core.errors import NonFiniteError
 
@@ -31,12 +32,16 @@ class Entries:
         norms: Frobenius norms of base, tuned and delta.
         equal: whether the two are equal throughout.
         figures: the other figures, by the name of the measure that shows them.
+        scale: `unit_scale` of the two.
+        scaled_norms: norms of the two times that, which are in range.
     """
 
     inner: float
     norms: Mapping[str, float]
     equal: bool
     figures: Mapping[str, float] = field(default_factory=dict)
+    scale: float = 1.0
+    scaled_norms: Mapping[str, float] = field(default_factory=dict)
 
 
 def read_entries(W: Tensor, T: Tensor, names: tuple[str, str] = ("base", "tuned")) -> Entries:
@@ -61,7 +66,7 @@ def read_entries(W: Tensor, T: Tensor, names: tuple[str, str] = ("base", "tuned"
         NonFiniteError: NaN or Inf in either.
     """
     out, width = W.shape
-    scale = _scale(W, T)
+    scale = unit_scale(W, T)
     columns, rows = _probes(width), _probes(out)
     images: list[Tensor] = [columns.new_zeros(width, PROBES), rows.new_zeros(width, PROBES)]
     sums = [columns.new_zeros(width), columns.new_zeros(width)]
@@ -101,20 +106,12 @@ def read_entries(W: Tensor, T: Tensor, names: tuple[str, str] = ("base", "tuned"
         **{f"zero_entries_{side}": counts[f"zero_{side}"] / W.numel() for side in ("base", "tuned")},
         **_grids(W, T),
     }
-    norms = dict(zip(("base", "tuned", "delta"), (math.sqrt(x) / scale for x in squares), strict=True))
-    return Entries(inner / scale / scale, norms, counts["equal"] == W.numel(), figures)
+    scaled = dict(zip(("base", "tuned", "delta"), map(math.sqrt, squares), strict=True))
+    norms = {which: size / scale for which, size in scaled.items()}
+    return Entries(inner / scale / scale, norms, counts["equal"] == W.numel(), figures, scale, scaled)
 
 
 _COARSE = UNSCALED[:-1]
-
-
-def _scale(W: Tensor, T: Tensor) -> float:
-    """A power of two that brings float64 weights to a size whose squares are in range; 1 for narrower formats."""
-    if torch.float64 not in (W.dtype, T.dtype):
-        return 1.0
-    largest = max(float(X.abs().max()) for X in (W, T))
-    # Half of the exponents are left for the sums; a subnormal largest entry cannot be scaled further than this.
-    return 2.0 ** -min(1000, math.frexp(largest)[1]) if math.isfinite(largest) and largest > 0 else 1.0
 
 
 def _block(X: Tensor, start: int, step: int, scale: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -31,7 +32,7 @@ class Rounding:
     variance: dict[str, float]
 
 
-def rounding(W: Float[Tensor, "out in"], *stored: str) -> Rounding:
+def rounding(W: Float[Tensor, "out in"], *stored: str, scale: float = 1.0) -> Rounding:
     """Mean squared error of rounding the entries of a matrix to its own format, to bfloat16, float16 and int8.
 
     Σ step²/12 over entries / count: the error of rounding to nearest is uniform within half a step. A step is
@@ -42,24 +43,44 @@ def rounding(W: Float[Tensor, "out in"], *stored: str) -> Rounding:
         W: (out, in), any floating dtype; 8-bit floats count as the bfloat16 that they were scaled to.
         stored: the format that holds its entries, and further ones, of `dtypes.UNSCALED`; that of its dtype when
             none.
+        scale: in what unit the errors are wanted: of the matrix times this power of two, as it was rounded before.
     """
     stored = tuple(form if form in UNSCALED else "bfloat16" for form in stored or (name_of(W.dtype),))
-    square = halved = int8 = 0.0
-    smallest = 2.0 ** FORMATS["float16"].exponent
+    sums, int8 = dict.fromkeys(UNSCALED, 0.0), 0.0
     rows = max(1, 2**16 // W.shape[1])  # blocks that stay in a core's cache
     for start in range(0, len(W), rows):
-        X = W[start : start + rows].detach().to(torch.float32).contiguous()
-        # The power of two below each entry, from the bits of its float32: the step but for a factor.
-        power = (X.view(torch.int32) & 0x7F800000).view(torch.float32).flatten()
-        square += float(power @ power)
-        power.clamp_(min=smallest)
-        halved += float(power @ power)
-        int8 += float((X.abs().amax(dim=1).double() / 127).square().sum()) * W.shape[1]
-    sums = {form: halved if form == "float16" else square for form in UNSCALED}
+        block = W[start : start + rows].detach()
+        X = block.to(torch.float32).contiguous()
+        if scale != 1.0 or not 2.0**-50 < float(X.abs().max()) < 2.0**50:  # squares are not in float32's range
+            X = block.double().contiguous()
+        top = X.abs().amax(dim=1).double() * scale
+        int8 += float((top / 127).square().sum()) * W.shape[1]
+        for form, square in _squared_powers(X, scale).items():
+            sums[form] += square
     count = 12.0 * W.numel()
     wanted = dict.fromkeys((*stored, "bfloat16", "float16"))
     variance = {form: sums[form] * FORMATS[form].step ** 2 / count for form in wanted}
     return Rounding(stored[0], variance | {"int8": int8 / count})
+
+
+def _squared_powers(X: Tensor, scale: float) -> dict[str, float]:
+    """Σ 4^e over entries, by format: 2^e is the power of two below each, or the smallest that the format has.
+
+    An entry that is less than the error of a step, and vanishes, counts with its own size.
+    """
+    if X.dtype == torch.float32:  # from the bits of the numbers; none is below what the other formats have
+        power = (X.view(torch.int32) & 0x7F800000).view(torch.float32).flatten()
+        square = float(power @ power)
+        power.clamp_(min=2.0 ** FORMATS["float16"].exponent)
+        return dict.fromkeys(UNSCALED, square) | {"float16": float(power @ power)}
+    power = (X.view(torch.int64) & 0x7FF0000000000000).view(torch.float64).flatten()
+    sums = {}
+    for name in UNSCALED:
+        form = FORMATS[name]
+        own = X.flatten().abs() * (math.sqrt(12) / form.step)
+        error = torch.minimum(power.clamp(min=2.0**form.exponent), own) * scale
+        sums[name] = float(error @ error)
+    return sums
 
 
 def entry_variance(W: Float[Tensor, "out in"], form: str) -> Float[Tensor, "out in"]:

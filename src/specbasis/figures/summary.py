@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from specbasis.comparison.check import Finding
     from specbasis.comparison.comparison import Comparison
 
-VERDICTS = {"identical": "=", "copy": "≅", "finetuned": "→", "independent": "≠", "mixed": "≈"}
+VERDICTS = {"identical": "=", "partial": "⊆", "copy": "≅", "finetuned": "→", "independent": "≠", "mixed": "≈"}
 """A sign for each kind of verdict, so that it does not rest on colour alone."""
 
 SEVERITIES = {"problem": "!", "note": "·"}
@@ -87,7 +87,8 @@ def summary_html(comparison: Comparison) -> str:
 def _pair_html(comparison: Comparison, label: str, about: Mapping[str, Any]) -> str:
     verdict, lines = comparison.verdicts[label], comparison.summaries[label]
     left_out = "; ".join(
-        f"{len(names)}, {reason}: {named_parts(names, 2)}" for reason, names in by_reason(about["skipped"]).items()
+        f"{len(names)}, {reason}: {named_parts(names, 2)}"
+        for reason, names in by_reason(comparison.skipped[label]).items()
     )
     notes = "".join(f"<br><i>{escape(note)}</i>" for note in about["notes"])
     for finding in comparison.findings[label]:

@@ -10,14 +10,16 @@ import csv
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specbasis.checkpoint import open_checkpoint, weights_sha256
+from specbasis.checkpoint import open_checkpoint, sha256, weights_sha256
 from specbasis.checkpoint.atomic import whole, write_whole, writing
+from specbasis.checkpoint.digest import proven
+from specbasis.checkpoint.entry import watched
 from specbasis.core.errors import InputError
 from specbasis.core.options import takes
 from specbasis.finetuning.metrics import Predictions
@@ -25,7 +27,7 @@ from specbasis.finetuning.options import FinetuneOptions, Placement, Protocol, S
 from specbasis.finetuning.sources import load_task
 from specbasis.finetuning.tables import lines
 from specbasis.finetuning.tasks import Task, TaskData, selection_size, subset
-from specbasis.jobs.folder import WHERE_USED, Kind, environment, opened, plain, refuse_another, write_json
+from specbasis.jobs.folder import WHERE_USED, Folder, Kind, environment, opened, plain, refuse_another, write_json
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -92,18 +94,7 @@ def finetune(
     method = method_named(method).name
     data = task if isinstance(task, TaskData) else load_task(task, options.part(Source))
     options, data = resolved(options, method, data)
-    config = {
-        "base": str(base),
-        "base_sha256": weights_sha256(open_checkpoint(base)),
-        "task": data.task.name,
-        "head": {name: getattr(data.task, name) for name in ("name", "title", "metrics", "labels", "images")},
-        "data": data.digest,
-        "method": method,
-        "seed": options.seed,
-        "protocol": dataclasses.asdict(options.part(Protocol)),
-        "placement": dataclasses.asdict(options.part(Placement)),
-        "cache_prefix": options.cache_prefix is not None,
-    }
+    config, unchanged = _config(base, data, method, options)
     folder = Path(out)
     from accelerate import PartialState
 
@@ -117,9 +108,15 @@ def finetune(
             else:
                 refuse_another(folder, RUN.noun, RUN.read(folder)["config"], json.loads(json.dumps(config)))
         if (folder / METRICS).is_file():
+            seal = RUN.read(folder).get("metrics", "")  # versions before seals have none
+            if seal and seal != sha256(folder / METRICS):
+                raise InputError(
+                    f"{folder / METRICS}: is not what was written: its SHA-256 differs; delete it, and the same "
+                    "command trains again"
+                )
             return Finetuned(folder, json.loads((folder / METRICS).read_text(encoding="utf-8")))
         texts = held_back_texts(options.held_back, data, options.data_dir)
-        metrics = train(Run(base, data, method, options, texts), folder, callbacks)
+        metrics = train(Run(base, data, method, options, texts, unchanged=unchanged), folder, callbacks)
         predictions = metrics.pop("predictions")
         metrics = plain(metrics)
         if is_main_process():
@@ -129,8 +126,30 @@ def finetune(
             if logs.is_dir():
                 logs.rename(folder / LOGS)
             write_json(folder / METRICS, metrics)  # whose presence says that the run is finished
+            Folder(folder, {**RUN.read(folder), "metrics": sha256(folder / METRICS)}, RUN).write_manifest()
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return Finetuned(folder, metrics)
+
+
+def _config(
+    base: str | Path, data: TaskData, method: str, options: FinetuneOptions
+) -> tuple[dict[str, Any], Callable[[], None]]:
+    """What makes two runs the same, and a check that the base is what was hashed for it."""
+    weights = open_checkpoint(base)
+    unchanged = watched(weights.files)
+    config = {
+        "base": str(base),
+        "base_sha256": weights_sha256(weights),
+        "task": data.task.name,
+        "head": {name: getattr(data.task, name) for name in ("name", "title", "metrics", "labels", "images")},
+        "data": data.digest,
+        "method": method,
+        "seed": options.seed,
+        "protocol": dataclasses.asdict(options.part(Protocol)),
+        "placement": dataclasses.asdict(options.part(Placement)),
+        "cache_prefix": options.cache_prefix is not None,
+    }
+    return config, unchanged
 
 
 def _check_report(report_to: str) -> None:
@@ -174,7 +193,7 @@ def load(folder: str | Path, base: str | Path | None = None) -> tuple[Any, Any]:
 
     place = Path(folder)
     try:
-        config = json.loads((place / MANIFEST).read_text(encoding="utf-8"))["config"]
+        config = proven(json.loads((place / MANIFEST).read_text(encoding="utf-8")))["config"]
         task = Task(**config["head"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(

@@ -47,6 +47,7 @@ class Run:
         held_back: what the texts are that forgetting is measured on, and the texts.
         resumable: write a checkpoint at the end of every epoch, and go on from the last.
         scratch: begin from random weights instead of the base's.
+        unchanged: raises where the base's files, which have been loaded now, are no longer those that were hashed.
     """
 
     base: str | Path
@@ -56,6 +57,7 @@ class Run:
     held_back: tuple[str, Sequence[str]] = ("", ())
     resumable: bool = True
     scratch: bool = False
+    unchanged: Callable[[], None] = lambda: None
 
     @property
     def scored(self) -> dict[str, Split]:
@@ -72,6 +74,7 @@ def train(run: Run, folder: Path, callbacks: Sequence[TrainerCallback] = ()) -> 
         with peak_memory() as peak:
             set_seed(options.seed)
             base = load_base(run.base, data.task, max_length=options.max_length, scratch=run.scratch)
+            run.unchanged()
             attached = attach(base.model, run.method, options.part(Placement), seed=options.seed)
             watch = Stopwatch()
             with _trainer(run, base, attached, folder) as trainer:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from specbasis.architecture.key import Admits, MatrixRef
 from specbasis.architecture.selection import Selection
 from specbasis.checkpoint import Checkpoint, open_checkpoint, weights_sha256
+from specbasis.core.blocks import norm
 from specbasis.core.edits import Edit
 from specbasis.core.errors import InputError
 from specbasis.core.grammar import numbers
@@ -233,8 +234,8 @@ class Size:
 
         def measured(W: Tensor) -> Tensor:
             new = edit(W)
-            self._change += float(torch.linalg.vector_norm(new - W)) ** 2
-            self._whole += float(torch.linalg.vector_norm(W, dtype=torch.float64)) ** 2
+            self._change = math.hypot(self._change, float(norm(new - W)))
+            self._whole = math.hypot(self._whole, float(norm(W)))
             return new
 
         return measured
@@ -242,4 +243,4 @@ class Size:
     @property
     def relative(self) -> float:
         """The size of what was measured so far; 0 where all matrices are 0."""
-        return math.sqrt(self._change / self._whole) if self._whole else 0.0
+        return self._change / self._whole if self._whole else 0.0

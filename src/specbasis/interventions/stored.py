@@ -14,6 +14,7 @@ from torch import Tensor
 from specbasis.architecture.key import Admits, MatrixRef
 from specbasis.checkpoint import open_checkpoint, open_tuned
 from specbasis.checkpoint.writer import SHARD_BYTES, write_model
+from specbasis.core.blocks import norm
 from specbasis.core.edits import Edit
 from specbasis.core.errors import InputError
 from specbasis.interventions.live import Decompose, matrix_edits
@@ -89,6 +90,7 @@ def _change(tensor: Tensor, ref: MatrixRef, edit: Callable[[Tensor], Tensor]) ->
     if not bool(torch.isfinite(new).all()):
         raise InputError(f"{ref.key.name}: the edited matrix holds NaN or Inf")
     before = old.to(torch.float64)
-    size = float(torch.linalg.vector_norm(new - before) / torch.linalg.vector_norm(before).clamp(min=1e-300))
+    whole = float(norm(before))
+    size = float(norm(new - before)) / whole if whole else 0.0
     ref.write(tensor, new)
     return {"name": ref.key.name, "block": ref.key.block, "role": ref.key.role, "size": size}

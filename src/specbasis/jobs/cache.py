@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
+import json
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,9 @@ from torch import Tensor
 
 from specbasis.checkpoint import Checkpoint
 from specbasis.checkpoint.atomic import whole
+from specbasis.checkpoint.digest import digest
 from specbasis.checkpoint.formats import file_entries
+from specbasis.checkpoint.formats.safetensors import entries
 from specbasis.core.errors import InputError
 from specbasis.core.svd import ALGORITHM, SVD, decompose
 
@@ -33,9 +35,12 @@ class Cache:
     """A folder of decompositions, and of alignments with sampled updates, one safetensors file each.
 
     A file's name is the SHA-256 of the matrices (shape, dtype, bytes), the algorithm and the number of ranks: an
-    entry is what would be computed, bit for bit. Files are written whole or not at all, carry a digest of what they
-    hold, and are computed anew where that does not fit. The least recently used go first. A folder that cannot be
-    written is a warning: nothing is kept then.
+    entry is what would be computed, bit for bit. Files are written whole or not at all, carry a seal over their
+    name and what they hold (`checkpoint.digest`), and are computed anew where it does not fit. The least recently
+    used go first. A folder that cannot be written is a warning: nothing is kept then.
+
+    Versions before seals kept a digest of the contents alone. A decomposition of theirs is taken, and sealed, where
+    it is shown to be that of the matrix (`_decomposes`); samples of theirs are drawn anew.
 
     Attributes:
         folder: made where it is missing; may be shared by processes and machines.
@@ -53,13 +58,16 @@ class Cache:
         Raises: as `decompose`.
         """
         path = self.path(W, ranks)
-        parts = _read(path, _PARTS)
-        if parts is None:
-            svd = decompose(W, ranks, name=name)
+        parts, is_sealed = _read(path, _PARTS)
+        if parts and (is_sealed or _decomposes(SVD(**parts), W)):
+            svd = SVD(**parts)
+        else:
+            svd, is_sealed = decompose(W, ranks, name=name), False
             # In the layout of what is read back: products of equal numbers can differ with the layout.
-            parts = {part: getattr(svd, part).contiguous() for part in _PARTS}
-            self._write(path, parts, "decompositions")
-        return SVD(**parts)
+            svd = SVD(**{part: getattr(svd, part).contiguous() for part in _PARTS})
+        if not is_sealed:
+            self._write(path, {part: getattr(svd, part) for part in _PARTS}, "decompositions")
+        return svd
 
     def samples(
         self, W: Tensor, T: Tensor, kind: str, draws: int, k: int, draw: Callable[[], tuple[Tensor, Tensor]]
@@ -74,38 +82,50 @@ class Cache:
             k: ranks.
             draw: computes them.
         """
-        path = self.folder / f"{_digest([W, T])}-{ALGORITHM}-{kind}-{draws}-{k}.safetensors"
-        sides = _read(path, _SIDES)
-        if sides is None or any(side.shape != (draws, k) for side in sides.values()):
+        path = self.folder / f"{digest(W, T)}-{ALGORITHM}-{kind}-{draws}-{k}.safetensors"
+        sides, is_sealed = _read(path, _SIDES)
+        if not is_sealed:
             sides = dict(zip(_SIDES, draw(), strict=True))
             self._write(path, sides, "samples")
         return sides["left"], sides["right"]
 
     def path(self, W: Float[Tensor, "out in"], ranks: int | None = None) -> Path:
         """The file that holds, or would hold, a matrix's decomposition. Costs one pass over W for its digest."""
-        return self.folder / f"{_digest([W])}-{ALGORITHM}-{min(W.shape) if ranks is None else ranks}.safetensors"
+        return self.folder / f"{digest(W)}-{ALGORITHM}-{min(W.shape) if ranks is None else ranks}.safetensors"
 
     def _write(self, path: Path, tensors: Mapping[str, Tensor], noun: str) -> None:
         parts = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        digest = torch.frombuffer(bytearray.fromhex(_digest(parts.values())), dtype=torch.uint8)
+        seal = torch.frombuffer(bytearray.fromhex(_seal(path, parts)), dtype=torch.uint8)
         try:
             with whole(path) as temporary:
-                save_file({**parts, "digest": digest}, temporary)
+                save_file({**parts, "seal": seal}, temporary)
+            _PROVEN[path] = _which(path)
             _evict(self.folder, self.limit)
         except (OSError, SafetensorError) as error:
             warnings.warn(f"{self.folder}: {noun} cannot be kept here ({error})", stacklevel=2)
 
 
+_PROVEN: dict[Path, tuple[int, int]] = {}
+"""The files whose seals this process has checked: inode and bytes. An entry is never written in place."""
+
+
 def mapped(path: Path) -> SVD | None:
     """An entry that `Cache.decompose` gave before in this process, mapped: numbers are read when they are used.
 
-    Its digest is not checked again; None where it is gone.
+    None where the file is gone, or is another one than that whose seal was checked.
     """
     try:
-        stored = _open(path)
-        return SVD(**{part: stored[part] for part in _PARTS})
+        if _PROVEN.get(path) != _which(path):
+            return None
+        stored = entries(path, path.name)
+        return SVD(**{part: stored[part].load() for part in _PARTS})
     except (InputError, KeyError, OSError):
         return None
+
+
+def _which(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_ino, stat.st_size
 
 
 def _evict(folder: Path, limit: int) -> None:
@@ -129,25 +149,47 @@ def _open(path: Path) -> Checkpoint:
     return Checkpoint(path.name, file_entries(path, path.name))
 
 
-def _read(path: Path, names: Sequence[str]) -> dict[str, Tensor] | None:
-    """An entry that is there and whole, marked as used now."""
+def _read(path: Path, names: Sequence[str]) -> tuple[dict[str, Tensor], bool]:
+    """An entry that is there and whole, marked as used now, and whether its seal says that it belongs there.
+
+    Empty where there is none, or one that does not hold what was written.
+    """
     if not path.exists():
-        return None
+        return {}, False
     try:
         stored = dict(_open(path))
         parts = {name: stored[name].clone() for name in names}
-        # Samples that version 0.1.0 kept have no digest.
-        if "digest" in stored and bytes(stored["digest"].tolist()).hex() != _digest(parts.values()):
-            return None
+        is_sealed = "seal" in stored
+        kept, wanted = ("seal", _seal(path, parts)) if is_sealed else ("digest", digest(*parts.values()))
+        if bytes(stored[kept].tolist()).hex() != wanted:
+            return {}, False
         os.utime(path)
-    except (InputError, KeyError, OSError):
-        return None
-    return parts
+        _PROVEN[path] = _which(path)
+    except (InputError, KeyError, OSError, TypeError, ValueError):
+        return {}, False
+    return parts, is_sealed
 
 
-def _digest(tensors: Iterable[Tensor]) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def _seal(path: Path, parts: Mapping[str, Tensor]) -> str:
+    """The seal of an entry: its name is its identity."""
+    return digest(json.dumps([path.name, *parts]), *parts.values())
+
+
+def _decomposes(svd: SVD, W: Tensor) -> bool:
+    """Whether triplets are those of W, by its products with one random combination of the vectors of either side.
+
+    For each rank ‖W v − σ u‖ and ‖Wᵀ u − σ v‖ are at most its residual, so that of a combination with weights g the
+    distance is at most Σ |g_i| residual_i; of another matrix's triplets it is of the size of its values.
+    """
+    if svd.shape != tuple(W.shape) or not torch.isfinite(svd.S).all():
+        return False
+    g = torch.randn(len(svd.S), dtype=svd.S.dtype, generator=torch.Generator().manual_seed(0)).to(svd.S.device)
+    bound = 2 * float(g.abs() @ svd.residual) + 1e-13 * float(svd.S[0]) * len(g)
+    W = W.detach().to(svd.U)
+    return (
+        max(
+            float((W @ (svd.Vh.mT @ g) - svd.U @ (svd.S * g)).norm()),
+            float((W.mT @ (svd.U @ g) - svd.Vh.mT @ (svd.S * g)).norm()),
+        )
+        <= bound
+    )

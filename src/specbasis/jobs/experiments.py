@@ -2,7 +2,7 @@
 
 A results folder (see `jobs.folder`) whose manifest has the environment of the runs, anew whenever it changed, and
 beside it `rows.jsonl`, a line for each experiment: `{"cell": …, "values": …}` or `{"cell": …, "error": …}`, with
-seconds, time and commit. Tables and figures are made from rows alone.
+seconds, time, commit and a seal. Tables and figures are made from rows alone.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from specbasis.checkpoint.atomic import writing
+from specbasis.checkpoint.digest import proven, sealed
 from specbasis.core.errors import InputError
 from specbasis.jobs.folder import ALWAYS, Folder, Kind, environment, opened, plain
 from specbasis.jobs.progress import Progress, Report, silent
@@ -54,8 +55,8 @@ class Row:
 
     @classmethod
     def parse(cls, line: bytes) -> Row:
-        """The row that a line holds."""
-        stored = json.loads(line)
+        """The row that a line holds; ValueError where it is not what was written."""
+        stored = proven(json.loads(line))
         about = (stored[name] for name in ("seconds", "written", "commit"))
         return cls(stored["cell"], stored.get("values", {}), stored.get("error"), *about)
 
@@ -63,7 +64,7 @@ class Row:
         """The row as a line of the file."""
         outcome = {"values": self.values} if self.error is None else {"error": self.error}
         about = {"seconds": self.seconds, "written": self.written, "commit": self.commit}
-        return json.dumps({"cell": plain(self.experiment)} | outcome | about, ensure_ascii=False) + "\n"
+        return json.dumps(sealed({"cell": plain(self.experiment)} | outcome | about), ensure_ascii=False) + "\n"
 
 
 def run_experiments(

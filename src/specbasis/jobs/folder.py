@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from specbasis.checkpoint.atomic import clear, is_temporary, write_whole, writing
+from specbasis.checkpoint.digest import proven, sealed
 from specbasis.core.errors import InputError
 
 LOCK = ".lock"
@@ -74,7 +75,7 @@ class Kind:
                 f"{folder}: no {self.noun} here (no {self.manifest}); want a folder in which one was kept"
             )
         try:
-            manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            manifest: dict[str, Any] = proven(json.loads(path.read_text(encoding="utf-8")))
             key, wanted = self.version or ("", None)
             if key and manifest[key] != wanted:
                 raise InputError(
@@ -101,7 +102,8 @@ class Folder:
 
     Attributes:
         folder: where it is.
-        manifest: its contents; `write_manifest` puts them on disk.
+        manifest: its contents; `write_manifest` puts them on disk. ``sealed`` says that everything in the folder
+            carries a seal (`checkpoint.digest`): in one that an earlier version began, what has none is taken.
         kind: what it holds.
     """
 
@@ -110,7 +112,8 @@ class Folder:
     kind: Kind = Kind("results")
 
     def write_manifest(self) -> None:
-        """Put the manifest on disk, whole or not at all."""
+        """Put the manifest on disk, with its seal, whole or not at all."""
+        self.manifest.update(sealed(self.manifest))
         write_json(self.folder / self.kind.manifest, self.manifest)
 
 
@@ -148,7 +151,7 @@ def opened(path: Path, kind: Kind, config: Mapping[str, Any], *, wait: bool = Fa
         with writing(path):
             clear(path.rglob(".*"))
         head = dict([kind.version]) if kind.version else {}
-        yield Folder(path, manifest | head | {"config": wanted}, kind)
+        yield Folder(path, (manifest or {"sealed": True}) | head | {"config": wanted}, kind)
 
 
 def _kept(path: Path, kind: Kind) -> bool:

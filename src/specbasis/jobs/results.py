@@ -1,11 +1,13 @@
 """Rows in Parquet: one file for each matrix of each pair, in a results folder.
 
-Beside `manifest.json` the folder holds `rows/PAIR/MATRIX.parquet`. A file that is there is complete.
+Beside `manifest.json` the folder holds `rows/PAIR/MATRIX.parquet`. A file that is there is complete, and proves by
+its seal (`checkpoint.digest`) that it holds the rows of this matrix, pair and configuration.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,10 +20,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from specbasis.architecture.key import MatrixKey
 from specbasis.checkpoint.atomic import write_whole
+from specbasis.checkpoint.digest import SEAL, digest
+from specbasis.checkpoint.entry import first_line
 from specbasis.core.errors import InputError
 from specbasis.jobs.folder import Folder, Kind, opened
 
@@ -119,15 +124,47 @@ class Results(Folder):
         return self.folder / "rows" / _file_name(pair) / f"{_file_name(matrix)}.parquet"
 
     def is_done(self, pair: str, matrix: str) -> bool:
-        """Whether the rows of one matrix of one pair are on disk, whole."""
+        """Whether the rows of one matrix of one pair are on disk, whole, and prove that they are these."""
+        try:
+            return self.part(pair, matrix).exists() and self.read(pair, matrix).num_rows > 0
+        except InputError:
+            return False
+
+    def read(self, pair: str, matrix: str) -> pa.Table:
+        """The rows of one matrix of one pair.
+
+        Raises:
+            InputError: the file cannot be read, or does not hold what was written for this matrix.
+        """
         path = self.part(pair, matrix)
         try:
-            return path.exists() and pq.read_metadata(path).num_rows > 0
-        except (pa.ArrowInvalid, OSError):
-            return False
+            file = pq.ParquetFile(path)
+            if not file.schema_arrow.equals(SCHEMA):
+                raise ValueError("its columns are not those of rows")
+            rows = file.read().cast(SCHEMA)
+            seal = (file.metadata.metadata or {}).get(SEAL.encode(), b"").decode()
+            if not seal and (self.manifest.get("sealed") or rows["matrix"].unique().to_pylist() != [matrix]):
+                raise ValueError("it has no SHA-256, or the rows of another matrix")
+            if seal and seal != self._seal(pair, matrix, rows):
+                raise ValueError("it is not what was written for this matrix: its SHA-256 differs")
+        except Exception as error:  # a damaged file can make a parser fail in any way
+            reason = first_line(error)
+            raise InputError(
+                f"{path}: is damaged ({reason}); delete this file and run the comparison again"
+            ) from error
+        return rows
+
+    def _seal(self, pair: str, matrix: str, rows: pa.Table) -> str:
+        """The seal of the rows of one matrix of one pair: what was compared under which settings, and every row."""
+        config = dict(self.manifest.get("config", {}))
+        tuned = config.get("tuned")
+        if isinstance(tuned, Mapping):  # other pairs of the folder change nothing
+            config["tuned"] = tuned.get(pair)
+        return digest(json.dumps([pair, matrix, config], sort_keys=True), *_content(rows))
 
     def write(self, pair: str, matrix: str, rows: pa.Table) -> None:
         """Put the rows of one matrix of one pair on disk, whole or not at all."""
+        rows = rows.replace_schema_metadata({SEAL: self._seal(pair, matrix, rows)})
         write_whole(
             self.part(pair, matrix),
             lambda path: pq.write_table(rows, path, compression="zstd", use_dictionary=_REPEATED),
@@ -150,7 +187,7 @@ class Results(Folder):
             InputError: no rows yet, or a damaged file.
         """
         parts = [
-            self.part(pair, matrix)
+            (pair, matrix)
             for pair, about in self.manifest["pairs"].items()
             for matrix in about["matrices"]
             if self.part(pair, matrix).exists()
@@ -158,7 +195,7 @@ class Results(Folder):
         if not parts:
             raise InputError(f"{self.folder}: holds no rows yet; run the comparison first")
         with ThreadPoolExecutor() as pool:
-            tables = list(pool.map(_read, parts))
+            tables = list(pool.map(lambda part: self.read(*part), parts))
         return pa.concat_tables(tables).unify_dictionaries().combine_chunks()
 
 
@@ -197,12 +234,17 @@ def unique_labels(names: Iterable[str]) -> list[str]:
     return labels
 
 
-def _read(path: Path) -> pa.Table:
-    try:
-        return pq.read_table(path, schema=SCHEMA)
-    except (pa.ArrowInvalid, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path}: is damaged ({reason}); delete this file and run the comparison again") from error
+def _content(rows: pa.Table) -> Iterator[str | bytes]:
+    """What rows say, whatever their dictionaries, chunks and versions of Arrow are."""
+    rows = rows.unify_dictionaries()
+    for field in SCHEMA:
+        column = rows[field.name].combine_chunks()
+        if field.type == _WORD:  # few different ones after another: runs of equal words, and how long they are
+            runs = pc.run_end_encode(column.cast(pa.string()))
+            yield json.dumps([runs.run_ends.to_pylist(), runs.values.to_pylist()])
+        else:
+            yield column.is_null().to_numpy(zero_copy_only=False).tobytes()
+            yield column.fill_null(pa.scalar(0).cast(field.type)).to_numpy(zero_copy_only=False).tobytes()
 
 
 def _file_name(text: str) -> str:

@@ -16,6 +16,7 @@ from specbasis.architecture.key import MatrixKey, MatrixRef
 from specbasis.architecture.pair import pair
 from specbasis.checkpoint import Checkpoint
 from specbasis.comparison.verdict import RELATED_COSINE, RELATED_SIGMAS, UNTESTED_COSINE, copy_form
+from specbasis.core.blocks import unit_scale
 from specbasis.core.entries import LEAST_SIDE, read_entries
 from specbasis.core.errors import InputError
 from specbasis.core.subspace import chance_alignment
@@ -215,11 +216,11 @@ class Sums:
         who = list(matrices)
         rows = min(len(X) for X in matrices.values())
         flat = [X[:rows].reshape(-1) for X in matrices.values()]
-        size, step = len(flat[0]), max(1, _CHUNK // len(who))
+        size, step, scale = len(flat[0]), max(1, _CHUNK // len(who)), unit_scale(*flat)
         gram = np.zeros((len(who), len(who)))
         apart = np.zeros_like(gram)
         for start in range(0, size, step):
-            X = torch.stack([x[start : start + step].to(torch.float64) for x in flat])
+            X = torch.stack([x[start : start + step].to(torch.float64) for x in flat]) * scale
             gram += (X @ X.mT).numpy()
             # Differences to the first have more digits than the Gram matrix where all are near it.
             D = X - X[:1]

@@ -47,6 +47,12 @@ class Values:
     index: list[int] | None = None
     tied: Bool[Tensor, " n"] | None = None
 
+    def divided(self, scale: float) -> Values:
+        """Figures in the units of the weights, of the weights without a scale."""
+        if scale == 1.0:
+            return self
+        return replace(self, value=self.value / scale, bound=None if self.bound is None else self.bound / scale)
+
     def resolved(self, *, relative: bool) -> Bool[Tensor, " n"] | None:
         """Whether each bound is at most `RESOLVED` (times the figure in the weights' units), and the rank not
         tied.

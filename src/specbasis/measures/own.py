@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import textwrap
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -67,7 +68,7 @@ def _arguments(function: OwnMeasure) -> int:
 
 
 def _take(t: Triple, function: OwnMeasure, name: str, which: tuple[str, ...]) -> Values:
-    svds = [t.once(("svd", part), partial(_svd, getattr(t, part))) for part in which]
+    svds = [t.once(("svd", part), partial(_svd, getattr(t, part), t.scale)) for part in which]
     try:
         figures = torch.as_tensor(function(*svds)).detach().cpu()
     except Exception as error:
@@ -80,8 +81,13 @@ def _take(t: Triple, function: OwnMeasure, name: str, which: tuple[str, ...]) ->
     return Values(figures.double().reshape(-1), index=None if figures.ndim else [-1])
 
 
-def _svd(decomposition: SVD | HalfSVD) -> SVD:
-    return decomposition.svd() if isinstance(decomposition, HalfSVD) else decomposition
+def _svd(decomposition: SVD | HalfSVD, scale: float) -> SVD:
+    """Both sides, in the units of the weights."""
+    svd = decomposition.svd() if isinstance(decomposition, HalfSVD) else decomposition
+    if scale == 1.0:
+        return svd
+    values = ("S", "spectrum", "spectrum_error", "residual", "gap")
+    return replace(svd, **{name: getattr(svd, name) / scale for name in values})
 
 
 def digest(function: OwnMeasure) -> str:

@@ -118,7 +118,7 @@ def measure_all(t: Triple, measures: Sequence[Measure]) -> Iterator[tuple[Measur
     for m in measures:
         figures = m.take(t)
         if figures is not None:
-            yield m, figures
+            yield m, figures.divided(t.scale) if m.unit == "weight" else figures
 
 
 # --- the page of docs -------------------------------------------------------------------------------------------

@@ -53,6 +53,8 @@ class Triple:
         sampled: null → alignments, left and right, (draws, k), with random updates in place of delta.
         figures: other figures of the entries, by measure; see `specbasis.core.entries.read_entries`.
         entries: tuned as stored, (out, in), for what reads the size of each entry.
+        scale: the power of two that everything here is multiplied by, so that it is in range; `measure_all` takes
+            it out of the figures again.
     """
 
     base: Decomposition
@@ -67,6 +69,7 @@ class Triple:
     sampled: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     figures: Mapping[str, float] = field(default_factory=dict)
     entries: Tensor | None = None
+    scale: float = 1.0
     _computed: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def once(self, key: Any, compute: Callable[[], _T]) -> _T:

@@ -17,7 +17,7 @@ import numpy as np
 
 from specbasis.checkpoint.atomic import write_whole
 from specbasis.comparison.comparison import Comparison
-from specbasis.comparison.population import gather, population
+from specbasis.comparison.population import Member, gather, population
 from specbasis.core.errors import InputError, unknown
 from specbasis.figures.data import read_pair
 from specbasis.figures.kit import render
@@ -45,8 +45,11 @@ def reproduce(
     *,
     modality: Mapping[str, str] | None = None,
     scores: Mapping[str, float] | None = None,
+    independent: bool = False,
 ) -> Drawn:
     """Draw one figure of the paper from the rows of some comparisons.
+
+    All of them are about finetunes: a pair whose verdict is *independent* is left out, and a note says so.
 
     Args:
         name: of a recipe in `RECIPES`.
@@ -54,9 +57,10 @@ def reproduce(
         out: folder for NAME.png, NAME.svg, NAME.csv (what is drawn) and NAME.json (sources and notes).
         modality: pair or folder → modality; pairs of the paper's zoo have theirs.
         scores: pair → score; those that the paper prints where its own pairs have none.
+        independent: draw independent trainings among the finetunes.
 
     Raises:
-        InputError: no such figure, rows lack a measure that it reads, or a figure of scores got none.
+        InputError: no such figure, no finetune, rows lack a measure that it reads, or a figure of scores got none.
     """
     if name not in RECIPES:
         raise unknown("figure", name, RECIPES)
@@ -71,17 +75,40 @@ def reproduce(
     ]
     if recipe.modality and any(m.modality == recipe.modality for m in members):
         members = [m for m in members if m.modality == recipe.modality]
+    members, notes = (members, []) if independent else _finetunes(members)
     scored = None
     if recipe.scored:
         printed = {m.name: entries[m.pair].accuracy for m in members if m.pair in entries}
-        given = {n: s for n, s in printed.items() if s is not None} | dict(scores or {})
+        given = {n: s for n, s in printed.items() if s is not None}
+        of_members = {m.name: scores[key] for m in members for key in (m.pair, m.name) if scores and key in scores}
+        given |= of_members if notes else dict(scores or {})
         scored = population(results, scores=given, score="score", modality={m.name: m.modality for m in members})
     groups: dict[str, list[Model]] = {}
     for m in members:
         groups.setdefault(m.modality, []).append(Model(m, read_pair(m.comparison, m.pair)))
-    material = Material(groups, scored)
+    material = Material(groups, scored, notes)
     _require(recipe, material)
     return _write(recipe, material, Path(out))
+
+
+def _finetunes(members: Sequence[Member]) -> tuple[list[Member], list[str]]:
+    """The members that were finetuned from their base, as far as their rows tell, and a note of each other.
+
+    Raises:
+        InputError: there is none.
+    """
+    is_independent = [m.comparison.verdicts[m.pair].kind == "independent" for m in members]
+    if members and all(is_independent):
+        raise InputError(
+            f"{members[0].name}: independent of its base, as every pair here, and the figure is about finetunes: "
+            "give some, or draw these with --independent"
+        )
+    notes = [
+        f"{m.name}: independent of its base, and not a finetune of it: left out (--independent draws it)"
+        for m, independent in zip(members, is_independent, strict=True)
+        if independent
+    ]
+    return [m for m, independent in zip(members, is_independent, strict=True) if not independent], notes
 
 
 def _require(recipe: Recipe, material: Material) -> None:
@@ -89,7 +116,7 @@ def _require(recipe: Recipe, material: Material) -> None:
     for model in material.models:
         absent = [m for m in recipe.measures if m.removesuffix("?") not in model.pair.series]
         missing = [m for m in absent if not m.endswith("?") and len(model.pair)]
-        if missing and model.member.comparison.verdicts[model.member.pair].kind != "identical":
+        if missing and model.member.comparison.verdicts[model.member.pair].kind not in ("identical", "partial"):
             raise InputError(
                 f"{recipe.name}: {model.name} has no rows of {', '.join(missing)}; {recipe.command} gives them"
             )

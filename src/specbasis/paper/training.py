@@ -23,7 +23,7 @@ from torch import Tensor
 from specbasis.checkpoint import open_checkpoint, sha256
 from specbasis.checkpoint.atomic import whole, write_whole, writing
 from specbasis.core.errors import InputError
-from specbasis.jobs.folder import Kind, environment, opened, write_json
+from specbasis.jobs.folder import Folder, Kind, environment, opened
 from specbasis.jobs.progress import Progress, Report, silent
 from specbasis.paper.images import Images
 from specbasis.paper.mae import (
@@ -213,7 +213,7 @@ class _Job:
         }
 
     def update(self, **changes: Any) -> None:
-        write_json(self.folder / TRAINING.manifest, TRAINING.read(self.folder) | changes)
+        Folder(self.folder, TRAINING.read(self.folder) | changes, TRAINING).write_manifest()
 
     def write_log(self, entries: list[dict[str, Any]]) -> None:
         write_whole(self.folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries))
@@ -231,7 +231,7 @@ class _Job:
         }
         tensors["losses"] = torch.stack(self.losses).cpu() if self.losses else torch.zeros(0)
         write_whole(self.state, lambda path: save_file(tensors, path))
-        self.update(state=self.step, scaler=self.scaler.state_dict())
+        self.update(state=self.step, state_sha256=sha256(self.state), scaler=self.scaler.state_dict())
         for old in self.folder.glob("state-*.safetensors"):
             if old != self.state:
                 old.unlink()
@@ -262,6 +262,8 @@ class _Job:
         self.step = at
         self.write_log([entry for entry in Run(self.folder).log if entry["step"] <= at])
         stored = open_checkpoint(self.state)
+        if about.get("state_sha256", "") not in ("", sha256(self.state)):  # versions before seals have none
+            raise InputError(f"{self.state}: is not what was written: its SHA-256 differs; train in a new folder")
         for i, p in enumerate(_trainable(self.model)):
             names = [name for name in ("step", "exp_avg", "exp_avg_sq") if f"{i}.{name}" in stored]
             self.optimizer.state[p] = {name: stored[f"{i}.{name}"].clone().to(self.device) for name in names}

@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 from specbasis.architecture.key import MatrixRef
 from specbasis.architecture.recognise import model_map
 from specbasis.checkpoint import open_checkpoint
+from specbasis.core.blocks import norm
 from specbasis.core.errors import InputError
 from specbasis.core.intruders import intruders
 from specbasis.core.subspace import alignment
@@ -40,13 +41,13 @@ class _Start:
 
     def measure(self, W: Tensor, ranks: int, threshold: float) -> dict[str, Any]:
         now = decompose(W, min(ranks, *W.shape), name=self.ref.key.name)
-        update = torch.linalg.vector_norm(W.to(torch.float64) - self.W)
+        update = norm(W.to(torch.float64) - self.W)
         figures = {
             "alignment_left": alignment(self.svd.U, now.U).tolist(),
             "alignment_right": alignment(self.svd.Vh.mT, now.Vh.mT).tolist(),
             "singular_values": now.S.tolist(),
             "update": float(update),
-            "relative_update": float(update / torch.linalg.vector_norm(self.W.to(torch.float64))),
+            "relative_update": float(update / norm(self.W)),
         }
         if self.left is not None:
             figures["intruders"] = intruders(self.left, now.U, threshold)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-import hashlib
+import json
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-import torch
-
 from specbasis.architecture.key import Admits, MatrixRef
 from specbasis.architecture.pair import MatrixPair, pair
 from specbasis.architecture.recognise import model_map
 from specbasis.checkpoint import Checkpoint, open_checkpoint
+from specbasis.checkpoint.digest import digest
 from specbasis.checkpoint.hub import list_revisions
 from specbasis.core.errors import InputError
 from specbasis.jobs.results import unique_labels
@@ -212,12 +211,8 @@ class _Aligned:
     matrices: dict[str, MatrixRef]
 
     def digest(self, names: Sequence[str]) -> str:
-        digest = hashlib.sha256()
-        for name in names:
-            W = self.matrices[name].read(self.checkpoint).detach().cpu().contiguous()
-            digest.update(f"{name} {W.dtype}".encode())
-            digest.update(W.flatten().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        matrices = (self.matrices[name].read(self.checkpoint) for name in names)
+        return digest(json.dumps(list(names)), *matrices)
 
 
 def _aligned(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from specbasis.architecture.key import MatrixRef
 from specbasis.checkpoint import Checkpoint
+from specbasis.checkpoint.entry import watched
 from specbasis.comparison.decomposition import LARGE
 from specbasis.core.errors import InputError
 from specbasis.core.options import takes
@@ -24,8 +25,9 @@ from specbasis.core.svd import ALGORITHM
 from specbasis.jobs import engine as engines
 from specbasis.jobs import results as store
 from specbasis.jobs.cost import Work, matrix_work
-from specbasis.jobs.folder import environment
+from specbasis.jobs.folder import environment, refuse_another
 from specbasis.jobs.progress import Report
+from specbasis.jobs.provenance import provenances
 from specbasis.jobs.results import COMPARISON, Figures, Results, rows_of
 from specbasis.measures.measure import RESOLVED
 from specbasis.measures.table import choose
@@ -98,6 +100,7 @@ def track(
     series = open_series(run, admits=chosen.filter, stream=chosen.stream)
     kept = tempfile.TemporaryDirectory(prefix="specbasis-") if out is None else None
     folder = Path(kept.name) if kept else Path(str(out))
+    unchanged = watched(path for checkpoint in series.checkpoints for path in checkpoint.files)
     about = [
         {"label": label, "source": saved.source, "step": step, "identity": _identity(checkpoint)}
         for label, saved, step, checkpoint in zip(
@@ -111,6 +114,11 @@ def track(
         "checkpoints": [[checkpoint["label"], checkpoint["identity"]] for checkpoint in about],
     }
     with store.create(folder, config, TRACKING) as results:
+        earlier = results.manifest.get("checkpoints", [])
+        weights = provenances(series.checkpoints, (kept.get("weights", {}) for kept in earlier))
+        about = [checkpoint | {"weights": known} for checkpoint, known in zip(about, weights, strict=True)]
+        before = _weights(earlier)
+        refuse_another(folder, TRACKING.noun, before, {label: _weights(about).get(label) for label in before})
         results.manifest.update(
             environment(),
             checkpoints=about,
@@ -126,7 +134,7 @@ def track(
             for name, refs in series.matrices.items()
             if not results.is_done(_PART, name)
         ]
-        _run(jobs, results, chosen.workers or cpu_count(), progress)
+        _run(jobs, results, chosen.workers or cpu_count(), progress, unchanged)
     return Tracking(results, results.rows(), kept)
 
 
@@ -149,11 +157,27 @@ def _identity(checkpoint: Checkpoint) -> str:
     return ",".join(f"{path.stat().st_size}-{path.stat().st_mtime_ns}" for path in checkpoint.files)
 
 
-def _run(jobs: Sequence[_Job], results: Results, workers: int, progress: Report | None) -> None:
-    """Put the rows of each matrix on disk as it ends, and into the manifest what failed."""
+def _weights(checkpoints: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Label → SHA-256 of the weights, where a manifest has it; one of a version before 0.2 has not."""
+    return {about["label"]: about["weights"]["sha256"] for about in checkpoints if "weights" in about}
+
+
+def _run(
+    jobs: Sequence[_Job],
+    results: Results,
+    workers: int,
+    progress: Report | None,
+    unchanged: Callable[[], None],
+) -> None:
+    """Put the rows of each matrix on disk as it ends, and into the manifest what failed.
+
+    Raises:
+        InputError: the weights that they were computed from are no longer those that were hashed.
+    """
     running = engines.run(jobs, workers=workers, engine="threads", local=True, progress=progress)
     with results.timed(len(jobs), workers), closing(running):
         for job, (rows, failed) in running:
+            unchanged()
             results.manifest["failed"] += [
                 {"checkpoint": job.series.labels[c], "matrix": job.name, "error": error}
                 for c, error in failed.items()

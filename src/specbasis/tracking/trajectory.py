@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from specbasis.core.blocks import norm, unit_scale
 from specbasis.core.errors import InputError, NonFiniteError
 from specbasis.core.krylov import approximate_svd
 from specbasis.core.subspace import chance_alignment
@@ -162,6 +163,8 @@ def pairwise_distance(X: Float[Tensor, "C d"]) -> Float[Tensor, "C C"]:
     From the Gram matrix of the rows less the first one; pairs whose square is so small beside those it is taken
     from that digits cancel are subtracted one by one. Costs 2·C²·d flops.
     """
+    scale = unit_scale(X)
+    X = X if scale == 1.0 else X * scale
     Y = (X - X[0]).to(torch.float64)
     G = Y @ Y.mT
     squares = G.diagonal()
@@ -169,7 +172,7 @@ def pairwise_distance(X: Float[Tensor, "C d"]) -> Float[Tensor, "C C"]:
     square = (sums - 2 * G).clamp(min=0.0)
     for a, b in ((square < sums / CANCELLED).triu(1)).nonzero().tolist():
         square[a, b] = square[b, a] = (X[a].to(torch.float64) - X[b]).square().sum()
-    return square.fill_diagonal_(0.0).sqrt()
+    return square.fill_diagonal_(0.0).sqrt() / scale
 
 
 class _Distances:
@@ -186,13 +189,13 @@ class _Distances:
 
     def add(self, c: int, W: Tensor) -> None:
         flat = W.detach().to(torch.float64).flatten()
-        self.norms[c] = torch.linalg.vector_norm(flat)
+        self.norms[c] = norm(flat)
         self.order.append(c)
         self.stack[c] = flat
         if 8 * flat.numel() * self.count <= PAIRWISE_BYTES:
             return
         for other in {self.order[0], self.order[-2]} if len(self.order) > 1 else ():
-            self.pairs[other, c] = torch.linalg.vector_norm(flat - self.stack[other])
+            self.pairs[other, c] = norm(flat - self.stack[other])
         self.stack = {self.order[0]: self.stack[self.order[0]], c: flat}
 
     def all(self, index: Sequence[int], read: Callable[[int], Tensor | None]) -> tuple[Tensor, Tensor]:
@@ -208,7 +211,7 @@ class _Distances:
             W = read(c)
             if W is not None:
                 flat = W.detach().to(torch.float64).flatten()
-                self.pairs[c, last] = torch.linalg.vector_norm(flat - self.stack[last])
+                self.pairs[c, last] = norm(flat - self.stack[last])
         place = {c: i for i, c in enumerate(index)}
         for (a, b), value in self.pairs.items():
             distance[place[a], place[b]] = distance[place[b], place[a]] = value

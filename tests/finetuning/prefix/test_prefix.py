@@ -440,6 +440,19 @@ def test_a_damaged_file_is_never_used(damage, tmp_path, monkeypatch):
     assert rebuilt(tmp_path, monkeypatch) == 0
 
 
+def test_a_file_that_is_cut_off_while_it_is_used_is_one_line(tmp_path):
+    cache = built(make(), tmp_path)
+    batch = collate(examples()[:2])
+    assert cache.values(batch)
+    (rows,) = cache.folder.glob("*.rows")
+    os.truncate(rows, 8)
+    with pytest.raises(InputError, match=r"\.rows: was cut off while it was used"):
+        cache.values(batch)
+    rows.unlink()
+    with pytest.raises(InputError, match=r"\.rows: cannot be read"):
+        cache.values(batch)
+
+
 def test_the_digest_follows_what_lies_below_the_cut_and_nothing_else():
     digest = find_cut(make()).digest
     above, below = ("classifier", "bert.encoder.layer.2.output"), ("bert.encoder.layer.0.output", "bert.embeddings")

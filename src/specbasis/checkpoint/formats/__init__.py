@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
 
-from specbasis.checkpoint.entry import Entry, json_object, no_key, shown
+import torch
+from torch import Tensor
+
+from specbasis.checkpoint.entry import Entry, json_object, no_key, shown, watched
 from specbasis.checkpoint.formats.kit import FileFormat
 from specbasis.core.errors import InputError
 
@@ -43,10 +47,19 @@ def endings() -> tuple[str, ...]:
 
 
 def file_entries(path: Path, source: str, key: str = "") -> Mapping[str, Entry]:
-    """The tensors of one weights file on disk; its kind is told from its first bytes."""
+    """The tensors of one weights file on disk; its kind is told from its first bytes.
+
+    A tensor is read into memory of its own while the file is what it was when it was opened: a mapped file that is
+    cut off while its numbers are used would end the process. Only a stack of matrices stays mapped, of which
+    `MatrixRef.read` copies one.
+
+    Raises:
+        InputError: not a weights file; or, when a tensor is read, the file has changed.
+    """
     name = shown(path.name)
     if not path.is_file():
         raise InputError(f"{source}: {name} is not a regular file")
+    check = watched([path])
     with path.open("rb") as file:
         head = file.read(9)
     if not head:
@@ -56,12 +69,21 @@ def file_entries(path: Path, source: str, key: str = "") -> Mapping[str, Entry]:
     check_framework(path.with_suffix(suffix).name, source, str(path.parent), config.read_bytes)
     form = next((form for form in formats() if form.opens(path, head)), None)
     if form is not None:
-        return form.entries(path, source, key)
+        entries = form.entries(path, source, key)
+        return {name: replace(e, load=partial(_copied, e.load, check)) for name, e in entries.items()}
     no_key(key, source)
     raise InputError(
         f"{source}: {name} is neither a safetensors nor a torch file (it begins with {head[:4]!r}); "
         "convert it to safetensors first"
     )
+
+
+def _copied(load: Callable[[], Tensor], check: Callable[[], None]) -> Tensor:
+    check()
+    tensor = load()
+    tensor = tensor if tensor.ndim == 3 or tensor.layout is not torch.strided else tensor.clone()
+    check()
+    return tensor
 
 
 def check_framework(name: str, source: str, model: str, config: Callable[[], bytes]) -> None:

@@ -135,6 +135,9 @@ def _from_rows(
     base: Annotated[str, typer.Option(help="compare this pretrained checkpoint with RESULTS first")] = "",
     scores: SCORES = None,
     column: COLUMN = "",
+    independent: Annotated[
+        bool, typer.Option("--independent", help="draw pairs whose verdict is independent too")
+    ] = False,
 ) -> None:
     from specbasis.comparison.compare import compare
     from specbasis.comparison.correlations import read_scores
@@ -149,7 +152,7 @@ def _from_rows(
         modality = {label: modality[path] for label, path in names.items() if path in modality}
         sources = [comparison]
     known = read_scores(scores, column)[0] if scores else None
-    drawn = reproduce(figure, sources, out, modality=modality, scores=known)
+    drawn = reproduce(figure, sources, out, modality=modality, scores=known, independent=independent)
     for note in drawn.notes:
         line(f"note: {note}", console=STDERR)
     for file in drawn.files:

@@ -111,8 +111,8 @@ def _about(label: str, comparison: Comparison) -> dict[str, Any]:
         "notes": about["notes"],
         "architecture": about["architecture"],
         "tuned": about["tuned"],
-        "skipped": by_reason(about["skipped"]),
-        "skipped_count": len(about["skipped"]),
+        "skipped": by_reason(comparison.skipped[label]),
+        "skipped_count": len(comparison.skipped[label]),
         "failed": [failure for failure in comparison.failed if failure["pair"] == label],
     }
 

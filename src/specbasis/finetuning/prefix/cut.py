@@ -6,7 +6,6 @@ has ended when the first trained module begins is the frozen prefix; `plan` tell
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
 import re
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from specbasis.checkpoint.digest import digest
 from specbasis.finetuning.prefix.narrow import LeanGather, search_narrow, slicing
 from specbasis.finetuning.prefix.plan import Kept, NoPlanError, Run, capture, plain_name, plan
 from specbasis.finetuning.prefix.probe import Call, Probe, leaves_of, make_probe, matrix_work, one_line, probing
@@ -204,15 +204,14 @@ def _digest(model: nn.Module, probe: Probe, cut: Cut) -> str:
     below = [model.get_submodule(name) for name in cut.actions]
     used |= {id(p) for module in below for p in module.parameters() if not p.is_floating_point()}
     buffers = {id(b): b for module in below for b in module.buffers()}
-    digest = hashlib.sha256(transformers.__version__.encode())
-    for tensor in (*(p for p in model.parameters() if id(p) in used), *buffers.values()):
-        digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     config: Any = getattr(model, "config", None)
     settings = config.to_dict() if hasattr(config, "to_dict") else dict(config or {})
     settings = {key: value for key, value in settings.items() if not _VOLATILE.search(key)}
-    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    for value in cut.kept:
-        places = [(plain_name(site.module), site.number, site.index) for site in value.sites]
-        digest.update(repr((places, value.shape, str(value.dtype), value.positions)).encode())
-    return digest.hexdigest()
+    places = [[(plain_name(site.module), site.number, site.index) for site in value.sites] for value in cut.kept]
+    return digest(
+        transformers.__version__,
+        *(p for p in model.parameters() if id(p) in used),
+        *buffers.values(),
+        json.dumps(settings, sort_keys=True, default=str),
+        *(repr((p, v.shape, str(v.dtype), v.positions)) for p, v in zip(places, cut.kept, strict=True)),
+    )

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from specbasis.checkpoint.atomic import whole, writing
+from specbasis.checkpoint.entry import reading
 from specbasis.core.errors import InputError
 from specbasis.finetuning.prefix.cut import Cut
 from specbasis.finetuning.prefix.probe import evaluating
@@ -85,6 +86,7 @@ class PrefixCache:
         self.cut, self.dtype, self._torch = cut, dtype, _TORCH[dtype]
         self.folder = Path(folder) / f"{cut.digest[:32]}-{dtype}"
         self._rows: dict[bytes, _Row] = {}
+        self._sizes: dict[Path, int] = {}
 
     @classmethod
     def build(
@@ -190,8 +192,11 @@ class PrefixCache:
         return values_of(self.cut, parts, mask)
 
     def _mapped(self, path: Path) -> Tensor:
-        size = path.stat().st_size // self._torch.itemsize
-        return torch.from_file(str(path), shared=False, size=size, dtype=self._torch)
+        with reading(str(path)):
+            size = path.stat().st_size
+        if size != self._sizes[path]:  # a mapped page that is gone would end the process
+            raise InputError(f"{path}: was cut off while it was used; run again, which computes its rows anew")
+        return torch.from_file(str(path), shared=False, size=size // self._torch.itemsize, dtype=self._torch)
 
     def _bytes(self, tokens: int) -> int:
         """Bytes of a row."""
@@ -211,6 +216,7 @@ class PrefixCache:
                 self._take_up(path, entries)
 
     def _take_up(self, path: Path, entries: np.ndarray[Any, Any]) -> None:
+        self._sizes[path] = path.stat().st_size
         self._rows |= {e["key"].tobytes(): _Row(path, int(e["offset"]), int(e["tokens"])) for e in entries}
 
     def _whole(self, path: Path) -> np.ndarray[Any, Any] | None:
