@@ -46,6 +46,8 @@ def print_comparison(comparison: Comparison) -> None:
         line(comparison.verdicts[pair].sentence, style="bold")
         for finding in comparison.findings[pair]:
             line(f"{SEVERITIES[finding.severity]} {finding.sentence}")
+        if not any(finding.severity == "problem" for finding in comparison.findings[pair]):
+            line("no problems found")
         line("")
     for failure in comparison.failed:
         line(f"error: {failure['error']}", console=STDERR, style="red")

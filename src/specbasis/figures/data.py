@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -203,9 +204,18 @@ class Pair:
         stacks = sorted(dict.fromkeys(self.matrices["stack"]), key=lambda stack: stack != "encoder")
         for i, (stack, role) in enumerate(zip(self.matrices["stack"], self.matrices["role"], strict=True)):
             members.setdefault((stack, role), []).append(i)
-        block = self.matrices["block"]
+        block, name = self.matrices["block"], self.matrices["name"]
+
+        def place(i: int) -> tuple[Any, ...]:
+            """By block, then by name with its numbers as numbers: layer.2 before layer.10."""
+            return (
+                block[i] is None,
+                block[i] or 0,
+                [int(w) if w.isdigit() else w for w in re.split(r"(\d+)", name[i])],
+            )
+
         return [
-            (stack, role, sorted(members[stack, role], key=lambda i: (block[i] is None, block[i] or 0)))
+            (stack, role, sorted(members[stack, role], key=place))
             for role in ROLES
             for stack in stacks
             if (stack, role) in members

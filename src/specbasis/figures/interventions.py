@@ -16,6 +16,7 @@ from specbasis.core.errors import InputError
 from specbasis.figures import kit
 from specbasis.figures.kit import Axes, Figure
 from specbasis.figures.table import Table, number
+from specbasis.finetuning.metrics import METRICS
 from specbasis.interventions.grid import read_grid
 from specbasis.interventions.sharing import Shared, overlaps, sharing
 from specbasis.interventions.stage import BASE, BASELINE
@@ -37,6 +38,14 @@ NAMES: Mapping[str, str] = {
     "rescale": "rescaled",
 }
 """Kind → how a legend calls it."""
+
+TITLES: Mapping[str, str] = {
+    "exact": "share of sequences all right",
+    "perplexity": "perplexity",
+    "loss": "loss (nats)",
+    **{name: metric.title for name, metric in METRICS.items()},
+}
+"""Metric → how an axis calls it."""
 
 
 @dataclass(frozen=True)
@@ -244,7 +253,8 @@ def _figure(
         ax.set_title(f"{label}, {group}" if len(groups) > 1 else label)
         if group == groups[-1]:
             ax.set_xlabel("number of ranks")
-        ax.set_ylabel(f"change of {metric}" if plot.change else metric)
+        shown = TITLES.get(metric, metric)
+        ax.set_ylabel(f"change of {shown}" if plot.change else shown)
     figure.legend(handles.values(), handles, loc="lower left", ncols=max(2, 2 * len(labels)), fontsize=8)
     return figure
 

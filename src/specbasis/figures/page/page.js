@@ -70,6 +70,9 @@ const short = (v, digits = 3) => {
 };
 const bounded = (bound) => (isNumber(bound) ? `error at most ${short(bound, 2)}` : "error: rounding only");
 const blockName = (block) => (block === null ? "–" : String(block));
+// What tells the rows of a heat map apart: blocks where there are any, else the ends of the names.
+const rowNames = (table, members) => (members.some((m) => table.block[m] !== null) ? members.map((m) => blockName(table.block[m]))
+  : members.map((m) => (table.name[m].length > 22 ? `…${safe(table.name[m].slice(-21))}` : safe(table.name[m]))));
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const coarse = matchMedia("(pointer: coarse)");
@@ -91,7 +94,7 @@ const DASH_LENGTHS = { solid: "", dash: "6 4", dot: "2 3", dashdot: "7 3 2 3" };
 // --- state --------------------------------------------------------------------------------------------------------
 
 const control = (id) => document.getElementById(id);
-const state = { pair: 0, curves: "pairs", side: "left", axis: "linear", rank: 1, role: "", matrix: 0, sort: null };
+const state = { pair: 0, curves: "pairs", side: "left", axis: "linear", scale: "kept", rank: 1, role: "", matrix: 0, sort: null };
 const current = () => loadPair(state.pair);
 const SIDES = ["left", "right"];
 const SIDE_TITLES = { left: "left, U (output side)", right: "right, V (input side)" };
@@ -125,12 +128,13 @@ function panels(width, titles, { height = 300, columns = 2, heights = null, left
   const down = Math.ceil(titles.length / across);
   const rowHeights = heights && across === 1 ? heights
     : Array.from({ length: down }, (_, r) => (heights ? Math.max(...heights.slice(r * across, (r + 1) * across)) : height));
-  const head = 30, foot = 50, gap = 66;
+  const head = 30, foot = 50, gap = 66, bar = coarse.matches ? 0 : 18;  // Plotly's buttons stand above the titles
   // Where only the lowest panels carry the title of the x axis, the others stand closer.
   const between = lowest ? 24 : foot;
   const inner = rowHeights.reduce((a, b) => a + b, 0) + (down - 1) * (head + between);
   const layout = {
-    height: inner + head + foot, width, autosize: false, margin: { l: left, r: right, t: head, b: foot },
+    height: inner + head + bar + foot, width, autosize: false, margin: { l: left, r: right, t: head + bar, b: foot },
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: theme.quiet, activecolor: theme.ink },
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false, hovermode: "closest",
     font: { family: "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', sans-serif", size: 12.5, color: theme.ink },
     hoverlabel: { bgcolor: theme.raised, bordercolor: theme.line, font: { color: theme.ink, size: 12.5 }, align: "left", namelength: -1 },
@@ -179,15 +183,21 @@ const rankAxis = (last, title = "rank i") => {
   return { type: "linear", title, range: [1 - pad, last + pad], tickvals: ticks };
 };
 const unitAxis = (title) => ({ title, range: [-0.02, 1.03], tickvals: [0, 0.25, 0.5, 0.75, 1] });
+// What is kept, from 0 to 1; or on demand what is lost, 1 minus it, on a logarithmic axis. The page holds float32 numbers,
+// whose distance from 1 has a least step of 6e-8: nothing is drawn below LEAST.
+const LEAST = 1e-7;
+const lost = () => state.scale === "lost";
+const shownAs = (v) => (lost() ? Math.max(LEAST, 1 - v) : v);
+const keptAxis = (title) => (lost() ? { title: `1 − ${title}`, type: "log", range: [-7.15, 0.1], ...logTicks(-7.15, 0.1, 9) } : unitAxis(title));
 const maximum = (values, start) => { let m = start; for (const v of values) if (isNumber(v) && v > m) m = v; return m; };
 
 // Where all groups of a band run along the same x: median as a line, quartiles as a filled band around it.
 function bandTraces(axes, curve, band, { color = curve.color, dash = curve.dash, fill = curve.band, scale = 1, x = null,
-  hover, key = curve.name } = {}) {
+  y: shape = (v) => v, hover, key = curve.name } = {}) {
   const at = [...band.count.keys()].filter((i) => band.count[i] > 0);
   if (!at.length) return [];
   const xs = at.map((i) => (x ? x(band.x[i]) : band.x[i]));
-  const y = (name) => at.map((i) => band[name][i] * scale);
+  const y = (name) => at.map((i) => shape(band[name][i] * scale));
   const base = { type: "scatter", x: xs, ...axes, meta: key };
   const traces = [];
   if (fill) {
@@ -200,6 +210,7 @@ function bandTraces(axes, curve, band, { color = curve.color, dash = curve.dash,
     marker: { color, size: 8 }, customdata: at.map((i) => [short(band.low[i] * scale, 4), short(band.high[i] * scale, 4), band.count[i]]),
     hovertemplate: `<b>${wrapped(curve.name)}</b><br>${hover}<br>quartiles %{customdata[0]} … %{customdata[1]}, `
       + "%{customdata[2]} matrices<extra></extra>",
+    text: at.map((i) => short(band.median[i] * scale, 5)),
   });
   return traces;
 }
@@ -207,10 +218,14 @@ function bandTraces(axes, curve, band, { color = curve.color, dash = curve.dash,
 function chanceTraces(axes, pair, side, last) {
   return pair.chance[side].filter(([, level]) => isNumber(level)).map(([d, level, count]) => ({
     type: "scatter", mode: "lines", x: Array.from({ length: 9 }, (_, i) => last ** (i / 8)),
-    y: Array(9).fill(level), ...axes, meta: "chance", line: { color: theme.quiet, width: 1.25, dash: "dash" },
+    y: Array(9).fill(shownAs(level)), ...axes, meta: "chance", line: { color: theme.quiet, width: 1.25, dash: "dash" },
     hovertemplate: `chance ${short(level)} for d = ${d}<br>${count} matrices<extra></extra>`,
   }));
 }
+
+// Chance where several pairs are drawn: that of the pair with most matrices, as in the files beside the page.
+const widest = () => (state.curves === "roles" ? current() : elements.map((_, i) => loadPair(i))
+  .reduce((a, b) => (b.matrices.name.length > a.matrices.name.length ? b : a)));
 
 const chanceKey = { name: "chance", still: true, dash: "dash", quiet: true };
 const keyOf = (list) => [...list].sort((a, b) => (a.order ?? 0) - (b.order ?? 0)).map((c) => ({ name: c.name, color: c.color, dash: c.dash, plain: c.plain }));
@@ -227,9 +242,9 @@ figures.alignment = (width) => {
   SIDES.forEach((side, i) => {
     const of = (c) => c.pair.bands[`alignment_${side}`][c.group];
     const last = list.reduce((m, c) => maximum(of(c).x, m), 1);
-    data.push(...chanceTraces(p.on(i), current(), side, last));
-    for (const c of list) data.push(...bandTraces(p.on(i), c, of(c), { hover: "rank %{x}: median %{y:.4f}" }));
-    p.set(i, rankAxis(last), unitAxis("alignment |⟨base, tuned⟩|"));
+    data.push(...chanceTraces(p.on(i), widest(), side, last));
+    for (const c of list) data.push(...bandTraces(p.on(i), c, of(c), { y: shownAs, hover: "rank %{x}: median %{text}" }));
+    p.set(i, rankAxis(last), keptAxis("alignment |⟨base, tuned⟩|"));
     if (list.every((c) => !maximum(of(c).count, 0))) p.empty(i, "no resolved alignment");
   });
   const band = current().bands.alignment_left.all;
@@ -246,14 +261,14 @@ figures.overlap = (width) => {
   SIDES.forEach((side, i) => {
     const of = (c) => c.pair.bands[`subspace_overlap_${side}`][c.group];
     const last = list.reduce((m, c) => maximum(of(c).x, m), 1);
-    for (const [d, , count] of current().chance[side]) {
+    for (const [d, , count] of widest().chance[side]) {
       const ks = Array.from({ length: 24 }, (_, j) => Math.min(last, d) ** (j / 23));
-      data.push({ type: "scatter", mode: "lines", x: ks, y: ks.map((k) => k / d), ...p.on(i), meta: "chance",
-        line: { color: theme.quiet, width: 1.25, dash: "dash" },
-        hovertemplate: `chance k/d = %{y:.3f} for d = ${d}<br>${count} matrices<extra></extra>` });
+      data.push({ type: "scatter", mode: "lines", x: ks, y: ks.map((k) => shownAs(k / d)), ...p.on(i), meta: "chance",
+        line: { color: theme.quiet, width: 1.25, dash: "dash" }, text: ks.map((k) => short(k / d)),
+        hovertemplate: `chance k/d = %{text} for d = ${d}<br>${count} matrices<extra></extra>` });
     }
-    for (const c of list) data.push(...bandTraces(p.on(i), c, of(c), { hover: "k = %{x}: median %{y:.4f}" }));
-    p.set(i, { ...powersOfTwo(last), title: "number of leading ranks k" }, unitAxis("overlap of subspaces"));
+    for (const c of list) data.push(...bandTraces(p.on(i), c, of(c), { y: shownAs, hover: "k = %{x}: median %{text}" }));
+    p.set(i, { ...powersOfTwo(last), title: "number of leading ranks k" }, keptAxis("overlap of subspaces"));
     if (list.every((c) => !maximum(of(c).count, 0))) p.empty(i, "no resolved overlap");
   });
   return { data, layout: p.layout, key: [...keyOf(list), { ...chanceKey, name: "chance k/d" }],
@@ -275,7 +290,8 @@ figures.heat = (width) => {
   const cell = Math.max(...chosen.map((c) => c[2].length)) > 24 ? 9 : 15;
   const heights = chosen.map(([, , members]) => Math.max(54, Math.min(560, members.length * cell)));
   const titles = chosen.map(([stack, role]) => (stack ? `${stack}: ${role}` : role));
-  const p = panels(width, titles, { heights, columns, lowest: true, left: 46, right: narrow ? 12 : 78 });
+  const unnumbered = chosen.every(([, , members]) => members.every((m) => pair.matrices.block[m] === null));
+  const p = panels(width, titles, { heights, columns: unnumbered ? 1 : columns, lowest: true, left: unnumbered ? 165 : 46, right: narrow ? 12 : 78 });
   const measure = `alignment_${state.side}`;
   const data = [];
   let scale = !narrow;
@@ -312,8 +328,8 @@ figures.heat = (width) => {
     if (axis.type === "linear") axis.range = [0.5, last + 0.5];
     else axis.range = [Math.log10(0.75), Math.log10(last + 0.5)];
     p.set(i, { ...axis, showgrid: false },
-      { title: "block", range: [members.length - 0.5, -0.5], tickvals: shown, showgrid: false,
-        ticktext: shown.map((k) => blockName(pair.matrices.block[members[k]])) });
+      { title: unnumbered ? undefined : "block", range: [members.length - 0.5, -0.5], tickvals: shown, showgrid: false,
+        ticktext: shown.map((k) => rowNames(pair.matrices, members)[k]) });
   });
   return { data, layout: p.layout, key: narrow ? [{ name: "alignment 0", ramp: true, end: "1" }] : [],
     label: `Heat maps of ${state.side} alignment by block and rank: ${titles.join(", ")}` };
@@ -385,9 +401,9 @@ figures.scatter = (width) => {
   const narrow = width < 620;
   const p = panels(width, [`rank ${state.rank}, ${SIDE_TITLES[state.side]}`], { columns: 1, height: 360, right: narrow ? 12 : 92 });
   const trace = (part, marker) => ({
-    type: "scatter", mode: "markers", ...p.on(0), x: part.map((q) => q.x), y: part.map((q) => q.y), text: part.map((q) => wrapped(pair.matrices.name[q.m])),
-    customdata: part.map((q) => [q.m, bounded(q.bound), short(q.color)]), marker: { size: 11, line: { color: theme.ink, width: 1 }, ...marker },
-    hovertemplate: `<b>%{text}</b><br>rank ${state.rank}: alignment %{y:.4f} (%{customdata[1]})<br>ratio S(Δ)/S(base) %{x:.4g}`
+    type: "scatter", mode: "markers", ...p.on(0), x: part.map((q) => q.x), y: part.map((q) => shownAs(q.y)), text: part.map((q) => wrapped(pair.matrices.name[q.m])),
+    customdata: part.map((q) => [q.m, bounded(q.bound), short(q.color), short(q.y, 5)]), marker: { size: 11, line: { color: theme.ink, width: 1 }, ...marker },
+    hovertemplate: `<b>%{text}</b><br>rank ${state.rank}: alignment %{customdata[3]} (%{customdata[1]})<br>ratio S(Δ)/S(base) %{x:.4g}`
       + "<br>update alignment %{customdata[2]}<extra></extra>",
   });
   const known = points.filter((q) => isNumber(q.color)), unknown = points.filter((q) => !isNumber(q.color));
@@ -400,7 +416,7 @@ figures.scatter = (width) => {
   if (unknown.length) data.push(trace(unknown, { color: "rgba(0,0,0,0)", symbol: "circle-open" }));
   const selected = points.find((q) => q.m === state.matrix);
   if (selected) {
-    data.push({ type: "scatter", mode: "markers", ...p.on(0), x: [selected.x], y: [selected.y], hoverinfo: "skip", meta: "selected",
+    data.push({ type: "scatter", mode: "markers", ...p.on(0), x: [selected.x], y: [shownAs(selected.y)], hoverinfo: "skip", meta: "selected",
       marker: { size: 20, symbol: "circle-open", color: theme.series[1], line: { width: 2.5 } } });
   }
   if (!points.length) p.empty(0, identical ? "no update: the matrices are equal" : `no resolved figure at rank ${state.rank}`);
@@ -408,7 +424,7 @@ figures.scatter = (width) => {
   if (!points.length) { low = -1; high = 0; }
   const pad = Math.max(0.1, 0.06 * (high - low));
   p.set(0, { title: narrow ? "size of the update, S<sub>i</sub>(Δ) / S<sub>i</sub>(base)" : "size of the update at this rank, S<sub>i</sub>(Δ) / S<sub>i</sub>(base), logarithmic",
-    type: "log", range: [low - pad, high + pad], ...logTicks(low - pad, high + pad, narrow ? 5 : 9) }, unitAxis("alignment |⟨base, tuned⟩|"));
+    type: "log", range: [low - pad, high + pad], ...logTicks(low - pad, high + pad, narrow ? 5 : 9) }, keptAxis("alignment |⟨base, tuned⟩|"));
   const key = [{ name: "selected matrix", still: true, color: theme.series[1], ring: true }];
   if (narrow && known.length) key.push({ name: "update alignment 0", ramp: true, end: "1" });
   if (unknown.length) key.push({ name: "update alignment unresolved", still: true, ring: true, quiet: true });
@@ -455,10 +471,10 @@ figures.nulls = (width) => {
       if (!bands) continue;
       drawnLines.add(name);
       last = maximum(bands.all.x, last);
-      data.push(...bandTraces(p.on(i), { ...group, name, color, dash }, bands.all, { hover: "rank %{x}: median %{y:.4f}" }));
+      data.push(...bandTraces(p.on(i), { ...group, name, color, dash }, bands.all, { y: shownAs, hover: "rank %{x}: median %{text}" }));
     }
     data.unshift(...chanceTraces(p.on(i), pair, side, last));
-    p.set(i, rankAxis(last), unitAxis("alignment |⟨base, tuned⟩|"));
+    p.set(i, rankAxis(last), keptAxis("alignment |⟨base, tuned⟩|"));
     if (drawnLines.size < 2) p.empty(i, "no nulls were taken for this pair");
   });
   return { data, layout: p.layout, key: [...lines.filter(([name]) => drawnLines.has(name)).map(([name, , color, dash]) => ({ name, color, dash })), chanceKey],
@@ -630,9 +646,9 @@ const drawn = new Map();  // figure id -> what it was drawn for
 const inView = new Set();
 const hidden = {};        // figure id -> names of the curves that the reader switched off
 const DEPENDS = {
-  alignment: ["pair", "curves", "axis"], overlap: ["pair", "curves"], heat: ["pair", "side", "role", "axis"], change: ["pair", "curves"],
-  variance: ["pair", "curves", "axis"], scatter: ["pair", "side", "rank", "matrix"], spectra: ["pair", "matrix", "axis"],
-  equal: ["pair", "side"], nulls: ["pair", "axis"], heads: ["pair"], own: ["pair", "axis"],
+  alignment: ["pair", "curves", "axis", "scale"], overlap: ["pair", "curves", "scale"], heat: ["pair", "side", "role", "axis"], change: ["pair", "curves"],
+  variance: ["pair", "curves", "axis"], scatter: ["pair", "side", "rank", "matrix", "scale"], spectra: ["pair", "matrix", "axis"],
+  equal: ["pair", "side"], nulls: ["pair", "axis", "scale"], heads: ["pair"], own: ["pair", "axis"],
   single: ["pair", "matrix", "axis"], angles: ["pair", "matrix"],
 };
 
@@ -865,6 +881,7 @@ control("find").addEventListener("input", drawTable);
 listen("curves", "curves");
 listen("side", "side");
 listen("axis", "axis");
+listen("scale", "scale");
 listen("role", "role");
 listen("rank", "rank", Number);
 for (const button of document.querySelectorAll("[data-choose-pair]")) {
@@ -875,6 +892,23 @@ for (const button of document.querySelectorAll("[data-choose-pair]")) {
 }
 dark.addEventListener("change", () => { readTheme(); drawVisible(); });
 choosePair(0);
+// Where everything is kept, nothing can be told apart between 0 and 1.
+const medians = elements.flatMap((_, i) => Object.values(loadPair(i).bands.alignment_left ? { all: loadPair(i).bands.alignment_left.all } : {}))
+  .flatMap((band) => [...band.median].filter(isNumber));
+if (medians.length && Math.min(...medians) > 0.95) state.scale = control("scale").value = "lost";
+
+// Says of a table that is cut that it goes on.
+const cut = new ResizeObserver((entries) => entries.forEach(({ target }) => {
+  target.nextElementSibling.hidden = target.scrollWidth <= target.clientWidth + 2;
+}));
+for (const box of document.querySelectorAll(".scroll")) {
+  const hint = document.createElement("p");
+  hint.className = "quiet hint";
+  hint.textContent = "More columns to the right: scroll the table sideways →";
+  hint.hidden = true;
+  box.after(hint);
+  cut.observe(box);
+}
 
 const observer = new IntersectionObserver((entries) => {
   for (const { target, isIntersecting } of entries) {
