@@ -8,6 +8,7 @@ import torch
 
 from specbasis.core.entries import LEAST_SIDE, read_entries
 from specbasis.core.errors import NonFiniteError
+from specbasis.core.rounding import rounding
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -91,3 +92,27 @@ def test_what_is_small_has_no_correspondence_and_what_is_not_finite_is_refused()
     for pair in ((W, W), (W.double(), W.double())):
         with pytest.raises(NonFiniteError, match="1 of 6300 entries"):
             read_entries(*pair)
+
+
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"])
+def test_8_bit_floats_are_compared_as_the_numbers_that_they_are(name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(96, 80, generator=generator) * 0.02
+    coarse = W.to(getattr(torch, name))
+    got, same = read_entries(W, coarse), read_entries(coarse, coarse)
+    want = read_entries(W, coarse.float())
+    assert got.norms == pytest.approx(want.norms, rel=1e-12)
+    assert got.figures["zero_entries_tuned"] == want.figures["zero_entries_tuned"]
+    assert (got.figures["precision_base"], got.figures["precision_tuned"]) == (24, 4 if "e4m3" in name else 3)
+    assert got.figures["equal_entries_rounded"] == 1.0
+    assert same.equal
+    # The error of rounding is what rounding makes of the matrix, subnormal numbers included.
+    error = rounding(coarse).variance[name] ** 0.5
+    assert error == pytest.approx(float((coarse.float() - W).square().mean().sqrt()), rel=0.25)
+
+
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2"])
+def test_an_8_bit_float_that_is_no_number_is_refused(name: str) -> None:
+    bad = torch.full((4, 4), math.nan).to(getattr(torch, name))
+    with pytest.raises(NonFiniteError, match="16 of 16 entries are NaN or Inf"):
+        read_entries(torch.ones(4, 4), bad)

@@ -113,3 +113,15 @@ def test_a_metric_that_is_added_to_the_table_is_scored_resampled_and_shown(monke
     card = model_card(config, run, task)
     assert "| set | share of the positives |" in card
     assert "| dev | 0.6667 |" in card
+    hostile = Task("own", 'A: "b"\n# c', ("recall",), ("no", "yes"))
+    config["base"] = "/home/someone/models/a: b\n- c #d"
+    run["notes"] = ["two\nlines of /home/someone/data/file.csv"]
+    card = model_card(config, run, hostile)
+    yaml = pytest.importorskip("yaml")
+    _, front, body = card.split("---\n", 2)
+    assert yaml.safe_load(front) == {
+        "base_model": "…/models/a: b - c #d", "library_name": "specbasis",
+        "tags": ["specbasis", "lora"], "metrics": ["recall"],
+    }  # fmt: skip
+    assert body.count("\n# ") == 1
+    assert "- two lines of …/data/file.csv\n" in body

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from peft import PeftConfig, PeftType
 
 from specbasis.core.errors import InputError
+from specbasis.core.patterns import Matcher
 
 NAME = "SPECTRAL"
 FILE_NAME = f"{NAME}: run `from specbasis.adapter import SpectralConfig` first"
@@ -121,10 +122,9 @@ class SpectralConfig(PeftConfig):
 
     def interval_of(self, module_name: str, shape: tuple[int, int]) -> tuple[int, int]:
         """The interval for a module: the first pattern that matches the end of its name, else the common one."""
-        for pattern, interval in (self.interval_pattern or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", module_name):
-                return interval
-        return self.interval or (0, min(DEFAULT_RANK, *shape))
+        patterns = self.interval_pattern or {}
+        pattern = Matcher("interval_pattern").first(patterns, module_name)
+        return (self.interval or (0, min(DEFAULT_RANK, *shape))) if pattern is None else patterns[pattern]
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as adapter_config.json holds it, without the seal, which belongs to one file."""

@@ -106,7 +106,9 @@ def _resolve_blocks(config: SpectralConfig, model: nn.Module) -> None:
 def _unsaved(config: SpectralConfig, names: list[str]) -> list[str]:
     """Those of these modules that the configuration does not save whole."""
     saved = config.modules_to_save or []
-    return [name for name in names if not any(re.match(rf"(^|.*\.){part}($|\..*)", name) for part in saved)]
+    return [
+        name for name in names if not any(re.match(rf"(^|.*\.){re.escape(part)}($|\..*)", name) for part in saved)
+    ]
 
 
 def _check_heads(config: SpectralConfig, model: nn.Module, fresh: list[str], file: AdapterFile | None) -> None:

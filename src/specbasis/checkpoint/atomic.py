@@ -50,7 +50,7 @@ def write_whole(path: Path, content: str | bytes | Callable[[Path], Any]) -> Non
     """
     with writing(path), whole(path) as temporary:
         if isinstance(content, str):
-            temporary.write_text(content, encoding="utf-8")
+            temporary.write_text(content, encoding="utf-8", errors="backslashreplace")  # names of files
         elif isinstance(content, bytes):
             temporary.write_bytes(content)
         else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -12,7 +11,9 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
-from specbasis.core.errors import InputError
+from specbasis.checkpoint.regular import parse_json
+from specbasis.core.dtypes import FORMATS
+from specbasis.core.errors import InputError, is_out_of_memory
 
 ABSENT = "absent"
 """The dtype of a tensor whose file is not in the cache where the Hub must not be asked: it has a name alone."""
@@ -39,7 +40,7 @@ class Entry:
     @property
     def is_float(self) -> bool:
         """Whether the stored numbers are floating-point."""
-        return self.dtype.startswith(("float", "bfloat"))
+        return self.dtype in FORMATS and FORMATS[self.dtype].precision > 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,10 +99,7 @@ class Checkpoint(Mapping[str, Tensor]):
 
 def json_object(text: bytes) -> dict[str, Any]:
     """A JSON object, or ValueError."""
-    try:
-        data = json.loads(text)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
+    data = parse_json(text)
     if not isinstance(data, dict):
         raise ValueError(f"want a JSON object, got {type(data).__name__}")
     return data
@@ -181,6 +179,8 @@ def parsing(name: str, source: str) -> Iterator[None]:
     except (OSError, InputError):
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise MemoryError(str(error)) from error
         raise InputError(f"{source}: {shown(name)} is truncated or corrupted ({first_line(error)})") from error
 
 

@@ -16,7 +16,6 @@ Zhang et al. 2023 (AdaLoRA, Eq. 3), in the file format of peft 0.21.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,6 +29,7 @@ from specbasis.checkpoint.entry import Checkpoint, Entry
 from specbasis.checkpoint.names import alignments
 from specbasis.checkpoint.places import Place
 from specbasis.core.errors import InputError
+from specbasis.core.patterns import Matcher
 from specbasis.core.svd import decompose
 
 _REFUSED = {
@@ -74,8 +74,9 @@ def open_adapter(place: Place, base: Checkpoint) -> Checkpoint:
     adapted = {names.parameter(module): module for module in modules}
     in_out = _stored_in_out(file.config, {module: name for name, module in adapted.items()}, modules, base)
     entries = {**base.entries, **saved}
+    matcher = Matcher(f"{place.source}: {CONFIG}")
     for name, module in adapted.items():
-        entries[name] = _Update(module, modules[module], file, entries[name], in_out).entry()
+        entries[name] = _Update(module, modules[module], file, entries[name], in_out, matcher).entry()
     return replace(
         base,
         source=file.source,
@@ -223,6 +224,7 @@ class _Update:
     file: AdapterFile
     base: Entry
     in_out: bool
+    matcher: Matcher
 
     def entry(self) -> Entry:
         """The tuned parameter, checked by shapes alone."""
@@ -256,8 +258,8 @@ class _Update:
 
     def _stored_size(self) -> tuple[int, int]:
         B, A = self.parts["B"].shape, self.parts["A"].shape
-        if len(B) < 2 or len(A) < 2 or math.prod(B[1:]) != A[0]:
-            raise self._refused(f"has factors {B} and {A} of different rank")
+        if len(B) < 2 or len(A) < 2 or A[0] == 0 or math.prod(B[1:]) != A[0]:
+            raise self._refused(f"has factors {B} and {A}, which have no rank in common")
         size = B[0], math.prod(A[1:])
         return size[::-1] if self._turned else size
 
@@ -265,16 +267,18 @@ class _Update:
         """What the product of the factors is multiplied by."""
         if self.file.kind == "SPECTRAL":
             return 1.0
-        alpha = _of_pattern(self.file.config.get("alpha_pattern"), self.module, self.file.config.get("lora_alpha"))
+        patterns = self.file.config.get("alpha_pattern") or {}
+        pattern = self.matcher.first(patterns, self.module)
+        alpha: Any = self.file.config.get("lora_alpha") if pattern is None else patterns[pattern]
         try:
-            alpha = float(alpha)
+            scale = float(alpha)
             if self.file.kind == "ADALORA":
                 first = float(self.file.config["init_r"])
-                return (alpha if alpha > 0 else first) / (first + 1e-5)
-        except (KeyError, TypeError, ValueError) as error:
+                return (scale if scale > 0 else first) / (first + 1e-5)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise InputError(f"{self.file.source}: {CONFIG} lacks lora_alpha (or init_r) as a number") from error
         rank = self.parts["A"].shape[0]
-        return alpha / (math.sqrt(rank) if self.file.config.get("use_rslora") else rank)
+        return scale / (math.sqrt(rank) if self.file.config.get("use_rslora") else rank)
 
     def _dtype(self) -> str:
         return "float64" if self.base.dtype == "float64" else "float32"
@@ -314,14 +318,3 @@ class _Update:
 
     def _refused(self, reason: str) -> InputError:
         return InputError(f"{self.file.source}: {self.module} {reason}")
-
-
-def _of_pattern(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """The value of the first pattern that matches the end of a module's name, from the start of a component."""
-    for key, value in (pattern or {}).items():
-        try:
-            if re.match(rf"(.*\.)?({key})$", module):
-                return value
-        except re.error as error:
-            raise InputError(f"{key!r} in {CONFIG} is no pattern ({error})") from error
-    return default

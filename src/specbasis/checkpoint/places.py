@@ -19,6 +19,7 @@ from specbasis.checkpoint import hub
 from specbasis.checkpoint.entry import Entry, inside, is_plain, no_key, reading, shown
 from specbasis.checkpoint.formats import check_framework, endings, file_entries
 from specbasis.checkpoint.formats.safetensors import remote_entries
+from specbasis.checkpoint.regular import read_bytes
 from specbasis.core.errors import InputError
 
 
@@ -147,7 +148,7 @@ class _Folder:
         return self._path(name).exists()
 
     def text(self, name: str) -> bytes:
-        return self._path(name).read_bytes()
+        return read_bytes(self._path(name))
 
     def entries(self, name: str, key: str = "") -> Mapping[str, Entry]:
         return file_entries(self._path(name), self.source, key)
@@ -195,7 +196,7 @@ class _Remote:
         file = self._full(name)
         if self.stream and not self.repository.cached(file):
             return bytes(self.repository.read(file, 0, self.repository.files[file].size))
-        return self.repository.path(file).read_bytes()
+        return read_bytes(self.repository.path(file))
 
     def entries(self, name: str, key: str = "") -> Mapping[str, Entry]:
         self.require(name)

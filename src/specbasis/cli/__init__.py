@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
+import tempfile
+import traceback
 from typing import Annotated
 
 import typer
 
 import specbasis
 from specbasis.cli.adapter import adapter_app
-from specbasis.cli.common import STDERR, STDOUT, line
+from specbasis.cli.common import STDERR, STDOUT, discard, line, prepare_streams
 from specbasis.cli.compare import compare, inspect, list_findings, list_measures, report, spectra
 from specbasis.cli.finetune import finetune, list_methods
 from specbasis.cli.flags import flags
@@ -18,7 +20,7 @@ from specbasis.cli.population import lineage, population
 from specbasis.cli.reproduce import pretrain, reproduce_app
 from specbasis.cli.reproduce.zoo import zoo_app
 from specbasis.cli.track import track
-from specbasis.core.errors import InputError
+from specbasis.core.errors import InputError, is_out_of_memory
 from specbasis.core.extras import missing
 
 VERBS = (
@@ -51,6 +53,13 @@ _USAGE: type[Exception] = typer.BadParameter.__bases__[0]
 """What typer raises for a command line that it cannot read: an unknown flag or verb, a missing argument."""
 
 
+INTERNAL = 70
+"""Exit code of an error that is a fault of specbasis (EX_SOFTWARE of sysexits.h), and no finding."""
+
+CLOSED_PIPE = 141
+"""Exit code where a closed pipe stopped the program: that of a program which SIGPIPE ends, as a shell has it."""
+
+
 @app.callback(invoke_without_command=True)
 def _version(version: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
     if version:
@@ -59,22 +68,81 @@ def _version(version: Annotated[bool, typer.Option("--version", help="print the 
 
 
 def main() -> None:
-    """Entry point: what a user can mend is one line on stderr and exit code 2, never a traceback."""
+    """Entry point: whatever happens is an exit code, and one line on stderr at most; never a traceback.
+
+    Exit codes: 0 done; 1 a finding that was asked for; 2 what a user can mend; 70 an error of specbasis itself; 130
+    interrupted. A reader that goes away early, such as `head`, ends the printing and not the work.
+    """
+    prepare_streams()
+    code = _run()
     try:
-        code = app(standalone_mode=False)
-    except InputError as error:
-        code = 2
-        line(f"error: {error}", console=STDERR, style="red")
-    except ImportError as error:
-        known = missing(error)
-        if known is None:
-            raise
-        code = 2
-        line(f"error: {known}", console=STDERR, style="red")
-    except (_USAGE, typer.Abort) as error:
-        code = getattr(error, "exit_code", 2)
-        if hasattr(error, "format_message"):
-            line(f"error: {error.format_message()}", console=STDERR, style="red")
+        sys.stdout.flush()
+    except (OSError, ValueError, AttributeError) as error:
+        code = code or _output_failed(error)
     if code == 130:  # what typer makes of Ctrl-C
         line("interrupted: what is done is kept, and the same command continues", console=STDERR)
-    sys.exit(code if isinstance(code, int) else 0)
+    sys.exit(code)
+
+
+def _run() -> int:
+    """Run the verb; its exit code."""
+    try:
+        code = app(standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except KeyboardInterrupt:
+        return 130
+    except SystemExit:  # what typer makes of a closed pipe where it prints itself; the verbs return their codes
+        discard(sys.stdout)
+        return CLOSED_PIPE
+    except (_USAGE, typer.Abort) as error:
+        if hasattr(error, "format_message"):
+            line(f"error: {error.format_message()}", console=STDERR, style="red")
+        return int(getattr(error, "exit_code", 2))
+    except Exception as error:
+        message = _to_mend(error)
+        if message is None:
+            return _internal(error)
+        line(f"error: {message}", console=STDERR, style="red")
+        return 2
+
+
+def _to_mend(error: Exception) -> object:
+    """What to say of an error that a user can mend; None of one that is a fault of specbasis."""
+    if isinstance(error, InputError):
+        return error
+    if is_out_of_memory(error):
+        return (
+            "not enough memory; what is done is kept: close other programs, or give --memory or fewer --workers, "
+            "and run again"
+        )
+    if isinstance(error, UnicodeEncodeError):  # bytes of a name that are no UTF-8, on their way to a library
+        return f"{error.object[:200]!r}: a name that is not UTF-8 cannot be used here; rename the file or folder"
+    if isinstance(error, ImportError):
+        return missing(error)
+    if isinstance(error, OSError):
+        return f"{error.filename or 'output'}: cannot be read or written ({error.strerror or error})"
+    return None
+
+
+def _internal(error: Exception) -> int:
+    """Keep the traceback of an error that nobody foresaw in a file, and say where; the exit code of such errors."""
+    text = "".join(traceback.format_exception(error))
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="specbasis-", suffix=".log", delete=False, encoding="utf-8",
+                                         errors="backslashreplace") as log:  # fmt: skip
+            log.write(f"specbasis {specbasis.__version__}, {sys.version}\n{sys.argv}\n{text}")
+        place = f"the details are in {log.name}; please report it with them"
+    except OSError as refusal:
+        place = f"no log could be written: {refusal.strerror}"
+    reason = next(iter(str(error).splitlines()), "")[:200]
+    line(f"internal error: {type(error).__name__}: {reason}; {place}", console=STDERR, style="red")
+    return INTERNAL
+
+
+def _output_failed(error: Exception) -> int:
+    """Say that what was printed did not arrive; nothing where the reader is gone or there never was one."""
+    discard(sys.stdout)
+    if not isinstance(error, OSError) or isinstance(error, BrokenPipeError):
+        return 0
+    line(f"error: the output cannot be written ({error.strerror})", console=STDERR, style="red")
+    return 2

@@ -2,30 +2,78 @@
 
 from __future__ import annotations
 
+import codecs
+import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from io import TextIOWrapper
 from json import dumps
 from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
 
+from specbasis.core.text import printable
+
 if TYPE_CHECKING:
     from specbasis.jobs.experiments import Row
     from specbasis.jobs.progress import Progress
 
-STDOUT = Console()
-STDERR = Console(stderr=True)
+PLAIN = {"×": "x", "–": "-", "…": "...", "‖": "|", "≥": ">=", "≤": "<=", "Δ": "d", "→": "->", "±": "+-"}
+"""How the signs of tables and sentences are written where a terminal has none of them."""
+
+
+class _Console(Console):
+    """A console whose reader may go away: then it prints to nobody, and the work goes on."""
+
+    def on_broken_pipe(self) -> None:
+        discard(self.file)
+
+
+STDOUT = _Console()
+STDERR = _Console(stderr=True)
+
+
+def prepare_streams() -> None:
+    """Print to any terminal: what its encoding lacks is spelt in ASCII, and no character stops the program."""
+    codecs.register_error("specbasis", _spelt)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="specbasis")
+
+
+def _spelt(error: UnicodeError) -> tuple[str | bytes, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    lacking = error.object[error.start : error.end]
+    return "".join(PLAIN.get(c, c.encode("ascii", "backslashreplace").decode()) for c in lacking), error.end
+
+
+def discard(stream: Any) -> None:
+    """Let what is written to a stream go nowhere from now on, what it holds back too."""
+    with suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def line(text: str, *, console: Console = STDOUT, style: str = "") -> None:
-    """Print text as it is: no markup, no wrapping, so that it can be copied and searched."""
-    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+    """Print text as it is: no markup, no wrapping, so that it can be copied and searched; it steers no terminal."""
+    try:
+        console.print(printable(text), style=style, markup=False, highlight=False, soft_wrap=True)
+    except OSError:
+        if not console.stderr:
+            raise
+        discard(console.file)  # nobody is left to be told
 
 
 def document(content: Any) -> None:
     """Print one JSON document and nothing else."""
-    print(dumps(content, indent=1, ensure_ascii=False))  # noqa: T201 - as it is, for other programs
+    text = dumps(content, indent=1, ensure_ascii=False)
+    if not STDOUT.encoding.startswith("utf") or printable(text) != text:
+        text = dumps(content, indent=1)
+    STDOUT.out(text, highlight=False)
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from loky import cpu_count
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from specbasis.comparison.comparison import Comparison
 from specbasis.comparison.matched import Matched
 from specbasis.comparison.options import Options
 from specbasis.comparison.task import Outcome, Task
+from specbasis.core.blocks import device_named
 from specbasis.core.errors import InputError
 from specbasis.core.options import takes
 from specbasis.jobs import engine as engines
@@ -61,7 +61,7 @@ def compare(
     Source: Yu et al. 2026, §3 and §4.1–4.2; what is added beside it: bounds, subspaces, chance levels, verdicts.
     """
     chosen = Options.of(options, keywords)
-    _check_device(chosen.device)
+    device_named(chosen.device)
     workers = chosen.workers or (cpu_count() if chosen.device == "cpu" else 1)
     matched = Matched.open(base, tuned, chosen)
     if matched.in_memory and chosen.engine in ("processes", "ray"):
@@ -145,14 +145,6 @@ def plan(
     tasks = Matched.open(base, tuned, chosen).tasks(load(folder) if folder and begun else None)
     budget = engines.free_memory() // 2 if chosen.budget is None else chosen.budget
     return Plan(tuple(tasks), chosen.workers or cpu_count(), budget)
-
-
-def _check_device(name: str) -> None:
-    """Raise an InputError where torch has no such device."""
-    try:
-        torch.empty(0, device=torch.device(name))
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"got device {name!r}; want cpu, or a GPU that torch sees, such as cuda:0") from error
 
 
 def _portable_measures(functions: Sequence[OwnMeasure], engine: str) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from specbasis.checkpoint.regular import regular
 from specbasis.core.errors import InputError
 from specbasis.core.statistics import (
     METHODS,
@@ -115,7 +116,7 @@ def read_scores(path: Path, column: str = "") -> tuple[dict[str, float], str]:
         InputError: no such file or column, several columns to choose from, or a score that is no number.
     """
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
+        with regular(path).open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             lines, fields = list(reader), [name for name in reader.fieldnames or [] if name]
     except (OSError, UnicodeDecodeError, csv.Error) as error:

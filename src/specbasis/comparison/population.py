@@ -25,6 +25,7 @@ from specbasis.comparison.facts import SIDES, Facts
 from specbasis.comparison.summary import RoleSummary, summarise
 from specbasis.core.errors import InputError
 from specbasis.core.statistics import LEVEL, detectable
+from specbasis.core.text import cell
 from specbasis.jobs import results as store
 from specbasis.jobs.folder import plain, write_json
 
@@ -287,4 +288,4 @@ def _write_csv(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
         writer = csv.DictWriter(file, fields, lineterminator="\n")
         writer.writeheader()
         for line in lines:
-            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in line.items()})
+            writer.writerow({name: cell(value, ".6g") for name, value in line.items()})

@@ -16,6 +16,20 @@ ORDINARY = 200
 """Exponents of a largest entry that are left as they are, of 1023 in which sums of fourth powers must find room."""
 
 
+def device_named(name: str, dtype: torch.dtype = torch.float64) -> torch.device:
+    """A device on which torch computes with numbers of a format.
+
+    Raises:
+        InputError: there is none of that name, or it has no memory (``meta``) or not that format.
+    """
+    try:
+        device = torch.device(name)
+        torch.ones(1, dtype=dtype, device=device).item()
+    except (RuntimeError, AssertionError, ImportError, TypeError) as error:
+        raise InputError(f"got device {name!r}; want cpu, or a GPU that torch sees, such as cuda:0") from error
+    return device
+
+
 def short_side(W: Tensor, name: str) -> int:
     """Length of the short side of a matrix; refuses what is none."""
     if W.ndim != 2 or W.numel() == 0 or not W.is_floating_point():

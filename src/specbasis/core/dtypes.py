@@ -46,6 +46,8 @@ FORMATS = {
         Format("float64", ("F64", "DOUBLE"), 8, 53, -1022),
         Format("float8_e4m3fn", ("F8_E4M3",), 1, 4, -6),
         Format("float8_e5m2", ("F8_E5M2",), 1, 3, -14),
+        Format("float8_e4m3fnuz", ("F8_E4M3FNUZ",), 1, 4, -7),
+        Format("float8_e5m2fnuz", ("F8_E5M2FNUZ",), 1, 3, -15),
         Format("int64", ("I64",), 8),
         Format("int32", ("I32",), 4),
         Format("int16", ("I16",), 2),
@@ -59,8 +61,8 @@ FORMATS = {
 UNSCALED = tuple(form.name for form in FORMATS.values() if form.precision >= 8)
 """Formats that hold weights as they are, the coarsest first; 8-bit floats mean something with their scales only."""
 
-BY_PRECISION = {FORMATS[name].precision: name for name in UNSCALED}
-"""Significant bits → the unscaled format that has them."""
+BY_PRECISION = {form.precision: form.name for form in reversed(FORMATS.values()) if form.precision}
+"""Significant bits → the format that has them."""
 
 _BY_CODE = {code: form.name for form in FORMATS.values() for code in form.codes}
 
@@ -73,6 +75,11 @@ def by_code(code: str) -> str:
 def name_of(dtype: torch.dtype) -> str:
     """Name of a format, as torch has it, without ``torch.``."""
     return str(dtype).removeprefix("torch.")
+
+
+def widened(X: torch.Tensor) -> torch.Tensor:
+    """The same numbers in bfloat16, which holds every 8-bit float, where they are 8-bit floats; else X itself."""
+    return X.to(torch.bfloat16) if X.dtype.itemsize == 1 and X.dtype.is_floating_point else X
 
 
 def roundoff(name: str) -> float:

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from specbasis.core.blocks import unit_scale
-from specbasis.core.dtypes import BY_PRECISION, FORMATS, UNSCALED
+from specbasis.core.dtypes import FORMATS, UNSCALED, name_of, widened
 from specbasis.core.errors import NonFiniteError
 
 PROBES = 8
@@ -54,8 +54,8 @@ def read_entries(W: Tensor, T: Tensor, names: tuple[str, str] = ("base", "tuned"
       is shorter than `LEAST_SIDE`;
     - ``equal_entries``: share of entries that are equal; ``equal_entries_rounded``: equal once both are rounded to
       the coarser of the two precisions;
-    - ``precision_base``, ``precision_tuned``: significant bits of the coarsest of `dtypes.UNSCALED` that holds
-      every entry;
+    - ``precision_base``, ``precision_tuned``: significant bits of the coarsest of `dtypes.UNSCALED`, and of the
+      8-bit formats in which one of the two is stored, that holds every entry;
     - ``zero_entries_base``, ``zero_entries_tuned``: share of zeros;
     - ``grid_levels_base``, ``grid_levels_tuned``: `_grid`, NaN where the entries lie on none;
     - ``equal_entries_grid``: share of base's sampled groups that round to tuned's on the grid of tuned.
@@ -65,14 +65,16 @@ def read_entries(W: Tensor, T: Tensor, names: tuple[str, str] = ("base", "tuned"
     Raises:
         NonFiniteError: NaN or Inf in either.
     """
+    forms = (*dict.fromkeys(name_of(X.dtype) for X in (T, W) if widened(X) is not X), *_COARSE)
+    W, T = widened(W), widened(T)
     out, width = W.shape
     scale = unit_scale(W, T)
     columns, rows = _probes(width), _probes(out)
     images: list[Tensor] = [columns.new_zeros(width, PROBES), rows.new_zeros(width, PROBES)]
     sums = [columns.new_zeros(width), columns.new_zeros(width)]
     squares, inner, by_rows = [0.0, 0.0, 0.0], 0.0, 0.0
-    counts = dict.fromkeys(("equal", "zero_base", "zero_tuned", *_COARSE), 0)
-    held = {(side, format_): True for side in ("base", "tuned") for format_ in _COARSE}
+    counts = dict.fromkeys(("equal", "zero_base", "zero_tuned", *forms), 0)
+    held = {(side, format_): True for side in ("base", "tuned") for format_ in forms}
     step = max(1, _BLOCK // width)
     for start in range(0, out, step):
         a, b = (_block(X, start, step, scale) for X in (W, T))
@@ -95,13 +97,14 @@ def read_entries(W: Tensor, T: Tensor, names: tuple[str, str] = ("base", "tuned"
         _correspondence(inner - by_rows / width, _centred(images[0]), width),
         _correspondence(inner - float(sums[0] @ sums[1]) / out, _second_pass(W, images[1], scale, step), out),
     ]
-    bits = {side: _precision(held, side) for side in ("base", "tuned")}
-    coarser = BY_PRECISION[min(bits.values())]
+    stored = {side: next((form for form in forms if held[side, form]), "float64") for side in ("base", "tuned")}
+    bits = {side: FORMATS[form].precision for side, form in stored.items()}
+    coarser = min(stored.values(), key=lambda form: FORMATS[form].precision)
     figures = {
         "weight_cosine": max(-1.0, min(1.0, inner / product)) if product else math.nan,
         "weight_cosine_z": min(z) if min(W.shape) >= LEAST_SIDE else math.nan,
         "equal_entries": counts["equal"] / W.numel(),
-        "equal_entries_rounded": counts[coarser if coarser in _COARSE else "equal"] / W.numel(),
+        "equal_entries_rounded": counts[coarser if coarser in forms else "equal"] / W.numel(),
         **{f"precision_{side}": float(n) for side, n in bits.items()},
         **{f"zero_entries_{side}": counts[f"zero_{side}"] / W.numel() for side in ("base", "tuned")},
         **_grids(W, T),
@@ -160,18 +163,19 @@ def _count(a: Tensor, b: Tensor, counts: dict[str, int], held: dict[tuple[str, s
         a, b = a.to(torch.float64), b.to(torch.float64)
     equal = int((a == b).sum())
     counts["equal"] += equal
+    forms = [format_ for side, format_ in held if side == "base"]
     for side, x in (("base", a), ("tuned", b)):
         counts[f"zero_{side}"] += x.numel() - int(x.count_nonzero())
-        for format_ in _COARSE:
+        for format_ in forms:
             dtype = getattr(torch, format_)
             if held[side, format_] and x.dtype != dtype:
                 held[side, format_] = bool((x.to(dtype).to(x.dtype) == x).all())
-    for format_ in _COARSE:
+    for format_ in forms:
         # The coarser of two precisions holds all entries of one side: what holds those of neither is not it.
         if held["base", format_] or held["tuned", format_]:
             dtype = getattr(torch, format_)
             stored = a.dtype == b.dtype == dtype
-            counts[format_] += equal if stored else int((a.to(dtype) == b.to(dtype)).sum())
+            counts[format_] += equal if stored else int((widened(a.to(dtype)) == widened(b.to(dtype))).sum())
 
 
 GROUP = 32
@@ -222,7 +226,3 @@ def _grid(x: Float[Tensor, "groups size"]) -> tuple[float, Tensor]:
     if not len(on) or on.double().mean() < 0.5:
         return math.nan, step.squeeze(1)
     return float(((span / step).squeeze(1)[on] + 1).median()), step.squeeze(1)
-
-
-def _precision(held: Mapping[tuple[str, str], bool], side: str) -> int:
-    return FORMATS[next((name for name in _COARSE if held[side, name]), "float64")].precision

@@ -1,11 +1,20 @@
 """Errors that a user can act on; the command line prints them as one line and exits with code 2."""
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+from specbasis.core.text import printable
+
 
 class InputError(ValueError):
-    """Something given from outside cannot be used: says what was got, what was wanted, and what to do."""
+    """Something given from outside cannot be used: says what was got, what was wanted, and what to do.
+
+    One line, whatever names from files are in it: what would end the line or steer a terminal is spelt out.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(printable(str(message)).replace("\n", "\\n"))
 
 
 class NonFiniteError(InputError):
@@ -22,6 +31,14 @@ def unknown(kind: str, name: object, names: Iterable[str]) -> InputError:
     """
     names = list(names)
     return InputError(f"no {kind} {name!r}; {guess(str(name), names)}there is: {', '.join(names)}")
+
+
+_NO_MEMORY = re.compile("out of memory|can(no|')t allocate memory|failed to map segment", re.IGNORECASE)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error, of Python, of torch or of the loader of its libraries, says that memory is lacking."""
+    return isinstance(error, MemoryError) or bool(_NO_MEMORY.search(str(error)))
 
 
 class MissingExtra(InputError, ImportError):  # noqa: N818 - says what is missing

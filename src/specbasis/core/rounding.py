@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,22 +40,23 @@ def rounding(W: Float[Tensor, "out in"], *stored: str, scale: float = 1.0) -> Ro
     each row.
 
     Args:
-        W: (out, in), any floating dtype; 8-bit floats count as the bfloat16 that they were scaled to.
-        stored: the format that holds its entries, and further ones, of `dtypes.UNSCALED`; that of its dtype when
-            none.
+        W: (out, in), any floating dtype.
+        stored: the format that holds its entries, and further ones; that of its dtype when none.
         scale: in what unit the errors are wanted: of the matrix times this power of two, as it was rounded before.
     """
-    stored = tuple(form if form in UNSCALED else "bfloat16" for form in stored or (name_of(W.dtype),))
-    sums, int8 = dict.fromkeys(UNSCALED, 0.0), 0.0
+    stored = stored or (name_of(W.dtype),)
+    forms = tuple(dict.fromkeys((*UNSCALED, *stored)))
+    sums, int8 = dict.fromkeys(forms, 0.0), 0.0
     rows = max(1, 2**16 // W.shape[1])  # blocks that stay in a core's cache
     for start in range(0, len(W), rows):
         block = W[start : start + rows].detach()
         X = block.to(torch.float32).contiguous()
-        if scale != 1.0 or not 2.0**-50 < float(X.abs().max()) < 2.0**50:  # squares are not in float32's range
+        narrow = forms == UNSCALED and scale == 1.0
+        if not narrow or not 2.0**-50 < float(X.abs().max()) < 2.0**50:  # squares are not in float32's range
             X = block.double().contiguous()
         top = X.abs().amax(dim=1).double() * scale
         int8 += float((top / 127).square().sum()) * W.shape[1]
-        for form, square in _squared_powers(X, scale).items():
+        for form, square in _squared_powers(X, scale, forms).items():
             sums[form] += square
     count = 12.0 * W.numel()
     wanted = dict.fromkeys((*stored, "bfloat16", "float16"))
@@ -63,7 +64,7 @@ def rounding(W: Float[Tensor, "out in"], *stored: str, scale: float = 1.0) -> Ro
     return Rounding(stored[0], variance | {"int8": int8 / count})
 
 
-def _squared_powers(X: Tensor, scale: float) -> dict[str, float]:
+def _squared_powers(X: Tensor, scale: float, forms: Sequence[str]) -> dict[str, float]:
     """Σ 4^e over entries, by format: 2^e is the power of two below each, or the smallest that the format has.
 
     An entry that is less than the error of a step, and vanishes, counts with its own size.
@@ -75,7 +76,7 @@ def _squared_powers(X: Tensor, scale: float) -> dict[str, float]:
         return dict.fromkeys(UNSCALED, square) | {"float16": float(power @ power)}
     power = (X.view(torch.int64) & 0x7FF0000000000000).view(torch.float64).flatten()
     sums = {}
-    for name in UNSCALED:
+    for name in forms:
         form = FORMATS[name]
         own = X.flatten().abs() * (math.sqrt(12) / form.step)
         error = torch.minimum(power.clamp(min=2.0**form.exponent), own) * scale

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from specbasis.checkpoint.atomic import write_whole
+from specbasis.checkpoint.regular import read_json
 from specbasis.core.errors import InputError
 from specbasis.figures import kit
 from specbasis.figures.kit import Axes, Figure
@@ -339,7 +340,7 @@ def _shared(
     kept = {}
     if path.exists():
         try:
-            kept = {(a, b, c, d): (x, y) for a, b, c, d, x, y in json.loads(path.read_text(encoding="utf-8"))}
+            kept = {(a, b, c, d): (x, y) for a, b, c, d, x, y in read_json(path)}
         except (ValueError, TypeError) as error:
             raise InputError(f"{path}: is damaged ({error}); delete it and run the grid again") from error
     return sharing(rows, metrics, overlaps=kept)

@@ -11,6 +11,8 @@ from html import escape
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from specbasis.core.text import cell, printable
+
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
@@ -96,11 +98,12 @@ class Table:
         """The table for a terminal; what does not fit is folded, never cut off."""
         from rich import box
         from rich.table import Table as RichTable
+        from rich.text import Text
 
+        # A name is text and no markup of rich's, and must not steer the terminal.
         table = RichTable(
-            title=self.title or None,
+            title=Text(printable(self.title), "bold") if self.title else None,
             title_justify="left",
-            title_style="bold",
             box=box.SIMPLE_HEAD,
             padding=0,
             show_edge=False,
@@ -108,19 +111,22 @@ class Table:
         groups = list(self._groups())
         for columns in groups:
             heading = columns[0].narrow or columns[0].group or columns[0].name
-            table.add_column(heading, justify="left" if columns[0].words else "right", overflow="fold")
+            table.add_column(
+                Text(printable(heading)), justify="left" if columns[0].words else "right", overflow="fold"
+            )
         for i, row in enumerate(self.cells):
             if self.total and i == len(self.rows) - 1:
                 table.add_section()
             cells = iter(row)
-            table.add_row(*(" ".join(next(cells) for _ in columns) for columns in groups))
+            table.add_row(*(Text(printable(" ".join(next(cells) for _ in columns))) for columns in groups))
         return table
 
     def markdown(self) -> str:
-        """The table as Markdown, with the line that ends it."""
+        """The table as Markdown, with the line that ends it; what would end a cell or its line is escaped."""
         rule = ["---" if i == 0 or column.words else "---:" for i, column in enumerate(self.columns)]
         lines = [[" ".join(filter(None, (c.group, c.name))) for c in self.columns], rule, *self.cells]
-        return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        escaped = ([" ".join(text.replace("|", r"\|").split("\n")) for text in line] for line in lines)
+        return "".join(f"| {' | '.join(line)} |\n" for line in escaped)
 
     def csv(self, form: str = "") -> str:
         """The values as CSV, empty where there is none; floating-point numbers in a format, or with all digits."""
@@ -128,7 +134,7 @@ class Table:
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(column.name for column in self.columns)
         for row in self.rows:
-            writer.writerow(format(value, form) if isinstance(value, float) else value for value in row)
+            writer.writerow(cell(value, form) for value in row)
         return text.getvalue()
 
     def html(self, *, inline: bool = False) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
+from specbasis.core.text import printable, shareable
 from specbasis.finetuning.methods import METHODS
 from specbasis.finetuning.metrics import METRICS
 from specbasis.finetuning.tasks import Task
@@ -27,15 +29,16 @@ def model_card(config: Mapping[str, Any], metrics: Mapping[str, Any], task: Task
         before, after = ("not finite" if loss[at] is None else f"{loss[at]:.4f}" for at in ("before", "after"))
         what = f"{loss['definition']}, {loss['text']}"
         forgetting = f"Loss on held-back text ({what}): {before} before, {after} after."
+    base, title = (" ".join(shareable(printable(name)).split()) for name in (config["base"], task.title))
     lines = [
         "---",
-        f"base_model: {config['base']}",
+        f"base_model: {_yaml(base)}",
         "library_name: specbasis",
-        f"tags: [specbasis, {method.name}]",
-        f"metrics: [{', '.join(task.metrics)}]",
+        f"tags: {_yaml(['specbasis', method.name])}",
+        f"metrics: {_yaml(list(task.metrics))}",
         "---",
         "",
-        f"# {task.title}: {config['base']} finetuned by {method.title}",
+        f"# {title}: {base} finetuned by {method.title}",
         "",
         f"Trained: {method.trains} ({method.source}).",
         f"{parameters['adapter']:,} parameters of the method ({share:.2g} % of {parameters['total']:,}), and "
@@ -66,5 +69,10 @@ def model_card(config: Mapping[str, Any], metrics: Mapping[str, Any], task: Task
         "",
     ]
     if metrics["notes"]:
-        lines += ["## Notes", "", *(f"- {note}" for note in metrics["notes"]), ""]
+        lines += ["## Notes", "", *(f"- {' '.join(shareable(note).split())}" for note in metrics["notes"]), ""]
     return "\n".join(lines)
+
+
+def _yaml(value: Any) -> str:
+    """A value of the front matter: what JSON writes is YAML, whatever colons and line ends are in it."""
+    return json.dumps(value)

@@ -14,7 +14,6 @@ The head is always the base's own: what changes is the backbone under it. Bases 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from specbasis.checkpoint.regular import read_json
 from specbasis.finetuning.base import Base, encoder_of
 from specbasis.finetuning.prefix.probe import evaluating
 
@@ -167,7 +167,7 @@ def _is_sentence_encoder(base: Base) -> bool:
     address = dict(base.address)
     try:
         path = cached_file(address.pop("pretrained_model_name_or_path"), "modules.json", **address)
-        modules = json.loads(Path(path).read_text(encoding="utf-8"))
+        modules = read_json(Path(path))
         return any("Pooling" in str(module.get("type")) for module in modules)
     except Exception:  # no such file, no network: then the folder does not say so
         return False

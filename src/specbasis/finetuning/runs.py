@@ -20,8 +20,10 @@ from specbasis.checkpoint import open_checkpoint, sha256, weights_sha256
 from specbasis.checkpoint.atomic import whole, write_whole, writing
 from specbasis.checkpoint.digest import proven
 from specbasis.checkpoint.entry import watched
+from specbasis.checkpoint.regular import read_json
 from specbasis.core.errors import InputError
 from specbasis.core.options import takes
+from specbasis.core.text import cell
 from specbasis.finetuning.metrics import Predictions
 from specbasis.finetuning.options import FinetuneOptions, Placement, Protocol, Source, require_libraries
 from specbasis.finetuning.sources import load_task
@@ -114,7 +116,7 @@ def finetune(
                     f"{folder / METRICS}: is not what was written: its SHA-256 differs; delete it, and the same "
                     "command trains again"
                 )
-            return Finetuned(folder, json.loads((folder / METRICS).read_text(encoding="utf-8")))
+            return Finetuned(folder, read_json(folder / METRICS))
         texts = held_back_texts(options.held_back, data, options.data_dir)
         metrics = train(Run(base, data, method, options, texts, unchanged=unchanged), folder, callbacks)
         predictions = metrics.pop("predictions")
@@ -193,7 +195,7 @@ def load(folder: str | Path, base: str | Path | None = None) -> tuple[Any, Any]:
 
     place = Path(folder)
     try:
-        config = proven(json.loads((place / MANIFEST).read_text(encoding="utf-8")))["config"]
+        config = proven(read_json(place / MANIFEST))["config"]
         task = Task(**config["head"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
@@ -242,7 +244,7 @@ def _write_predictions(path: Path, packed: Mapping[str, Mapping[str, Any]], task
         for name, row in packed.items():
             split = Predictions.unpacked(row)
             for example, (label, predicted) in enumerate(zip(split.labels, split.predicted, strict=True)):
-                table.writerow((name, example, shown(float(label)), shown(float(predicted))))
+                table.writerow((name, example, cell(shown(float(label))), cell(shown(float(predicted)))))
 
 
 _FULL = ("No space left", "Disk quota exceeded", "inline_container")

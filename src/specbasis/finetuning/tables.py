@@ -9,13 +9,13 @@ all without a word.
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from specbasis.checkpoint.entry import first_line
+from specbasis.checkpoint.regular import parse_json, regular
 from specbasis.core.errors import InputError
 from specbasis.finetuning.tasks import Split
 
@@ -71,7 +71,7 @@ def lines(path: Path, notes: list[str] | None = None) -> Iterator[tuple[int, str
         notes: where it is said that the last line has no end, as in a file that was cut off.
     """
     try:
-        with path.open(encoding="utf-8-sig", newline="\n") as file:
+        with regular(path).open(encoding="utf-8-sig", newline="\n") as file:
             empty, line = True, "\n"
             for number, line in enumerate(file, 1):
                 text = line.rstrip("\r\n")
@@ -125,7 +125,7 @@ def tab_rows(
 
 def _csv_rows(path: Path) -> Rows:
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with regular(path).open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True)
             names = next(reader, [])
             for values in reader:
@@ -148,11 +148,11 @@ def _json_rows(path: Path) -> Rows:
     """Objects in a list, alone or the only list of an object; or an object a line."""
     numbered = list(lines(path))
     try:
-        value = json.loads("\n".join(line for _, line in numbered))
+        value = parse_json("\n".join(line for _, line in numbered))
     except ValueError:
         for number, line in numbered:
             try:
-                row = json.loads(line)
+                row = parse_json(line)
             except ValueError as error:
                 raise InputError(f"{path}, line {number}: not JSON: {error}; is the file truncated?") from error
             if not isinstance(row, dict):
@@ -174,7 +174,7 @@ def _parquet_rows(path: Path) -> Rows:
     import pyarrow.parquet as pq
 
     try:
-        yield from enumerate(pq.read_table(path).to_pylist(), 1)
+        yield from enumerate(pq.read_table(regular(path)).to_pylist(), 1)
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path}: not a readable Parquet file: {first_line(error)}") from error
 

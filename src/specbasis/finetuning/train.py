@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from specbasis.checkpoint import open_checkpoint
+from specbasis.checkpoint.regular import read_json
 from specbasis.core.errors import InputError
 from specbasis.finetuning.base import Base, Images, load_base, quiet
 from specbasis.finetuning.costs import Stopwatch, peak_memory, weights_bytes
@@ -134,7 +134,7 @@ def _last_checkpoint(folder: Path) -> str | None:
     steps: dict[int, Path] = {}
     for path in (folder / CHECKPOINTS).glob("checkpoint-*"):
         with suppress(OSError, ValueError):
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            read_json(path / "trainer_state.json")
             steps[int(path.name.rpartition("-")[2])] = path
     return str(steps[max(steps)]) if steps else None
 

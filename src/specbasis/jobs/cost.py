@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from specbasis.checkpoint.regular import read_json
 from specbasis.core.blocks import BLOCK_BYTES
 from specbasis.core.errors import InputError
 from specbasis.core.svd import half_svd
@@ -103,7 +103,7 @@ def rates() -> Rates:
     path = cache_folder() / "rates.json"
     key = f"{platform.node()} {platform.machine()} torch {torch.__version__}"
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        kept = read_json(path)
         return Rates(**kept[key])
     except (OSError, ValueError, KeyError, TypeError):
         kept = {}

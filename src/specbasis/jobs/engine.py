@@ -6,6 +6,7 @@ Every job runs on one BLAS thread, so its result is the same bit for bit whateve
 from __future__ import annotations
 
 import math
+import multiprocessing
 import os
 import sys
 import threading
@@ -87,7 +88,8 @@ def run(
         raise InputError(f"got engine {engine!r}; want one of {', '.join(ENGINES)}")
     small = sum(job.flops for job in jobs) < SMALL_WORK
     if engine == "auto":
-        engine = "threads" if local or workers == 1 or len(jobs) < 2 or small else "processes"
+        alone = local or workers == 1 or len(jobs) < 2 or small or not _processes_can_wait()
+        engine = "threads" if alone else "processes"
     if local and engine != "threads":
         raise InputError(f"tensors in memory cannot reach engine {engine!r}; write them to a file, or use threads")
     memory = free_memory() // 2 if memory is None else memory
@@ -154,10 +156,21 @@ def _threads(workers: int) -> Iterator[Submit]:
         torch.set_num_threads(threads)  # BLAS libraries hold this number for the whole process
 
 
+def _processes_can_wait() -> bool:
+    """Whether processes can wait for each other: the system's semaphores need a /dev/shm that can be written."""
+    try:
+        multiprocessing.Lock()
+    except (OSError, ImportError):
+        return False
+    return True
+
+
 @contextmanager
 def _processes(workers: int) -> Iterator[Submit]:
     from loky import ProcessPoolExecutor
 
+    if not _processes_can_wait():
+        raise InputError("engine 'processes' needs a /dev/shm that can be written; want 'auto' or 'threads'")
     one_thread = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     # loky takes mapped pages of weights for a leak, and would restart workers with a warning.
     env = {**one_thread, "LOKY_MAX_MEMORY_LEAK_SIZE": "1e18"}

@@ -18,6 +18,7 @@ from typing import Any
 
 from specbasis.checkpoint.atomic import writing
 from specbasis.checkpoint.digest import proven, sealed
+from specbasis.checkpoint.regular import parse_json, read_bytes
 from specbasis.core.errors import InputError
 from specbasis.jobs.folder import ALWAYS, Folder, Kind, environment, opened, plain
 from specbasis.jobs.progress import Progress, Report, silent
@@ -56,7 +57,7 @@ class Row:
     @classmethod
     def parse(cls, line: bytes) -> Row:
         """The row that a line holds; ValueError where it is not what was written."""
-        stored = proven(json.loads(line))
+        stored = proven(parse_json(line))
         about = (stored[name] for name in ("seconds", "written", "commit"))
         return cls(stored["cell"], stored.get("values", {}), stored.get("error"), *about)
 
@@ -174,7 +175,7 @@ def _read(folder: Path, *, mend: bool = False) -> Iterator[Row]:
     path = folder / ROWS
     if not path.exists():
         return
-    text = path.read_bytes()
+    text = read_bytes(path, limit=None)
     complete = text[: text.rfind(b"\n") + 1]
     if mend and complete != text:
         with writing(path), path.open("r+b") as file:

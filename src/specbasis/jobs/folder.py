@@ -25,7 +25,9 @@ from typing import Any
 
 from specbasis.checkpoint.atomic import clear, is_temporary, write_whole, writing
 from specbasis.checkpoint.digest import proven, sealed
+from specbasis.checkpoint.regular import read_json
 from specbasis.core.errors import InputError
+from specbasis.core.text import shareable
 
 LOCK = ".lock"
 """File that the process holds which writes in a folder; it stays behind, and then says nothing."""
@@ -75,7 +77,7 @@ class Kind:
                 f"{folder}: no {self.noun} here (no {self.manifest}); want a folder in which one was kept"
             )
         try:
-            manifest: dict[str, Any] = proven(json.loads(path.read_text(encoding="utf-8")))
+            manifest: dict[str, Any] = proven(read_json(path))
             key, wanted = self.version or ("", None)
             if key and manifest[key] != wanted:
                 raise InputError(
@@ -93,7 +95,26 @@ class Kind:
             raise InputError(
                 f"{path}: is not the manifest of a {self.noun} ({reason}); choose another folder"
             ) from error
-        return manifest
+        return _Fields(manifest, path)
+
+
+class _Fields(dict[str, Any]):
+    """An object of a manifest, which says in one line what it lacks."""
+
+    def __init__(self, fields: Mapping[str, Any], path: Path) -> None:
+        super().__init__({name: _fields(value, path) for name, value in fields.items()})
+        self._manifest = path  # no name that a page's template may look up
+
+    def __missing__(self, name: str) -> Any:
+        raise InputError(
+            f"{self._manifest}: lacks {name!r}: it was changed, or is of another version; run it again"
+        )
+
+
+def _fields(value: Any, path: Path) -> Any:
+    if isinstance(value, list):
+        return [_fields(inner, path) for inner in value]
+    return _Fields(value, path) if isinstance(value, dict) else value
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,7 +271,7 @@ def environment(uses: Iterable[str] = ()) -> dict[str, Any]:
             "platform": platform.platform(),
             "processors": os.cpu_count(),
         },
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [Path(sys.argv[0]).name, *map(shareable, sys.argv[1:])],
     }
 
 

@@ -12,6 +12,7 @@ from loky import cpu_count
 
 from specbasis.checkpoint import Checkpoint, joined_sha256, sha256
 from specbasis.checkpoint.entry import file_state
+from specbasis.core.text import shareable
 
 _SETTLED = 2 * 10**9
 """Nanoseconds that a file must have been left alone before its hash is used again.
@@ -35,11 +36,14 @@ def provenances(checkpoints: Iterable[Checkpoint], earlier: Iterable[Mapping[str
 def _provenance(checkpoint: Checkpoint, known: Mapping[str, Any]) -> dict[str, Any]:
     files: list[dict[str, Any]] = []
     for path in checkpoint.files:
-        state, earlier = file_state(path), known.get(str(path), {})
+        place = shareable(str(path))
+        state, earlier = file_state(path), known.get(place, {})
         is_settled = time.time_ns() - state["changed_ns"] > _SETTLED
         is_known = earlier.get("is_settled") and all(earlier.get(key) == state[key] for key in state)
         digest = earlier["sha256"] if is_known else sha256(path)
-        files.append({"path": str(path), **state, "is_settled": is_settled, "sha256": digest})
+        files.append({"path": place, **state, "is_settled": is_settled, "sha256": digest})
     whole = joined_sha256(checkpoint, [file["sha256"] for file in files])
-    remote = {"revision": checkpoint.revision, "digests": dict(checkpoint.digests), "notes": list(checkpoint.notes)}
-    return {"source": checkpoint.source, "sha256": whole, "files": files} | {k: v for k, v in remote.items() if v}
+    notes = [shareable(note) for note in checkpoint.notes]
+    remote = {"revision": checkpoint.revision, "digests": dict(checkpoint.digests), "notes": notes}
+    local = {"source": shareable(checkpoint.source), "sha256": whole, "files": files}
+    return local | {k: v for k, v in remote.items() if v}

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from specbasis.checkpoint import open_checkpoint, sha256
 from specbasis.checkpoint.atomic import whole, write_whole, writing
+from specbasis.core.blocks import device_named
 from specbasis.core.errors import InputError
 from specbasis.jobs.folder import Folder, Kind, environment, opened
 from specbasis.jobs.progress import Progress, Report, silent
@@ -114,7 +115,7 @@ def train(
     Raises:
         InputError: the folder holds another training, labels are missing, sizes differ, or the loss is not finite.
     """
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = device_named(device or ("cuda" if torch.cuda.is_available() else "cpu"), torch.float32)
     start = None if start is None else Path(start)
     job = _Job(images, validation, Path(folder), mae or MAE(), training, start, classes or images.classes, place)
     with opened(job.folder, TRAINING, job.config()) as run:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from specbasis.checkpoint.entry import Entry, json_object, no_key, shown, watched
 from specbasis.checkpoint.formats.kit import FileFormat
+from specbasis.checkpoint.regular import read_bytes, regular
 from specbasis.core.errors import InputError
 
 _TENSORFLOW = ("TensorFlow", "from_tf", "tensorflow tf-keras")
@@ -57,16 +58,14 @@ def file_entries(path: Path, source: str, key: str = "") -> Mapping[str, Entry]:
         InputError: not a weights file; or, when a tensor is read, the file has changed.
     """
     name = shown(path.name)
-    if not path.is_file():
-        raise InputError(f"{source}: {name} is not a regular file")
-    check = watched([path])
+    check = watched([regular(path)])
     with path.open("rb") as file:
         head = file.read(9)
     if not head:
         raise InputError(f"{source}: {name} is empty (0 bytes)")
     suffix = ".h5" if head.startswith(b"\x89HDF") else path.suffix
     config = path.parent / "config.json"
-    check_framework(path.with_suffix(suffix).name, source, str(path.parent), config.read_bytes)
+    check_framework(path.with_suffix(suffix).name, source, str(path.parent), lambda: read_bytes(config))
     form = next((form for form in formats() if form.opens(path, head)), None)
     if form is not None:
         entries = form.entries(path, source, key)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +40,30 @@ def tensor_entries(tensors: Mapping[str, Any], source: str, *, bounded: bool = F
     check_names(named, source)
     entries = {}
     for name, tensor in named.items():
-        dtype = name_of(tensor.dtype)
-        if tensor.layout is not torch.strided:
-            dtype = f"sparse {dtype}"
-        elif bounded and tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            dtype = f"repeated {dtype}"
-        entries[name] = Entry(tuple(tensor.shape), dtype, lambda tensor=tensor: tensor.detach())
+        form = _form(tensor, bounded)
+        dtype = f"{form} {name_of(tensor.dtype)}".strip()
+        shape = () if tensor.is_nested else tuple(tensor.shape)
+        entries[name] = Entry(shape, dtype, partial(_stored, tensor, f"{source}: {name!r} is a {dtype} tensor"))
     return {name: with_scale(entry, name, entries) for name, entry in entries.items()}
+
+
+def _form(tensor: Tensor, bounded: bool) -> str:
+    """What keeps a tensor from being read as a dense array of numbers, or an empty string."""
+    if tensor.is_nested:
+        return "nested"
+    if tensor.layout is not torch.strided:
+        return "sparse"
+    if tensor.is_meta:
+        return "meta"
+    if bounded and tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        return "repeated"
+    return ""
+
+
+def _stored(tensor: Tensor, name: str) -> Tensor:
+    if _form(tensor, bounded=False):
+        raise InputError(f"{name}, not an array of numbers; make it a dense one first")
+    return tensor.detach()
 
 
 def with_scale(entry: Entry, name: str, names: Collection[str]) -> Entry:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from specbasis.checkpoint.entry import Entry, check_names, inside, no_key, parsing
 from specbasis.checkpoint.formats.kit import FileFormat, extra, quantised, rounding_noise, tensor_of
+from specbasis.checkpoint.regular import regular
 from specbasis.core.dtypes import FORMATS, UNSCALED, by_code
 from specbasis.core.errors import InputError
 
@@ -27,6 +28,8 @@ def entries(path: Path, source: str, key: str = "") -> dict[str, Entry]:
         operators = sorted({node.op_type for node in graph.node if node.op_type in _QUANTISED_OPERATORS})
         if operators:
             raise quantised(path, source, f"its graph uses {', '.join(operators)}", _noise(onnx, graph))
+        if any(size < 0 for tensor in graph.initializer for size in tensor.dims):
+            raise ValueError("a negative size")
         check_names((tensor.name for tensor in graph.initializer), source)
         kinds = {tensor.name: onnx.TensorProto.DataType.Name(tensor.data_type) for tensor in graph.initializer}
     return {
@@ -49,9 +52,10 @@ def _tensor(onnx: Any, tensor: Any, path: Path, source: str) -> Tensor:
         size = FORMATS[dtype].bytes * math.prod(shape)
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             where = {item.key: item.value for item in tensor.external_data}
-            with inside(path.parent, where.get("location", ""), source).open("rb") as file:
-                file.seek(int(where.get("offset") or 0))
-                raw = file.read(size)
+            outside = regular(inside(path.parent, where.get("location", ""), source))
+            with outside.open("rb") as file:
+                begin = file.seek(int(where.get("offset") or 0))
+                raw = file.read(max(0, min(size, outside.stat().st_size - begin)))
         else:
             raw = tensor.raw_data if tensor.HasField("raw_data") else onnx.numpy_helper.to_array(tensor).tobytes()
         if len(raw) != size:

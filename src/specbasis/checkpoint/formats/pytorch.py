@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
+from io import BufferedReader, BytesIO, FileIO
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,12 @@ import torch
 from torch import Tensor
 
 from specbasis.checkpoint.entry import Entry, first_line, parsing, shown
+from specbasis.checkpoint.formats import pickles
 from specbasis.checkpoint.formats.kit import FileFormat, tensor_entries
 from specbasis.core.errors import InputError
+
+LEGACY_PICKLES = 5
+"""At the head of a file that is no archive: magic number, protocol, machine, content, keys of the storages."""
 
 
 def entries(path: Path, source: str, key: str = "") -> Mapping[str, Entry]:
@@ -27,7 +34,10 @@ def _torch_load(path: Path, source: str) -> Any:
     zipped = _is_archive(path, source)
     with parsing(path.name, source):
         try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+            if zipped:
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            with _Bounded(FileIO(path)) as file:
+                return torch.load(file, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             name = re.search(r"GLOBAL ([\w.]+)", str(error))
             detail = name.group(1) if name else first_line(ValueError(str(error).rpartition("error:")[2]))
@@ -38,14 +48,48 @@ def _torch_load(path: Path, source: str) -> Any:
             ) from error
 
 
+class _Bounded(BufferedReader):
+    """A file of which no more is asked than is left of it: room is made for what is asked."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        left = os.fstat(self.fileno()).st_size - self.tell()
+        return super().read(min(size, left) if size is not None and size >= 0 else size)
+
+
+def _check_pickles(path: Path, source: str, archive: zipfile.ZipFile | None) -> None:
+    """Refuse a file whose pickles would cost more than what it holds; a damaged one is left to torch."""
+    size = path.stat().st_size
+    try:
+        if archive is None:
+            with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+                for _ in range(LEGACY_PICKLES):
+                    pickles.check(content, size)
+        else:
+            for item in archive.infolist():
+                if item.orig_filename.lower().endswith(".pkl"):
+                    pickles.check(BytesIO(archive.read(item)), size)
+    except pickles.CostlyError as error:
+        raise InputError(f"{source}: {shown(path.name)} asks for {error}; refused") from error
+    except (ValueError, LookupError):
+        return
+
+
 def _is_archive(path: Path, source: str) -> bool:
     """Whether a file is a zip archive, which is refused if it is compressed, overlapping, or of another kind."""
     name = shown(path.name)
     with parsing(name, source):
         if not zipfile.is_zipfile(path):
+            _check_pickles(path, source, None)
             return False
         with zipfile.ZipFile(path) as archive:
             items = archive.infolist()
+            _refuse_archive(items, path, source)
+            _check_pickles(path, source, archive)
+            return True
+
+
+def _refuse_archive(items: list[zipfile.ZipInfo], path: Path, source: str) -> None:
+    name = shown(path.name)
     if any(item.filename.endswith("/constants.pkl") for item in items):
         raise InputError(
             f"{source}: {name} is a TorchScript program; load it with torch.jit.load and save its state_dict"
@@ -56,14 +100,15 @@ def _is_archive(path: Path, source: str) -> bool:
         raise InputError(f"{source}: {name} unpacks to more than its size, which torch never writes; refused")
     if not any(item.filename.endswith("data.pkl") for item in items):
         raise InputError(f"{source}: {name} is a zip archive, but not torch's (no data.pkl); want a weights file")
-    return True
+    if len({item.orig_filename.lower() for item in items}) != len(items):
+        raise InputError(f"{source}: {name} has two entries of one name, which torch never writes; refused")
 
 
 def _nested(content: Any, key: str, source: str) -> Mapping[str, Any]:
     """The dictionary of tensors at a dotted key; without a key the only one there is."""
     for part in _walk(content, key, source):
         content = part
-    dictionaries = list(_state_dicts(content))
+    dictionaries = list(_state_dicts(content, set()))
     if len(dictionaries) == 1:
         return dictionaries[0][1]
     if dictionaries:
@@ -88,17 +133,20 @@ def _walk(content: Any, key: str, source: str) -> Iterator[Any]:
         yield content
 
 
-def _state_dicts(content: Any, place: str = "", depth: int = 4) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Every nested dictionary that maps strings to tensors with at least one matrix among them."""
-    if not isinstance(content, Mapping) or depth == 0:
+def _state_dicts(
+    content: Any, seen: set[int], place: str = "", depth: int = 4
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Every nested dictionary that maps strings to tensors with at least one matrix among them, each once."""
+    if not isinstance(content, Mapping) or depth == 0 or id(content) in seen:
         return
+    seen.add(id(content))
     tensors = [v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)]
-    if any(t.ndim >= 2 for t in tensors):
+    if any(t.is_nested or t.ndim >= 2 for t in tensors):
         yield place, content
         return
     for key, value in content.items():
         if isinstance(key, str):
-            yield from _state_dicts(value, f"{place}.{key}" if place else key, depth - 1)
+            yield from _state_dicts(value, seen, f"{place}.{key}" if place else key, depth - 1)
 
 
 FORMAT = FileFormat(

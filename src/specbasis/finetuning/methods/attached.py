@@ -25,6 +25,7 @@ from specbasis.adapter.task_heads import ParameterCounts
 from specbasis.checkpoint import open_checkpoint
 from specbasis.checkpoint.adapter_file import PREFIX, adapter_folder
 from specbasis.checkpoint.atomic import write_whole
+from specbasis.checkpoint.regular import read_json
 from specbasis.core.errors import InputError
 from specbasis.core.options import takes
 from specbasis.finetuning.methods.kit import CHILD, METHODS, Method, Request, additions, method_named
@@ -226,7 +227,7 @@ def _described(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise InputError(f"{folder}: no {DESCRIPTION}; want a folder that a finetuning method saved")
     try:
-        described = json.loads(file.read_text(encoding="utf-8"))
+        described = read_json(file)
         if described["format"] != FORMAT or not {*_PLACEMENT, "method", "seed", "peft", "base_fingerprint"} <= set(
             described
         ):

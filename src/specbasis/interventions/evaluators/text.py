@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from specbasis.checkpoint.regular import read_text
 from specbasis.core.errors import InputError
 from specbasis.core.statistics import Array
 from specbasis.finetuning.base import address_of
@@ -88,7 +89,7 @@ def _is_masked(class_name: str) -> bool:
 
 def _passages(path: str) -> list[str]:
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_text(Path(path), limit=None)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as text in UTF-8 ({error}); want a text file") from error
     parts = text.split("\n\n") if "\n\n" in text else text.splitlines()

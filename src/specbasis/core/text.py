@@ -1,0 +1,37 @@
+"""Text from files that others wrote, on its way to a terminal, a table or a spreadsheet."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?(e[+-]?\d+)?", re.ASCII)
+_ABSOLUTE = re.compile(r"(?<![\w./\\:~…-])(?:[A-Za-z]:)?(?:[/\\][^/\\\s:;,'\"()]+){3,}")
+_WHOLE = re.compile(r"(?:[A-Za-z]:)?[/\\]{1,2}(?:[^/\\:]+[/\\]){2,}[^/\\:]+")
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
+
+def printable(text: str) -> str:
+    """Text that cannot steer a terminal: control characters, but for ends of lines and tabs, are spelt out."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def shareable(text: str) -> str:
+    """Text without the places of this machine: of an absolute path its last two parts are left, behind ``…/``.
+
+    What others can follow stays: relative paths, addresses (``hub:…``, ``https://…``), short paths.
+    """
+    pattern = _WHOLE if _WHOLE.fullmatch(text) else _ABSOLUTE
+    return pattern.sub(lambda path: "…/" + "/".join(re.split(r"[/\\]", path[0])[-2:]), text)
+
+
+def cell(value: Any, form: str = "") -> Any:
+    """A value for a CSV file: a number in a format, or with all digits; words that no spreadsheet computes.
+
+    An apostrophe goes before words that begin as a formula does, as OWASP advises against CSV injection.
+    """
+    if isinstance(value, str):
+        return f"'{value}" if value.startswith(_FORMULA) and not _NUMBER.fullmatch(value) else value
+    return format(value, form) if isinstance(value, float) else value
