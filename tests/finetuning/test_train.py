@@ -154,7 +154,7 @@ def test_a_finished_run_is_returned_and_another_one_refused(place, tmp_path):
     before = (tmp_path / "run/metrics.json").stat().st_mtime_ns
     assert run(place, tmp_path / "run", epochs=1).metrics == first.metrics
     assert (tmp_path / "run/metrics.json").stat().st_mtime_ns == before
-    with pytest.raises(InputError, match=r"holds another run \(seed: \d+ there, \d+ here\)"):
+    with pytest.raises(InputError, match=r"holds another run, made with seed \d+ \(now \d+\); "):
         run(place, tmp_path / "run", epochs=1, seed=1)
 
 

@@ -73,7 +73,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
 def test_a_folder_serves_one_grid_and_one_run(tmp_path):
     out = tmp_path / "out"
     run_experiments(GRID, square, out, config={"base": "a"})
-    with pytest.raises(InputError, match="holds another grid \\(base: "):
+    with pytest.raises(InputError, match="holds another grid, made with base "):
         run_experiments(GRID, square, out, config={"base": "b"})
     (tmp_path / "other").mkdir()
     (tmp_path / "other/mine.txt").write_text("mine")

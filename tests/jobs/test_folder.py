@@ -34,7 +34,7 @@ def test_the_same_configuration_goes_on_and_another_is_refused_in_words(tmp_path
     begun(out, {"ranks": 1, "base": {"source": "a", "blocks": (1, 2)}})
     begun(out, {"ranks": 1, "base": {"source": "a", "blocks": [1, 2]}})  # as JSON has it
     with pytest.raises(
-        InputError, match=r"holds another thing \(base\.source: a there, b here; seed: none there, 3"
+        InputError, match=r"holds another thing, made with base source a \(now b\), without seed \(now 3"
     ):
         begun(out, {"ranks": 1, "base": {"source": "b", "blocks": [1, 2]}, "seed": 3})
     assert MADE.read(out)["config"]["base"]["source"] == "a"

@@ -17,11 +17,14 @@ from specbasis.adapter import functional
 from specbasis.adapter.bases import basis_of, parameter_named
 from specbasis.adapter.diagnostics import diagnose
 from specbasis.adapter.proof import Proof, settled_basis, weight_digest
-from specbasis.checkpoint import Checkpoint, Entry, open_checkpoint
-from specbasis.checkpoint.adapter_file import CONFIG, PREFIX, PROOF, WEIGHTS, adapter_folder
-from specbasis.checkpoint.atomic import write_whole
+from specbasis.checkpoint import Checkpoint, Entry, open_checkpoint, open_tuned
+from specbasis.checkpoint.adapter_file import CONFIG, PREFIX, PROOF, WEIGHTS, adapter_folder, named_base
+from specbasis.checkpoint.atomic import write_whole, writing
 from specbasis.checkpoint.entry import reading
+from specbasis.checkpoint.places import transformers_address
+from specbasis.checkpoint.writer import write_model
 from specbasis.core.errors import InputError
+from specbasis.core.extras import quiet
 from specbasis.core.svd import SVD, decompose
 
 _TASKS = {
@@ -259,18 +262,14 @@ def _base_weight(layer: StoredLayer, base: Checkpoint) -> Tensor:
 
 
 def _base_path(adapter: AdapterFolder, base: str | Path | None) -> str:
-    named = base or adapter.config.get("base_model_name_or_path")
-    if not named:
-        raise InputError(f"{adapter.path}: the adapter does not name its base; give the base model's folder")
-    if not Path(str(named)).exists():
-        raise InputError(f"{named}: no such file or folder; give the base model's folder")
-    return str(named)
+    return str(base) if base else named_base(adapter.config, str(adapter.path))
 
 
 def merge(folder: str | Path, output: str | Path, base: str | Path | None = None) -> Path:
     """Write the dense model W + U C Vh, head included, as an ordinary transformers folder.
 
-    Sums are formed in float64 and rounded once to the base's dtype. Needs transformers and peft.
+    Sums are formed in float64 and rounded once to the base's dtype. Needs transformers and peft. LoRA and its
+    relatives, which need neither, are written as `checkpoint.open_tuned` reads them.
 
     Raises:
         InputError: the basis is not the trained one, or the base cannot be loaded for the adapter's task.
@@ -280,8 +279,12 @@ def merge(folder: str | Path, output: str | Path, base: str | Path | None = None
 
     from specbasis.adapter import peft_bridge  # noqa: F401  registers the method
 
+    stored = adapter_folder(folder)
+    if stored.kind != "SPECTRAL":
+        opened = open_checkpoint(base or named_base(stored.config, str(folder)))
+        return write_model(open_tuned(folder, opened), Path(output))
     adapter = read_folder(folder)
-    location = Path(_base_path(adapter, base))
+    address = transformers_address(_base_path(adapter, base))
     mapping = adapter.config.get("auto_mapping") or {}
     task = _TASKS.get(str(adapter.config.get("task_type")), mapping.get("base_model_class", "AutoModel"))
     model_class = getattr(transformers, task, None)
@@ -295,10 +298,12 @@ def merge(folder: str | Path, output: str | Path, base: str | Path | None = None
         if name.endswith("weight") and task == _TASKS["SEQ_CLS"] and name.split(".")[0] in ("classifier", "score")
     ]
     options = {"num_labels": labels[-1]} if labels else {}
-    model = model_class.from_pretrained(str(location), dtype="auto", trust_remote_code=False, **options)
-    merged = PeftModel.from_pretrained(model, str(folder)).merge_and_unload(safe_merge=True)
     output = Path(output)
-    merged.save_pretrained(output)
+    with quiet(), writing(output):
+        model = model_class.from_pretrained(**address, dtype="auto", trust_remote_code=False, **options)
+        merged = PeftModel.from_pretrained(model, str(folder)).merge_and_unload(safe_merge=True)
+        merged.save_pretrained(output)
+    location = Path(address["pretrained_model_name_or_path"], address.get("subfolder", ""))
     tokenizer = ("tokenizer", "vocab", "special_tokens", "spm", "merges")
     for file in sorted(location.iterdir()) if location.is_dir() else []:
         if file.is_file() and not file.is_symlink() and file.name.startswith(tokenizer):

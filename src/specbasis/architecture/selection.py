@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -35,6 +35,13 @@ class Selection(Options):
     def filter(self) -> Callable[[MatrixKey], bool] | None:
         """`admits`, or None where every matrix is asked for."""
         return self.admits if self.roles or self.blocks or self.name else None
+
+    def unmatched(self, keys: Iterable[MatrixKey]) -> list[str]:
+        """What is asked for and no matrix has: roles and blocks."""
+        keys = list(keys)
+        roles = [role for role in self.roles if not any(Selection(roles=(role,)).admits(key) for key in keys)]
+        blocks = [block for block in self.blocks if all(key.block != block for key in keys)]
+        return [f"role {role}" for role in roles] + [f"block {block}" for block in blocks]
 
     def admits(self, key: MatrixKey) -> bool:
         """Whether a matrix is among those asked for; a role such as "attention" stands for all that it begins."""

@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from specbasis.checkpoint.adapter_file import is_adapter
-from specbasis.checkpoint.choice import open_place
+from specbasis.checkpoint.adapter_file import CONFIG, is_adapter, named_base
+from specbasis.checkpoint.choice import open_place, read_config
 from specbasis.checkpoint.digest import sha256
 from specbasis.checkpoint.entry import ABSENT, Checkpoint, Entry
 from specbasis.checkpoint.formats.kit import tensor_entries
-from specbasis.checkpoint.peft import open_adapter
-from specbasis.checkpoint.places import locate
+from specbasis.checkpoint.peft import alone, open_adapter
+from specbasis.checkpoint.places import Place, locate
 from specbasis.core.errors import InputError
 
 __all__ = [
@@ -51,6 +51,7 @@ def open_checkpoint(source: str | Path | Mapping[str, Tensor], *, stream: bool =
               file), a bare ``org/name`` where no such path exists, ``timm:name`` (extra ``hub``);
             - ``pkg:package/path/to/file``: a resource inside an installed package, which is not imported;
             - any of these with ``#key.key``: a dictionary nested in a torch file;
+            - the folder of a PEFT adapter: the model that it makes of the base that it names;
             - a mapping from names to tensors, such as a `state_dict`; a `Checkpoint` is returned as it is.
         stream: for a repository on the Hub, read only the byte ranges of the tensors that are read, and write
             nothing to disk; each reading of a tensor is a request. Otherwise a shard is downloaded into the
@@ -58,7 +59,7 @@ def open_checkpoint(source: str | Path | Mapping[str, Tensor], *, stream: bool =
 
     Raises:
         InputError: nothing there, not a checkpoint, truncated, corrupted, needing code to unpickle, leading out of
-            its folder, quantised, an adapter without its base, or holding no tensors.
+            its folder, quantised, an adapter whose base is not there, or holding no tensors.
     """
     if isinstance(source, Checkpoint):
         return source
@@ -67,7 +68,27 @@ def open_checkpoint(source: str | Path | Mapping[str, Tensor], *, stream: bool =
         if not checkpoint.entries:
             raise InputError("state_dict: holds no tensors; want a mapping from names to tensors")
         return checkpoint
-    return open_place(*locate(source, stream=stream))
+    return _open(*locate(source, stream=stream), stream)
+
+
+def _open(place: Place, key: str, stream: bool) -> Checkpoint:
+    return alone(open_adapter(place, _own_base(place, stream))) if is_adapter(place) else open_place(place, key)
+
+
+def _own_base(place: Place, stream: bool) -> Checkpoint:
+    """The base that the adapter in a place names.
+
+    Raises:
+        InputError: it cannot be opened, or is an adapter itself.
+    """
+    name = named_base(read_config(place, CONFIG)[0], place.source)
+    try:
+        base, key = locate(name, stream=stream)
+        if is_adapter(base):
+            raise InputError(f"{name}: is an adapter itself")
+        return open_place(base, key)
+    except InputError as error:
+        raise InputError(f"{place.source}: an adapter whose base cannot be opened: {error}") from error
 
 
 def open_tuned(source: str | Path | Mapping[str, Tensor], base: Checkpoint, *, stream: bool = False) -> Checkpoint:
@@ -75,7 +96,8 @@ def open_tuned(source: str | Path | Mapping[str, Tensor], base: Checkpoint, *, s
 
     Args:
         source: as in `open_checkpoint`, or an adapter's folder on disk or on the Hub (``adapter_config.json``).
-        base: the model that it was tuned from.
+        base: the model that it was tuned from; where that is an adapter itself, a tuned adapter stands on
+            the base that it names.
         stream: as in `open_checkpoint`; an adapter's own small file is read whole.
 
     Raises:
@@ -84,7 +106,9 @@ def open_tuned(source: str | Path | Mapping[str, Tensor], base: Checkpoint, *, s
     if isinstance(source, Mapping):
         return open_checkpoint(source)
     place, key = locate(source, stream=stream)
-    return open_adapter(place, base) if is_adapter(place) else open_place(place, key)
+    if is_adapter(place) and base.under is None:
+        return open_adapter(place, base)
+    return _open(place, key, stream)
 
 
 def content_sha256(checkpoint: Checkpoint) -> str:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from specbasis.checkpoint.choice import USUAL, read_config
-from specbasis.checkpoint.entry import Entry, reading
+from specbasis.checkpoint.entry import Entry, reading, shown
 from specbasis.checkpoint.places import Place, locate
 from specbasis.core.errors import InputError
 
@@ -174,6 +174,25 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
         hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
         hashed.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return hashed.hexdigest()[:16]
+
+
+def named_base(config: Mapping[str, Any], source: str) -> str:
+    """The base that an adapter's configuration names, as a source: a path that exists, or a repository on the Hub.
+
+    Raises:
+        InputError: it names none, or a path where nothing is.
+    """
+    name, revision = str(config.get("base_model_name_or_path") or ""), config.get("revision")
+    if not name:
+        raise InputError(f"{source}: the adapter does not name its base; give the base's place beside it")
+    if ":" in name or Path(name).expanduser().exists():
+        return name
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name, re.ASCII):
+        return f"hub:{name}" + (f"@{revision}" if revision else "")
+    raise InputError(
+        f"{source}: its base {shown(name)} is not there; give the place where the base is now, or write it into "
+        f"{CONFIG} as base_model_name_or_path"
+    )
 
 
 def is_adapter(place: Place) -> bool:

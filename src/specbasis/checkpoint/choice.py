@@ -85,6 +85,11 @@ def _choose(place: Place) -> list[str]:
     for usual in USUAL:
         if usual in names:
             return [usual]
+    if "method.json" in names:
+        raise InputError(
+            f"{place.source}: holds what a finetune trained, and its method has no format that is read without its "
+            "base; write the whole model with `specbasis adapter merge`, and use that"
+        )
     weights = [f"*{ending}" for ending in endings()]
     for pattern in (*_INDICES, *weights, *_REFUSED):
         chosen = sorted(name for name in names if fnmatchcase(name, pattern))
@@ -92,11 +97,6 @@ def _choose(place: Place) -> list[str]:
             raise _ambiguous(place, chosen)
         if chosen:
             return chosen
-    if "adapter_config.json" in place.names:
-        raise InputError(
-            f"{place.source}: a PEFT adapter, which is a change to a model and none by itself; give it as the "
-            "tuned side of a comparison with its base"
-        )
     below = sorted({path.split("/")[0] for path in place.below() if Path(path).suffix in (".safetensors", ".bin")})
     hint = f"; there are some in its folders {', '.join(map(shown, below[:6]))}: name one" if below else ""
     raise InputError(f"{place.source}: no weights in this folder; want one of {', '.join(weights[:5])}{hint}")

@@ -56,6 +56,7 @@ class Checkpoint(Mapping[str, Tensor]):
         digests: file name → digest as the Hub lists it at that commit, ``sha256:…`` or, for a small file that is
             kept in git itself, ``git-sha1:…``. Empty for files on disk.
         notes: what a person should know about how it was read, one sentence each.
+        under: of an adapter: the model that it changes; None for a model of its own.
     """
 
     source: str
@@ -65,6 +66,7 @@ class Checkpoint(Mapping[str, Tensor]):
     revision: str = ""
     digests: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    under: Checkpoint | None = None
 
     def __getitem__(self, name: str) -> Tensor:
         with reading(self.source):

@@ -16,6 +16,7 @@ Zhang et al. 2023 (AdaLoRA, Eq. 3), in the file format of peft 0.21.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from specbasis.checkpoint.adapter_file import CONFIG, AdapterFile, read_adapter
+from specbasis.checkpoint.choice import read_config
 from specbasis.checkpoint.entry import Checkpoint, Entry
 from specbasis.checkpoint.names import alignments
 from specbasis.checkpoint.places import Place
@@ -57,7 +59,8 @@ def open_adapter(place: Place, base: Checkpoint) -> Checkpoint:
         base: the checkpoint that it was trained on.
 
     Returns:
-        A checkpoint with the base's names and config, plus modules that only the adapter has (a new head). Entries
+        A checkpoint with the base's names, plus modules that only the adapter has (a new head), and the config.json
+        of the adapter's folder, or the base's with as many labels as a stored head has. Entries
         that are not adapted are the base's own objects. Low-rank updates have `Entry.factors`; DoRA, which rescales
         every row, has none.
 
@@ -82,13 +85,35 @@ def open_adapter(place: Place, base: Checkpoint) -> Checkpoint:
         source=file.source,
         entries=entries,
         files=file.files,
+        config=read_config(place, "config.json")[0] or _with_labels(base.config, file.saved),
         digests=file.digests,
         revision=file.revision,
+        under=base,
         notes=(
             f"{file.kind} adapter on {base.source}: {len(modules)} modules adapted, {len(file.saved)} tensors "
             "replaced",
         ),
     )
+
+
+def _with_labels(config: Mapping[str, Any], saved: Mapping[str, Entry]) -> Mapping[str, Any]:
+    """A base's configuration with as many labels as the classifier has that an adapter stores, if any."""
+    heads = [
+        entry.shape for name, entry in saved.items() if re.fullmatch(r"(classifier|score)\.(.*\.)?weight", name)
+    ]
+    if not config or not heads or len(heads[-1]) < 2 or heads[-1][0] == len(config.get("id2label") or (0, 1)):
+        return config
+    names = [f"LABEL_{label}" for label in range(heads[-1][0])]
+    return {**config, "id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+
+
+def alone(adapted: Checkpoint) -> Checkpoint:
+    """An adapter on its base as a model of its own: no update is low-rank against whatever it is compared with."""
+    under = adapted.under
+    assert under is not None
+    entries = {name: replace(entry, factors=None) for name, entry in adapted.entries.items()}
+    digests = {**{f"base {name}": digest for name, digest in under.digests.items()}, **adapted.digests}
+    return replace(adapted, entries=entries, files=(*under.files, *adapted.files), digests=digests)
 
 
 def _as_factors(file: AdapterFile) -> Mapping[str, Mapping[str, Entry]]:

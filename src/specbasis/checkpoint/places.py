@@ -107,7 +107,31 @@ def locate(source: str | Path, *, stream: bool = False) -> tuple[Place, str]:
         if opener is not None:
             return opener(name, label, stream), key
     hint = "; for a model on the Hub write hub:org/name" if "://" in name else ""
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*", name, re.ASCII) and not _is_file_name(name):
+        hint = f"; for a model on the Hub write hub:{name}"
     raise InputError(f"{label}: no such file or folder{hint}")
+
+
+def transformers_address(source: str | Path) -> dict[str, str]:
+    """The arguments of transformers' ``from_pretrained`` that load what a source names.
+
+    Raises:
+        InputError: nothing there, or no ``config.json`` beside the weights.
+    """
+    text = str(source)
+    if not (text.startswith("pkg:") or _expanded(text).exists()):
+        if isinstance(source, Path) or text.startswith(("/", ".", "~")) or not text.strip():
+            raise InputError(f"{text}: no such file or folder")
+        if "/" not in text and ":" not in text:
+            locate(text)  # says that the Hub's models are written hub:…
+        address = hub.parse_address(text)
+        parts = {"revision": address.revision, "subfolder": address.subfolder}
+        return {"pretrained_model_name_or_path": address.repository, **{k: v for k, v in parts.items() if v}}
+    place, _ = locate(text)
+    if "config.json" not in place.names:
+        raise InputError(f"{text}: holds no config.json; want a folder that transformers' save_pretrained wrote")
+    (file,), _ = place.provenance(["config.json"])
+    return {"pretrained_model_name_or_path": str(file.parent)}
 
 
 def _expanded(name: str) -> Path:

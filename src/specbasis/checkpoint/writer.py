@@ -28,7 +28,7 @@ BESIDE = (".json", ".txt", ".model", ".jinja")
 def write_model(
     checkpoint: Checkpoint,
     out: Path,
-    change: Callable[[str, Tensor], Tensor],
+    change: Callable[[str, Tensor], Tensor] = lambda _, tensor: tensor,
     *,
     shard_bytes: int = SHARD_BYTES,
     extra: Mapping[str, Callable[[], str]] | None = None,
@@ -41,7 +41,8 @@ def write_model(
     Args:
         checkpoint: the model; the files beside its weights are copied where they are on disk.
         out: the new folder.
-        change: from a tensor's name and the tensor to what is written, of equal shape and dtype.
+        change: from a tensor's name and the tensor to what is written, of equal shape and dtype; as it is by
+            default.
         shard_bytes: size at which a new shard begins.
         extra: file name → what makes the text of a further file, asked when the weights are written.
 
@@ -60,11 +61,13 @@ def write_model(
 
 
 def _copy_beside(checkpoint: Checkpoint, folder: Path) -> None:
-    if checkpoint.files:
-        for file in sorted(checkpoint.files[0].parent.iterdir()):
+    """Configuration and tokenizer; of an adapter its own configuration, and the rest of its base's files."""
+    model = checkpoint.under or checkpoint
+    if model.files:
+        for file in sorted(model.files[0].parent.iterdir()):
             if file.suffix in BESIDE and file.is_file() and not file.name.endswith(".index.json"):
                 shutil.copyfile(file, folder / file.name)
-    if checkpoint.config and not (folder / "config.json").exists():
+    if checkpoint.config and (checkpoint.under or not (folder / "config.json").exists()):
         (folder / "config.json").write_text(json.dumps(dict(checkpoint.config), indent=2) + "\n", encoding="utf-8")
 
 

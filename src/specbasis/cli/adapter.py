@@ -10,9 +10,7 @@ import typer
 from specbasis.cli.common import line
 
 ADAPTER = Annotated[Path, typer.Argument(metavar="DIR", help="the folder of a saved spectral adapter")]
-ADAPTER_BASE = Annotated[
-    Path | None, typer.Option("--base", help="the base checkpoint; default: the adapter's own")
-]
+ADAPTER_BASE = Annotated[str | None, typer.Option("--base", help="the base checkpoint; default: the adapter's own")]
 ADAPTER_OUT = Annotated[Path, typer.Option("--out", help="folder to write")]
 
 adapter_app = typer.Typer(help="Spectral adapters on disk.", no_args_is_help=True)
@@ -49,10 +47,12 @@ def adapter_verify(folder: ADAPTER, base: ADAPTER_BASE = None) -> None:
 
 @adapter_app.command("merge")
 def adapter_merge(folder: ADAPTER, out: ADAPTER_OUT, base: ADAPTER_BASE = None) -> None:
-    """Write the base with the adapter merged in, as a folder that transformers loads."""
+    """Write the base with an adapter, or what any finetune trained, merged in: a folder that transformers loads."""
     from specbasis.adapter import folder as folders
+    from specbasis.finetuning import runs
 
-    line(f"merged: {folders.merge(folder, out, base)}")
+    is_run = (folder / runs.METRICS).is_file() and (folder / runs.MANIFEST).is_file()
+    line(f"merged: {runs.merge(folder, out, base) if is_run else folders.merge(folder, out, base)}")
 
 
 @adapter_app.command("export-lora")

@@ -18,7 +18,7 @@ from specbasis.core.options import Options, option
 if TYPE_CHECKING:
     from specbasis.comparison.comparison import Comparison
 
-TUNED = Annotated[list[str], typer.Argument(metavar="TUNED...", help="one or several finetunes of it")]
+TUNED = Annotated[list[str], typer.Argument(metavar="[NAME=]TUNED...", help="one or several finetunes of it")]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import typer
 
 from specbasis.cli.common import document, line
 from specbasis.cli.flags import COLUMN, JSON, SCORES
-from specbasis.core.grammar import intervals, words
+from specbasis.core.grammar import intervals, labelled, words
 
 RESULTS = Annotated[
     list[str],
@@ -20,8 +20,8 @@ RESULTS = Annotated[
 
 def modalities(results: list[str]) -> tuple[list[str], dict[str, str]]:
     """Folders, and the modality of those that have one, from words such as vision=DIR."""
-    named = [word.partition("=") if "=" in word and not Path(word).exists() else ("", "", word) for word in results]
-    return [path for *_, path in named], {path: name for name, _, path in named if name}
+    named = [labelled(word) for word in results]
+    return [path for _, path in named], {path: name for name, path in named if name}
 
 
 def population(

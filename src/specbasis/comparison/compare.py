@@ -47,7 +47,7 @@ def compare(
     Args:
         base: the pretrained checkpoint; see `specbasis.checkpoint.open_checkpoint` for what a source can be.
         tuned: one or several finetunes of it: checkpoints, or PEFT adapters trained on it, whose low-rank updates
-            are decomposed without being formed.
+            are decomposed without being formed. ``"NAME=PATH"`` says what the pair is called.
         out: folder for rows and manifest; a temporary one, kept as long as the result, when None.
         options: all options as one value; or each as a keyword.
         progress: called at the start and after each matrix.

@@ -15,7 +15,9 @@ from specbasis.checkpoint import Checkpoint, open_checkpoint, open_tuned
 from specbasis.checkpoint.entry import watched
 from specbasis.comparison.options import Options
 from specbasis.comparison.task import Source, Task, sharing
+from specbasis.core.attention_heads import head_count
 from specbasis.core.errors import InputError
+from specbasis.core.grammar import labelled
 from specbasis.core.svd import ALGORITHM
 from specbasis.jobs import results as store
 from specbasis.jobs.folder import environment
@@ -55,9 +57,11 @@ class Matched:
             raise InputError("got no tuned checkpoint; want at least one")
         # A path in words means the same in a worker process.
         source, *sources = (str(s) if isinstance(s, Path) else s for s in (base, *sources))
+        named = [labelled(s) if isinstance(s, str) else ("", s) for s in sources]
+        sources = [place for _, place in named]
         opened = open_checkpoint(source, stream=options.stream)
         checkpoints = [open_tuned(s, opened, stream=options.stream) for s in sources]
-        labels = store.unique_labels([checkpoint.source for checkpoint in checkpoints])
+        labels = store.labels_of([label for label, _ in named], [checkpoint.source for checkpoint in checkpoints])
         by_label = dict(zip(labels, checkpoints, strict=True))
         pairings = {
             label: pair(opened, checkpoint, common_rows=options.common_rows, admits=options.filter)
@@ -66,6 +70,7 @@ class Matched:
         if not any(pairing.matched for pairing in pairings.values()):
             everything = {label: pair(opened, checkpoint) for label, checkpoint in by_label.items()}
             raise InputError(_nothing_in_common(opened, everything))
+        _check_heads(opened, pairings, options)
         return cls(source, opened, dict(zip(labels, sources, strict=True)), by_label, pairings, options)
 
     @property
@@ -108,21 +113,40 @@ class Matched:
             "tuned": {label: provenance["sha256"] for label, provenance in by_label.items()},
             **self.options.config(),
         }
-        with store.create(folder, config) as results:
+        with store.create(folder, config, add=self.options.add) as results:
+            kept = results.manifest
             results.manifest.update(
                 environment(),
                 base=base,
-                pairs={label: _about(pairing, by_label[label]) for label, pairing in self.pairings.items()},
+                pairs=kept.get("pairs", {})
+                | {
+                    label: _about(pairing, by_label[label], self.options)
+                    for label, pairing in self.pairings.items()
+                },
                 measures=[{"name": m.name, "title": m.title, "source": m.source} for m in shown],
-                failed=[],
-                runs=results.manifest.get("runs", []),
+                failed=[f for f in kept.get("failed", []) if f["pair"] not in self.pairings],
+                runs=kept.get("runs", []),
             )
             results.write_manifest()
             yield results
 
 
-def _about(pairing: Pairing, provenance: dict[str, Any]) -> dict[str, Any]:
+def _check_heads(base: Checkpoint, pairings: Mapping[str, Pairing], options: Options) -> None:
+    """Refuse a number of attention heads that divides no matrix of attention."""
+    given = options.heads
+    keys = [(m.key, m.base.shape) for p in pairings.values() for m in p.matched]
+    keys = [(key, shape) for key, shape in keys if key.role in ("attention.query", "attention.output")]
+    if given and keys and not any(head_count(base.config, k.role, k.stack, shape, given) for k, shape in keys):
+        (key, (rows, columns)), *_ = keys
+        raise InputError(
+            f"got heads = {given}, into which no attention matrix can be cut ({key.name}: {rows} × {columns}); "
+            "want a number that divides its width"
+        )
+
+
+def _about(pairing: Pairing, provenance: dict[str, Any], options: Options) -> dict[str, Any]:
     """What the manifest says of one pair."""
+    unmatched = options.unmatched(m.key for m in pairing.matched)
     return {
         "tuned": provenance,
         "architecture": pairing.family.name,
@@ -130,6 +154,7 @@ def _about(pairing: Pairing, provenance: dict[str, Any]) -> dict[str, Any]:
         "skipped": [{"name": s.name, "side": s.side, "reason": s.reason} for s in pairing.skipped],
         "notes": [
             *([f"no architecture file matches: {STRUCTURAL.title}"] if pairing.family is STRUCTURAL else []),
+            *([f"no matrix here has {', '.join(unmatched)}"] if unmatched else []),
             *pairing.notes,
             *provenance.get("notes", ()),
         ],

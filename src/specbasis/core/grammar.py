@@ -8,6 +8,7 @@ A range is ``k:m``, from k up to but without m; either end may be left out, and 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 from specbasis.core.errors import InputError
 
@@ -19,6 +20,13 @@ _NUMBER = re.compile(r"-?\d{1,10}", re.ASCII)
 def words(text: str) -> tuple[str, ...]:
     """The words of a list with commas."""
     return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def labelled(word: str) -> tuple[str, str]:
+    """Label and source of ``LABEL=SOURCE``; the label is empty where there is none, or the whole word is a path."""
+    label, equals, source = word.partition("=")
+    named = equals and source and re.fullmatch(r"[^/\\:]+", label) and not Path(word).exists()
+    return (label, source) if named else ("", word)
 
 
 def ranges(text: str, flag: str = "ranges") -> tuple[int | slice, ...]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -15,9 +14,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from specbasis.checkpoint import hub
 from specbasis.checkpoint.entry import first_line
-from specbasis.checkpoint.places import locate
+from specbasis.checkpoint.places import transformers_address
 from specbasis.core.errors import InputError
 from specbasis.finetuning.tasks import Split, Task
 
@@ -111,7 +109,7 @@ def load_base(base: str | Path, task: Task, *, max_length: int = 256, scratch: b
     """
     import transformers
 
-    address = address_of(base)
+    address = transformers_address(base)
     config = loading(base, lambda: transformers.AutoConfig.from_pretrained(**address, trust_remote_code=False))
     config.num_labels = max(1, len(task.labels))
     if task.labels:
@@ -143,22 +141,6 @@ def load_base(base: str | Path, task: Task, *, max_length: int = 256, scratch: b
     return Base(model, processor, address, task, min(max_length, longest_input(model, processor)))
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No loading reports and bars of transformers, as it was afterwards."""
-    from transformers import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
 def let_pad(tokenizer: Any, base: str | Path) -> None:
     """Give a tokenizer a token to pad with, where it has none.
 
@@ -187,26 +169,6 @@ def encoder_of(model: nn.Module) -> nn.Module:
     return backbone if isinstance(backbone, nn.Module) else inner
 
 
-def address_of(base: str | Path) -> dict[str, Any]:
-    """Arguments of ``from_pretrained`` for a folder, file, ``pkg:…`` or a repository on the Hub.
-
-    Raises:
-        InputError: nothing there, or no ``config.json``.
-    """
-    text = str(base)
-    if not (text.startswith("pkg:") or Path(text).expanduser().exists()):
-        if isinstance(base, Path) or text.startswith(("/", ".", "~")):
-            raise InputError(f"{text}: no such file or folder")
-        address = hub.parse_address(text)
-        parts = {"revision": address.revision, "subfolder": address.subfolder}
-        return {"pretrained_model_name_or_path": address.repository, **{k: v for k, v in parts.items() if v}}
-    place, _ = locate(text)
-    if "config.json" not in place.names:
-        raise InputError(f"{text}: holds no config.json; want a folder that transformers' save_pretrained wrote")
-    (file,), _ = place.provenance(["config.json"])
-    return {"pretrained_model_name_or_path": str(file.parent)}
-
-
 _FAILURES = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError)
 
 
@@ -230,7 +192,7 @@ def shape_of(base: str | Path) -> tuple[int, int]:
     """
     import transformers
 
-    address = address_of(base)
+    address = transformers_address(base)
     config = loading(base, lambda: transformers.AutoConfig.from_pretrained(**address, trust_remote_code=False))
     width, blocks = getattr(config, "hidden_size", None), getattr(config, "num_hidden_layers", None)
     if not isinstance(width, int) or not isinstance(blocks, int):

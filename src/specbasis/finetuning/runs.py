@@ -10,18 +10,20 @@ import csv
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specbasis.checkpoint import open_checkpoint, sha256, weights_sha256
+from specbasis.checkpoint import Checkpoint, open_checkpoint, sha256, weights_sha256
 from specbasis.checkpoint.atomic import whole, write_whole, writing
 from specbasis.checkpoint.digest import proven
 from specbasis.checkpoint.entry import watched
 from specbasis.checkpoint.regular import read_json
+from specbasis.checkpoint.writer import write_model
 from specbasis.core.errors import InputError
+from specbasis.core.extras import quiet
 from specbasis.core.options import takes
 from specbasis.core.text import cell
 from specbasis.finetuning.metrics import Predictions
@@ -34,9 +36,13 @@ from specbasis.jobs.folder import WHERE_USED, Folder, Kind, environment, opened,
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
+    from specbasis.finetuning.methods import Attached
+
 RUN = Kind("run")
 METRICS, MANIFEST, CARD, CHECKPOINTS = "metrics.json", "manifest.json", "README.md", "checkpoints"
 PREDICTIONS = "predictions.csv"
+BASE_MODEL = "base"
+"""Where the whole model is that was trained, if what was given as the base is an adapter on another one."""
 LOGS = "runs"
 """Where transformers puts TensorBoard's files, below its own output."""
 HELD_BACK = 128
@@ -76,7 +82,8 @@ def finetune(
     The same call goes on where a killed run stopped, and returns a finished run as it is.
 
     Args:
-        base: pretrained model: folder, ``hub:org/name``, ``timm:name``, ``pkg:…``; see `base.load_base`.
+        base: pretrained model: folder, ``hub:org/name``, ``timm:name``, ``pkg:…``; see `base.load_base`. An
+            adapter is written as a whole model to ``out/base`` first, which is then the base.
         task: name of a GLUE task, the path of a table or of a folder of images, or examples that are read already.
         method: name in `methods.METHODS`.
         out: folder of the run.
@@ -96,7 +103,9 @@ def finetune(
     method = method_named(method).name
     data = task if isinstance(task, TaskData) else load_task(task, options.part(Source))
     options, data = resolved(options, method, data)
-    config, unchanged = _config(base, data, method, options)
+    weights = open_checkpoint(base)
+    unchanged = watched(weights.files)
+    config = _config(base, weights_sha256(weights), data, method, options)
     folder = Path(out)
     from accelerate import PartialState
 
@@ -117,6 +126,9 @@ def finetune(
                     "command trains again"
                 )
             return Finetuned(folder, read_json(folder / METRICS))
+        if weights.under is not None:
+            with PartialState().main_process_first():
+                base = _whole_base(weights, folder.resolve() / BASE_MODEL)
         texts = held_back_texts(options.held_back, data, options.data_dir)
         metrics = train(Run(base, data, method, options, texts, unchanged=unchanged), folder, callbacks)
         predictions = metrics.pop("predictions")
@@ -133,15 +145,18 @@ def finetune(
     return Finetuned(folder, metrics)
 
 
+def _whole_base(adapted: Checkpoint, place: Path) -> Path:
+    """The base that an adapter on a model comes to, as a folder that transformers loads; written once."""
+    return place if place.is_dir() else write_model(adapted, place)
+
+
 def _config(
-    base: str | Path, data: TaskData, method: str, options: FinetuneOptions
-) -> tuple[dict[str, Any], Callable[[], None]]:
-    """What makes two runs the same, and a check that the base is what was hashed for it."""
-    weights = open_checkpoint(base)
-    unchanged = watched(weights.files)
-    config = {
+    base: str | Path, base_sha256: str, data: TaskData, method: str, options: FinetuneOptions
+) -> dict[str, Any]:
+    """What makes two runs the same."""
+    return {
         "base": str(base),
-        "base_sha256": weights_sha256(weights),
+        "base_sha256": base_sha256,
         "task": data.task.name,
         "head": {name: getattr(data.task, name) for name in ("name", "title", "metrics", "labels", "images")},
         "data": data.digest,
@@ -151,7 +166,6 @@ def _config(
         "placement": dataclasses.asdict(options.part(Placement)),
         "cache_prefix": options.cache_prefix is not None,
     }
-    return config, unchanged
 
 
 def _check_report(report_to: str) -> None:
@@ -190,10 +204,35 @@ def load(folder: str | Path, base: str | Path | None = None) -> tuple[Any, Any]:
     Raises:
         InputError: the folder holds no finished run, or the base cannot be loaded.
     """
-    from specbasis.finetuning.base import load_base, quiet
+    attached, processor = _loaded(Path(folder), base)
+    return attached.model.eval(), processor
+
+
+def merge(folder: str | Path, out: str | Path, base: str | Path | None = None) -> Path:
+    """Write the finetuned model of a run's folder, its labels and its tokenizer, as transformers loads a model.
+
+    Args:
+        folder: of a finished run.
+        out: the new folder.
+        base: where the base is now; by default where it was.
+
+    Raises:
+        InputError: as `load`; ``out`` is there and not empty; or the method is no change of the weights.
+    """
+    place = Path(out)
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise InputError(f"{place}: exists already; want a new folder")
+    attached, processor = _loaded(Path(folder), base)
+    with quiet(), writing(place):
+        attached.merged().save_pretrained(place)  # type: ignore[operator]
+        processor.save_pretrained(place)
+    return place
+
+
+def _loaded(place: Path, base: str | Path | None) -> tuple[Attached, Any]:
+    from specbasis.finetuning.base import load_base
     from specbasis.finetuning.methods import load as load_method
 
-    place = Path(folder)
     try:
         config = proven(read_json(place / MANIFEST))["config"]
         task = Task(**config["head"])
@@ -204,8 +243,10 @@ def load(folder: str | Path, base: str | Path | None = None) -> tuple[Any, Any]:
     if not (place / METRICS).is_file():
         raise InputError(f"{place}: the run is not finished; the same command goes on")
     with quiet():
-        loaded = load_base(base or config["base"], task, max_length=config["protocol"]["max_length"])
-        return load_method(place, loaded.model).model.eval(), loaded.processor
+        own = place / BASE_MODEL
+        source = base or (own if own.is_dir() else config["base"])
+        loaded = load_base(source, task, max_length=config["protocol"]["max_length"])
+        return load_method(place, loaded.model), loaded.processor
 
 
 def held_back_texts(

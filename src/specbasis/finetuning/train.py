@@ -22,7 +22,8 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from specbasis.checkpoint import open_checkpoint
 from specbasis.checkpoint.regular import read_json
 from specbasis.core.errors import InputError
-from specbasis.finetuning.base import Base, Images, load_base, quiet
+from specbasis.core.extras import quiet
+from specbasis.finetuning.base import Base, Images, load_base
 from specbasis.finetuning.costs import Stopwatch, peak_memory, weights_bytes
 from specbasis.finetuning.forgetting import Pretraining, pretraining_loss
 from specbasis.finetuning.methods import Attached, attach
@@ -89,8 +90,10 @@ def train(run: Run, folder: Path, callbacks: Sequence[TrainerCallback] = ()) -> 
             if not run.resumable:
                 shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
             attached.save(folder)
-            if (folder / "config.json").is_file():  # a whole model, which loads without its base
-                base.processor.save_pretrained(folder)
+            base.model.config.save_pretrained(
+                folder
+            )  # labels and tokenizer: what a merged model needs beside the base
+            base.processor.save_pretrained(folder)
     counts = attached.counts
     scores = {name: split.scores(data.task) for name, split in predictions.items()}
     return {

@@ -13,6 +13,7 @@ from specbasis.core.grammar import parse_bytes
 from specbasis.core.options import takes
 from specbasis.interventions.options import GridOptions
 from specbasis.interventions.stage import BASE, BASELINE, STAGES, Setting, Subject, admitted, run_experiment
+from specbasis.interventions.whole import whole_models
 from specbasis.jobs.cache import Cache
 from specbasis.jobs.cost import cache_folder
 from specbasis.jobs.experiments import GRID, Row, read_experiments, run_experiments
@@ -66,22 +67,24 @@ def intervene(
     if BASE in subjects:
         raise InputError(f"{BASE!r} is the name of the pretrained model; give the subject another label")
     kept = Cache(Path(chosen.cache or cache_folder() / "factors"), parse_bytes(chosen.cache_size))
-    setting = Setting(base, dict(subjects), kept, chosen.resamples)
+    config = Setting(base, dict(subjects), kept, chosen.resamples).config()
     experiments = grid_experiments(list(subjects), chosen)
     matrices = {(edit["roles"], edit["blocks"]) for edit in experiments if edit["kind"] != BASELINE}
-    setting.decompose_all([admitted(*group) for group in sorted(matrices)], progress or silent)
-    try:
-        return run_experiments(
-            experiments,
-            partial(run_experiment, setting),
-            out,
-            config=setting.config(),
-            uses=WHERE_USED,
-            workers=chosen.workers,
-            progress=progress,
-        )
-    finally:
-        STAGES.clear()
+    with whole_models(base, subjects) as whole:
+        setting = Setting(base, whole, kept, chosen.resamples)
+        setting.decompose_all([admitted(*group) for group in sorted(matrices)], progress or silent)
+        try:
+            return run_experiments(
+                experiments,
+                partial(run_experiment, setting),
+                out,
+                config=config,
+                uses=WHERE_USED,
+                workers=chosen.workers,
+                progress=progress,
+            )
+        finally:
+            STAGES.clear()
 
 
 def grid_experiments(labels: Sequence[str], options: GridOptions) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from specbasis.architecture.pair import pair
-from specbasis.checkpoint import open_checkpoint
+from specbasis.checkpoint import open_checkpoint, open_tuned
 from specbasis.core.errors import InputError
 from specbasis.core.statistics import spearman
 from specbasis.core.subspace import subspace_overlap
@@ -130,8 +130,8 @@ def overlaps(
         progress: told the name of each pair.
     """
     decomposed = factors or (lambda W, name: decompose(W, name=name))
-    opened = {label: open_checkpoint(source) for label, source in models.items()}
-    base = opened[BASE]
+    base = open_checkpoint(models[BASE])
+    opened = {label: base if label == BASE else open_tuned(source, base) for label, source in models.items()}
     sizes = [n for n in ranks if isinstance(n, int) and n > 0]
     sums: dict[tuple[str, str, str, int | str], list[tuple[float, float]]] = {}
     for group in roles:

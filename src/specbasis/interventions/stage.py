@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from specbasis.architecture.key import Admits, MatrixRef
 from specbasis.architecture.selection import Selection
-from specbasis.checkpoint import Checkpoint, open_checkpoint, weights_sha256
+from specbasis.checkpoint import Checkpoint, open_checkpoint, open_tuned, weights_sha256
 from specbasis.core.blocks import norm
 from specbasis.core.edits import Edit
 from specbasis.core.errors import InputError
@@ -93,13 +93,14 @@ class Setting:
 
     def config(self) -> dict[str, Any]:
         """What makes two grids the same: contents of the models, evaluators, and every number that changes rows."""
+        base = open_checkpoint(self.base)
         return {
             "experiment": "intervene",
             "algorithm": ALGORITHM,
-            "base": weights_sha256(open_checkpoint(self.base)),
+            "base": weights_sha256(base),
             "subjects": {
                 label: {
-                    "weights": weights_sha256(open_checkpoint(subject.source)),
+                    "weights": weights_sha256(open_tuned(subject.source, base)),
                     "evaluate": describe(subject.evaluate),
                     "metric": subject.metric or getattr(subject.evaluate, "metric", ""),
                 }

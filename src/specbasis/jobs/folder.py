@@ -11,6 +11,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import textwrap
@@ -57,6 +58,7 @@ class Kind:
             layout has none.
         keys: what a manifest has to have.
         mark: what its configuration has as ``kind``, where a layout serves several kinds.
+        grows: the part of its configuration to which entries can be added; empty where nothing can.
     """
 
     noun: str
@@ -64,6 +66,7 @@ class Kind:
     version: tuple[str, int] | None = None
     keys: tuple[str, ...] = ("config",)
     mark: str | None = None
+    grows: str = ""
 
     def read(self, folder: Path) -> dict[str, Any]:
         """The manifest of a folder.
@@ -139,7 +142,9 @@ class Folder:
 
 
 @contextmanager
-def opened(path: Path, kind: Kind, config: Mapping[str, Any], *, wait: bool = False) -> Iterator[Folder]:
+def opened(
+    path: Path, kind: Kind, config: Mapping[str, Any], *, wait: bool = False, add: bool = False
+) -> Iterator[Folder]:
     """Begin, or go on with, what one configuration makes in a folder, alone in it until the block ends.
 
     The manifest is that of the folder, or a new one that has format and configuration and is not on disk yet. A
@@ -150,6 +155,7 @@ def opened(path: Path, kind: Kind, config: Mapping[str, Any], *, wait: bool = Fa
         kind: what it holds.
         config: what makes two runs the same; compared as JSON has it.
         wait: wait while another process writes there.
+        add: what the folder holds may lack entries of ``kind.grows``, or have others: it gets them all.
 
     Raises:
         InputError: the folder is a file, cannot be written, is in use, or holds anything else than this.
@@ -165,10 +171,14 @@ def opened(path: Path, kind: Kind, config: Mapping[str, Any], *, wait: bool = Fa
         manifest: dict[str, Any] = {}
         if (path / kind.manifest).exists():
             manifest = kind.read(path)
-            if manifest["config"] != wanted and not _kept(path, kind):
+            kept = manifest["config"]
+            if kept != wanted and not _kept(path, kind):
                 manifest = {}
             else:
-                refuse_another(path, kind.noun, manifest["config"], wanted)
+                if add:
+                    wanted[kind.grows] = kept[kind.grows] | wanted[kind.grows]
+                    kept = kept | {kind.grows: wanted[kind.grows] | kept[kind.grows]}
+                refuse_another(path, kind.noun, kept, wanted, kind.grows)
         with writing(path):
             clear(path.rglob(".*"))
         head = dict([kind.version]) if kind.version else {}
@@ -206,32 +216,60 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
         lock.release()
 
 
-def refuse_another(folder: Path, noun: str, kept: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def refuse_another(
+    folder: Path, noun: str, kept: Mapping[str, Any], wanted: Mapping[str, Any], grows: str = ""
+) -> None:
     """Check that what a folder holds was made with the settings that are wanted.
 
+    Args:
+        folder: which.
+        noun: what it holds.
+        kept: the settings that it was made with.
+        wanted: those that are asked for now.
+        grows: the setting to which entries can be added on request.
+
     Raises:
-        InputError: some differ; the message names them with both values, those within another as ``outer.inner``.
+        InputError: some differ; the message says how, those within another as ``outer inner``.
     """
-    there, here = _flat(kept), _flat(wanted)
-    differing = [
-        f"{name}: {_short(there.get(name))} there, {_short(here.get(name))} here"
-        for name in {**there, **here}
-        if there.get(name) != here.get(name)
-    ]
-    if differing:
-        raise InputError(f"{folder}: holds another {noun} ({'; '.join(differing)}); choose another folder")
+    then, now = _flat(kept), _flat(wanted)
+    differing = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+    if not differing:
+        return
+    added = grows and all(
+        name.startswith(f"{grows} ") and None in (then.get(name), now.get(name)) for name in differing
+    )
+    more = "add to it with --add" if added else "ask for the same"
+    told = ", ".join(_difference(name, then.get(name), now.get(name)) for name in differing)
+    raise InputError(f"{folder}: holds another {noun}, made {told}; {more}, or choose another folder")
+
+
+def _difference(name: str, then: Any, now: Any) -> str:
+    """How one setting differs, in words; of a digest only that it does."""
+    hashed = any(isinstance(value, str) and re.fullmatch("[0-9a-f]{40,}", value) for value in (then, now))
+    name = re.sub("[ _](sha256|weights)$", "", name)
+    if hashed and not (then and now):
+        return f"with {name} (not asked for now)" if then else f"without {name}"
+    if hashed:
+        return f"from another {name} (its content differs)"
+    return (
+        f"with {name} {_short(then)} (now {_short(now)})"
+        if then not in (None, [], "")
+        else (f"without {name} (now {_short(now)})")
+    )
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in settings.items():
         inner = _flat(value) if isinstance(value, Mapping) else {}
-        flat |= {f"{name}.{key}": setting for key, setting in inner.items()} or {name: value}
+        flat |= {f"{name} {key}": setting for key, setting in inner.items()} or {name: value}
     return flat
 
 
 def _short(value: Any) -> str:
-    return textwrap.shorten(str(value), 60, placeholder=" …") if value is not None else "none"
+    if isinstance(value, list):
+        value = ", ".join(map(str, value))
+    return textwrap.shorten(str(value), 60, placeholder=" …") if value not in (None, "") else "none"
 
 
 def plain(value: Any) -> Any:

@@ -30,7 +30,7 @@ from specbasis.checkpoint.entry import first_line
 from specbasis.core.errors import InputError
 from specbasis.jobs.folder import Folder, Kind, opened
 
-COMPARISON = Kind("comparison", version=("format", 1), keys=("config", "pairs"))
+COMPARISON = Kind("comparison", version=("format", 1), keys=("config", "pairs"), grows="tuned")
 """The version is that of the layout and of the rows' schema."""
 
 _WORD = pa.dictionary(pa.int32(), pa.string())
@@ -200,13 +200,15 @@ class Results(Folder):
 
 
 @contextmanager
-def create(folder: Path, config: Mapping[str, Any], kind: Kind = COMPARISON) -> Iterator[Results]:
-    """Begin, or continue, the rows of one configuration in a folder, alone in it until the block ends.
+def create(
+    folder: Path, config: Mapping[str, Any], kind: Kind = COMPARISON, *, add: bool = False
+) -> Iterator[Results]:
+    """Begin, continue, or add to, the rows of one configuration in a folder, alone in it until the block ends.
 
     Raises:
         InputError: see `specbasis.jobs.folder.opened`.
     """
-    with opened(folder, kind, config) as kept:
+    with opened(folder, kind, config, add=add) as kept:
         yield Results(kept.folder, kept.manifest, kind)
 
 
@@ -217,6 +219,22 @@ def load(folder: Path, kind: Kind = COMPARISON) -> Results:
         InputError: no such folder, no manifest in it, or one of another kind or version.
     """
     return Results(folder, kind.read(folder), kind)
+
+
+def labels_of(given: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The labels that were given, and where one is empty `unique_labels` of the names.
+
+    Raises:
+        InputError: a label is given twice.
+    """
+    made = iter(unique_labels(name for label, name in zip(given, names, strict=True) if not label))
+    labels = [label or next(made) for label in given]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise InputError(
+                f"two models are called {label!r}; give each a label of its own, as in NAME={names[0]}"
+            )
+    return labels
 
 
 def unique_labels(names: Iterable[str]) -> list[str]:

@@ -23,6 +23,7 @@ from typing import Any
 
 from specbasis.checkpoint import open_checkpoint
 from specbasis.core.errors import InputError
+from specbasis.core.grammar import labelled
 from specbasis.jobs import results as store
 from specbasis.jobs.folder import plain
 from specbasis.lineage.forest import Edge, Tree, trees
@@ -67,7 +68,7 @@ def lineage(sources: Sequence[str | Path], *, align: bool = True) -> Lineage:
     but those of `SAMPLED` matrices each, for the alignment of leading vectors (``align``).
 
     Args:
-        sources: checkpoints as of `specbasis.open_checkpoint`; at least two.
+        sources: checkpoints as of `specbasis.open_checkpoint`; at least two; ``"NAME=PATH"`` gives one a name.
         align: take the alignment of leading vectors too.
 
     Raises:
@@ -81,8 +82,9 @@ def lineage(sources: Sequence[str | Path], *, align: bool = True) -> Lineage:
         sources = [sources]
     if len(sources) < 2:
         raise InputError(f"got {len(sources)} checkpoint; want at least two, or a folder that holds several")
-    opened = [open_checkpoint(source) for source in sources]
-    names = store.unique_labels([checkpoint.source for checkpoint in opened])
+    given, places = zip(*(labelled(str(source)) for source in sources), strict=True)
+    opened = [open_checkpoint(place) for place in places]
+    names = store.labels_of(given, [checkpoint.source for checkpoint in opened])
     shared = Shared.of(opened, names)
     kinships = shared.kinships(align=align)
     return Lineage(trees(shared, kinships), tuple(kinships.values()), shared.notes)

@@ -24,9 +24,10 @@ from specbasis.checkpoint import open_checkpoint, weights_sha256
 from specbasis.core.columns import generator_of, random_orthonormal
 from specbasis.core.draws import rotated
 from specbasis.core.errors import unknown
+from specbasis.core.extras import quiet
 from specbasis.core.statistics import percentile_interval
 from specbasis.core.svd import SVD, decompose
-from specbasis.finetuning.base import Base, load_base, quiet
+from specbasis.finetuning.base import Base, load_base
 from specbasis.finetuning.methods.sites import ALL_LINEAR, sites
 from specbasis.finetuning.metrics import Predictions
 from specbasis.finetuning.options import require_libraries

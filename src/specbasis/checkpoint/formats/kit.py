@@ -36,7 +36,7 @@ class FileFormat:
 
 def tensor_entries(tensors: Mapping[str, Any], source: str, *, bounded: bool = False) -> dict[str, Entry]:
     """Entries of tensors in memory; ``bounded`` refuses views that claim more numbers than the file stores."""
-    named = {str(name): value for name, value in tensors.items() if isinstance(value, Tensor)}
+    named = named_as_text({name: value for name, value in tensors.items() if isinstance(value, Tensor)}, source)
     check_names(named, source)
     entries = {}
     for name, tensor in named.items():
@@ -64,6 +64,22 @@ def _stored(tensor: Tensor, name: str) -> Tensor:
     if _form(tensor, bounded=False):
         raise InputError(f"{name}, not an array of numbers; make it a dense one first")
     return tensor.detach()
+
+
+def named_as_text(content: Mapping[Any, Any], source: str) -> dict[str, Any]:
+    """A dictionary with its keys as text.
+
+    Raises:
+        InputError: two of them are the same text, such as 0 and "0".
+    """
+    named = {str(key): value for key, value in content.items()}
+    if len(named) < len(content):
+        texts = [str(key) for key in content]
+        twice = next(text for text in texts if texts.count(text) > 1)
+        raise InputError(
+            f"{source}: has two keys {shown(twice)}, a number and a text, and nothing says which is meant"
+        )
+    return named
 
 
 def with_scale(entry: Entry, name: str, names: Collection[str]) -> Entry:

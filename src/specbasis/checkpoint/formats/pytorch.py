@@ -17,7 +17,7 @@ from torch import Tensor
 
 from specbasis.checkpoint.entry import Entry, first_line, parsing, shown
 from specbasis.checkpoint.formats import pickles
-from specbasis.checkpoint.formats.kit import FileFormat, tensor_entries
+from specbasis.checkpoint.formats.kit import FileFormat, named_as_text, tensor_entries
 from specbasis.core.errors import InputError
 
 LEGACY_PICKLES = 5
@@ -123,7 +123,8 @@ def _nested(content: Any, key: str, source: str) -> Mapping[str, Any]:
 def _walk(content: Any, key: str, source: str) -> Iterator[Any]:
     """Steps down a dotted key; a dictionary's own key may hold dots itself."""
     while key:
-        keys = [k for k in content if isinstance(k, str)] if isinstance(content, Mapping) else []
+        content = named_as_text(content, source) if isinstance(content, Mapping) else content
+        keys = list(content) if isinstance(content, Mapping) else []
         options = [k for k in keys if (key + ".").startswith(k + ".")]
         if not options:
             have = ", ".join(map(shown, keys[:6])) if keys else type(content).__name__
@@ -140,6 +141,7 @@ def _state_dicts(
     if not isinstance(content, Mapping) or depth == 0 or id(content) in seen:
         return
     seen.add(id(content))
+    named_as_text(content, place or "the file")  # refuses 0 beside "0", of which one would be passed over
     tensors = [v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)]
     if any(t.is_nested or t.ndim >= 2 for t in tensors):
         yield place, content

@@ -57,7 +57,7 @@ class Harness:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
-        tokenizer = transformers.AutoTokenizer.frompretrained(location_of(model), trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(location_of(model), trust_remote_code=False)
         config: Any = model.config
         # What stands before a text of which every token counts; the harness fails where a tokenizer names nothing.
         first = [tokenizer.bos_token_id, tokenizer.eos_token_id, config.bos_token_id, 0]

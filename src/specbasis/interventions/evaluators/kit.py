@@ -11,8 +11,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from specbasis.checkpoint.places import transformers_address
 from specbasis.core.errors import InputError
-from specbasis.finetuning.base import address_of, let_pad, loading, longest_input
+from specbasis.core.extras import quiet
+from specbasis.finetuning.base import let_pad, loading, longest_input
 from specbasis.interventions.samples import Sample
 
 TOKENS = 4096
@@ -130,8 +132,11 @@ def pretrained(auto_class: Any, source: str) -> nn.Module:
     Raises:
         InputError: transformers cannot load it.
     """
-    load = partial(auto_class.from_pretrained, **address_of(source), trust_remote_code=False, dtype="auto")
-    model: nn.Module = loading(source, load)
+    load = partial(
+        auto_class.from_pretrained, **transformers_address(source), trust_remote_code=False, dtype="auto"
+    )
+    with quiet():
+        model: nn.Module = loading(source, load)
     return model.eval()
 
 

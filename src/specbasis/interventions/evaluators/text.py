@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from specbasis.checkpoint.places import transformers_address
 from specbasis.checkpoint.regular import read_text
 from specbasis.core.errors import InputError
 from specbasis.core.statistics import Array
-from specbasis.finetuning.base import address_of
 from specbasis.interventions.evaluators.kit import Batch, Encoded, form, logits_of, padded, pretrained
 from specbasis.interventions.samples import Sample, perplexity, ratio
 
@@ -42,7 +42,7 @@ class Text(Encoded):
         """A transformers model with its language-model head, causal or masked as its config says."""
         import transformers
 
-        config = transformers.AutoConfig.from_pretrained(**address_of(source), trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(**transformers_address(source), trust_remote_code=False)
         masked = any(map(_is_masked, config.architectures or ()))
         return pretrained(
             transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM, source
