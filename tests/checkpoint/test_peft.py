@@ -250,9 +250,12 @@ def test_a_narrow_base_does_not_swallow_a_small_update(tmp_path):
     assert float((delta - B @ A).abs().max()) <= 8 * EPS * float(tuned[name].abs().max())
 
 
-def test_an_adapter_without_its_base_is_refused(tmp_path):
+def test_an_adapter_whose_base_is_not_there_is_refused(tmp_path):
     make(tmp_path, *CASES["lora"])
-    with pytest.raises(InputError, match=r"PEFT adapter.*tuned side.*base"):
+    config = tmp_path / "adapter" / "adapter_config.json"
+    named = json.loads(config.read_text())
+    config.write_text(json.dumps({**named, "base_model_name_or_path": str(tmp_path / "gone")}))
+    with pytest.raises(InputError, match=r"its base .*gone is not there"):
         open_checkpoint(tmp_path / "adapter")
 
 

@@ -172,7 +172,8 @@ def test_a_real_process_exits_with_2_and_without_a_traceback(folder: Path) -> No
         capture_output=True, text=True, cwd=folder, timeout=PATIENCE,
     )  # fmt: skip
     assert done.returncode == 2
-    assert done.stderr == "error: nothing: no such file or folder\n"
+    hint = "; for a model on the Hub write hub:nothing"
+    assert done.stderr == f"error: nothing: no such file or folder{hint}\n"
 
 
 def test_json_is_all_there_is_on_stdout_and_findings_decide_the_exit_code(

@@ -52,12 +52,12 @@ class Matched:
         Raises:
             InputError: no tuned checkpoint, one that cannot be read, or nothing in common.
         """
-        sources = [tuned] if isinstance(tuned, str | Path | Mapping) else list(tuned)
+        sources: list[Any] = [tuned] if isinstance(tuned, str | Path | Mapping) else list(tuned)
         if not sources:
             raise InputError("got no tuned checkpoint; want at least one")
         # A path in words means the same in a worker process.
         source, *sources = (str(s) if isinstance(s, Path) else s for s in (base, *sources))
-        named = [labelled(s) if isinstance(s, str) else ("", s) for s in sources]
+        named: list[tuple[str, Any]] = [labelled(s) if isinstance(s, str) else ("", s) for s in sources]
         sources = [place for _, place in named]
         opened = open_checkpoint(source, stream=options.stream)
         checkpoints = [open_tuned(s, opened, stream=options.stream) for s in sources]

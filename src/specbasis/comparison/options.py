@@ -45,7 +45,9 @@ class Options(Selection):
     heads: int | None = option(
         None, "attention heads of a model whose config.json does not say it", panel=ADVANCED, least=1
     )
-    add: bool = option(False, "add the finetunes to those that the folder holds of this base", decides=False)
+    add: bool = option(
+        False, "add the finetunes to those that the folder holds of this base", panel=ADVANCED, decides=False
+    )
     approximate: bool = option(False, "iterate where the short side is over 8192 and ranks few", panel=ADVANCED)
     stream: bool = option(False, "from the Hub read only the bytes that are wanted", panel=ADVANCED, decides=False)
     workers: int | None = option(
