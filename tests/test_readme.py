@@ -20,9 +20,9 @@ def test_python_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_commands_exist() -> None:
     from specbasis.cli import app
 
-    verbs = {command.name or command.callback.__name__ for command in app.registered_commands}
+    verbs = {(command.name or command.callback.__name__).replace("_", "-") for command in app.registered_commands}
     verbs |= {group.name for group in app.registered_groups}
-    used = set(re.findall(r"(?:^|`)specbasis (\w+)", "\n".join(PAGES.values()), flags=re.M))
+    used = set(re.findall(r"(?:^|`)specbasis ([\w-]+)", "\n".join(PAGES.values()), flags=re.M))
     assert used
     assert used <= verbs
 

@@ -161,6 +161,17 @@ def test_streaming_fetches_the_wanted_tensors_and_no_other(hub, first_bytes):
     assert not list(hub.cache.rglob("*"))
 
 
+def test_a_part_of_a_tensor_is_its_own_byte_range(hub, first_bytes):
+    checkpoint = open_checkpoint("hub:org/big", stream=True)
+    hub.seen.clear()
+    part = checkpoint.entries["layer.3.weight"].part(30, 70)
+    assert torch.equal(part, tensors()["layer.3.weight"].flatten()[30:70])
+    wanted = "model-00002-of-00003.safetensors"
+    start = header_bytes(hub.repositories["org/big"][wanted]) + 800 + 4 * 30
+    assert [seen.range for seen in hub.requests(wanted) if seen.host == "files"] == [f"bytes={start}-{start + 159}"]
+    assert open_checkpoint("hub:org/small").entries["layer.0.weight"].part is None
+
+
 def test_without_streaming_only_the_wanted_shard_is_downloaded(hub, first_bytes):
     checkpoint = open_checkpoint("hub:org/big")
     wanted = "model-00002-of-00003.safetensors"

@@ -30,12 +30,15 @@ class Entry:
         load: reads the tensor.
         factors: for a low-rank update of another checkpoint's tensor, reads (B, A) with
             tuned.reshape(shape[0], -1) = base.reshape(shape[0], -1) + B A.
+        part: reads the numbers [start, stop) of the flattened tensor alone, by their bytes; None where the whole
+            costs no more.
     """
 
     shape: tuple[int, ...]
     dtype: str
     load: Callable[[], Tensor] = field(repr=False, compare=False)
     factors: Callable[[], tuple[Tensor, Tensor]] | None = field(default=None, repr=False, compare=False)
+    part: Callable[[int, int], Tensor] | None = field(default=None, repr=False, compare=False)
 
     @property
     def is_float(self) -> bool:

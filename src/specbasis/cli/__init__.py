@@ -20,6 +20,7 @@ from specbasis.cli.population import lineage, population
 from specbasis.cli.reproduce import pretrain, reproduce_app
 from specbasis.cli.reproduce.zoo import zoo_app
 from specbasis.cli.track import track
+from specbasis.cli.which_base import db_app, fingerprint, which_base
 from specbasis.core.errors import InputError, is_out_of_memory
 from specbasis.core.extras import missing
 
@@ -33,10 +34,12 @@ VERBS = (
     flags(finetune, method=list_methods),
     population,
     lineage,
+    fingerprint,
+    which_base,
     flags(pretrain),
     flags(track),
 )
-GROUPS = {"zoo": zoo_app, "adapter": adapter_app, "reproduce": reproduce_app}
+GROUPS = {"zoo": zoo_app, "adapter": adapter_app, "reproduce": reproduce_app, "db": db_app}
 
 app = typer.Typer(
     help="What finetuning changes in the singular vectors and values of a model's weights.",

@@ -57,7 +57,7 @@ def read_entries(W: Tensor, T: Tensor, names: tuple[str, str] = ("base", "tuned"
     - ``precision_base``, ``precision_tuned``: significant bits of the coarsest of `dtypes.UNSCALED`, and of the
       8-bit formats in which one of the two is stored, that holds every entry;
     - ``zero_entries_base``, ``zero_entries_tuned``: share of zeros;
-    - ``grid_levels_base``, ``grid_levels_tuned``: `_grid`, NaN where the entries lie on none;
+    - ``grid_levels_base``, ``grid_levels_tuned``: `grid`, NaN where the entries lie on none;
     - ``equal_entries_grid``: share of base's sampled groups that round to tuned's on the grid of tuned.
 
     Costs about 12·`PROBES`·out·in flops.
@@ -190,7 +190,7 @@ LEVELS = 2**11
 
 def _grids(W: Tensor, T: Tensor) -> dict[str, float]:
     groups = [_groups(X) for X in (W, T)]
-    (levels, _), (tuned_levels, step) = (_grid(x) for x in groups)
+    (levels, _), (tuned_levels, step) = (grid(x) for x in groups)
     fit = (groups[1] - groups[0]).abs().amax(1) <= 0.5001 * step
     return {
         "grid_levels_base": levels,
@@ -208,7 +208,7 @@ def _groups(X: Tensor) -> Float[Tensor, "groups size"]:
     return X[(chosen // per_row)[:, None], columns].to(torch.float64)
 
 
-def _grid(x: Float[Tensor, "groups size"]) -> tuple[float, Tensor]:
+def grid(x: Float[Tensor, "groups size"]) -> tuple[float, Tensor]:
     """Levels of the uniform grid on which the entries of most groups lie, and each group's step.
 
     A group lies on a grid where all differences from its least entry are whole multiples of its least difference,

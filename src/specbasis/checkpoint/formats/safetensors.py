@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +55,21 @@ def remote_entries(repository: Repository, file: str, source: str, stream: bool)
             downloaded[file] = entries(repository.path(file), source)
         return downloaded[file][name].load()
 
-    def part(name: str) -> Tensor:
-        shape, dtype, start, stop = header[name]
+    def part(name: str, first: int, last: int) -> Tensor:
+        _, dtype, start, _ = header[name]
         if dtype not in FORMATS:
             raise InputError(f"{source}: {name!r} is stored as {dtype}, which cannot be streamed")
-        return tensor_of(repository.read(file, len(head) + start, len(head) + stop), dtype, shape)
+        start, stop = (len(head) + start + FORMATS[dtype].bytes * number for number in (first, last))
+        return tensor_of(repository.read(file, start, stop), dtype, (last - first,))
 
-    load = part if stream else whole
+    def streamed(name: str) -> Tensor:
+        shape = header[name][0]
+        return part(name, 0, math.prod(shape)).reshape(shape)
+
+    load = streamed if stream else whole
     stored = {
-        name: Entry(shape, dtype, lambda name=name: load(name)) for name, (shape, dtype, *_) in header.items()
+        name: Entry(shape, dtype, lambda name=name: load(name), part=partial(part, name) if stream else None)
+        for name, (shape, dtype, *_) in header.items()
     }
     return {name: with_scale(entry, name, stored) for name, entry in stored.items()}
 

@@ -1,0 +1,226 @@
+"""Whether the weights behind two fingerprints correspond, with a p-value, and how they differ where they do.
+
+The null: one of the two was trained from an initialisation of its own. Its hidden units come in any order, so that
+the products of seeded entries, whose rows and columns have mean zero, have independent signs whatever their sizes.
+For such a sum, z = Σ c_k / √Σ c_k² exceeds t with a probability of at most exp(−t²/2).
+
+Source: Hoeffding 1963, Theorem 2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from specbasis.lineage.fingerprint import Fingerprint, Floats
+
+DROPPED = 4
+"""The most alike 1/4 of the matrices, at least one of three, count for nothing: a shared table is no kinship."""
+
+SURE = 1e-6
+"""p-value below which a block, or a single matrix, corresponds."""
+
+Pairs = list[tuple[int, int]]
+"""Number of a matrix of the query, and of its counterpart in the record."""
+
+
+@dataclass(frozen=True, eq=False)
+class Correspondence:
+    """What a query and a record have in common.
+
+    Attributes:
+        record: the fingerprint in the database.
+        pairs: the matrices that were compared.
+        way: what was compared: "in place", "by blocks", or "without the order of units".
+        log_p: natural logarithm of the p-value, over the ways that were tried.
+        depth: block of the query → block of the record, or None for one that is not from it; only if they differ.
+    """
+
+    record: Fingerprint
+    pairs: Pairs
+    way: str
+    log_p: float
+    depth: dict[tuple[str, int], tuple[str, int] | None] = field(default_factory=dict)
+
+
+def correspondence(query: Fingerprint, record: Fingerprint) -> Correspondence:
+    """The way in which a query corresponds to a record most surely, of three, for which the p-value pays."""
+    pairs = by_label(query, record)
+    tried = [
+        Correspondence(
+            record, pairs, "in place", log_p(*scores(query.centred, record.centred, pairs), len(query.labels))
+        )
+    ]
+    if tried[0].log_p > math.log(SURE) or len(query.blocks) != len(record.blocks):
+        tried.append(_by_blocks(query, record))
+    if tried[0].log_p > math.log(SURE) and query.header["orders"] == record.header["orders"]:
+        p = log_p(*scores(_spacings(query), _spacings(record), pairs), len(query.labels))
+        tried.append(Correspondence(record, pairs, "without the order of units", p))
+    best = next((c for c in tried if c.depth and c.log_p < math.log(SURE)), min(tried, key=lambda c: c.log_p))
+    return Correspondence(record, best.pairs, best.way, min(0.0, best.log_p + math.log(3)), best.depth)
+
+
+def by_label(query: Fingerprint, record: Fingerprint) -> Pairs:
+    """Matrices that agree in block, role and shape; where fewer than half do, in the end of their names, shape and
+    order, as two frameworks have them, or in shape and order alone.
+    """
+    ways: list[Pairs] = []
+    for what in (lambda label, name: label, lambda label, name: (name, label[3]), lambda label, name: label[3]):
+        waiting = defaultdict[Any, list[int]](list)
+        for k, (label, matrix) in enumerate(zip(record.labels, record.header["matrices"], strict=True)):
+            waiting[what(label, matrix[3].rpartition(".")[2])].append(k)
+        keys = [
+            what(x, m[3].rpartition(".")[2]) for x, m in zip(query.labels, query.header["matrices"], strict=True)
+        ]
+        ways.append([(k, waiting[key].pop(0)) for k, key in enumerate(keys) if waiting[key]])
+        if 2 * len(ways[-1]) >= min(len(query.labels), len(record.labels)):
+            return ways[-1]
+    return max(ways, key=len)
+
+
+def scores(ours: Floats, theirs: Floats, pairs: Pairs) -> tuple[Floats, Floats]:
+    """The z of each pair of matrices, NaN where there is nothing to test, and √ of how many products are in it."""
+    if not pairs:
+        return np.zeros(0), np.zeros(0)
+    n = min(ours.shape[1], theirs.shape[1])
+    A, B = (X[[pair[side] for pair in pairs], :n] for side, X in enumerate((ours, theirs)))
+    products = np.nan_to_num(A * B)
+    size = np.sqrt(np.square(products).sum(1))
+    return products.sum(1) / np.where(size > 0, size, np.nan), np.sqrt((products != 0).sum(1))
+
+
+def log_p(z: Floats, weight: Floats, whole: int) -> float:
+    """Logarithm of a bound on the p-value of Σ w z, the largest quarter of its terms left out; 0: no evidence.
+
+    Without its largest terms the sum is at most that over any other set of as many: a quarter of the matrices may
+    agree for reasons of their own without harm to the bound. ``whole``: how many matrices the query has.
+    """
+    weight = weight[np.isfinite(z)]
+    terms = np.sort(weight * z[np.isfinite(z)])
+    total = terms[: len(terms) - max(len(terms) // DROPPED, whole > 2)].sum()
+    return float(-0.5 * total**2 / np.square(weight).sum()) if total > 0 else 0.0
+
+
+def _by_blocks(query: Fingerprint, record: Fingerprint) -> Correspondence:
+    """Each block of the query beside the block of the record that is most like it, wherever that stands."""
+    ours, theirs = query.blocks, record.blocks
+    sums, weights = np.zeros((2, len(ours), len(theirs)))
+    kinds: list[dict[Any, dict[tuple[str, int], int]]] = [defaultdict(dict), defaultdict(dict)]
+    for kind, labels in zip(kinds, (query.labels, record.labels), strict=True):
+        for k, (stack, block, role, shape, number) in enumerate(labels):
+            if block is not None:
+                kind[role, shape, number][stack, block] = k
+    n = min(query.header["entries"], record.header["entries"])
+    for key in kinds[0].keys() & kinds[1].keys():
+        members = [kind[key] for kind in kinds]
+        A, B = (
+            np.nan_to_num(model.centred[list(of.values()), :n])
+            for model, of in zip((query, record), members, strict=True)
+        )
+        size = np.sqrt(np.square(A) @ np.square(B).T)
+        at = np.ix_(*([blocks.index(b) for b in of] for blocks, of in zip((ours, theirs), members, strict=True)))
+        count = np.sqrt(min((A != 0).sum(1).max(), (B != 0).sum(1).max()))
+        sums[at] += count * np.divide(A @ B.T, size, out=np.zeros_like(size), where=size > 0)
+        weights[at] += count**2 * (size > 0)
+    if not weights.any():
+        return Correspondence(record, [], "by blocks", 0.0)
+    z = np.divide(sums, np.sqrt(weights), out=np.zeros_like(sums), where=weights > 0)
+    each = np.minimum(0, math.log(len(theirs)) - 0.5 * np.square(z.max(1).clip(min=0)))
+    needed = math.ceil(len(ours) / DROPPED)  # at least so many blocks correspond: Benjamini & Heller 2008
+    p = min(0.0, float(np.sort(each)[needed - 1]) + math.log(len(ours) - needed + 1))
+    matched = [theirs[k] if sure < math.log(SURE) else None for k, sure in zip(z.argmax(1), each, strict=True)]
+    depth = dict(zip(ours, matched, strict=True))
+    counterparts = {label: k for k, label in enumerate(record.labels)}
+    pairs = []
+    for k, (stack, block, *rest) in enumerate(query.labels):
+        place = (stack, block) if block is None else depth[stack, block]
+        if place is not None and (*place, *rest) in counterparts:
+            pairs.append((k, counterparts[(*place, *rest)]))
+    moved = any(place != block for block, place in depth.items()) or len(ours) != len(theirs)
+    return Correspondence(record, pairs, "by blocks", p, depth if moved and p < math.log(SURE) else {})
+
+
+def _spacings(model: Fingerprint) -> Floats:
+    """(matrices, lists × pairs): how two neighbouring gaps of an ordered list share their sum, without the mean.
+
+    Of independent matrices these shares are independent. What all matrices of a model have in common, the trend of
+    the list, is taken off, so that fewer than four matrices have none.
+    """
+    if len(model.orders) < 4:
+        return np.full((len(model.orders), 1), np.nan)
+    gaps = -np.diff(model.orders, axis=2)
+    pairs = gaps[..., : gaps.shape[2] // 2 * 2].reshape(*gaps.shape[:2], -1, 2)
+    whole = pairs.sum(-1)
+    shares = np.divide(pairs[..., 0], whole, out=np.full_like(whole, np.nan), where=whole > 0)
+    shares = shares.reshape(len(shares), -1)
+    known = np.isfinite(shares)
+    mean = np.nansum(shares, 0) / known.sum(0).clip(min=1)
+    return np.where(known.sum(0) >= 4, shares - mean, np.nan)
+
+
+def forms(query: Fingerprint, record: Fingerprint, pairs: Sequence[tuple[int, int]]) -> list[str]:
+    """What became of each matrix of the record in the query: its form as a copy, or "changed", or "unlike"."""
+    z, _ = scores(query.centred, record.centred, list(pairs))
+    copies, _ = scores(query.centred, query.centred, [(k, k) for k, _ in pairs])
+    steps = query.part(2)
+    return [
+        _form(record.entries[j], query.entries[k], steps[k])
+        or _order_form(query.orders[k], record.orders[j], float(score), float(copy))
+        for (k, j), score, copy in zip(pairs, z, copies, strict=True)
+    ]
+
+
+def _form(base: Floats, tuned: Floats, step: Floats) -> str:
+    """In what form entries of base are those of tuned; empty where in none."""
+    n = min(len(base), len(tuned))
+    known = np.isfinite(base[:n]) & np.isfinite(tuned[:n])
+    a, b, steps = (torch.from_numpy(x[:n][known]) for x in (base, tuned, step))
+    if not len(a) or torch.equal(a, b):
+        return "equal" if len(a) else "undecided"
+    for dtype in (torch.bfloat16, torch.float16):
+        if torch.equal(a.to(dtype).double(), b):
+            return f"rounded to {str(dtype)[6:]}"
+        if torch.equal(b.to(dtype).double(), a):
+            return f"of which the record is rounded to {str(dtype)[6:]}"
+    on_grid = steps.isfinite()
+    fits = (b - a).abs() <= 0.5001 * steps + 2**-9 * b.abs()
+    if int(on_grid.sum()) >= 8 and float(fits[on_grid].double().mean()) >= 0.98:
+        return "quantised"
+    kept = b != 0
+    near = (b - a).abs() <= 2**-8 * b.abs()
+    if bool(near[kept].all()) and float((~kept & (a != 0)).double().mean()) >= 0.02:
+        return "entries pruned"
+    factor = float(a @ b) / max(float(a @ a), 1e-300)
+    if factor and float((b - factor * a).abs().max()) <= 1e-5 * float(b.abs().max()):
+        return "scaled"
+    return ""
+
+
+def _order_form(ours: Floats, theirs: Floats, z: float, copy: float) -> str:
+    """Of a matrix that is no copy in place: whether its units come in another order, else what its z says.
+
+    Where the z of a copy would say nothing, or that of these two is not far below it, nothing is known.
+    """
+    needed = math.sqrt(-2 * math.log(SURE))
+    if z >= needed:
+        return "changed"
+    if not copy >= needed or z > copy / 3:
+        return "undecided"
+    if ours.shape == theirs.shape:
+        for a, b in zip(ours, theirs, strict=True):
+            known = np.isfinite(a) & np.isfinite(b)
+            varied = known.sum() >= 16 and a[known].std() > 0.01 * a[known].mean()
+            if varied and np.abs(a[known] - b[known]).max() <= 1e-3 * a[known].mean():
+                return "units in another order or rescaled"
+    return "unlike"
+
+
+def counted(words: Sequence[str]) -> str:
+    """Words and how often each occurs: "30 rounded to bfloat16, 2 equal"."""
+    return ", ".join(f"{n} {word}" for word, n in Counter(words).most_common())
