@@ -174,9 +174,12 @@ def _parquet_rows(path: Path) -> Rows:
     import pyarrow.parquet as pq
 
     try:
-        yield from enumerate(pq.read_table(regular(path)).to_pylist(), 1)
-    except (pa.ArrowException, OSError) as error:
+        rows = pq.read_table(regular(path)).to_pylist()
+    except InputError:
+        raise
+    except (pa.ArrowException, OSError, ValueError) as error:  # names of columns may be no text
         raise InputError(f"{path}: not a readable Parquet file: {first_line(error)}") from error
+    yield from enumerate(rows, 1)
 
 
 READERS: dict[str, Callable[[Path], Rows]] = {
