@@ -52,6 +52,25 @@ def test_the_correspondence_of_independent_matrices_is_standard_normal() -> None
     assert read_entries(W, W + 1e-3 * T).figures["weight_cosine_z"] > 6
 
 
+@pytest.mark.parametrize(("out", "width"), [(8, 8), (9, 400), (300, 12), (64, 64)])
+def test_small_matrices_are_tested_exactly_and_a_copy_reaches_the_limit(out: int, width: int) -> None:
+    W, T = normal(out, width).double() + 0.5, normal(out, width, seed=1).double() + 0.5
+
+    def naive(a: np.ndarray, b: np.ndarray) -> float:
+        """tr(M) √(n − 1) / ‖M‖ with M = C aᵀb C: of the columns."""
+        C = np.eye(a.shape[1]) - 1 / a.shape[1]
+        M = C @ a.T @ b @ C
+        return float(np.trace(M) * math.sqrt(a.shape[1] - 1) / np.linalg.norm(M))
+
+    T = T + W
+    found = read_entries(W, T).figures
+    wanted = min(naive(W.numpy(), T.numpy()), naive(W.T.numpy(), T.T.numpy()))
+    assert found["weight_cosine_z"] == pytest.approx(wanted, rel=1e-9)
+    assert found["weight_cosine_z"] < found["weight_cosine_z_limit"]
+    copy = read_entries(W, 3 * W).figures
+    assert copy["weight_cosine_z"] == pytest.approx(copy["weight_cosine_z_limit"], rel=1e-9)
+
+
 @pytest.mark.parametrize(("dtype", "bits"), [("bfloat16", 8), ("float16", 11), ("float32", 24), ("float64", 53)])
 def test_precision_is_that_of_the_coarsest_format_that_holds_all(dtype: str, bits: int) -> None:
     W = normal(64, 64).double() / 3
@@ -73,6 +92,9 @@ def test_a_grid_is_found_whatever_is_scaled_together(bits: int, group: int) -> N
     assert math.isnan(found["grid_levels_base"])
     assert found["grid_levels_tuned"] <= 2**bits
     assert found["equal_entries_grid"] > 0.9
+    back = read_entries(((groups / step).round() * step).reshape(W.shape), W).figures
+    assert back["equal_entries_grid"] > 0.9
+    assert math.isnan(back["grid_levels_tuned"])
     moved = read_entries(W, W + 0.01 * normal(64, 128, seed=1)).figures
     assert math.isnan(moved["grid_levels_tuned"])
 
@@ -90,7 +112,7 @@ def test_what_is_small_has_no_correspondence_and_what_is_not_finite_is_refused()
     assert math.isnan(read_entries(W, W).figures["weight_cosine_z"])
     W[0, 0] = math.inf
     for pair in ((W, W), (W.double(), W.double())):
-        with pytest.raises(NonFiniteError, match="1 of 6300 entries"):
+        with pytest.raises(NonFiniteError, match="1 of 700 entries"):
             read_entries(*pair)
 
 

@@ -297,6 +297,13 @@ def is_matrix_like(entry: Entry) -> bool:
     return entry.is_float and len(entry.shape) >= 2 and 0 not in entry.shape
 
 
+def matrix_size(name: str, entries: Mapping[str, Entry]) -> int:
+    """How many weights a parameter holds that may be a matrix, whatever they are stored as; 0 for what is none."""
+    entry, none = entries[name], ("a vector", "empty", "the scales")
+    counts = len(entry.shape) >= 2 and entry.dtype not in ("int64", "bool")
+    return prod(entry.shape) if counts and not unusable(name, entries).startswith(none) else 0
+
+
 def part_label(role: str) -> str:
     """What stands behind the name of a parameter for a part of it."""
     return f"[{role.rpartition('.')[2]}]"

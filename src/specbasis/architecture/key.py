@@ -127,8 +127,10 @@ class Skipped:
         name: the parameter's name.
         side: "base", "tuned" or "both".
         reason: in words for a person.
+        size: entries of the matrix that it is or may hold; 0 where it is none, or is compared in another place.
     """
 
     name: str
     side: str
     reason: str
+    size: int = 0

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import prod
 
-from specbasis.architecture.cut import equal_values, unusable
+from specbasis.architecture.cut import equal_values, matrix_size, unusable
 from specbasis.architecture.family import Family
 from specbasis.architecture.key import Admits, MatrixKey, MatrixRef, Skipped
 from specbasis.architecture.recognise import Recognition
@@ -72,13 +73,13 @@ def pair(
     for ref in (*model.matrices, *untied):
         name = counterparts.get(stripped(ref.parameter, drop_base))
         if name is None:
-            skipped.append(Skipped(ref.key.name, "base", "not in tuned"))
+            skipped.append(Skipped(ref.key.name, "base", "not in tuned", prod(ref.shape)))
             continue
         shape, tuned_shape = base.entries[ref.parameter].shape, tuned.entries[name].shape
         partner = replace(ref, parameter=name)
         whole = ref.rows is None and ref.columns is None and ref.expert is None and not ref.transposed
         if reason := unusable(name, tuned.entries):
-            skipped.append(Skipped(ref.key.name, "both", f"in tuned: {reason}"))
+            skipped.append(Skipped(ref.key.name, "both", f"in tuned: {reason}", prod(ref.shape)))
         elif shape == tuned_shape:
             matched.append(MatrixPair(ref.key, ref, partner))
         elif common_rows and shape[1:] == tuned_shape[1:] and whole:
@@ -90,7 +91,8 @@ def pair(
             notes.append(f"{ref.key.name}: first {rows[1]} rows of {shape[0]} (base) and {tuned_shape[0]} (tuned)")
         else:
             hint = "; --common-rows compares the rows that both have" if shape[1:] == tuned_shape[1:] else ""
-            skipped.append(Skipped(ref.key.name, "both", f"shape {shape} in base, {tuned_shape} in tuned{hint}"))
+            reason = f"shape {shape} in base, {tuned_shape} in tuned{hint}"
+            skipped.append(Skipped(ref.key.name, "both", reason, prod(ref.shape)))
     skipped += [
         replace(item, side="both" if stripped(item.name, drop_base) in counterparts else "base")
         for item in model.skipped
@@ -98,7 +100,7 @@ def pair(
     ]
     ours = {stripped(name, drop_base) for name in base}
     skipped += [
-        Skipped(name, "tuned", unusable(name, tuned.entries) or "not in base")
+        Skipped(name, "tuned", unusable(name, tuned.entries) or "not in base", matrix_size(name, tuned.entries))
         for bare, name in counterparts.items()
         if bare not in ours and recognition.may_hold(drop_base + bare, admits)
     ]

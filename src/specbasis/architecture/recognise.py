@@ -21,6 +21,7 @@ from specbasis.architecture.cut import (
     Place,
     cut,
     is_matrix_like,
+    matrix_size,
     may_be_tied,
     meaning,
     not_a_matrix,
@@ -192,7 +193,9 @@ class Recognition:
         for name, reading in self._readings.items():
             parts, doubt, reason = self._parts(name, reading)
             if reason:
-                skipped += [Skipped(name, "both", reason)] if self.may_hold(name, admits) else []
+                named = any(entry.get("skip") == reason for entry in reading.entries)
+                size = 0 if named else matrix_size(name, self.checkpoint.entries)
+                skipped += [Skipped(name, "both", reason, size)] if self.may_hold(name, admits) else []
                 continue
             named = bool(parts) and not doubt
             place = reading.place if parts else reading.around

@@ -52,7 +52,7 @@ class Judged:
     @cached_property
     def moved(self) -> list[Fact]:
         """Matrices that changed and still are those of base."""
-        still = {*self.verdict.frozen, *self.verdict.unrelated, *self.verdict.copied}
+        still = {*self.verdict.frozen, *self.verdict.unrelated, *self.verdict.copied, *self.verdict.undecided}
         return [m for m in self.facts.matrices if m["matrix"] not in still]
 
     def share(self, matrices: Iterable[Fact | str]) -> float:

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,8 @@ def _write(results: Results, running: Iterable[tuple[Task, list[Outcome]]], unch
         for label, outcome in outcomes:
             if isinstance(outcome, str):
                 results.part(label, task.name).unlink(missing_ok=True)  # a damaged one, which is not to be read
-                results.manifest["failed"].append({"pair": label, "matrix": task.name, "error": outcome})
+                failure = {"pair": label, "matrix": task.name, "size": prod(task.shape), "error": outcome}
+                results.manifest["failed"].append(failure)
             else:
                 results.write(label, task.name, outcome)
     results.manifest["failed"].sort(key=lambda failure: (failure["pair"], failure["matrix"]))

@@ -59,7 +59,7 @@ class Comparison:
         return by_pair(self.rows, self.pairs, self.failed, self.skipped)
 
     @cached_property
-    def skipped(self) -> dict[str, list[dict[str, str]]]:
+    def skipped(self) -> dict[str, list[dict[str, Any]]]:
         """For each pair what was not compared (name, side, reason), and what should have rows and has none."""
         reason = "without rows: the comparison was not finished, or they were lost; run it again"
         failed = {(failure["pair"], failure["matrix"]) for failure in self.failed}
@@ -97,7 +97,7 @@ class Comparison:
         return {label: own_means(facts, names) for label, facts in self.facts.items()}
 
     @property
-    def failed(self) -> list[dict[str, str]]:
+    def failed(self) -> list[dict[str, Any]]:
         """Matrices that could not be decomposed: pair, matrix, error."""
         return list(self.manifest["failed"])
 
@@ -111,12 +111,14 @@ class Comparison:
         """Verdicts, findings and summaries as plain data for JSON; null for what is not a finite number.
 
         Keys: base, folder, failed, and pairs, which has for each label verdict, findings and summaries with the
-        fields of `Verdict`, `Finding` and `RoleSummary`, and own, the user's own measures by role.
+        fields of `Verdict`, `Finding` and `RoleSummary`, not_compared (name, side, reason, size), and own, the
+        user's own measures by role.
         """
         pairs = {
             label: {
                 "tuned": self.manifest["pairs"][label]["tuned"]["source"],
                 "verdict": asdict(self.verdicts[label]),
+                "not_compared": self.skipped[label],
                 "findings": [asdict(finding) for finding in self.findings[label]],
                 "summaries": [asdict(line) for line in self.summaries[label]],
                 "own": self.own[label],

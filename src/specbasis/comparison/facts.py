@@ -34,13 +34,13 @@ class Facts:
 
     Attributes:
         rows: all of them.
-        failed: matrices that could not be decomposed: pair, matrix, error.
-        skipped: parameters that were not compared, as the manifest lists them: name, side, reason.
+        failed: matrices that could not be decomposed: pair, matrix, size, error.
+        skipped: parameters that were not compared, as the manifest lists them: name, side, size, reason.
     """
 
     rows: pa.Table
-    failed: Sequence[Mapping[str, str]] = ()
-    skipped: Sequence[Mapping[str, str]] = ()
+    failed: Sequence[Mapping[str, Any]] = ()
+    skipped: Sequence[Mapping[str, Any]] = ()
 
     @cached_property
     def uncompared(self) -> list[str]:
@@ -48,8 +48,23 @@ class Facts:
 
         What is no matrix, or is counted in another place, is not among them.
         """
-        left = [item["name"] for item in self.skipped if not _NO_MATRIX.match(item["reason"])]
+        left = [
+            item["name"] for item in self.skipped if item.get("size", 1) and not _NO_MATRIX.match(item["reason"])
+        ]
         return [*left, *(failure["matrix"] for failure in self.failed)]
+
+    @cached_property
+    def compared(self) -> float:
+        """Share of the matrix parameters of both models that the rows are about; NaN where it is not known.
+
+        The others are those that are on one side only, unreadable, failed, or of unknown layout.
+        """
+        left = [*self.skipped, *self.failed]
+        if any("size" not in item for item in left):  # a folder of version 0.1
+            return math.nan
+        inside = sum(m["size"] for m in self.matrices)
+        whole = inside + sum(int(item["size"]) for item in left)
+        return inside / whole if whole else math.nan
 
     def columns(self, measures: Sequence[str]) -> Columns:
         """The rows of some measures, as NumPy columns."""
@@ -97,8 +112,8 @@ _NO_MATRIX = re.compile(
 def by_pair(
     rows: pa.Table,
     labels: Sequence[str],
-    failed: Sequence[Mapping[str, str]] = (),
-    skipped: Mapping[str, Sequence[Mapping[str, str]]] | None = None,
+    failed: Sequence[Mapping[str, Any]] = (),
+    skipped: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
 ) -> dict[str, Facts]:
     """The facts of some pairs; the rows of each are found in one pass over all, and not copied."""
     column = rows["pair"].combine_chunks()

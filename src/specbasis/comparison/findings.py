@@ -15,19 +15,21 @@ import numpy as np
 
 from specbasis.comparison.check import CHECKS, Finding, Found, Judged, check
 from specbasis.comparison.facts import SIDES, Fact, Facts
-from specbasis.comparison.verdict import RELATED_COSINE, RELATED_SIGMAS, Verdict, copy_form, named_parts
+from specbasis.comparison.verdict import (
+    KEPT_COSINE,
+    LEVEL,
+    RELATED_COSINE,
+    Verdict,
+    copy_form,
+    named_parts,
+    noise_rank,
+    rounding,
+)
 from specbasis.core.errors import unknown
 from specbasis.core.intruders import INTRUDER_COSINE, INTRUDER_RANKS
 from specbasis.core.statistics import finite_median
 
 __all__ = ["CHECKS", "find", "kinds"]
-
-ROUNDING = 0.2
-"""Root-mean-square rounding error over the root mean square of entries, in units of 2^(1 − bits).
-
-ulp²/12 against x² over mantissas in [1, 2): √((1/12) / (7/3)) = 0.189 where these are uniform, 0.196 where their
-logarithms are; 0.21 for normal entries.
-"""
 
 
 def find(facts: Facts, verdict: Verdict) -> list[Finding]:
@@ -75,7 +77,8 @@ def _failed(pair: Judged, _: Mapping[str, float]) -> Found | None:
     "weights that do not come from base",
     "problem",
     weight_cosine=RELATED_COSINE,
-    weight_cosine_z=RELATED_SIGMAS,
+    kept_cosine=KEPT_COSINE,
+    level=LEVEL,
 )
 def _wrong_base(pair: Judged, _: Mapping[str, float]) -> Found | None:
     if pair.verdict.kind != "independent":
@@ -96,7 +99,8 @@ def _wrong_base(pair: Judged, _: Mapping[str, float]) -> Found | None:
     "parts of a finetune that do not come from base",
     "problem",
     weight_cosine=RELATED_COSINE,
-    weight_cosine_z=RELATED_SIGMAS,
+    kept_cosine=KEPT_COSINE,
+    level=LEVEL,
 )
 def _foreign(pair: Judged, _: Mapping[str, float]) -> Found | None:
     names = pair.verdict.unrelated
@@ -104,6 +108,16 @@ def _foreign(pair: Judged, _: Mapping[str, float]) -> Found | None:
         return None
     share = pair.share(names)
     return f"{_count(names)} ({share:.1%} of the parameters) were not finetuned from base", names, {"share": share}
+
+
+@check("zeros", "matrices of nothing but zeros in tuned", "problem")
+def _zeros(pair: Judged, _: Mapping[str, float]) -> Found | None:
+    lost = [m for m in pair.facts.matrices if m.get("zero_entries_tuned") == 1 and m.get("zero_entries_base") != 1]
+    if not lost:
+        return None
+    share = pair.share(lost)
+    text = f"{_count(lost)} of tuned hold nothing but zeros ({share:.1%} of the parameters), where base has weights"
+    return text, [m["matrix"] for m in lost], {"share": share}
 
 
 @check("reordered", "rows or columns in another order", "problem", kept=0.9, lost=0.3, side=8)
@@ -304,9 +318,10 @@ def _barely(pair: Judged, threshold: Mapping[str, float]) -> Found | None:
     )
 
 
-@check("low-rank", "updates of few ranks above rounding", "note", floor=4.0, share=0.25, side=32)
-def _low_rank(pair: Judged, threshold: Mapping[str, float]) -> Found | None:
-    """Ranks of delta that stand out of the rounding of the weights, whose largest singular value is about that."""
+def _ranks(pair: Judged, threshold: Mapping[str, float], *, cut_off: bool) -> dict[str, int]:
+    """Matrix → ranks of delta that stand out of the rounding of the weights, whose largest singular value is about
+    that: those where the values fall from one rank to the next (cut off), or those where they sink into it.
+    """
     columns = pair.facts.columns(["singular_value_delta"])
     ranks: dict[str, int] = {}
     for m in pair.having("norm_base", "precision_base"):
@@ -316,27 +331,32 @@ def _low_rank(pair: Judged, threshold: Mapping[str, float]) -> Found | None:
         floor = rounding(m) * m["norm_base"] / math.sqrt(noise_rank(m["out"], m["in"]))
         rank = int((threshold["floor"] * floor < S).sum())
         if 0 < rank <= threshold["share"] * len(S):
-            ranks[m["matrix"]] = rank
+            falls = S[rank - 1] >= threshold["fall"] * max(S[rank], floor)
+            ranks |= {m["matrix"]: rank} if falls == cut_off else {}
+    return ranks
+
+
+def _of_ranks(ranks: Mapping[str, int], words: str) -> Found | None:
     if not ranks:
         return None
     low, high = min(ranks.values()), max(ranks.values())
     text = f"rank {low}" if low == high else f"ranks {low} to {high}"
-    return (
-        f"the update of {_count(ranks)} has only {text} above the rounding of the weights: a merged low-rank "
-        "adapter, or only some of the rows trained",
-        ranks,
-        {"lowest_rank": low, "highest_rank": high},
-    )
+    about = f"the update of {_count(ranks)} has only {text} above the rounding of the weights{words}"
+    return about, ranks, {"lowest_rank": low, "highest_rank": high}
 
 
-def noise_rank(out: int, width: int) -> float:
-    """Stable rank of a large matrix of independent entries: out·in / (√out + √in)². Source: Bai & Yin 1993."""
-    return out * width / (math.sqrt(out) + math.sqrt(width)) ** 2
+@check(
+    "low-rank", "updates of few ranks, and nothing beyond them", "note", floor=4.0, share=0.25, side=32, fall=3.0
+)
+def _low_rank(pair: Judged, threshold: Mapping[str, float]) -> Found | None:
+    words = ", and none in between: a merged low-rank adapter, or only some of the rows trained"
+    return _of_ranks(_ranks(pair, threshold, cut_off=True), words)
 
 
-def rounding(m: Fact) -> float:
-    """Relative rounding error that the precision of both sides leaves: `ROUNDING`·2^(1 − bits), in quadrature."""
-    return ROUNDING * math.hypot(*(2.0 ** (1 - m[f"precision_{side}"]) for side in ("base", "tuned")))
+@check("below-rounding", "updates whose tail is lost in rounding", "note", floor=4.0, share=0.25, side=32, fall=3.0)
+def _below(pair: Judged, threshold: Mapping[str, float]) -> Found | None:
+    words = ", into which the others sink: what rank it was trained at is not in the stored weights"
+    return _of_ranks(_ranks(pair, threshold, cut_off=False), words)
 
 
 def _count(names: Iterable[Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +151,7 @@ def _about(pairing: Pairing, provenance: dict[str, Any], options: Options) -> di
         "tuned": provenance,
         "architecture": pairing.family.name,
         "matrices": [m.key.name for m in pairing.matched],
-        "skipped": [{"name": s.name, "side": s.side, "reason": s.reason} for s in pairing.skipped],
+        "skipped": [asdict(item) for item in pairing.skipped],
         "notes": [
             *([f"no architecture file matches: {STRUCTURAL.title}"] if pairing.family is STRUCTURAL else []),
             *([f"no matrix here has {', '.join(unmatched)}"] if unmatched else []),

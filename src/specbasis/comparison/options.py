@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from specbasis.measures.measure import Measure
 
 
+ALWAYS = ("weight_cosine_z_limit",)
+"""What version 0.1 did not have and is taken whatever is asked for: the folders that it began go on."""
+
+
 @dataclass(frozen=True)
 class Options(Selection):
     """What to compare, how far down the spectrum, and where to compute.
@@ -145,6 +149,6 @@ class Options(Selection):
         return {
             **super().config(),
             "cached": self.cache is not None,
-            "measures": [measure.name for measure in self.taken],
+            "measures": [measure.name for measure in self.taken if measure.name not in ALWAYS],
             "own": {function.__name__: digest(function) for function in self.own},
         }

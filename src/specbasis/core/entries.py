@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,8 +17,11 @@ from specbasis.core.errors import NonFiniteError
 PROBES = 8
 """Random vectors that measure ‖WᵀT‖_F. More: a surer `_correspondence`, which is off by a fifth as a rule."""
 
-LEAST_SIDE = 64
-"""Where a side is shorter than this, even equal matrices may exceed random orders by too little to tell."""
+LEAST_SIDE = 8
+"""Where a side is shorter than this, it has too few orders for any test of them."""
+
+EXACT_SIDE = 256
+"""Where the shorter side is shorter than this, ‖WᵀT‖_F is computed and not measured."""
 
 _BLOCK = 2**17  # entries of one block of rows: they stay in a core's cache
 
@@ -51,14 +54,15 @@ def read_entries(W: Tensor, T: Tensor, names: tuple[str, str] = ("base", "tuned"
 
     - ``weight_cosine``: ⟨W, T⟩ / (‖W‖ ‖T‖), NaN where one is zero;
     - ``weight_cosine_z``: `_correspondence`, of the rows or of the columns, whichever is smaller; NaN where a side
-      is shorter than `LEAST_SIDE`;
+      is shorter than `LEAST_SIDE`; ``weight_cosine_z_limit``: the most that it could be at these norms;
     - ``equal_entries``: share of entries that are equal; ``equal_entries_rounded``: equal once both are rounded to
       the coarser of the two precisions;
     - ``precision_base``, ``precision_tuned``: significant bits of the coarsest of `dtypes.UNSCALED`, and of the
       8-bit formats in which one of the two is stored, that holds every entry;
     - ``zero_entries_base``, ``zero_entries_tuned``: share of zeros;
     - ``grid_levels_base``, ``grid_levels_tuned``: `grid`, NaN where the entries lie on none;
-    - ``equal_entries_grid``: share of base's sampled groups that round to tuned's on the grid of tuned.
+    - ``equal_entries_grid``: share of sampled groups of one side that round to the other's on its grid, that of
+      tuned, or that of base where tuned has none.
 
     Costs about 12·`PROBES`·out·in flops.
 
@@ -72,7 +76,8 @@ def read_entries(W: Tensor, T: Tensor, names: tuple[str, str] = ("base", "tuned"
     columns, rows = _probes(width), _probes(out)
     images: list[Tensor] = [columns.new_zeros(width, PROBES), rows.new_zeros(width, PROBES)]
     sums = [columns.new_zeros(width), columns.new_zeros(width)]
-    squares, inner, by_rows = [0.0, 0.0, 0.0], 0.0, 0.0
+    squares, inner = [0.0, 0.0, 0.0], 0.0
+    row_sums = columns.new_zeros(3)  # Σ (sum of a row)², of base and of tuned, and the product of both
     counts = dict.fromkeys(("equal", "zero_base", "zero_tuned", *forms), 0)
     held = {(side, format_): True for side in ("base", "tuned") for format_ in forms}
     step = max(1, _BLOCK // width)
@@ -81,7 +86,8 @@ def read_entries(W: Tensor, T: Tensor, names: tuple[str, str] = ("base", "tuned"
         flat = a.flatten(), b.flatten(), (b - a).flatten()
         inner += float(flat[0] @ flat[1])
         squares = [total + float(x @ x) for total, x in zip(squares, flat, strict=True)]
-        by_rows += float(a.sum(1) @ b.sum(1))
+        x, y = a.sum(1), b.sum(1)
+        row_sums += torch.stack([x @ x, y @ y, x @ y])
         sums = [total + x.sum(0) for total, x in zip(sums, (a, b), strict=True)]
         images[0] += a.mT @ (b @ columns)
         images[1] += b.mT @ rows[start : start + step]
@@ -93,16 +99,23 @@ def read_entries(W: Tensor, T: Tensor, names: tuple[str, str] = ("base", "tuned"
                 f"{name}: {bad} of {X.numel()} entries are NaN or Inf: no SVD; repair or leave it out"
             )
     product = math.sqrt(squares[0]) * math.sqrt(squares[1])
-    z = [
-        _correspondence(inner - by_rows / width, _centred(images[0]), width),
-        _correspondence(inner - float(sums[0] @ sums[1]) / out, _second_pass(W, images[1], scale, step), out),
+    if min(W.shape) < EXACT_SIDE:
+        spread = _exact_spread(*(X.to(torch.float64) * scale for X in (W, T)))
+    else:
+        spread = _centred(images[0]), _second_pass(W, images[1], scale, step)
+    column_sums = torch.stack([sums[0] @ sums[0], sums[1] @ sums[1], sums[0] @ sums[1]])
+    orders = [
+        _correspondence([*squares[:2], inner], shared, square, n)
+        for shared, square, n in ((row_sums / width, spread[0], width), (column_sums / out, spread[1], out))
     ]
+    z, limit = min(orders) if min(W.shape) >= LEAST_SIDE else (math.nan, math.nan)
     stored = {side: next((form for form in forms if held[side, form]), "float64") for side in ("base", "tuned")}
     bits = {side: FORMATS[form].precision for side, form in stored.items()}
     coarser = min(stored.values(), key=lambda form: FORMATS[form].precision)
     figures = {
         "weight_cosine": max(-1.0, min(1.0, inner / product)) if product else math.nan,
-        "weight_cosine_z": min(z) if min(W.shape) >= LEAST_SIDE else math.nan,
+        "weight_cosine_z": z,
+        "weight_cosine_z_limit": limit,
         "equal_entries": counts["equal"] / W.numel(),
         "equal_entries_rounded": counts[coarser if coarser in forms else "equal"] / W.numel(),
         **{f"precision_{side}": float(n) for side, n in bits.items()},
@@ -145,16 +158,36 @@ def _second_pass(W: Tensor, Y: Tensor, scale: float, step: int) -> float:
     return (total - float(sums @ sums) / len(W)) / PROBES
 
 
-def _correspondence(inner: float, square: float, n: int) -> float:
+def _exact_spread(W: Tensor, T: Tensor) -> tuple[float, float]:
+    """‖C WᵀT C‖²_F and ‖C W Tᵀ C‖²_F, by products as small as the shorter side."""
+    if len(W) > W.shape[1]:
+        return _exact_spread(W.mT, T.mT)[::-1]
+    a, b = (X - X.mean(1, keepdim=True) for X in (W, T))
+    c, d = (X - X.mean(0) for X in (W, T))
+    return float(((a @ a.mT) * (b @ b.mT)).sum()), float((c @ d.mT).square().sum())
+
+
+def _correspondence(sums: Sequence[float], shared: Tensor, square: float, n: int) -> tuple[float, float]:
     """By how many standard deviations ⟨W, T⟩ exceeds that of T with its n columns (or rows) in random order.
 
     (⟨W, T⟩ − mean) / (‖C WᵀT C‖_F / √(n − 1)), C = I − 11ᵀ/n: the exact mean and variance over all orders, but for
-    ‖·‖_F, which is measured with random vectors. Standard normal for hidden units of independent trainings,
-    whatever the spectra and the means; a finetune gives up to about √n·√(n_eff).
+    ‖·‖_F, which in large matrices is measured with random vectors. Standard normal for hidden units of independent
+    trainings, whatever the spectra and the means. And its limit, ‖W C‖ ‖T C‖ in place of ⟨W C, T C⟩: the ratio of
+    the two is the cosine of what is left when the means are taken off; a copy is at about √n·√(n_eff).
+
+    Args:
+        sums: ‖W‖²_F, ‖T‖²_F, ⟨W, T⟩.
+        shared: of each, the part of the means.
+        square: ‖C WᵀT C‖²_F.
+        n: how many columns (or rows) there are.
 
     Source: Hoeffding 1951, A combinatorial central limit theorem.
     """
-    return inner / math.sqrt(square / (n - 1)) if square > 0 else math.nan
+    first, second, inner = (whole - float(mean) for whole, mean in zip(sums, shared, strict=True))
+    if not square > 0:
+        return math.nan, math.nan
+    deviation = math.sqrt(square / (n - 1)) if n > 1 else math.nan
+    return inner / deviation, math.sqrt(max(first, 0.0)) * math.sqrt(max(second, 0.0)) / deviation
 
 
 def _count(a: Tensor, b: Tensor, counts: dict[str, int], held: dict[tuple[str, str], bool]) -> None:
@@ -190,12 +223,13 @@ LEVELS = 2**11
 
 def _grids(W: Tensor, T: Tensor) -> dict[str, float]:
     groups = [_groups(X) for X in (W, T)]
-    (levels, _), (tuned_levels, step) = (grid(x) for x in groups)
+    (levels, base_step), (tuned_levels, tuned_step) = (grid(x) for x in groups)
+    step = base_step if math.isnan(tuned_levels) else tuned_step
     fit = (groups[1] - groups[0]).abs().amax(1) <= 0.5001 * step
     return {
         "grid_levels_base": levels,
         "grid_levels_tuned": tuned_levels,
-        "equal_entries_grid": math.nan if math.isnan(tuned_levels) else float(fit.double().mean()),
+        "equal_entries_grid": float(fit.double().mean()) if levels > 0 or tuned_levels > 0 else math.nan,
     }
 
 

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from specbasis.comparison.check import Finding
     from specbasis.comparison.comparison import Comparison
 
-VERDICTS = {"identical": "=", "partial": "⊆", "copy": "≅", "finetuned": "→", "independent": "≠", "mixed": "≈"}
+VERDICTS = {"identical": "=", "partial": "⊆", "copy": "≅", "finetuned": "→", "related": "~", "independent": "≠",
+            "mixed": "≈", "undecided": "?"}  # fmt: skip
 """A sign for each kind of verdict, so that it does not rest on colour alone."""
 
 SEVERITIES = {"problem": "!", "note": "·"}

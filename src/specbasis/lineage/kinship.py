@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.special import stdtr
 from torch import Tensor
 
 from specbasis.architecture.key import MatrixKey, MatrixRef
 from specbasis.architecture.pair import pair
 from specbasis.checkpoint import Checkpoint
-from specbasis.comparison.verdict import RELATED_COSINE, RELATED_SIGMAS, UNTESTED_COSINE, copy_form
+from specbasis.comparison.verdict import LEVEL, RELATED_COSINE, copy_form
 from specbasis.core.blocks import unit_scale
 from specbasis.core.entries import LEAST_SIDE, read_entries
 from specbasis.core.errors import InputError
@@ -23,15 +25,28 @@ from specbasis.core.subspace import chance_alignment
 from specbasis.core.svd import half_svd
 
 SAMPLED = 8
-"""Matrices in which the alignment of leading vectors, the order of rows and the form are looked at."""
+"""Matrices, of those that moved, in which alignment, order and form are looked at; fewer in a large folder."""
 
 RANKS = 10
 """Leading ranks whose vectors are aligned."""
 
+ORDERS = 8
+"""Random orders of rows, and of columns, of each sampled matrix: the null distribution of the inner product."""
+
+NEAREST = 4
+"""Neighbours of each checkpoint whose form is looked at."""
+
+_ENTRIES = 2**16  # of a sampled matrix, in which its order is tested
 _CHUNK = 2**22  # entries of all models together that are in memory at a time
 
 Places = dict[int, MatrixRef]
 """Number of a checkpoint → where it holds a matrix."""
+
+Key = tuple[MatrixKey, int]
+"""A matrix and its columns: models of one family have the same names and other sizes."""
+
+Squares = NDArray[np.float64]
+"""Of every two checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +57,9 @@ class Kinship:
         first, second: their names.
         matrices: how many they have in common.
         cosine: of their weights, median over matrices; chance is 0.
-        z: that cosine in standard deviations of random orders, median; NaN where the cosine alone decides.
+        z: by how many standard deviations, over random orders, the inner product of sampled matrices exceeds its
+            mean: of rows or of columns, whichever is smaller.
+        error: chance that any two unrelated checkpoints of the folder have a z as large (Student's t, Bonferroni).
         distance: ‖first − second‖ / ‖·‖, over all weights, each matrix scaled to its mean norm.
         alignment: of the leading `RANKS` vectors, both sides, mean over sampled matrices.
         chance: what independent directions would give there.
@@ -61,6 +78,7 @@ class Kinship:
     chance: float
     related: bool
     form: str = ""
+    error: float = math.nan
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +95,7 @@ class Shared:
 
     opened: Sequence[Checkpoint]
     names: Sequence[str]
-    matrices: Mapping[MatrixKey, Places]
+    matrices: Mapping[Key, Places]
     grown: frozenset[tuple[int, int]]
     notes: tuple[str, ...]
 
@@ -90,7 +108,7 @@ class Shared:
         Raises:
             InputError: nothing.
         """
-        matrices: dict[MatrixKey, Places] = {}
+        matrices: dict[Key, Places] = {}
         grown: set[tuple[int, int]] = set()
         notes, waiting = [], list(range(len(opened)))
         while waiting:
@@ -104,7 +122,7 @@ class Shared:
                 if not matched:
                     waiting.append(other)
                 for m in matched:
-                    matrices.setdefault(m.key, {first: m.base})[other] = m.tuned
+                    matrices.setdefault((m.key, m.base.shape[1]), {first: m.base})[other] = m.tuned
                     before, after = (
                         opened[k].entries[ref.parameter].shape[0] for k, ref in ((first, m.base), (other, m.tuned))
                     )
@@ -116,82 +134,111 @@ class Shared:
             raise InputError(f"no matrix in common by name and shape among {', '.join(names[:4])}")
         return cls(opened, names, matrices, frozenset(grown), tuple(notes))
 
-    def kinships(self, *, align: bool) -> dict[tuple[int, int], Kinship]:
-        """The figures of every two checkpoints with matrices in common, the earlier one first."""
+    @cached_property
+    def sums(self) -> Sums:
+        """What every matrix adds to the figures of every two checkpoints, each read once."""
         sums = Sums(len(self.opened))
         for key, places in self.matrices.items():
             sums.add(key, {k: ref.read(self.opened[k]) for k, ref in sorted(places.items())})
-        vectors = self._leading if align else {}
-        return {
-            (i, j): self._kinship(i, j, sums, vectors)
-            for i, j in itertools.combinations(range(len(self.opened)), 2)
-            if sums.count[i, j]
-        }
+        return sums
 
-    def _kinship(self, i: int, j: int, sums: Sums, vectors: Mapping[MatrixKey, Mapping[int, Sides]]) -> Kinship:
-        cosines = {key: cosine for key, cosine in sums.cosines[i, j].items() if not math.isnan(cosine)}
-        cosine = float(np.median(list(cosines.values()))) if cosines else math.nan
-        # Far from both the cosines of trainings of their own and those of gentle finetunes the order is tested.
-        related, z = cosine >= UNTESTED_COSINE, math.nan
-        if RELATED_COSINE <= cosine < 2 * UNTESTED_COSINE:
-            z = self._order(i, j, list(cosines))
-            related = z >= RELATED_SIGMAS
-        scale = math.sqrt((sums.first[i, j] + sums.first[j, i]) / 2)
-        sides = [xy for of in vectors.values() if {i, j} <= of.keys() for xy in zip(of[i], of[j], strict=True)]
-        return Kinship(
-            self.names[i],
-            self.names[j],
-            int(sums.count[i, j]),
-            cosine,
-            z,
-            math.sqrt(sums.distance[i, j]) / scale,
-            float(np.mean([float((X * Y).sum(0).abs().mean()) for X, Y in sides])) if sides else math.nan,
-            float(np.mean([chance_alignment(len(X)) for X, _ in sides])) if sides else math.nan,
-            bool(related),
-            self._form(i, j) if related else "",
-        )
+    def kinships(self, *, align: bool) -> dict[tuple[int, int], Kinship]:
+        """The figures of every two checkpoints with matrices in common, the earlier one first."""
+        sums, pairs = self.sums, list(zip(*np.nonzero(np.triu(self.sums.count, 1)), strict=True))
+        cosine = sums.cosine()
+        z = self._orders()
+        error = np.minimum(1.0, len(pairs) * stdtr(ORDERS * len(self._moved), -z))
+        related = (error <= LEVEL) & (cosine >= RELATED_COSINE)
+        apart = np.sqrt(2 * sums.distance / (sums.first + sums.first.T).clip(min=np.finfo(float).tiny))
+        vectors = self._leading if align else {}
+        near = np.argsort(np.where(related, apart, np.inf), axis=1)[:, : NEAREST + 1]
+        kinships = {}
+        for i, j in ((int(i), int(j)) for i, j in pairs):
+            known = related[i, j] and (j in near[i] or i in near[j])
+            kinships[i, j] = Kinship(
+                self.names[i],
+                self.names[j],
+                int(sums.count[i, j]),
+                float(cosine[i, j]),
+                float(z[i, j]),
+                float(apart[i, j]),
+                *self._alignment(i, j, vectors),
+                bool(related[i, j]),
+                self._form(i, j) if known else "",
+                float(error[i, j]),
+            )
+        return kinships
 
     @cached_property
-    def _leading(self) -> dict[MatrixKey, dict[int, Sides]]:
-        """Leading vectors of every checkpoint in a few matrices spread over those that most have."""
-        by_name = sorted(self.matrices.items(), key=lambda item: (-len(item[1]), item[0].name))
-        wide = [key for key, places in by_name if min(next(iter(places.values())).shape) >= 2 * RANKS]
-        wide = [key for key in wide if len(self.matrices[key]) == len(self.matrices[wide[0]])]
-        vectors: dict[MatrixKey, dict[int, Sides]] = {}
-        for key in _spread(wide):
+    def _moved(self) -> list[Key]:
+        """A few matrices, of those that most checkpoints have and that differ between most of them."""
+        moved = {key: int((apart > 0).sum()) for key, apart in self.sums.apart.items()}
+        wide = [key for key in moved if min(next(iter(self.matrices[key].values())).shape) >= LEAST_SIDE]
+        most = max((moved[key] for key in wide), default=0)
+        keys = sorted((key for key in wide if moved[key] >= 0.9 * most), key=lambda key: key[0].name)
+        least = max(1, min(SAMPLED, 320 // len(self.opened)))
+        return _spread(keys, least) + [key for key in wide if most == 0][:least]
+
+    def _orders(self) -> Squares:
+        """`Kinship.z`: one draw of an order serves every two checkpoints."""
+        n = len(self.opened)
+        inner, square = np.zeros((2, n, n)), np.zeros((2, n, n))
+        generator = torch.Generator().manual_seed(0)
+        for key in self._moved:
+            places = self.matrices[key]
+            who = sorted(places)
+            W = [places[k].read(self.opened[k]).to(torch.float64) for k in who]
+            rows, scale = min(len(X) for X in W), unit_scale(*W)
+            rows = min(rows, max(LEAST_SIDE, _ENTRIES // key[1]))
+            X = torch.stack([x[:rows] for x in W]) * scale
+            X = torch.where(torch.isfinite(X), X, 0.0)
+            X = X / torch.linalg.vector_norm(X, dim=(1, 2), keepdim=True).clamp(min=torch.finfo(X.dtype).tiny)
+            at = np.ix_(who, who)
+            for axis in (1, 2):
+                Y = (X - X.mean(axis, keepdim=True)).flatten(1)
+                inner[axis - 1][at] += (Y @ Y.mT).numpy()
+                for _ in range(ORDERS):
+                    order = torch.randperm(X.shape[axis], generator=generator)
+                    drawn = Y @ Y.reshape(X.shape).index_select(axis, order).flatten(1).mT
+                    square[axis - 1][at] += ((drawn.square() + drawn.mT.square()) / 2 / ORDERS).numpy()
+        with np.errstate(invalid="ignore", divide="ignore"):
+            z: Squares = np.nan_to_num((inner / np.sqrt(square)).min(0), nan=0.0)
+        return z
+
+    def _alignment(self, i: int, j: int, vectors: Mapping[Key, Mapping[int, Sides]]) -> tuple[float, float]:
+        """Of leading vectors, in the sampled matrices that differ between two, and what chance would give."""
+        both = [key for key in vectors if {i, j} <= vectors[key].keys()]
+        both = [key for key in both if self.sums.apart[key][i, j] > 0] or both
+        sides = [xy for key in both for xy in zip(vectors[key][i], vectors[key][j], strict=True)]
+        if not sides:
+            return math.nan, math.nan
+        aligned = [float((X * Y).sum(0).abs().mean()) for X, Y in sides]
+        return float(np.mean(aligned)), float(np.mean([chance_alignment(len(X)) for X, _ in sides]))
+
+    @cached_property
+    def _leading(self) -> dict[Key, dict[int, Sides]]:
+        """Leading vectors of every checkpoint in the sampled matrices."""
+        vectors: dict[Key, dict[int, Sides]] = {}
+        for key in self._moved:
             rows = min(ref.shape[0] for ref in self.matrices[key].values())
             for k, ref in self.matrices[key].items():
                 W = ref.read(self.opened[k])[:rows]
-                if bool(torch.isfinite(W).all()) and float(W.abs().max()) > 0:
-                    s = half_svd(W, RANKS, name=f"{key.name} in {self.opened[k].source}")
+                if min(W.shape) >= 2 * RANKS and bool(torch.isfinite(W).all()) and float(W.abs().max()) > 0:
+                    s = half_svd(W, RANKS, name=f"{key[0].name} in {self.opened[k].source}")
                     sides = (s.vectors("left", RANKS), s.vectors("right", RANKS))
                     vectors.setdefault(key, {})[k] = sides
         return vectors
 
-    def _sample(self, i: int, j: int, keys: Sequence[MatrixKey]) -> list[tuple[Tensor, Tensor]]:
-        """Both sides of a few matrices that both have, the small ones left out: these are read once more."""
-        keys = [key for key in keys if {i, j} <= self.matrices[key].keys()]
-        keys = sorted(keys, key=lambda key: math.prod(self.matrices[key][i].shape))
-        sample = []
-        for key in _spread([key for key in keys if min(self.matrices[key][i].shape) >= LEAST_SIDE] or keys):
+    def _form(self, i: int, j: int) -> str:
+        """In what form one holds the weights of the other, where all sampled matrices that differ say the same."""
+        forms: set[str] = set()
+        keys = [key for key in self.matrices if {i, j} <= self.matrices[key].keys()]
+        differ = [key for key in keys if key in self.sums.apart and self.sums.apart[key][i, j] > 0]
+        large = [key for key in differ if min(self.matrices[key][i].shape) >= LEAST_SIDE]
+        for key in _spread(large or differ, SAMPLED):
             W, T = (self.matrices[key][k].read(self.opened[k]) for k in (i, j))
             rows = min(len(W), len(T))
-            sample.append((W[:rows], T[:rows]))
-        return sample
-
-    def _order(self, i: int, j: int, keys: Sequence[MatrixKey]) -> float:
-        """Median over sampled matrices of the cosine, in standard deviations of random orders."""
-        z = [read_entries(W, T).figures["weight_cosine_z"] for W, T in self._sample(i, j, keys)]
-        z = [value for value in z if not math.isnan(value)]
-        return float(np.median(z)) if z else math.nan
-
-    def _form(self, i: int, j: int) -> str:
-        """In what form one holds the weights of the other, where all sampled matrices say the same."""
-        forms: set[str] = set()
-        for W, T in self._sample(i, j, list(self.matrices)):
-            if torch.equal(W.double(), T.double()):
-                continue
-            form = _copy(W, T) or (f"<{reverse}" if (reverse := _copy(T, W)) else "")
+            form = _copy(W[:rows], T[:rows]) or (f"<{back}" if (back := _copy(T[:rows], W[:rows])) else "")
             forms.add(form)
             if forms != {form} or not form:
                 return ""
@@ -209,9 +256,20 @@ class Sums:
         self.first = np.zeros((n, n))  # Σ w ‖X_i‖², over the matrices that i and j have in common
         self.distance = np.zeros((n, n))  # Σ w ‖X_i − X_j‖²
         self.count = np.zeros((n, n), int)
-        self.cosines: dict[tuple[int, int], dict[MatrixKey, float]] = {}
+        self.apart: dict[Key, Squares] = {}  # the part of each matrix in the distance; NaN where one has it not
+        self._cosines: list[Squares] = []
 
-    def add(self, key: MatrixKey, matrices: Mapping[int, Tensor]) -> None:
+    def cosine(self) -> Squares:
+        """Median over matrices."""
+        n = len(self.count)
+        if not self._cosines:
+            return np.full((n, n), math.nan)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # two that have nothing in common
+            cosine: Squares = np.nanmedian(np.stack(self._cosines), 0)
+        return cosine
+
+    def add(self, key: Key, matrices: Mapping[int, Tensor]) -> None:
         """Take in one matrix of every checkpoint that has it, a part at a time."""
         who = list(matrices)
         rows = min(len(X) for X in matrices.values())
@@ -235,17 +293,24 @@ class Sums:
         self.first[at] += weight * norms[:, None]
         self.distance[at] += weight * apart.clip(min=0)
         self.count[at] += 1
-        for (a, i), (b, j) in itertools.combinations(enumerate(who), 2):
-            product = math.sqrt(norms[a] * norms[b])
-            self.cosines.setdefault((i, j), {})[key] = float(gram[a, b]) / product if product else math.nan
+        self.apart[key] = np.full(self.count.shape, math.nan)
+        self.apart[key][at] = weight * apart.clip(min=0)
+        cosine = np.full(self.count.shape, math.nan)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            cosine[at] = gram / np.sqrt(np.outer(norms, norms))
+        self._cosines.append(cosine)
 
 
 def _copy(W: Tensor, T: Tensor) -> str:
     """In what form T holds the weights of W; empty where it does not, or where it is W that lost something."""
-    form = copy_form({"out": len(W), "in": W.shape[1], "size": W.numel(), **read_entries(W, T).figures})
+    entries = read_entries(W, T)
+    size = {"out": len(W), "in": W.shape[1], "size": W.numel()}
+    norms = {f"norm_{which}": norm for which, norm in entries.norms.items()}
+    update = norms["norm_delta"] / norms["norm_base"] if norms["norm_base"] else math.nan
+    form = copy_form({**size, **norms, "relative_update": update, **entries.figures})
     return "" if "base is" in form else form
 
 
-def _spread(keys: Sequence[MatrixKey]) -> list[MatrixKey]:
-    """At most `SAMPLED` of some matrices, evenly spaced."""
-    return [keys[int(k)] for k in np.unique(np.linspace(0, len(keys) - 1, min(SAMPLED, len(keys))).round())]
+def _spread(keys: Sequence[Key], most: int) -> list[Key]:
+    """At most so many of some matrices, evenly spaced."""
+    return [keys[int(k)] for k in np.unique(np.linspace(0, len(keys) - 1, min(most, len(keys))).round())]

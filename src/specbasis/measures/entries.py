@@ -22,9 +22,15 @@ of_each = partial(of_entries, variants={"which": PAIR})
 )
 def weight_cosine_z(t: Triple) -> float:
     """Cosine against that of rows, or of columns, in random order, whichever is smaller; independent units: 0 ± 1;
-    absent where a side is shorter than 64.
+    absent where a side is shorter than 8.
     """
     return t.figures.get("weight_cosine_z", math.nan)
+
+
+@of_entries(formula="‖W C‖ ‖W̃ C‖ / the same standard deviation, C the centring of what is ordered")
+def weight_cosine_z_limit(t: Triple) -> float:
+    """The most that weight_cosine_z could be, of a copy; the ratio of both is a cosine without the means."""
+    return t.figures.get("weight_cosine_z_limit", math.nan)
 
 
 @of_entries()
@@ -63,5 +69,5 @@ def grid_levels(t: Triple, which: str) -> float:
 
 @of_entries()
 def equal_entries_grid(t: Triple) -> float:
-    """Share of sampled groups of 32 in which base rounds to tuned on the grid of tuned; absent without one."""
+    """Share of sampled groups of 32 in which one side rounds to the other on its grid; absent without one."""
     return t.figures.get("equal_entries_grid", math.nan)
