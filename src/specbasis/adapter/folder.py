@@ -23,6 +23,7 @@ from specbasis.checkpoint.atomic import write_whole, writing
 from specbasis.checkpoint.entry import reading
 from specbasis.checkpoint.places import transformers_address
 from specbasis.checkpoint.writer import write_model
+from specbasis.core.brief import brief
 from specbasis.core.errors import InputError
 from specbasis.core.extras import quiet
 from specbasis.core.svd import SVD, decompose
@@ -54,6 +55,7 @@ class StoredLayer:
         return functional.core(self.M.double(), self.proof.S.double(), self.scale)
 
 
+@brief
 @dataclass(frozen=True, eq=False)
 class AdapterFolder:
     """A spectral adapter on disk: its configuration, its adapted matrices, and the modules saved whole."""

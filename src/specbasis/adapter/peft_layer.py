@@ -53,8 +53,8 @@ class SpectralLayer(SpectralLinear, BaseTunerLayer):
                 )
             getattr(backend, "get_apply_tensor_subclass", bool)()  # refuses before anything is replaced
             warnings.warn(
-                f"{self.module_name}: the merged weight is quantised again with {backend.backend_name}; its "
-                "rounding changes the model. Merge into the unquantised base for an exact result",
+                f"merged weights are quantised again with {backend.backend_name}; this rounding changes the model. "
+                "Merge into the unquantised base for an exact result",
                 stacklevel=2,
             )
         super().merge(safe_merge, names)

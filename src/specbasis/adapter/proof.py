@@ -178,7 +178,7 @@ def align(proof: Proof, basis: SVD, W: Float[Tensor, "out in"], name: str) -> SV
         raise InputError(_reason(proof, basis, W, off, change, name))
     if weight_digest(W) != proof.digest:
         warnings.warn(
-            f"{name}: the base weight is not the one the adapter was trained on, but its singular vectors on the "
+            "base weights are not those that the adapter was trained on, but their singular vectors on its "
             "interval are; the update is the same, the frozen rest of the model may not be",
             stacklevel=2,
         )
@@ -240,8 +240,8 @@ def check_stored(
             f"{allowed[worst]:.2g}); it is another model or revision: load the base that the adapter was trained on"
         )
     warnings.warn(
-        f"{name}: the base weight is a {grid} rounding of the one that the adapter was trained on "
-        f"({proof.dtype}); the update is the trained one, the frozen weight is rounded",
+        f"base weights are a {grid} rounding of those that the adapter was trained on ({proof.dtype}); the update "
+        "is the trained one, the frozen weights are rounded",  # the same for every layer: one line
         stacklevel=2,
     )
     return False

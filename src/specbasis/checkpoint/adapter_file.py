@@ -19,6 +19,7 @@ from torch import Tensor
 from specbasis.checkpoint.choice import USUAL, read_config
 from specbasis.checkpoint.entry import Entry, reading, shown
 from specbasis.checkpoint.places import Place, locate
+from specbasis.core.brief import brief
 from specbasis.core.errors import InputError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -40,6 +41,7 @@ _PART = re.compile(
 )
 
 
+@brief
 @dataclass(frozen=True, eq=False)
 class AdapterFile:
     """A PEFT adapter as its folder holds it.

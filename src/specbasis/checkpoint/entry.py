@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from specbasis.checkpoint.regular import parse_json
+from specbasis.core.brief import brief
 from specbasis.core.dtypes import FORMATS
 from specbasis.core.errors import InputError, is_out_of_memory
 
@@ -46,6 +47,7 @@ class Entry:
         return self.dtype in FORMATS and FORMATS[self.dtype].precision > 0
 
 
+@brief
 @dataclass(frozen=True, eq=False)
 class Checkpoint(Mapping[str, Tensor]):
     """Parameter name → tensor, read on access, one tensor in memory at a time.

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import specbasis
-from specbasis.cli.common import line
+from specbasis.cli.common import STDERR, line
 from specbasis.cli.flags import BASE, OUT, listing
 from specbasis.finetuning.options import FinetuneOptions
 
@@ -36,15 +36,31 @@ METHOD = Annotated[
 
 def finetune(base: BASE, out: OUT, task: TASK, options: FinetuneOptions, method: METHOD = "spectral") -> None:
     """Finetune a base on a task by a method; write adapter, metrics, manifest and model card."""
-    finetuned = specbasis.finetune(base, task, method, out=out, **vars(options))
+    from specbasis.finetuning.options import require_libraries
+
+    require_libraries()
+    from specbasis.finetuning.card import forgetting
+    from specbasis.finetuning.costs import EpochLines
     from specbasis.finetuning.train import is_main_process
+
+    told = [] if STDERR.is_terminal else [EpochLines(lambda text: line(text, console=STDERR))]
+    finetuned = specbasis.finetune(base, task, method, out=out, callbacks=told, **vars(options))
 
     if not is_main_process():
         return
     metrics = finetuned.metrics
     for name, values in metrics.items():
         if isinstance(values, dict) and name in {"dev", "matched", "mismatched", "selection"}:
-            line(f"{name}: " + ", ".join(f"{metric} {value:.4f}" for metric, value in values.items()))
+            least = metrics.get("majority", {}).get(name, {})  # runs of version 0.1 have none
+            shown = [
+                f"{metric} {value:.4f}"
+                + (f" (most frequent label: {least[metric]:.4f})" if metric in least else "")
+                for metric, value in values.items()
+            ]
+            line(f"{name}: {', '.join(shown)}")
+    if metrics["train_loss"]:
+        line(f"training loss by epoch: {', '.join(f'{loss:.4f}' for loss in metrics['train_loss'])}")
+    line(forgetting(metrics))
     counts = metrics["parameters"]
     line(f"parameters: {counts['adapter']:,} method, {counts['head']:,} head and pooler, {counts['total']:,} all")
     for note in metrics["notes"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -49,8 +50,13 @@ def print_comparison(comparison: Comparison) -> None:
         if not any(finding.severity == "problem" for finding in comparison.findings[pair]):
             line("no problems found")
         line("")
-    for failure in comparison.failed:
-        line(f"error: {failure['error']}", console=STDERR, style="red")
+    alike: dict[str, list[dict[str, str]]] = {}
+    for failure in comparison.failed:  # what befell many matrices is one line
+        alike.setdefault(re.sub(r"\d+", "", failure["error"].replace(failure["matrix"], "")), []).append(failure)
+    for first, *others in alike.values():
+        names = [failure["matrix"] for failure in others]
+        more = f"; the same of {len(names)} more: {named_parts(names, 2)}" if names else ""
+        line(f"error: {first['error']}{more}", console=STDERR, style="red")
 
 
 def print_plan(plan: Plan) -> None:

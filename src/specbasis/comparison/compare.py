@@ -18,6 +18,7 @@ from specbasis.comparison.matched import Matched
 from specbasis.comparison.options import Options
 from specbasis.comparison.task import Outcome, Task
 from specbasis.core.blocks import device_named
+from specbasis.core.brief import brief
 from specbasis.core.errors import InputError
 from specbasis.core.options import takes
 from specbasis.jobs import engine as engines
@@ -105,6 +106,7 @@ def _write(results: Results, running: Iterable[tuple[Task, list[Outcome]]], unch
     results.manifest["failed"].sort(key=lambda failure: (failure["pair"], failure["matrix"]))
 
 
+@brief
 @dataclass(frozen=True)
 class Plan:
     """What `compare` would do, and what that takes.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import textwrap
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,7 @@ from specbasis.comparison.facts import Facts, by_pair
 from specbasis.comparison.findings import find
 from specbasis.comparison.summary import RoleSummary, own_means, summarise
 from specbasis.comparison.verdict import Verdict, judge
+from specbasis.core.brief import WIDTH, clipped
 from specbasis.core.extras import require
 from specbasis.jobs import results as store
 from specbasis.jobs.folder import plain
@@ -139,6 +141,11 @@ class Comparison:
         from specbasis.figures import write_report
 
         return write_report(self, Path(path) if path else self.folder / "report.html")
+
+    def __repr__(self) -> str:
+        of = f"Comparison of {self.manifest['base']['source']} with {len(self.pairs)} finetunes, in {self.folder}"
+        verdicts = [f"{label}: {self.verdicts[label].sentence}" for label in self.pairs[:4]]
+        return clipped("\n".join(textwrap.shorten(line, WIDTH, placeholder=" …") for line in (of, *verdicts)))
 
     def _repr_html_(self) -> str:
         from specbasis.figures.summary import summary_html

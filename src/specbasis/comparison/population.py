@@ -23,6 +23,7 @@ from specbasis.comparison.comparison import Comparison, load
 from specbasis.comparison.correlations import Correlation, correlate
 from specbasis.comparison.facts import SIDES, Facts
 from specbasis.comparison.summary import RoleSummary, summarise
+from specbasis.core.brief import brief
 from specbasis.core.errors import InputError
 from specbasis.core.statistics import LEVEL, detectable
 from specbasis.core.text import cell
@@ -58,6 +59,7 @@ class Member:
         return str(self.comparison.manifest["base"]["sha256"])
 
 
+@brief
 @dataclass(frozen=True, eq=False)
 class Population:
     """What many pairs add up to. Tables are lists of flat dictionaries, one for each line.

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from specbasis.core.blocks import Blocks, orthonormal, reorthonormal, short_side
+from specbasis.core.brief import brief
 from specbasis.core.errors import InputError
 from specbasis.core.gram import DEFLATE, explicit_vectors, implied_ranks, left_vectors
 from specbasis.core.residuals import gaps, residuals, value_errors
@@ -55,6 +56,7 @@ class _Ranked:
         return torch.where(self.gap > 0, self.residual / self.gap, math.inf)
 
 
+@brief
 @dataclass(frozen=True, eq=False)
 class SVD(_Ranked):
     """The leading k singular triplets of a matrix W, in torch's order and meaning.
@@ -137,6 +139,7 @@ class SVD(_Ranked):
         return (self.U.mT @ X.to(self.U.dtype)) @ self.Vh.mT
 
 
+@brief
 @dataclass(frozen=True, eq=False)
 class HalfSVD(_Ranked):
     """The leading k singular triplets of a matrix W: vectors of its short side held, of its long side implied.

@@ -23,12 +23,6 @@ def model_card(config: Mapping[str, Any], metrics: Mapping[str, Any], task: Task
     method = METHODS[config["method"]]
     parameters, protocol = metrics["parameters"], config["protocol"]
     share = 100 * parameters["adapter"] / parameters["total"]
-    loss = metrics["forgetting"]
-    forgetting = f"Forgetting is not measured: {loss['reason']}."
-    if loss["definition"]:
-        before, after = ("not finite" if loss[at] is None else f"{loss[at]:.4f}" for at in ("before", "after"))
-        what = f"{loss['definition']}, {loss['text']}"
-        forgetting = f"Loss on held-back text ({what}): {before} before, {after} after."
     base, title = (" ".join(shareable(printable(name)).split()) for name in (config["base"], task.title))
     lines = [
         "---",
@@ -57,7 +51,7 @@ def model_card(config: Mapping[str, Any], metrics: Mapping[str, Any], task: Task
         f"{protocol['batch_size']}, texts cut at {protocol['max_length']} tokens, weight decay "
         f"{protocol['weight_decay']:g}, {protocol['precision']}. The dev set chose nothing.",
         "",
-        forgetting,
+        forgetting(metrics),
         "",
         "## Use",
         "",
@@ -76,3 +70,12 @@ def model_card(config: Mapping[str, Any], metrics: Mapping[str, Any], task: Task
 def _yaml(value: Any) -> str:
     """A value of the front matter: what JSON writes is YAML, whatever colons and line ends are in it."""
     return json.dumps(value)
+
+
+def forgetting(metrics: Mapping[str, Any]) -> str:
+    """What training did to the loss of pretraining, in a sentence."""
+    loss = metrics["forgetting"]
+    if not loss["definition"]:
+        return f"Forgetting is not measured: {loss['reason']}."
+    before, after = ("not finite" if loss[at] is None else f"{loss[at]:.4f}" for at in ("before", "after"))
+    return f"Loss on held-back text ({loss['definition']}, {loss['text']}): {before} before, {after} after."

@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,33 @@ class Stopwatch(TrainerCallback):
         """Stop; evaluation and saving come after."""
         self.wall.append(time.perf_counter() - self._start[0])
         self.cpu.append(time.process_time() - self._start[1])
+
+
+class EpochLines(TrainerCallback):
+    """A line at the end of every epoch: its number, the loss, and the time left.
+
+    Attributes:
+        tell: what is given the line.
+    """
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self.tell = tell
+        self._start = (0.0, 0.0)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start, at the epoch that a checkpoint was in."""
+        self._start = (time.perf_counter(), state.epoch or 0.0)
+        if state.is_world_process_zero:
+            self.tell(f"training: {state.max_steps} steps, {args.num_train_epochs:g} epochs")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """The epoch's loss is logged when it ends."""
+        if not state.is_world_process_zero or "loss" not in (logs or {}):
+            return
+        started, first = self._start
+        each = (time.perf_counter() - started) / max(state.epoch - first, 1e-9)
+        left = timedelta(seconds=round(each * max(args.num_train_epochs - state.epoch, 0)))
+        self.tell(f"epoch {state.epoch:g} of {args.num_train_epochs:g}: loss {logs['loss']:.4f}, {left} left")
 
 
 def weights_bytes(folder: Path) -> int:

@@ -26,7 +26,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from specbasis.checkpoint.regular import read_json
-from specbasis.finetuning.base import Base, encoder_of
+from specbasis.finetuning.base import Base, encoder_of, longest_input
 from specbasis.finetuning.prefix.probe import evaluating
 
 GROUP = 32
@@ -115,7 +115,7 @@ def _token_loss(model: Any, tokenizer: Any, texts: Sequence[str], *, masked: boo
     generator = torch.Generator().manual_seed(0)
     total, count = 0.0, 0
     for start in range(0, len(texts), GROUP):
-        batch = _tokens(tokenizer, texts[start : start + GROUP])
+        batch = _tokens(model, tokenizer, texts[start : start + GROUP])
         ids = batch["input_ids"]
         if masked:
             special = [
@@ -138,7 +138,7 @@ def _contrastive(encoder: nn.Module, tokenizer: Any, texts: Sequence[str]) -> fl
     device = next(encoder.parameters()).device
 
     def embedded(texts: Sequence[str]) -> Tensor:
-        batch = {name: value.to(device) for name, value in _tokens(tokenizer, texts).items()}
+        batch = {name: value.to(device) for name, value in _tokens(encoder, tokenizer, texts).items()}
         with torch.inference_mode():
             states = encoder(**batch).last_hidden_state.float()
         mask = batch["attention_mask"].unsqueeze(-1).float()
@@ -156,8 +156,9 @@ def _contrastive(encoder: nn.Module, tokenizer: Any, texts: Sequence[str]) -> fl
     return sum(losses) / len(losses)
 
 
-def _tokens(tokenizer: Any, texts: Sequence[str]) -> dict[str, Tensor]:
-    return dict(tokenizer(list(texts), padding=True, truncation=True, max_length=MAX_LENGTH, return_tensors="pt"))
+def _tokens(model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> dict[str, Tensor]:
+    longest = min(MAX_LENGTH, longest_input(model, tokenizer))
+    return dict(tokenizer(list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt"))
 
 
 def _is_sentence_encoder(base: Base) -> bool:

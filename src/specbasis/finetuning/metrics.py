@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from specbasis.core.brief import brief
 from specbasis.core.statistics import Array, Statistic, pearson, spearman
 from specbasis.finetuning.tasks import Task
 
@@ -57,6 +58,7 @@ METRICS: Mapping[str, Metric] = {
 """By the names that tasks have for them. A metric that is added here can be named by any `Task`."""
 
 
+@brief
 @dataclass(frozen=True, eq=False)
 class Predictions:
     """What a model predicted for each example, beside the labels; both in the order of the examples.
@@ -87,6 +89,16 @@ class Predictions:
     def scores(self, task: Task) -> dict[str, float]:
         """The task's official metrics; a correlation of constant predictions is 0."""
         return {name: float(METRICS[name].statistic(self.columns)) for name in task.metrics}
+
+    def majority(self, task: Task) -> dict[str, float]:
+        """The scores of predicting the most frequent label for every example: what a model must beat."""
+        values, counts = np.unique(self.labels, return_counts=True)
+        return Predictions(np.full(len(self.labels), values[counts.argmax()]), self.labels).scores(task)
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether every prediction is the same although the labels are not."""
+        return len(set(self.predicted.tolist())) == 1 < len(set(self.labels.tolist()))
 
     def packed(self) -> dict[str, str | list[float]]:
         """For a row of JSON: a digit an example, or for values a list of numbers (five digits)."""

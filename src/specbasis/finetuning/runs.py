@@ -22,6 +22,7 @@ from specbasis.checkpoint.digest import proven
 from specbasis.checkpoint.entry import watched
 from specbasis.checkpoint.regular import read_json
 from specbasis.checkpoint.writer import write_model
+from specbasis.core.brief import brief
 from specbasis.core.errors import InputError
 from specbasis.core.extras import quiet
 from specbasis.core.options import takes
@@ -30,7 +31,7 @@ from specbasis.finetuning.metrics import Predictions
 from specbasis.finetuning.options import FinetuneOptions, Placement, Protocol, Source, require_libraries
 from specbasis.finetuning.sources import load_task
 from specbasis.finetuning.tables import lines
-from specbasis.finetuning.tasks import Task, TaskData, selection_size, subset
+from specbasis.finetuning.tasks import Split, Task, TaskData, selection_size, subset
 from specbasis.jobs.folder import WHERE_USED, Folder, Kind, environment, opened, plain, refuse_another, write_json
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ HELD_BACK = 128
 """How many held-back texts are taken where the user gives none."""
 
 
+@brief
 @dataclass(frozen=True)
 class Finetuned:
     """A finished run.
@@ -130,11 +132,12 @@ def finetune(
             with PartialState().main_process_first():
                 base = _whole_base(weights, folder.resolve() / BASE_MODEL)
         texts = held_back_texts(options.held_back, data, options.data_dir)
-        metrics = train(Run(base, data, method, options, texts, unchanged=unchanged), folder, callbacks)
+        training = Run(base, data, method, options, texts, unchanged=unchanged)
+        metrics = train(training, folder, callbacks)
         predictions = metrics.pop("predictions")
         metrics = plain(metrics)
         if is_main_process():
-            _write_predictions(folder / PREDICTIONS, predictions, data.task)
+            _write_predictions(folder / PREDICTIONS, predictions, training.scored, data.task)
             write_whole(folder / CARD, model_card(config, metrics, data.task))
             logs = folder / CHECKPOINTS / LOGS
             if logs.is_dir():
@@ -273,19 +276,29 @@ def held_back_texts(
     return f"texts of {data.task.title}'s {name} set", [" ".join(inputs) for inputs in split.inputs[:HELD_BACK]]
 
 
-def _write_predictions(path: Path, packed: Mapping[str, Mapping[str, Any]], task: Task) -> None:
-    """A line for each example that was scored: set, place in it from 0, label, prediction."""
+def _write_predictions(
+    path: Path, packed: Mapping[str, Mapping[str, Any]], scored: Mapping[str, Split], task: Task
+) -> None:
+    """A line for each example that was scored: set, place in it from 0, where it came from, label, prediction.
+
+    It came from a row of a table, by its number as `Split.rows` has it, or is an image, by its path.
+    """
 
     def shown(value: float) -> float | str:
         return value if task.regression else task.labels[int(value)]
 
     with writing(path), whole(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
-        table.writerow(("set", "example", "label", "predicted"))
-        for name, row in packed.items():
-            split = Predictions.unpacked(row)
-            for example, (label, predicted) in enumerate(zip(split.labels, split.predicted, strict=True)):
-                table.writerow((name, example, cell(shown(float(label))), cell(shown(float(predicted)))))
+        table.writerow(("set", "example", "file" if task.images else "row", "label", "predicted"))
+        for name, values in packed.items():
+            predictions, split = Predictions.unpacked(values), scored[name]
+            origins: Sequence[str | int] = [inputs[0] for inputs in split.inputs] if task.images else split.rows
+            origins = origins or [""] * len(split)
+            for example, (origin, label, predicted) in enumerate(
+                zip(origins, predictions.labels, predictions.predicted, strict=True)
+            ):
+                cells = (cell(value) for value in (origin, shown(float(label)), shown(float(predicted))))
+                table.writerow((name, example, *cells))
 
 
 _FULL = ("No space left", "Disk quota exceeded", "inline_container")

@@ -220,6 +220,7 @@ def examples(
         split.inputs.append(tuple(_text(row.get(column), column, place) for column in texts))
         value = row.get(label)
         split.labels.append(_class(value, classes, label, place) if classes else _number(value, label, place))
+        split.rows.append(number)
     if not split.labels:
         raise InputError(f"{where}: holds no examples")
     return split

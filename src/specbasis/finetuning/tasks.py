@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
+from specbasis.core.brief import brief
 from specbasis.core.errors import InputError
 
 CORRELATIONS = ("pearson", "spearman")
@@ -126,6 +127,7 @@ def task_named(name: str) -> Task:
     return GLUE[key]
 
 
+@brief
 @dataclass(frozen=True, eq=False)
 class Split:
     """Examples: the texts (or the path of the image) of each, and its label.
@@ -133,10 +135,13 @@ class Split:
     Attributes:
         inputs: one tuple an example: one text, two texts, or one path.
         labels: index of the class, or the value for regression.
+        rows: the number of each in the file that it came from, as messages count: lines, the header's being 1, or
+            objects; empty where there is no such file.
     """
 
     inputs: list[tuple[str, ...]]
     labels: list[float]
+    rows: list[int] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -144,7 +149,8 @@ class Split:
     def take(self, indices: Iterable[int]) -> Split:
         """The examples of these indices, in this order."""
         order = list(indices)
-        return Split([self.inputs[i] for i in order], [self.labels[i] for i in order])
+        rows = [self.rows[i] for i in order] if self.rows else []
+        return Split([self.inputs[i] for i in order], [self.labels[i] for i in order], rows)
 
     def by_content(self) -> list[int]:
         """The indices, ordered by a hash of the examples' content: the same whatever the seed and the method."""
@@ -156,6 +162,7 @@ class Split:
         return sorted(range(len(self)), key=key)
 
 
+@brief
 @dataclass(frozen=True, eq=False)
 class TaskData:
     """A task with its examples.

@@ -90,15 +90,20 @@ def train(run: Run, folder: Path, callbacks: Sequence[TrainerCallback] = ()) -> 
             if not run.resumable:
                 shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
             attached.save(folder)
-            base.model.config.save_pretrained(
-                folder
-            )  # labels and tokenizer: what a merged model needs beside the base
+            # Labels and tokenizer: what a merged model needs beside the base.
+            base.model.config.save_pretrained(folder)
             base.processor.save_pretrained(folder)
     counts = attached.counts
     scores = {name: split.scores(data.task) for name, split in predictions.items()}
+    constant = [
+        f"{name}: the model predicts the same for every example; train longer, or with another learning rate"
+        for name, split in predictions.items()
+        if split.is_constant
+    ]
     return {
         "score": data.task.score(next(iter(scores.values()))),
         **scores,
+        "majority": {name: split.majority(data.task) for name, split in predictions.items()},
         "parameters": {"adapter": counts.adapter, "head": counts.head, "total": counts.total},
         "learning_rate": options.learning_rate,
         "epochs": options.epochs,
@@ -112,7 +117,7 @@ def train(run: Run, folder: Path, callbacks: Sequence[TrainerCallback] = ()) -> 
         "forgetting": {"definition": pretraining.definition, "reason": pretraining.reason}
         | {"text": text, "before": before, "after": after},
         "prefix_cache": trainer.cache,
-        "notes": [*data.notes, *trainer.notes],
+        "notes": [*data.notes, *trainer.notes, *constant],
         "predictions": {name: split.packed() for name, split in predictions.items()},
     }
 

@@ -70,6 +70,8 @@ def intervene(
     config = Setting(base, dict(subjects), kept, chosen.resamples).config()
     experiments = grid_experiments(list(subjects), chosen)
     matrices = {(edit["roles"], edit["blocks"]) for edit in experiments if edit["kind"] != BASELINE}
+    for subject in subjects.values():  # data that cannot be had stops the grid before anything is decomposed
+        getattr(subject.evaluate, "prepare", lambda: None)()
     with whole_models(base, subjects) as whole:
         setting = Setting(base, whole, kept, chosen.resamples)
         setting.decompose_all([admitted(*group) for group in sorted(matrices)], progress or silent)

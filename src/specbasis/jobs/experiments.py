@@ -77,6 +77,7 @@ def run_experiments(
     uses: Iterable[str] = (),
     workers: int = 1,
     progress: Report | None = None,
+    prepare: Callable[[Experiment], object] | None = None,
 ) -> list[Row]:
     """Run the experiments of a grid that have not run yet, in their order, and write each as it ends.
 
@@ -92,6 +93,8 @@ def run_experiments(
         uses: modules that experiments load, whose versions the manifest is to have; see `folder.environment`.
         workers: processes side by side, each with its share of the cores' threads.
         progress: called before the first experiment and after each.
+        prepare: called with each experiment that is to run, before the first of them does: what it raises, such as
+            that data cannot be had, stops the grid instead of failing one experiment after the other.
 
     Returns:
         The rows of these experiments, in their order; one that failed has an error.
@@ -105,6 +108,8 @@ def run_experiments(
         _note_run(folder, uses)
         rows = {_key(row.experiment): row for row in _read(folder.folder, mend=True)}
         todo = [key for key in wanted if key not in rows or rows[key].error is not None]
+        for key in todo if prepare else ():
+            prepare(wanted[key])
         done, total = len(wanted) - len(todo), len(wanted)
         report(Progress(done, total, _name(wanted[todo[0]]) if todo else ""))
         for row in _run(run, [wanted[key] for key in todo], workers):

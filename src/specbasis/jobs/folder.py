@@ -27,6 +27,7 @@ from typing import Any
 from specbasis.checkpoint.atomic import clear, is_temporary, write_whole, writing
 from specbasis.checkpoint.digest import proven, sealed
 from specbasis.checkpoint.regular import read_json
+from specbasis.core.brief import brief
 from specbasis.core.errors import InputError
 from specbasis.core.text import shareable
 
@@ -120,6 +121,7 @@ def _fields(value: Any, path: Path) -> Any:
     return _Fields(value, path) if isinstance(value, dict) else value
 
 
+@brief
 @dataclass(frozen=True, eq=False)
 class Folder:
     """A results folder.

@@ -27,6 +27,7 @@ from specbasis.architecture.key import MatrixKey
 from specbasis.checkpoint.atomic import write_whole
 from specbasis.checkpoint.digest import SEAL, digest
 from specbasis.checkpoint.entry import first_line
+from specbasis.core.brief import brief
 from specbasis.core.errors import InputError
 from specbasis.jobs.folder import Folder, Kind, opened
 
@@ -113,6 +114,7 @@ def _words(words: Sequence[str], counts: Sequence[int]) -> pa.Array:
     )
 
 
+@brief
 @dataclass(frozen=True, eq=False)
 class Results(Folder):
     """A folder of rows: what is done is never computed again, and never lost."""

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from specbasis.checkpoint import open_checkpoint
+from specbasis.core.brief import brief
 from specbasis.core.errors import InputError
 from specbasis.core.grammar import labelled
 from specbasis.jobs import results as store
@@ -30,6 +31,7 @@ from specbasis.lineage.forest import Edge, Tree, trees
 from specbasis.lineage.kinship import RANKS, Kinship, Shared
 
 
+@brief
 @dataclass(frozen=True, eq=False)
 class Lineage:
     """Trees of a set of checkpoints, and the figures of every two of them.

@@ -113,9 +113,12 @@ def run(options: AblationOptions, out: str | Path, progress: Callable[[Progress]
     torch.set_float32_matmul_precision(options.precision)
     call = functools.partial(run_stack, options=options)
     manifest = config(options)
+    read = functools.cache(lambda task: load_task(task, data_dir=options.data_dir))
 
     def one(**row: Any) -> Row:
-        (done,) = run_experiments([row], call, out, config=manifest, uses=WHERE_USED, progress=progress)
+        (done,) = run_experiments(
+            [row], call, out, config=manifest, uses=WHERE_USED, progress=progress, prepare=lambda r: read(r["task"])
+        )
         return done
 
     rows: list[Row] = []

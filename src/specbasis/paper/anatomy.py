@@ -75,7 +75,10 @@ def run(options: AnatomyOptions, out: str | Path, progress: Callable[[Progress],
         "base": base_name(options.base),
         "base_sha256": weights_sha256(open_checkpoint(options.base)),
     }
-    return run_experiments(cells, call, out, config=config, uses=WHERE_USED, progress=progress)
+    read = functools.cache(lambda task: load_task(task, data_dir=options.data_dir))
+    return run_experiments(
+        cells, call, out, config=config, uses=WHERE_USED, progress=progress, prepare=lambda cell: read(cell["task"])
+    )
 
 
 def take_apart(

@@ -64,9 +64,7 @@ class Run:
         """Score of the class that is most frequent in the dev set; 0 for a correlation."""
         if self.predictions is None:
             return None
-        values, counts = np.unique(self.predictions.labels, return_counts=True)
-        most = Predictions(np.full(len(self.predictions.labels), values[counts.argmax()]), self.predictions.labels)
-        return self.task.score(most.scores(self.task))
+        return self.task.score(self.predictions.majority(self.task))
 
 
 def runs(rows: Iterable[Row], cells: Sequence[Experiment]) -> dict[int, Run]:

@@ -82,6 +82,10 @@ def reproduce(
         given = {n: s for n, s in printed.items() if s is not None}
         of_members = {m.name: scores[key] for m in members for key in (m.pair, m.name) if scores and key in scores}
         given |= of_members if notes else dict(scores or {})
+        if not given and not scores:
+            raise InputError(
+                f"{name}: needs a score of each model; give --scores FILE, a CSV with columns pair and score"
+            )
         scored = population(results, scores=given, score="score", modality={m.name: m.modality for m in members})
     groups: dict[str, list[Model]] = {}
     for m in members:

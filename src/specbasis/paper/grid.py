@@ -114,7 +114,16 @@ def run_grid(
     }
     run = functools.partial(run_experiment, options=options, out=Path(out), keep=(SCRATCH, *keep))
     rows = [experiment.row() for experiment in experiments]
-    return run_experiments(rows, run, out, config=config, uses=WHERE_USED, progress=progress)
+    data_dir = None if options.data_dir is None else str(options.data_dir)
+    return run_experiments(
+        rows,
+        run,
+        out,
+        config=config,
+        uses=WHERE_USED,
+        progress=progress,
+        prepare=lambda row: _whole(row["task"], data_dir=data_dir),
+    )
 
 
 def run_experiment(row: Mapping[str, Any], options: GlueOptions, out: Path, keep: Sequence[str]) -> dict[str, Any]:

@@ -69,6 +69,14 @@ class Classification(Encoded):
         """The task's first metric."""
         return self._task.metrics[0]
 
+    def prepare(self) -> None:
+        """Read the examples.
+
+        Raises:
+            InputError: they cannot be had.
+        """
+        _ = self._data
+
     def load(self, source: str) -> nn.Module:
         """A transformers model with the head that its folder holds."""
         import transformers
