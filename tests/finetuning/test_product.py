@@ -156,6 +156,18 @@ def test_a_base_that_is_not_there_is_said(lab, tmp_path, name, said):
         open_checkpoint(place)
 
 
+def test_a_base_that_has_moved_can_be_said(lab, tmp_path, monkeypatch, capsys):
+    shutil.copytree(lab / "lora", tmp_path / "adapter")
+    shutil.copytree(lab / "base", tmp_path / "moved")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    (tmp_path / "adapter" / "adapter_config.json").write_text(
+        json.dumps({**config, "base_model_name_or_path": "/x"})
+    )
+    assert run(monkeypatch, "inspect", tmp_path / "adapter") == 2
+    assert "its base /x is not there" in capsys.readouterr().err
+    assert run(monkeypatch, "inspect", tmp_path / "adapter", "--base", tmp_path / "moved") == 0
+
+
 def test_a_bare_name_is_pointed_to_the_hub():
     with pytest.raises(InputError, match="write hub:bert-base-uncased"):
         open_checkpoint("bert-base-uncased")

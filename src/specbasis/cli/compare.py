@@ -16,8 +16,10 @@ from specbasis.core.errors import MissingExtra
 from specbasis.core.options import Options, option
 
 if TYPE_CHECKING:
+    from specbasis.checkpoint import Checkpoint
     from specbasis.comparison.comparison import Comparison
 
+ADAPTED = Annotated[str, typer.Option("--base", help="of an adapter: its base, if not the one that it names")]
 TUNED = Annotated[list[str], typer.Argument(metavar="[NAME=]TUNED...", help="one or several finetunes of it")]
 
 
@@ -73,16 +75,17 @@ def report(
     _tell(specbasis.load(folder), output, page=not output.json)
 
 
-def inspect(model: MODEL, stream: STREAM = False) -> None:
+def inspect(model: MODEL, base: ADAPTED = "", stream: STREAM = False) -> None:
     """Print how a model is understood: its stacks of blocks, roles, and parameters without one."""
     from specbasis.cli.tables import print_model
 
-    print_model(model, specbasis.open_checkpoint(model, stream=stream))
+    print_model(model, _opened(model, base, stream))
 
 
 def spectra(
     model: MODEL,
     csv_file: Annotated[Path | None, typer.Option("--csv", help="write every figure to this file")] = None,
+    base: ADAPTED = "",
     stream: STREAM = False,
 ) -> None:
     """Print the power-law exponent, Marchenko-Pastur spikes and ranks of every weight matrix of one model."""
@@ -103,13 +106,22 @@ def spectra(
     }
     records: list[dict[str, Any]] = [
         {"matrix": key.name, "role": key.role, "block": key.block, "out": out, "in": width, **asdict(spectrum)}
-        for key, (out, width), spectrum in spectra_of(specbasis.open_checkpoint(model, stream=stream))
+        for key, (out, width), spectrum in spectra_of(_opened(model, base, stream))
     ]
     print_columns(columns, records)
     line("alpha: exponent of the eigenvalues' tail; D: its distance; spikes: eigenvalues above Marchenko-Pastur")
     if csv_file is not None and records:
         write_whole(csv_file, Table.of(records).csv())
         line(f"figures: {csv_file}")
+
+
+def _opened(model: str, base: str, stream: bool) -> Checkpoint:
+    """A model, or an adapter on the base that is said, or else on the one that it names."""
+    from specbasis.checkpoint import open_checkpoint, open_tuned
+
+    if not base:
+        return open_checkpoint(model, stream=stream)
+    return open_tuned(model, open_checkpoint(base, stream=stream), stream=stream)
 
 
 def list_measures() -> None:
