@@ -74,6 +74,77 @@ def test_updates_that_say_the_same_are_no_star(tmp_path: Path) -> None:
     assert not found.trees[0].identified
 
 
+def _like(seed: int, size: float, common: State | None = None, share: float = 0.0) -> State:
+    """A finetune of `BASE`, part of whose update is a common one."""
+    own = finetuned(BASE, size, seed=seed)
+    return own if common is None else {n: own[n] + share * (common[n] - BASE[n]) for n in BASE}
+
+
+def test_no_edge_is_wrong_and_not_marked(tmp_path: Path) -> None:
+    """Stars of unequal, correlated finetunes, with and without their base: what is drawn as sure is true."""
+    common = finetuned(BASE, 0.03, seed=99)
+    tuned = {f"t{i:02}": _like(i + 1, 0.02 * 1.35**i, common, 0.5 * (i % 3)) for i in range(8)}
+    for present in (True, False):
+        models = tuned | ({"base": BASE} if present else {})
+        found = _found(tmp_path / str(present), models)
+        sure = [edge for edge in _edges(found) if edge[2] not in ("unresolved", "unknown")]
+        assert all(parent == "base" for parent, _, _ in sure)
+
+
+def test_siblings_of_an_absent_base_are_unresolved_and_said_to_be_that(tmp_path: Path) -> None:
+    (tree,) = _found(tmp_path, {f"t{i}": finetuned(BASE, 0.1, seed=i + 1) for i in range(5)}).trees
+    assert {edge.direction for edge in tree.edges} == {"unresolved"}
+    assert all(edge.rivals for edge in tree.edges)
+    assert not tree.identified
+    assert "a common base that is not here" in tree.reason
+
+
+def test_a_merge_has_its_shares_and_their_intervals(tmp_path: Path) -> None:
+    tuned = [finetuned(BASE, 0.2, seed=seed) for seed in (1, 2)]
+
+    def slerp(a: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:
+        angle = torch.acos((a * b).sum() / a.norm() / b.norm())
+        return (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
+
+    merged = {n: slerp(tuned[0][n], tuned[1][n], 0.7) if BASE[n].ndim == 2 else BASE[n] for n in BASE}
+    found = _found(tmp_path, {"a": tuned[0], "b": tuned[1], "merge": merged})
+    shares = {e.parent: e.share for tree in found.trees for e in tree.edges if e.direction == "merge"}
+    for parent, wanted in {"a": 0.3, "b": 0.7}.items():
+        share, low, high = shares[parent] or (0.0, 0.0, 0.0)
+        assert share == pytest.approx(wanted, abs=0.011)
+        assert low <= share <= high
+    assert "% of it (" in found.as_text()
+
+
+def test_names_that_agree_with_other_shapes_are_two_families(tmp_path: Path) -> None:
+    small, large = bert_state(blocks=2, width=32), bert_state(blocks=2, width=48)
+    models = {"a": small, "b": finetuned(small), "c": large, "d": finetuned(large), "e": bert_state(width=16)}
+    found = _found(tmp_path, models)
+    assert sorted(sorted(tree.members) for tree in found.trees) == [["a", "b"], ["c", "d"], ["e"]]
+
+
+def test_alignment_is_that_of_matrices_that_moved(tmp_path: Path) -> None:
+    """All is frozen but one matrix a block."""
+    moved = {n for n in BASE if "intermediate" in n}
+    tuned = [{n: W if n in moved else BASE[n] for n, W in finetuned(BASE, 1.0, seed=s).items()} for s in (1, 2)]
+    found = _found(tmp_path, {"base": BASE, "x": tuned[0], "y": tuned[1]})
+    assert all(0.05 < k.alignment < 0.9 for k in found.kinships)
+
+
+def test_the_error_rate_of_kinship_holds_over_a_folder(tmp_path: Path) -> None:
+    """Sixty trainings of their own with steep spectra and common means: none of 1770 pairs is related."""
+
+    def own(seed: int) -> State:
+        heavy = torch.logspace(0, -1.5, 24)
+        return {n: W * heavy + 0.2 if W.shape[-1] == 24 else W for n, W in bert_state(1, 24, seed=seed).items()}
+
+    found = _found(tmp_path, {f"m{i}": own(100 + i) for i in range(60)} | {"child": finetuned(own(100), 0.3)})
+    related = [k for k in found.kinships if k.related]
+    assert [{k.first, k.second} for k in related] == [{"child", "m0"}]
+    assert related[0].error <= 1e-3
+    assert min(k.error for k in found.kinships if not k.related) > 1e-3
+
+
 def test_what_is_no_family_is_said(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="want at least two"):
         lineage([write(tmp_path / "a.safetensors", BASE)])

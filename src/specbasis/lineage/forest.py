@@ -12,17 +12,24 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
+from scipy.special import stdtrit
 
 from specbasis.lineage.kinship import Kinship, Shared
 
-STRAIGHT = 1e-3
-"""A merge lies on the line between two others to this share of their squared distance."""
+STRAIGHT = 3e-3
+"""A merge lies on the line between two others to this share of their squared distance; a slerp is off by θ²/64."""
 
 BRANCHES = 3
 """A checkpoint with so many branches is the centre of a star."""
 
-RIGHT_ANGLE = 0.5
-"""Cosine of two updates below which the shortest edges connect both to their base and not to each other."""
+RIGHT_ANGLE = 0.05
+"""Cosine of two updates below which they lead away from where they meet, and not from a base beside it.
+
+Between siblings of equal updates it is 1/2, at a gentle one among strong ones the square of its update over theirs.
+"""
+
+MARGIN = 0.06
+"""An edge is resolved where the next best is longer by this share of its square, and by three standard errors."""
 
 Floats = NDArray[np.float64]
 
@@ -33,14 +40,20 @@ class Edge:
 
     Attributes:
         parent, child: as the tree is drawn.
-        direction: why the parent comes first: "form", "star", "vocabulary", "merge", or "unknown".
+        direction: why the parent comes first: "form", "star", "vocabulary", "merge"; "unknown"; or "unresolved":
+            not even that the two are neighbours is known, since a rival is as near, or since the step has a part in
+            common with the others from its parent, as if they began beside it.
         kinship: the figures of the two.
+        rivals: pairs that would join the same two parts of the tree by an edge as short; at most three.
+        share: of a merge, how much of this parent is in it, and the ends of its 95 % interval over the matrices.
     """
 
     parent: str
     child: str
     direction: str
     kinship: Kinship
+    rivals: tuple[tuple[str, str], ...] = ()
+    share: tuple[float, float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -87,10 +100,8 @@ class Forest:
     @cached_property
     def apart(self) -> Floats:
         """Squared distance of every two; infinite where they have nothing in common."""
-        apart = np.full((len(self.shared.names),) * 2, math.inf)
+        apart = np.where(self.shared.sums.count > 0, self.shared.sums.distance, math.inf)
         np.fill_diagonal(apart, 0.0)
-        for at, kinship in self.kinships.items():
-            apart[at] = kinship.distance**2
         return apart
 
     @cached_property
@@ -105,17 +116,34 @@ class Forest:
     def merges(self) -> dict[int, tuple[int, int]]:
         """Checkpoints on the straight line between two others, well inside of it, and those two."""
         nearest: dict[int, tuple[float, tuple[int, int]]] = {}
-        n = len(self.apart)
-        for m in range(n):
-            for i, j in itertools.combinations([k for k in range(n) if k != m], 2):
-                whole, first, second = self.apart[i, j], self.apart[m, i], self.apart[m, j]
-                if not (math.isfinite(whole + first + second) and 0 < first < whole and 0 < second < whole):
-                    continue
+        for m, to in enumerate(self.apart):
+            first, second, whole = to[:, None], to[None, :], self.apart
+            with np.errstate(invalid="ignore", divide="ignore"):
                 part = (whole + first - second) / (2 * whole)  # where m's foot on the line from i to j is
                 off = first - part**2 * whole
-                if 0.05 < part < 0.95 and off <= STRAIGHT * whole and (m not in nearest or off < nearest[m][0]):
-                    nearest[m] = (off, (i, j))
+            inside = (
+                (first > 0)
+                & (second > 0)
+                & (first < whole)
+                & (second < whole)
+                & np.isfinite(whole + first + second)
+            )
+            inside &= (part > 0.05) & (part < 0.95) & (off <= STRAIGHT * whole)
+            i, j = np.unravel_index(np.argmin(np.where(inside, off, math.inf)), off.shape)
+            if inside[i, j]:
+                nearest[m] = (float(off[i, j]), (int(min(i, j)), int(max(i, j))))
         return {m: parents for m, (_, parents) in nearest.items() if not set(parents) & set(nearest)}
+
+    def share(self, m: int, parent: int, other: int) -> tuple[float, float, float]:
+        """How much of a parent is in a merge, and the ends of its interval: one straight line a matrix."""
+        sums = np.array([[a[other, m] + a[other, parent] - a[parent, m], 2 * a[other, parent]]
+                         for a in self.shared.sums.apart.values()])  # fmt: skip
+        sums = sums[np.isfinite(sums).all(1) & (sums[:, 1] > 0)]
+        part = float(sums[:, 0].sum() / sums[:, 1].sum())
+        n = len(sums)
+        error = float(np.sqrt(((sums[:, 0] - part * sums[:, 1]) ** 2).sum() * n / max(n - 1, 1)) / sums[:, 1].sum())
+        reach = float(stdtrit(n - 1, 0.975)) * error if n > 1 else math.inf
+        return part, max(0.0, part - reach), min(1.0, part + reach)
 
     @cached_property
     def near(self) -> dict[int, list[int]]:
@@ -160,6 +188,7 @@ class Forest:
         names, inside = self.shared.names, [k for k in members if k not in self.merges]
         angles = {k: self.angle(k) for k in inside if len(self.near[k]) >= 2}
         root, reason, identified = self.root(inside, angles)
+        below = self._below(root)
         edges: list[Edge] = []
         waiting, seen = [root], {root}
         while waiting:
@@ -170,20 +199,76 @@ class Forest:
                 direction = "form" if (parent, child) in self.copies else "star" if identified else "unknown"
                 if direction == "unknown" and (parent, child) in self.shared.grown:
                     direction = "vocabulary"
-                edges.append(Edge(names[parent], names[child], direction, self.kinships[parent, child]))
+                rivals = () if direction == "form" else self.rivals(parent, child, below[child], inside)
+                leans = direction != "form" and self.angle(parent, child) > RIGHT_ANGLE
+                edges.append(
+                    Edge(
+                        names[parent],
+                        names[child],
+                        "unresolved" if rivals or leans else direction,
+                        self.kinships[parent, child],
+                        tuple((names[i], names[j]) for i, j in rivals),
+                    )
+                )
+        if not identified and len(inside) > 2 and all(edge.direction == "unresolved" for edge in edges):
+            reason = "siblings of a common base that is not here: no two are nearer to each other than to the rest"
         for m in members:
-            for parent in self.merges.get(m, ()):
-                edges.append(Edge(names[parent], names[m], "merge", self.kinships[parent, m]))
+            parents = self.merges.get(m, ())
+            for parent, other in itertools.permutations(parents, 2):
+                share = self.share(m, parent, other)
+                edges.append(Edge(names[parent], names[m], "merge", self.kinships[parent, m], share=share))
         by_name = {names[k]: cosine for k, cosine in angles.items()}
         return Tree(names[root], reason, identified, tuple(edges), tuple(names[k] for k in members), by_name)
 
-    def angle(self, k: int) -> float:
-        """Median cosine between the updates from one checkpoint to its neighbours; NaN where there are none."""
-        D = self.related
+    def _below(self, root: int) -> dict[int, set[int]]:
+        """Each checkpoint of a tree → itself and what hangs on it."""
+        below: dict[int, set[int]] = {}
+
+        def visit(at: int, parent: int) -> set[int]:
+            below[at] = {at}.union(*(visit(k, at) for k in self.near[at] if k != parent))
+            return below[at]
+
+        visit(root, -1)
+        return below
+
+    def rivals(
+        self, parent: int, child: int, below: set[int], members: Sequence[int]
+    ) -> tuple[tuple[int, int], ...]:
+        """Other edges that are as short between what hangs on a child and the rest, copies of both aside."""
+        alike = [{k} | {other for other in members if self._same(k, other)} for k in (parent, child)]
+        outside, inside = sorted(set(members) - below), sorted(below)
+        longer = self.related[np.ix_(outside, inside)] - self.related[parent, child]
+        rivals = []
+        # Not even three standard errors are as much as the edge itself.
+        for a, b in zip(*np.nonzero(longer <= self.related[parent, child]), strict=True):
+            i, j, more = outside[a], inside[b], float(longer[a, b])
+            if i in alike[0] and j in alike[1]:
+                continue
+            if more <= MARGIN * self.related[parent, child] or more <= 3 * self._error((parent, child), (i, j)):
+                rivals.append((more, (i, j)))
+                if len(rivals) == 3:
+                    break
+        return tuple(pair for _, pair in sorted(rivals))
+
+    def _same(self, i: int, j: int) -> bool:
+        return (i, j) in self.kinships and self.kinships[i, j].form != ""
+
+    def _error(self, first: tuple[int, int], second: tuple[int, int]) -> float:
+        """Standard error of the difference of two squared distances, over the matrices."""
+        parts = np.array([a[second] - a[first] for a in self.shared.sums.apart.values()])
+        parts = parts[np.isfinite(parts)]
+        return float(parts.std(ddof=1) * math.sqrt(len(parts))) if len(parts) > 1 else 0.0
+
+    def angle(self, k: int, of: int | None = None) -> float:
+        """Median cosine between the updates from one checkpoint to its neighbours, or of one with the others.
+
+        NaN where there are none. Copies have no update of their own.
+        """
+        D, near = self.related, [i for i in self.near[k] if not self._same(k, i)]
         cosines = [
             (D[k, i] + D[k, j] - D[i, j]) / (2 * math.sqrt(D[k, i] * D[k, j]))
-            for i, j in itertools.combinations(self.near[k], 2)
-            if D[k, i] > 0 and D[k, j] > 0
+            for i, j in itertools.combinations(near, 2)
+            if D[k, i] > 0 and D[k, j] > 0 and of in (None, i, j) and math.isfinite(D[i, j])
         ]
         return float(np.median(cosines or [math.nan]))
 

@@ -33,6 +33,9 @@ RANKS = 10
 ORDERS = 8
 """Random orders of rows, and of columns, of each sampled matrix: the null distribution of the inner product."""
 
+LARGE = 100
+"""A folder of more checkpoints has half as many matrices tested, and fewer decomposed."""
+
 NEAREST = 4
 """Neighbours of each checkpoint whose form is looked at."""
 
@@ -176,8 +179,8 @@ class Shared:
         wide = [key for key in moved if min(next(iter(self.matrices[key].values())).shape) >= LEAST_SIDE]
         most = max((moved[key] for key in wide), default=0)
         keys = sorted((key for key in wide if moved[key] >= 0.9 * most), key=lambda key: key[0].name)
-        least = max(1, min(SAMPLED, 320 // len(self.opened)))
-        return _spread(keys, least) + [key for key in wide if most == 0][:least]
+        many = SAMPLED if len(self.opened) <= LARGE else SAMPLED // 2
+        return _spread(keys, many)
 
     def _orders(self) -> Squares:
         """`Kinship.z`: one draw of an order serves every two checkpoints."""
@@ -219,7 +222,7 @@ class Shared:
     def _leading(self) -> dict[Key, dict[int, Sides]]:
         """Leading vectors of every checkpoint in the sampled matrices."""
         vectors: dict[Key, dict[int, Sides]] = {}
-        for key in self._moved:
+        for key in _spread(self._moved, max(1, 8 * LARGE // (2 * len(self.opened)))):
             rows = min(ref.shape[0] for ref in self.matrices[key].values())
             for k, ref in self.matrices[key].items():
                 W = ref.read(self.opened[k])[:rows]

@@ -10,7 +10,11 @@ direction: base and finetune are symmetric in their difference. A direction is g
   them lead away from it; that none leads towards it is the simplest reading, and is said to be that;
 - by a vocabulary that grew, as a hint.
 
-Everything else is said to be unidentifiable. A checkpoint on the straight line between two others is a merge.
+Everything else is said to be unidentifiable. A checkpoint on the straight line between two others is a merge. An
+edge whose runner-up is as short, within the noise of the matrices or `forest.MARGIN`, or whose update is not at
+right angles to the others from its parent, is unresolved: as between finetunes of a base that is not there. That two are
+related at all is tested against random orders of rows and of columns, at a level that holds for the whole folder
+(`Kinship.error`).
 """
 
 from __future__ import annotations
@@ -67,7 +71,8 @@ def lineage(sources: Sequence[str | Path], *, align: bool = True) -> Lineage:
     """The trees of some checkpoints, from the distances and the correspondence of their weights.
 
     Reads every matrix of every checkpoint once, a part at a time: N² products for N checkpoints, no decomposition
-    but those of `SAMPLED` matrices each, for the alignment of leading vectors (``align``).
+    but those of `SAMPLED` matrices each (fewer in a folder of more than 40), for the alignment of leading vectors
+    (``align``).
 
     Args:
         sources: checkpoints as of `specbasis.open_checkpoint`; at least two; ``"NAME=PATH"`` gives one a name.
@@ -115,12 +120,20 @@ def _draw(at: str, children: Mapping[str, Sequence[Edge]], indent: str, lines: l
     edges = children.get(at, ())
     for i, edge in enumerate(edges):
         last = i == len(edges) - 1
-        sign = {"unknown": "—", "merge": "⇒"}.get(edge.direction, "→")
+        sign = {"unknown": "—", "merge": "⇒", "unresolved": "┄"}.get(edge.direction, "→")
         k = edge.kinship
         form = k.form.lstrip("<")
         what = form or f"‖Δ‖/‖W‖ {k.distance:.3g}, cosine {k.cosine:.3f}" + (
             "" if math.isnan(k.alignment) else f", top-{RANKS} alignment {k.alignment:.3f} (chance {k.chance:.3f})"
         )
-        lines.append(f"{indent}{'└' if last else '├'}{sign} {edge.child}  {what}; direction: {edge.direction}")
+        told = f"direction: {edge.direction}"
+        if edge.share:
+            told = "merge, {:.1%} of it ({:.1%} to {:.1%})".format(*edge.share)
+        elif edge.rivals:
+            told = f"unresolved: {' — '.join(edge.rivals[0])} is as near"
+        elif edge.direction == "unresolved":
+            told = f"unresolved: shares a part with the other steps from {edge.parent}, as if they began beside it"
+        error = f"error rate {k.error:.1g}" if k.error >= 1e-12 else "error rate below 1e-12"
+        lines.append(f"{indent}{'└' if last else '├'}{sign} {edge.child}  {what}; {told}; {error}")
         if edge.direction != "merge":
             _draw(edge.child, children, indent + ("   " if last else "│  "), lines)
