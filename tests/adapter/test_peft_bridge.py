@@ -825,7 +825,7 @@ def test_a_rounded_base(base, tmp_path, dtype):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         loaded = PeftModel.from_pretrained(load_classifier(base, dtype=dtype), tmp_path / "with")
-    assert any("rounding of the one" in str(w.message) for w in caught)
+    assert any("rounding of those" in str(w.message) for w in caught)
     delta = [
         m.base_model.model.deberta.encoder.layer[2].output.dense.get_delta_weight("default")
         for m in (model, loaded)

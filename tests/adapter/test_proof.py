@@ -150,7 +150,7 @@ def test_a_base_that_differs_elsewhere_is_accepted_with_a_warning():
     full = decompose(W)
     basis, proof = trained(W)
     other = W + 0.01 * torch.outer(full.U[:, 15], full.Vh[15])
-    with pytest.warns(UserWarning, match="not the one the adapter was trained on"):
+    with pytest.warns(UserWarning, match="not those that the adapter was trained on"):
         found = align(proof, reloaded(other), other, "layer")
     assert torch.allclose(found.U, basis.U, atol=1e-6)
 
@@ -167,8 +167,18 @@ def test_a_stored_basis_on_its_own_base_says_nothing():
 def test_a_stored_basis_on_a_rounded_base_warns(dtype):
     W = matrix(120, 80).float()
     basis, proof = trained(W)
-    with pytest.warns(UserWarning, match="rounding of the one that the adapter was trained on"):
+    with pytest.warns(UserWarning, match="rounding of those that the adapter was trained on"):
         check_stored(proof, basis.U.float(), basis.Vh.float(), W.to(dtype), "layer", singular=True)
+
+
+def test_a_rounded_base_is_one_warning_for_all_layers():
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("default")  # as Python shows them to a user
+        for layer in range(5):
+            W = matrix(120, 80).float() + layer
+            basis, proof = trained(W)
+            check_stored(proof, basis.U.float(), basis.Vh.float(), W.bfloat16(), f"layer.{layer}", singular=True)
+    assert len(told) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
