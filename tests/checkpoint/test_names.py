@@ -2,7 +2,7 @@
 
 import pytest
 
-from specbasis.checkpoint.names import alignments, bare_name, namesakes
+from specbasis.checkpoint.names import alignments, bare_name, namesakes, spelled
 
 BODY = {f"encoder.layer.{n}.{part}.weight": (4 + i, 8) for n in range(3) for i, part in enumerate(("query", "key"))}
 
@@ -61,3 +61,19 @@ def test_namesakes_differ_in_leading_components_alone() -> None:
     assert namesakes("h.0.query", names) == ["h.0.query"]
     assert namesakes("model.bert.h.0.query", names) == ["bert.h.0.query", "h.0.query"]
     assert namesakes("0.query", names) == ["bert.h.0.query", "h.0.query", "other.0.query"]
+
+
+def test_names_that_agree_need_no_alignment_and_a_module_is_no_prefix() -> None:
+    ours = {f"net.{i}.weight": 1 for i in range(6)} | {"head.weight": 2, "encoder.head.weight": 2}
+    assert alignments(ours, dict(ours)) == (8, [("", "")])
+    # "weight" alone is no name: fc.weight is not proj.weight without their modules.
+    assert alignments({"fc.weight": 1, "a.b.weight": 2}, {"weight": 1, "x.y.weight": 3})[0] == 0
+    # Many agree as they are; more would without one of two prefixes, which are in doubt.
+    stacks = {f"{stack}.layers.{i}.w.weight": 1 for stack in ("a", "b") for i in range(9)}
+    theirs = {f"layers.{i}.w.weight": 1 for i in range(9)} | {"embed.w.weight": 3, "out.w.weight": 4}
+    ours = stacks | {"embed.w.weight": 3, "out.w.weight": 4}
+    assert alignments(ours, theirs)[1] == [("", "")]
+
+
+def test_separators_are_one() -> None:
+    assert {spelled(name) for name in ("layer_0/weight", "layer.0.weight", "layer 0 weight")} == {"layer.0.weight"}

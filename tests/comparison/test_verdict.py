@@ -234,3 +234,21 @@ def test_the_share_that_was_compared_is_said_everywhere() -> None:
     assert "partial" not in whole.sentence
     failed = compared(base, finetuned(base) | {kept: torch.full((64, 64), math.nan)}).verdicts["state_dict"]
     assert failed.compared == pytest.approx(1 - share)
+
+
+def test_means_are_of_what_can_turn() -> None:
+    """Frozen matrices and sides that are too short have an alignment of 1, which says nothing."""
+    trained = {"layers.0.weight": normal(32, 40), "layers.1.weight": normal(32, 40, seed=1)}
+    still = {f"frozen.{i}.weight": normal(32, 40, seed=2 + i) for i in range(6)}
+    base = {**trained, **still, "row.weight": normal(1, 40)}
+    tuned = {n: W if n in still else W + normal(*W.shape, seed=9) for n, W in base.items()}
+    alone = compared(trained, {n: tuned[n] for n in trained}).summaries["state_dict"][-1]
+    c = compared(base, tuned)
+    line = c.summaries["state_dict"][-1]
+    assert (line.matrices, line.frozen, line.short) == (9, 6, 1)
+    assert line.top10[0] == pytest.approx(alone.top10[0])
+    assert line.chance[0] == pytest.approx(alone.chance[0])
+    assert "6 frozen of 9 matrices" in c._repr_html_()
+    assert "the short side of 1 matrices" in c._repr_html_()
+    whole = compared(still, dict(still)).summaries["state_dict"][-1]
+    assert whole.top10 == (1.0, 1.0)

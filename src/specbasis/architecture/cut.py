@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from math import prod
 from typing import Any
 
@@ -279,17 +280,55 @@ def _quantised_beside(name: str, entries: Mapping[str, Entry]) -> bool:
     )
 
 
-def not_a_matrix(name: str, entry: Entry) -> str:
+def layout_of(name: str, entries: Mapping[str, Entry]) -> str:
+    """How the axes of a parameter are to be read: "in_out" of a matrix (in, out) and of a kernel whose last axis is
+    out, "conv" of a kernel whose first axis is out; empty where a matrix is (out, in), or nothing tells.
+
+    By what the file or the user says; by the names of Keras and Flax (kernel) and of Chainer (W); of four and more
+    axes by the vector in the same module, a bias, that has one number for each output.
+    """
+    entry, axes = entries[name], len(entries[name].shape)
+    module, _, leaf = name.replace("/", ".").rpartition(".")
+    if entry.layout or axes < 2:
+        return entry.layout
+    if leaf in ("kernel", "kernel:0") and (axes != 3 or "conv" in name.lower()):
+        return "in_out"
+    if axes < 4:
+        return ""
+    beside = (f"{name[: len(module)]}{name[len(module) : len(module) + 1]}{bias}" for bias in ("bias", "b", "beta"))
+    ends = {entries[n].shape[0] for n in beside if n in entries and len(entries[n].shape) == 1}
+    told = {"conv": entry.shape[0] in ends, "in_out": entry.shape[-1] in ends}
+    if sum(told.values()) == 1:
+        return max(told, key=lambda layout: told[layout])
+    return "conv" if leaf in ("weight", "W") and entry.shape[0] > 1 else ""
+
+
+def laid_out(checkpoint: Checkpoint, layouts: Mapping[str, str]) -> Checkpoint:
+    """The same checkpoint with what a user says of layouts: pattern of names → "conv" or "in_out"."""
+
+    def of(name: str, entry: Entry) -> Entry:
+        said = [layout for pattern, layout in layouts.items() if fnmatchcase(name, pattern)]
+        return replace(entry, layout=said[-1]) if said else entry
+
+    return replace(checkpoint, entries={name: of(name, entry) for name, entry in checkpoint.entries.items()})
+
+
+def not_a_matrix(name: str, entry: Entry, layout: str) -> str:
     """Why a parameter that no pattern names is no matrix, or an empty string."""
     axes = len(entry.shape)
-    kernel = (
-        name.endswith("weight")
-        and entry.shape[0] > 1
-        and (axes in (4, 5) or (axes == 3 and "conv" in name.lower()))
-    )
+    named = axes == 3 and "conv" in name.lower() and name.endswith("weight") and entry.shape[0] > 1
+    kernel = named or bool(layout)
     if axes > 2 and not kernel:
-        return f"{axes}-D and not known to be a convolution: its layout is unknown"
+        return f"{axes}-D and not known to be a convolution: its layout is unknown; --layout says it"
     return ""
+
+
+def unnamed_part(shape: tuple[int, ...], layout: str) -> Part:
+    """What no pattern names: a kernel by its axes, else other; (out, in) whatever it is stored as."""
+    role = "conv" if len(shape) > 2 else "other"
+    if layout == "in_out":
+        return Part(role, (shape[-1], prod(shape[:-1])), cut={"transposed": True, "kernel": len(shape) > 2})
+    return Part(role, (shape[0], prod(shape[1:])))
 
 
 def is_matrix_like(entry: Entry) -> bool:

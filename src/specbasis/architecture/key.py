@@ -60,6 +60,7 @@ class MatrixRef:
             `rows` counts inside each.
         columns: the columns [start, stop) that belong to this matrix; None for all.
         expert: which matrix of a stack along the first axis; None where the parameter is no stack.
+        kernel: the last axis of the parameter is out, as in kernels of Keras and Flax; with `transposed`.
     """
 
     key: MatrixKey
@@ -70,6 +71,7 @@ class MatrixRef:
     groups: int = 1
     columns: tuple[int, int] | None = None
     expert: int | None = None
+    kernel: bool = False
 
     def read(self, checkpoint: Mapping[str, Tensor]) -> Tensor:
         """The matrix (out, in). Kernels are flattened to out × (in·kh·kw).
@@ -85,7 +87,7 @@ class MatrixRef:
 
         They are those that `Checkpoint.delta_factors` gives for the whole parameter, cut as `read` cuts it.
         """
-        factors = checkpoint.delta_factors(self.parameter) if self.expert is None else None
+        factors = checkpoint.delta_factors(self.parameter) if self.expert is None and not self.kernel else None
         if factors is None:
             return None
         B, A = (factors[1].mT, factors[0].mT) if self.transposed else factors
@@ -112,7 +114,7 @@ class MatrixRef:
     def _part(self, stored: Tensor) -> Tensor:
         """A view of the stored tensor as (out, in), or as (groups, out / groups, in)."""
         W = stored if self.expert is None else stored[self.expert]
-        W = W.flatten(1)
+        W = W.flatten(0, -2) if self.kernel else W.flatten(1)
         W = W.mT if self.transposed else W
         W = W if self.columns is None else W[:, slice(*self.columns)]
         W = W if self.groups == 1 else W.view(self.groups, -1, W.shape[1])

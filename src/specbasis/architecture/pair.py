@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
-from specbasis.architecture.cut import equal_values, matrix_size, unusable
+from specbasis.architecture.cut import equal_values, layout_of, matrix_size, unusable
 from specbasis.architecture.family import Family
 from specbasis.architecture.key import Admits, MatrixKey, MatrixRef, Skipped
 from specbasis.architecture.recognise import Recognition
 from specbasis.checkpoint import ABSENT, Checkpoint
-from specbasis.checkpoint.names import alignments, bare_name, stripped
+from specbasis.checkpoint.names import alignments, bare_name, spelled, stripped
 from specbasis.core.errors import InputError
 
 
@@ -42,7 +43,12 @@ class Pairing:
 
 
 def pair(
-    base: Checkpoint, tuned: Checkpoint, *, common_rows: bool = False, admits: Admits | None = None
+    base: Checkpoint,
+    tuned: Checkpoint,
+    *,
+    common_rows: bool = False,
+    transposed: bool = False,
+    admits: Admits | None = None,
 ) -> Pairing:
     """Match the matrices of two checkpoints by name.
 
@@ -54,6 +60,7 @@ def pair(
         tuned: the finetuned checkpoint.
         common_rows: compare the first rows that both have where only the number of rows differs (a vocabulary that
             grew), instead of skipping the matrix.
+        transposed: the matrices of tuned are stored (in, out) where those of base are (out, in), or the other way.
         admits: which matrices are wanted, as in `model_map`; what it excludes is not listed as skipped.
 
     Raises:
@@ -61,14 +68,11 @@ def pair(
     """
     recognition = Recognition(base)
     model = recognition.model(admits)
-    drop_base, drop_tuned = _align(base, tuned)
-    counterparts = {stripped(name, drop_tuned): name for name in tuned}
+    drop_base, counterparts, remarks = _counterparts(base, tuned, transposed)
+    ours = {stripped(name, drop_base) for name in base}
     matched: list[MatrixPair] = []
     skipped: list[Skipped] = []
-    notes: list[str] = list(model.notes)
-    if drop_base or drop_tuned:
-        notes.append(f"names aligned: base without {drop_base!r}, tuned without {drop_tuned!r}")
-
+    notes: list[str] = [*model.notes, *remarks]
     untied = _untied(model.shared, tuned, counterparts, drop_base)
     for ref in (*model.matrices, *untied):
         name = counterparts.get(stripped(ref.parameter, drop_base))
@@ -76,7 +80,10 @@ def pair(
             skipped.append(Skipped(ref.key.name, "base", "not in tuned", prod(ref.shape)))
             continue
         shape, tuned_shape = base.entries[ref.parameter].shape, tuned.entries[name].shape
-        partner = replace(ref, parameter=name)
+        layouts = layout_of(ref.parameter, base.entries), layout_of(name, tuned.entries)
+        flipped = len(shape) == len(tuned_shape) == 2 and transposed != (layouts[0] != layouts[1])
+        tuned_shape = tuned_shape[::-1] if flipped else tuned_shape
+        partner = replace(ref, parameter=name, transposed=ref.transposed != flipped)
         whole = ref.rows is None and ref.columns is None and ref.expert is None and not ref.transposed
         if reason := unusable(name, tuned.entries):
             skipped.append(Skipped(ref.key.name, "both", f"in tuned: {reason}", prod(ref.shape)))
@@ -98,13 +105,44 @@ def pair(
         for item in model.skipped
         if item.name not in {ref.key.name for ref in untied}
     ]
-    ours = {stripped(name, drop_base) for name in base}
     skipped += [
         Skipped(name, "tuned", unusable(name, tuned.entries) or "not in base", matrix_size(name, tuned.entries))
         for bare, name in counterparts.items()
         if bare not in ours and recognition.may_hold(drop_base + bare, admits)
     ]
     return Pairing(model.family, tuple(matched), tuple(skipped), tuple(notes))
+
+
+def _counterparts(
+    base: Checkpoint, tuned: Checkpoint, transposed: bool
+) -> tuple[str, dict[str, str], tuple[str, ...]]:
+    """The prefix to drop from base's names, what tuned calls each of them then, and notes on what was aligned."""
+    drop_base, drop_tuned = _align(base, tuned, transposed)
+    counterparts = {stripped(name, drop_tuned): name for name in tuned}
+    spellings = _spellings({stripped(name, drop_base) for name in base}, counterparts)
+    notes = []
+    if drop_base or drop_tuned:
+        notes.append(f"names aligned: base without {drop_base!r}, tuned without {drop_tuned!r}")
+    if spellings:
+        theirs, own = next(iter(spellings.items()))
+        count = len(spellings)
+        notes.append(f"{count} names differ in their separators alone: {own!r} in base, {theirs!r} in tuned")
+    return drop_base, {spellings.get(bare, bare): name for bare, name in counterparts.items()}, tuple(notes)
+
+
+def _spellings(ours: Collection[str], theirs: Collection[str]) -> dict[str, str]:
+    """Names of tuned that base has with other separators → base's name; only where there is one."""
+    by_spelling: dict[str, list[str]] = defaultdict(list)
+    for name in ours:
+        by_spelling[spelled(name)].append(name)
+    other = [name for name in theirs if name not in ours]
+    counts = Counter(map(spelled, other))
+    return {
+        name: by_spelling[spelled(name)][0]
+        for name in other
+        if len(by_spelling[spelled(name)]) == counts[spelled(name)] == 1
+        and by_spelling[spelled(name)][0] not in theirs
+    }
 
 
 def _untied(
@@ -117,7 +155,7 @@ def _untied(
     return [ref for ref, (name, twin) in names.items() if name and twin and not equal_values(tuned, name, twin)]
 
 
-def _align(base: Checkpoint, tuned: Checkpoint) -> tuple[str, str]:
+def _align(base: Checkpoint, tuned: Checkpoint, transposed: bool) -> tuple[str, str]:
     """The prefixes to drop from base's and tuned's names so that the most names and shapes agree.
 
     The shortest such prefixes win. Two equally short ones that agree equally often are ambiguous, and refused:
@@ -127,10 +165,18 @@ def _align(base: Checkpoint, tuned: Checkpoint) -> tuple[str, str]:
         InputError: nothing agrees, or the choice is ambiguous.
     """
     ours, theirs = (
-        {bare_name(name): entry.shape for name, entry in c.entries.items() if entry.dtype != ABSENT}
-        for c in (base, tuned)
+        {bare_name(n): _shape(n, c) for n, e in c.entries.items() if e.dtype != ABSENT} for c in (base, tuned)
     )
-    agreeing, ways = alignments(ours, theirs)
+    turned = {name: shape[::-1] if len(shape) == 2 else shape for name, shape in theirs.items()}
+    plain = alignments(ours, theirs)
+    agreeing, ways = alignments(ours, turned) if transposed else plain
+    if not transposed and sum(ours[name] == turned.get(name) for name in ours) > agreeing:
+        raise InputError(
+            f"{base.source} and {tuned.source}: the shapes agree once those of the matrices are reversed; "
+            "--transposed compares weights that are stored the other way round"
+        )
+    if not agreeing and any(turned.get(n) == s or theirs.get(n) == s for n, s in _respelled(ours, theirs).items()):
+        return "", ""
     if not agreeing and (common := [name for name in ours if name in theirs]):
         raise InputError(
             f"{base.source} and {tuned.source}: {len(common)} names in common, none of them with the same shape "
@@ -148,3 +194,14 @@ def _align(base: Checkpoint, tuned: Checkpoint) -> tuple[str, str]:
             f"({ways[0]} or {ways[1]} dropped); rename one side"
         )
     return ways[0]
+
+
+def _shape(name: str, checkpoint: Checkpoint) -> tuple[int, ...]:
+    """(out, in) of a matrix, whichever way it is stored; of what else there is as it is."""
+    shape = checkpoint.entries[name].shape
+    return shape[::-1] if len(shape) == 2 and layout_of(name, checkpoint.entries) == "in_out" else shape
+
+
+def _respelled(ours: Mapping[str, tuple[int, ...]], theirs: Mapping[str, object]) -> dict[str, tuple[int, ...]]:
+    """Shapes of base by the names that tuned has for them, where these differ in separators alone."""
+    return {their: ours[own] for their, own in _spellings(ours, theirs).items()}

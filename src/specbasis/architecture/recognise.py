@@ -21,6 +21,7 @@ from specbasis.architecture.cut import (
     Place,
     cut,
     is_matrix_like,
+    layout_of,
     matrix_size,
     may_be_tied,
     meaning,
@@ -28,6 +29,7 @@ from specbasis.architecture.cut import (
     part_label,
     place_of,
     shared_values,
+    unnamed_part,
     unusable,
 )
 from specbasis.architecture.family import (
@@ -205,7 +207,7 @@ class Recognition:
                 not parts
             ):  # no pattern names it: a kernel by its axes, else other; its block where its tower tells it
                 named = len(shape) > 2
-                parts = (Part("conv" if named else "other", (shape[0], prod(shape[1:]))),)
+                parts = (unnamed_part(shape, layout_of(name, self.checkpoint.entries)),)
             unnamed += [] if named else [name]
             block, stack = self._where(name, place, named)
             matrices += (
@@ -261,11 +263,14 @@ class Recognition:
         reason = unusable(name, self.checkpoint.entries)
         if reason:
             return (), "", reason
+        layout = layout_of(name, self.checkpoint.entries)
         meant = meaning(reading.entries, entry.shape, reading.place, self.names)
         if meant is None:
-            return (), "", not_a_matrix(name, entry)
+            return (), "", not_a_matrix(name, entry, layout)
         if "skip" in meant:
             return (), "", meant["skip"]
+        if layout == "in_out" and "layout" not in meant:
+            return (), "", ""  # a family's names in another library's layout: its roles are not sure
         return *cut(meant, entry.shape, reading.place, self.names), ""
 
     def _read(self, bare: str) -> Reading:

@@ -33,6 +33,7 @@ class Entry:
             tuned.reshape(shape[0], -1) = base.reshape(shape[0], -1) + B A.
         part: reads the numbers [start, stop) of the flattened tensor alone, by their bytes; None where the whole
             costs no more.
+        layout: "in_out" or "conv" where the file, or the user, says how the axes are to be read; empty where not.
     """
 
     shape: tuple[int, ...]
@@ -40,6 +41,7 @@ class Entry:
     load: Callable[[], Tensor] = field(repr=False, compare=False)
     factors: Callable[[], tuple[Tensor, Tensor]] | None = field(default=None, repr=False, compare=False)
     part: Callable[[int, int], Tensor] | None = field(default=None, repr=False, compare=False)
+    layout: str = ""
 
     @property
     def is_float(self) -> bool:

@@ -24,6 +24,11 @@ def stripped(name: str, prefix: str) -> str:
     return bare_name(name).removeprefix(prefix)
 
 
+def spelled(name: str) -> str:
+    """A name with one separator: libraries write layer_0 weight, layer/0/weight and layer.0.weight."""
+    return re.sub(r"[ _/.]+", ".", name)
+
+
 def namesakes(name: str, names: Collection[str]) -> list[str]:
     """The name itself where it is among the names, else those that differ in leading components of either alone."""
     if name in names:
@@ -35,8 +40,8 @@ def alignments(ours: Mapping[str, object], theirs: Mapping[str, object]) -> tupl
     """The prefixes to drop from the names of two sides so that the most names agree.
 
     Names that differ in numbers alone are judged by the first and the last of them: the blocks of a stack agree
-    together. Where both sides drop a prefix, half of the names of one must agree, in more than the word behind the
-    last dot: ``embed.weight`` and ``head.weight`` have nothing in common.
+    together. Where both sides drop a prefix, half of the names of one must agree, and where either does, in more
+    than the word behind the last dot: ``embed.weight`` and ``head.weight`` have nothing in common.
     Costs (prefixes of either side, multiplied) × (names without their numbers).
 
     Args:
@@ -45,11 +50,17 @@ def alignments(ours: Mapping[str, object], theirs: Mapping[str, object]) -> tupl
 
     Returns:
         how many of our names agree at most, and the pairs of prefixes under which so many do, the shortest first;
-        of those that give our names the same partners only the first.
+        of those that give our names the same partners only the first. Names that agree as they are need no
+        prefix dropped: where half of them do, or the prefixes that more agree without are in doubt.
     """
     alike: dict[str, list[str]] = defaultdict(list)
     for name in ours:
         alike[NUMBER.sub(r"\g<1>00", name)].append(name)
+    alone = any(all("." not in name for name in side) for side in (ours, theirs))  # a module by itself
+
+    def may_be_leaf(left: str, right: str) -> bool:
+        return not (left or right) or (alone and not (left and right))
+
     lefts = _prefixes(ours)
     agreeing = Counter[tuple[str, str]]()
     for right in _prefixes(theirs):
@@ -57,17 +68,25 @@ def alignments(ours: Mapping[str, object], theirs: Mapping[str, object]) -> tupl
         for left in (prefix for prefix in lefts if _may_drop(prefix, right)):
             for group in alike.values():
                 bare = ((name, name.removeprefix(left)) for name in {group[0], group[-1]})
-                pairs = ((name, partners.get(rest)) for name, rest in bare if not (left and right) or "." in rest)
+                # Without its whole module a name is "weight", which every module has.
+                pairs = (
+                    (name, partners.get(rest)) for name, rest in bare if may_be_leaf(left, right) or "." in rest
+                )
                 agree = any(partner is not None and theirs[partner] == ours[name] for name, partner in pairs)
                 agreeing[left, right] += len(group) * agree
     least = min(len(ours), len(theirs)) / 2
     agreeing = Counter({way: n for way, n in agreeing.items() if n >= least or not all(way)})
+    plain = agreeing["", ""]
+    if plain >= max(least, 1):
+        return plain, [("", "")]
     most = max(agreeing.values(), default=0)
     ways = sorted((way for way, n in agreeing.items() if n == most), key=lambda way: (len("".join(way)), way))
     distinct: dict[tuple[str | None, ...], tuple[str, str]] = {}
     for left, right in ways if most else ():
         partners = {name.removeprefix(right): name for name in theirs}
         distinct.setdefault(tuple(partners.get(name.removeprefix(left)) for name in ours), (left, right))
+    if plain and len(distinct) > 1:
+        return plain, [("", "")]
     return most, list(distinct.values())
 
 

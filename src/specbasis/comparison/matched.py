@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from specbasis.architecture.cut import laid_out
 from specbasis.architecture.family import STRUCTURAL
 from specbasis.architecture.key import ROLES
 from specbasis.architecture.pair import MatrixPair, Pairing, pair
@@ -61,10 +62,18 @@ class Matched:
         sources = [place for _, place in named]
         opened = open_checkpoint(source, stream=options.stream)
         checkpoints = [open_tuned(s, opened, stream=options.stream) for s in sources]
+        if layouts := options.layouts:
+            opened, checkpoints = laid_out(opened, layouts), [laid_out(c, layouts) for c in checkpoints]
         labels = store.labels_of([label for label, _ in named], [checkpoint.source for checkpoint in checkpoints])
         by_label = dict(zip(labels, checkpoints, strict=True))
         pairings = {
-            label: pair(opened, checkpoint, common_rows=options.common_rows, admits=options.filter)
+            label: pair(
+                opened,
+                checkpoint,
+                common_rows=options.common_rows,
+                transposed=options.transposed,
+                admits=options.filter,
+            )
             for label, checkpoint in by_label.items()
         }
         if not any(pairing.matched for pairing in pairings.values()):

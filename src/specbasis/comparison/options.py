@@ -41,6 +41,12 @@ class Options(Selection):
         None, "leading ranks k at which principal angles are taken; default: 10", panel=ADVANCED, least=1
     )
     common_rows: bool = option(False, "compare the common rows where a vocabulary grew", panel=ADVANCED)
+    transposed: bool = option(
+        False, "tuned is stored (in, out) where base is (out, in), or the other way", panel=ADVANCED
+    )
+    layout: tuple[str, ...] = option(
+        (), "how weights are stored: PATTERN=conv or PATTERN=in_out, e.g. '*.W=conv'", panel=ADVANCED
+    )
     measures: tuple[str | Callable[..., Any], ...] = option(
         (), "only these measures, e.g. 'alignment*,singular_value_*'", parse=lambda text, _: words(text)
     )
@@ -88,6 +94,25 @@ class Options(Selection):
         choose(self.patterns, measures=self.table)
         if self.budget is not None and self.budget < 1:
             raise InputError(f"got memory = {self.memory}; want more than nothing, such as '8GB'")
+
+    @property
+    def layouts(self) -> dict[str, str]:
+        """Pattern of names → layout.
+
+        Raises:
+            InputError: one of them is no pattern with a layout.
+        """
+        layouts = dict(said.rpartition("=")[::2] for said in self.layout)
+        wrong = [
+            said
+            for said in self.layout
+            if not said.rpartition("=")[0] or said.rpartition("=")[2] not in ("conv", "in_out")
+        ]
+        if wrong:
+            raise InputError(
+                f"got layout {wrong[0]!r}; want a pattern of names and conv or in_out, such as '*.W=conv'"
+            )
+        return layouts
 
     def __getstate__(self) -> dict[str, Any]:
         # What is computed once in each process stays there: a table of functions cannot travel.
@@ -146,8 +171,11 @@ class Options(Selection):
         """What makes two comparisons the same, apart from the models."""
         from specbasis.measures.own import digest
 
+        config = super().config()
+        for later in ("transposed", "layout"):  # which version 0.1 did not have
+            config = config if config[later] else {name: value for name, value in config.items() if name != later}
         return {
-            **super().config(),
+            **config,
             "cached": self.cache is not None,
             "measures": [measure.name for measure in self.taken if measure.name not in ALWAYS],
             "own": {function.__name__: digest(function) for function in self.own},

@@ -11,6 +11,7 @@ import numpy as np
 
 from specbasis.architecture.key import ROLES
 from specbasis.comparison.facts import SIDES, Columns, Facts, is_resolved, of, where
+from specbasis.core.entries import LEAST_SIDE
 
 TOP = 10
 """Leading ranks over which a user's own measure of each rank is averaged."""
@@ -36,6 +37,9 @@ class RoleSummary:
         unresolved: alignments whose error bound is not small, or which the stored numbers do not tell apart: left
             out of the means.
         every10, every30: the same means over all ranks, unresolved ones included.
+        frozen: matrices equal bit for bit, whose alignment of 1 is left out of the means, unless all are.
+        short: matrices with a side shorter than `LEAST_SIDE`, along which alignment and chance are near 1 by
+            definition: left out likewise.
     """
 
     role: str
@@ -48,6 +52,8 @@ class RoleSummary:
     unresolved: int
     every10: tuple[float, float]
     every30: tuple[float, float]
+    frozen: int = 0
+    short: int = 0
 
 
 def summarise(facts: Facts) -> list[RoleSummary]:
@@ -82,24 +88,35 @@ def _by_role(columns: Columns) -> list[tuple[str, Columns]]:
 
 def _line(role: str, columns: Columns) -> RoleSummary:
     parts = {name: of(columns, name) for name in _MEASURES}  # empty, and its mean NaN, where one was not wanted
-    every = [parts[f"alignment_{side}"] for side in SIDES]
+    updates = parts["relative_update"]
+    still = updates["matrix"][updates["value"] == 0]
+    sides = dict(zip(SIDES, ("out_features", "in_features"), strict=True))
+    every = [_telling(parts[f"alignment_{side}"], still, sides[side]) for side in SIDES]
     resolved = [where(side, is_resolved(side)) for side in every]
 
-    def both(sides: list[Columns], top: int) -> tuple[float, float]:
-        return _mean(sides[0], top), _mean(sides[1], top)
+    def both(columns: list[Columns], top: int | None) -> tuple[float, float]:
+        return _mean(columns[0], top), _mean(columns[1], top)
 
     return RoleSummary(
         role,
         matrices=len(parts["relative_update"]["value"]),
         top10=both(resolved, 10),
         top30=both(resolved, 30),
-        chance=(_mean(parts["chance_alignment_left"]), _mean(parts["chance_alignment_right"])),
+        chance=both([_telling(parts[f"chance_alignment_{side}"], still, sides[side]) for side in SIDES], None),
         rsd=_mean(parts["rsd"]),
         relative_update=_mean(parts["relative_update"]),
         unresolved=sum(len(side["value"]) for side in every) - sum(len(side["value"]) for side in resolved),
         every10=both(every, 10),
         every30=both(every, 30),
+        frozen=len(still),
+        short=int((np.minimum(updates["out_features"], updates["in_features"]) < LEAST_SIDE).sum()),
     )
+
+
+def _telling(columns: Columns, still: Any, dimension: str) -> Columns:
+    """The rows of matrices that moved and have room to turn along one side; all where there are none."""
+    telling = where(columns, ~np.isin(columns["matrix"], still) & (columns[dimension] >= LEAST_SIDE))
+    return telling if len(telling["value"]) else columns
 
 
 def _mean(columns: Columns, top: int | None = None) -> float:

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 
 from specbasis.architecture.key import ROLES
 from specbasis.comparison.comparison import Comparison
+from specbasis.core.entries import LEAST_SIDE
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -248,9 +249,18 @@ class Pair:
             sources[f"explained_variance_{which}_leading"] = shown.astype(float), leading
         groups = list(self.groups())
         return {
-            profile: {group: quartiles(x, values[mask]) for group, mask in groups}
+            profile: {group: quartiles(x, values[self._telling(profile, mask)]) for group, mask in groups}
             for profile, (x, values) in sources.items()
         }
+
+    def _telling(self, profile: str, mask: Bools) -> Bools:
+        """Those of some matrices whose alignment says something: see `specbasis.comparison.summary.summarise`."""
+        kind, _, side = profile.rpartition("_")
+        if kind not in ("alignment", "subspace_overlap"):
+            return mask
+        dimension = np.array(self.matrices["out" if side == "left" else "in"], np.int64)
+        telling = mask & (dimension >= LEAST_SIDE) & (self.whole("relative_update") != 0)
+        return telling if telling.any() else mask
 
     def turned(self, measure: str, ranks: int = 10) -> Floats:
         """Root mean square sine of the angle of the leading resolved ranks of each matrix, NaN without any."""

@@ -52,11 +52,18 @@ def summary_table(lines: Sequence[RoleSummary], title: str = "") -> Table:
 
 
 def over_all_ranks(line: RoleSummary) -> str:
-    """The other averages, in words, where ranks were left out of those of the table; empty where none were."""
-    if not line.unresolved:
-        return ""
-    ends = [" / ".join(number(v, ".3f") for v in sides) for sides in (line.every10, line.every30)]
-    return f"over all ranks, the {line.unresolved} unresolved included: top-10 {ends[0]}, top-30 {ends[1]}"
+    """What was left out of the means of alignments, in words; empty where nothing was."""
+    left = []
+    if 0 < line.frozen < line.matrices:
+        left.append(f"left out of the means of alignment: {line.frozen} frozen of {line.matrices} matrices")
+    if 0 < line.short < line.matrices:
+        left.append(f"left out: the short side of {line.short} matrices, along which all directions are alike")
+    if line.unresolved:
+        ends = [" / ".join(number(v, ".3f") for v in sides) for sides in (line.every10, line.every30)]
+        left.append(
+            f"over all ranks, the {line.unresolved} unresolved included: top-10 {ends[0]}, top-30 {ends[1]}"
+        )
+    return "; ".join(left)
 
 
 def evidence(finding: Finding) -> str:

@@ -12,9 +12,9 @@ direction: base and finetune are symmetric in their difference. A direction is g
 
 Everything else is said to be unidentifiable. A checkpoint on the straight line between two others is a merge. An
 edge whose runner-up is as short, within the noise of the matrices or `forest.MARGIN`, or whose update is not at
-right angles to the others from its parent, is unresolved: as between finetunes of a base that is not there. That two are
-related at all is tested against random orders of rows and of columns, at a level that holds for the whole folder
-(`Kinship.error`).
+right angles to the others from its parent, is unresolved: as between finetunes of a base that is not there. That
+two are related at all is tested against random orders of rows and of columns, at a level that holds for the whole
+folder (`Kinship.error`).
 """
 
 from __future__ import annotations

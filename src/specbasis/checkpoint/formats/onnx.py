@@ -31,15 +31,28 @@ def entries(path: Path, source: str, key: str = "") -> dict[str, Entry]:
         if any(size < 0 for tensor in graph.initializer for size in tensor.dims):
             raise ValueError("a negative size")
         check_names((tensor.name for tensor in graph.initializer), source)
+        layouts = _layouts(graph)
         kinds = {tensor.name: onnx.TensorProto.DataType.Name(tensor.data_type) for tensor in graph.initializer}
     return {
         tensor.name: Entry(
             tuple(tensor.dims),
             by_code(kinds[tensor.name]),
             lambda tensor=tensor: _tensor(onnx, tensor, path, source),
+            layout=layouts.get(tensor.name, ""),
         )
         for tensor in graph.initializer
     }
+
+
+def _layouts(graph: Any) -> dict[str, str]:
+    """How the operators read their weights: kernels of a convolution, and matrices (in, out)."""
+    layouts: dict[str, set[str]] = {}
+    for node in graph.node:
+        if len(node.input) > 1:
+            swapped = any(a.name == "transB" and a.i for a in node.attribute)
+            layout = {"Conv": "conv", "MatMul": "in_out", "Gemm": "" if swapped else "in_out"}.get(node.op_type, "")
+            layouts.setdefault(node.input[1], set()).add(layout)
+    return {name: said.pop() for name, said in layouts.items() if len(said) == 1}
 
 
 def _tensor(onnx: Any, tensor: Any, path: Path, source: str) -> Tensor:
