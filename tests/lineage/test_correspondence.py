@@ -118,6 +118,8 @@ def _int8(W: torch.Tensor) -> torch.Tensor:
         (lambda W: W.bfloat16(), "rounded to bfloat16"),
         (lambda W: W.half(), "rounded to float16"),
         (_int8, "quantised"),
+        (lambda W: _int8(W).bfloat16(), "quantised"),
+        (lambda W: W + 0.0007 * torch.randn(W.shape, generator=torch.Generator().manual_seed(2)), "changed"),
         (lambda W: 1.7 * W, "scaled"),
         (lambda W: torch.where(W.abs() < 0.05, 0, W), "entries pruned"),
         (lambda W: W + 0.05 * torch.randn(W.shape, generator=torch.Generator().manual_seed(2)), "changed"),

@@ -11,6 +11,7 @@ from specbasis.checkpoint.entry import Checkpoint, Entry
 from specbasis.core.errors import InputError
 from specbasis.lineage import fingerprint as module
 from specbasis.lineage.fingerprint import BAND, base_models, fingerprint, height, places, rows_of
+from specbasis.lineage.which_base import which_base
 from tests.pico import bert_state, write
 
 
@@ -134,3 +135,31 @@ def test_bad_models_are_one_line() -> None:
         fingerprint({"bias": torch.zeros(3)})
     with pytest.raises(InputError, match=r"w\.weight has NaN or Inf"):
         fingerprint({"w.weight": torch.full((8, 8), math.nan)})
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_0"])
+def test_a_gguf_file_meets_the_fingerprint_of_its_model_by_roles(tmp_path: Path, kind: str) -> None:
+    gguf = pytest.importorskip("gguf")
+    g = torch.Generator().manual_seed(0)
+    shapes = {"q_proj": (64, 64), "k_proj": (64, 64), "v_proj": (64, 64), "o_proj": (64, 64)}
+    shapes = {f"self_attn.{n}": s for n, s in shapes.items()}
+    shapes |= {"mlp.gate_proj": (128, 64), "mlp.up_proj": (128, 64), "mlp.down_proj": (64, 128)}
+    names = ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"]
+    model, stored = {}, []
+    for block in range(2):
+        for (name, shape), short in zip(shapes.items(), names, strict=True):
+            model[f"model.layers.{block}.{name}.weight"] = W = torch.randn(shape, generator=g)
+            stored.append((f"blk.{block}.{short}.weight", W.numpy()))
+    model["model.embed_tokens.weight"] = W = torch.randn(100, 64, generator=g)
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    code = getattr(gguf.GGMLQuantizationType, kind)
+    for name, array in [("token_embd.weight", W.numpy()), *reversed(stored)]:
+        writer.add_tensor(name, gguf.quants.quantize(array, code), raw_dtype=code)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    answer = which_base(fingerprint(tmp_path / "m.gguf"), [fingerprint(model).named("model", base=True)])
+    assert answer.kind == "copy", answer.sentence
+    assert ("quantised" if kind != "F16" else "rounded to float16") in answer.sentence
+    assert "100% of it" in answer.sentence

@@ -60,7 +60,7 @@ def correspondence(query: Fingerprint, record: Fingerprint) -> Correspondence:
     if tried[0].log_p > math.log(SURE) or len(query.blocks) != len(record.blocks):
         tried.append(_by_blocks(query, record))
     if tried[0].log_p > math.log(SURE) and query.header["orders"] == record.header["orders"]:
-        p = log_p(*scores(_spacings(query), _spacings(record), pairs), len(query.labels))
+        p = log_p(*scores(query.spacings, record.spacings, pairs), len(query.labels))
         tried.append(Correspondence(record, pairs, "without the order of units", p))
     best = next((c for c in tried if c.depth and c.log_p < math.log(SURE)), min(tried, key=lambda c: c.log_p))
     return Correspondence(record, best.pairs, best.way, min(0.0, best.log_p + math.log(3)), best.depth)
@@ -90,7 +90,7 @@ def scores(ours: Floats, theirs: Floats, pairs: Pairs) -> tuple[Floats, Floats]:
         return np.zeros(0), np.zeros(0)
     n = min(ours.shape[1], theirs.shape[1])
     A, B = (X[[pair[side] for pair in pairs], :n] for side, X in enumerate((ours, theirs)))
-    products = np.nan_to_num(A * B)
+    products = A * B
     size = np.sqrt(np.square(products).sum(1))
     return products.sum(1) / np.where(size > 0, size, np.nan), np.sqrt((products != 0).sum(1))
 
@@ -119,10 +119,7 @@ def _by_blocks(query: Fingerprint, record: Fingerprint) -> Correspondence:
     n = min(query.header["entries"], record.header["entries"])
     for key in kinds[0].keys() & kinds[1].keys():
         members = [kind[key] for kind in kinds]
-        A, B = (
-            np.nan_to_num(model.centred[list(of.values()), :n])
-            for model, of in zip((query, record), members, strict=True)
-        )
+        A, B = (m.centred[list(of.values()), :n] for m, of in zip((query, record), members, strict=True))
         size = np.sqrt(np.square(A) @ np.square(B).T)
         at = np.ix_(*([blocks.index(b) for b in of] for blocks, of in zip((ours, theirs), members, strict=True)))
         count = np.sqrt(min((A != 0).sum(1).max(), (B != 0).sum(1).max()))
@@ -144,24 +141,6 @@ def _by_blocks(query: Fingerprint, record: Fingerprint) -> Correspondence:
             pairs.append((k, counterparts[(*place, *rest)]))
     moved = any(place != block for block, place in depth.items()) or len(ours) != len(theirs)
     return Correspondence(record, pairs, "by blocks", p, depth if moved and p < math.log(SURE) else {})
-
-
-def _spacings(model: Fingerprint) -> Floats:
-    """(matrices, lists × pairs): how two neighbouring gaps of an ordered list share their sum, without the mean.
-
-    Of independent matrices these shares are independent. What all matrices of a model have in common, the trend of
-    the list, is taken off, so that fewer than four matrices have none.
-    """
-    if len(model.orders) < 4:
-        return np.full((len(model.orders), 1), np.nan)
-    gaps = -np.diff(model.orders, axis=2)
-    pairs = gaps[..., : gaps.shape[2] // 2 * 2].reshape(*gaps.shape[:2], -1, 2)
-    whole = pairs.sum(-1)
-    shares = np.divide(pairs[..., 0], whole, out=np.full_like(whole, np.nan), where=whole > 0)
-    shares = shares.reshape(len(shares), -1)
-    known = np.isfinite(shares)
-    mean = np.nansum(shares, 0) / known.sum(0).clip(min=1)
-    return np.where(known.sum(0) >= 4, shares - mean, np.nan)
 
 
 def forms(query: Fingerprint, record: Fingerprint, pairs: Sequence[tuple[int, int]]) -> list[str]:
@@ -188,9 +167,12 @@ def _form(base: Floats, tuned: Floats, step: Floats) -> str:
             return f"rounded to {str(dtype)[6:]}"
         if torch.equal(b.to(dtype).double(), a):
             return f"of which the record is rounded to {str(dtype)[6:]}"
-    on_grid = steps.isfinite()
-    fits = (b - a).abs() <= 0.5001 * steps + 2**-9 * b.abs()
-    if int(on_grid.sum()) >= 8 and float(fits[on_grid].double().mean()) >= 0.98:
+    used = steps.isfinite() & (steps != 0)
+    off = ((b - a) / steps)[used].abs()
+    fits = float((off <= 0.502 + (2**-8 * b / steps)[used].abs()).double().mean())
+    # Such an error is uniform within a step, of which its root mean square is .29; none of it lies beyond.
+    hidden = fits == 1 and 0.2 <= float(off.square().mean().sqrt()) <= 0.4
+    if len(off) >= 8 and (hidden or (fits >= 0.98 and bool((steps[used] > 0).any()))):
         return "quantised"
     kept = b != 0
     near = (b - a).abs() <= 2**-8 * b.abs()

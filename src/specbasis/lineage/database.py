@@ -41,7 +41,7 @@ def read(path: Path) -> Iterator[Fingerprint]:
             if not file.schema_arrow.equals(SCHEMA):
                 raise InputError(f"{path}: a Parquet file, but not one of fingerprints; want one of `specbasis db`")
             for group in range(file.num_row_groups):
-                for row in file.read_row_group(group).to_pylist():
+                for row in file.read_row_group(group, use_threads=False).to_pylist():
                     yield _record(row["header"], row["values"])
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, InputError):

@@ -12,6 +12,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextvars import copy_context
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +28,7 @@ from specbasis.architecture.recognise import model_map
 from specbasis.checkpoint import Checkpoint, joined_sha256, open_checkpoint
 from specbasis.checkpoint.digest import SEAL, digest, sealed, sha256
 from specbasis.checkpoint.entry import reading
+from specbasis.checkpoint.formats.kit import DEQUANTISE
 from specbasis.checkpoint.places import locate
 from specbasis.core.dtypes import FORMATS
 from specbasis.core.entries import GROUP, grid
@@ -88,8 +90,8 @@ class Fingerprint:
 
     @cached_property
     def centred(self) -> Floats:
-        """(matrices, entries) without the means of their rows and columns."""
-        return self.entries - self.part(1)
+        """(matrices, entries) without the means of their rows and columns; 0 where there is none."""
+        return np.nan_to_num(self.entries - self.part(1))
 
     @cached_property
     def orders(self) -> Floats:
@@ -97,6 +99,21 @@ class Fingerprint:
         start = 3 * self.header["entries"]
         lists = self.values[:, start : start + len(ORDERS) * self.header["orders"]].astype(np.float64)
         return lists.reshape(len(lists), len(ORDERS), -1)
+
+    @cached_property
+    def spacings(self) -> Floats:
+        """(matrices, lists × pairs): how two neighbouring gaps of an ordered list share their sum, less the mean.
+
+        Of independent matrices these shares are independent. What all matrices of a model have in common, the
+        trend of the list, is taken off, so that a list of fewer than four matrices has none: 0.
+        """
+        gaps = -np.diff(self.orders, axis=2)
+        pairs = gaps[..., : gaps.shape[2] // 2 * 2].reshape(len(gaps), -1, 2)
+        whole = pairs.sum(-1)
+        known = whole > 0
+        shares = np.divide(pairs[..., 0], whole, out=np.zeros_like(whole), where=known)
+        mean = shares.sum(0) / known.sum(0).clip(min=1)
+        return np.where(known & (known.sum(0) >= 4), shares - mean, 0)
 
     @cached_property
     def labels(self) -> list[Label]:
@@ -139,7 +156,9 @@ def fingerprint(source: str | Path | Mapping[str, Tensor], *, budget: int = BUDG
     Raises:
         InputError: as `open_checkpoint`; the model has no matrix; a value is NaN or Inf.
     """
-    checkpoint = open_checkpoint(source, stream=True)
+    context = copy_context()
+    context.run(DEQUANTISE.set, True)
+    checkpoint = context.run(open_checkpoint, source, stream=True)
     refs = list(model_map(checkpoint).matrices)
     if not refs:
         raise InputError(f"{checkpoint.source}: holds no matrix of weights; want a model with at least one")
@@ -238,10 +257,12 @@ def _entries(band: Tensor, shape: tuple[int, int], n: int) -> Floats:
     result = np.full((3, n), np.nan)
     result[0, : len(rows)] = X[rows, columns].numpy()
     result[1, : len(rows)] = centre.numpy()
+    # Rounding a quantised matrix hides its grid: then, negative, the step that 8 bits with a scale a row have.
+    result[2, : len(rows)] = -X.abs().amax(1)[rows].numpy() / 127
     if shape[1] >= GROUP:
         first = (columns // GROUP * GROUP).clamp(max=shape[1] - GROUP)
         levels, step = grid(X[rows[:, None], first[:, None] + torch.arange(GROUP)])
-        result[2, : len(rows)] = math.nan if math.isnan(levels) else step.numpy()
+        result[2, : len(rows)] = result[2, : len(rows)] if math.isnan(levels) else step.numpy()
     return result
 
 

@@ -1,4 +1,4 @@
-"""GGUF files with floating-point weights.
+"""GGUF files with floating-point weights, or with quantised ones where their rounding is taken into account.
 
 The header is read here and not by the gguf library, which takes every length in a file at its word: it allocates
 and walks without end, and lets tensors overlap or begin before the file.
@@ -12,6 +12,7 @@ import math
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 
 from specbasis.checkpoint.entry import Entry, check_names, no_key, parsing
-from specbasis.checkpoint.formats.kit import FileFormat, extra, quantised, rounding_noise, tensor_of
+from specbasis.checkpoint.formats.kit import DEQUANTISE, FileFormat, extra, quantised, rounding_noise, tensor_of
 from specbasis.core.dtypes import FORMATS, by_code
 from specbasis.core.errors import InputError
 
@@ -53,14 +54,17 @@ def entries(path: Path, source: str, key: str = "") -> dict[str, Entry]:
         tensors = _Header(content, gguf).tensors()
         check_names((tensor.name for tensor in tensors), source)
         coarse = [t for t in tensors if len(t.shape) > 1 and by_code(t.kind) not in FORMATS]
-        if coarse:
+        if coarse and not DEQUANTISE.get():
             names = ", ".join(sorted({tensor.kind for tensor in coarse}))
             share = f"{len(coarse)} of its {len(tensors)} tensors are stored as {names}"
             raise quantised(path, source, share, _noise(gguf, content, coarse))
-    return {
+    stored = {
         tensor.name: Entry(tensor.shape, by_code(tensor.kind), _reader(content, tensor, source))
         for tensor in tensors
     }
+    for tensor in coarse:
+        stored[tensor.name] = Entry(tensor.shape, "float32", partial(_whole, gguf, content, tensor, source))
+    return stored
 
 
 def _reader(content: mmap, tensor: _Tensor, source: str) -> Callable[[], torch.Tensor]:
@@ -71,6 +75,22 @@ def _reader(content: mmap, tensor: _Tensor, source: str) -> Callable[[], torch.T
         return tensor_of(content[tensor.start : tensor.stop], dtype, tensor.shape)
 
     return read
+
+
+def _whole(gguf: Any, content: mmap, tensor: _Tensor, source: str) -> torch.Tensor:
+    try:
+        return torch.from_numpy(_dequantised(gguf, content, tensor)).reshape(tensor.shape)
+    except NotImplementedError as error:
+        raise InputError(f"{source}: {tensor.name!r} is stored as {tensor.kind}, which gguf cannot read") from error
+
+
+def _dequantised(gguf: Any, content: mmap, tensor: _Tensor, most: int | None = None) -> np.ndarray:
+    """The numbers that the first rows of a quantised tensor stand for, or all of them, float32."""
+    width = (tensor.stop - tensor.start) // math.prod(tensor.shape[:-1])
+    stop = tensor.stop if most is None else min(tensor.stop, tensor.start + most * width)
+    data = np.frombuffer(content[tensor.start : stop], np.uint8).reshape(-1, width)
+    rows: np.ndarray = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[tensor.kind])
+    return rows
 
 
 class _Header:
@@ -165,12 +185,8 @@ def _noise(gguf: Any, content: mmap, coarse: list[_Tensor]) -> tuple[str, float]
     for tensor in coarse:
         if not math.prod(tensor.shape):
             continue
-        width = (tensor.stop - tensor.start) // math.prod(tensor.shape[:-1])
-        data = np.frombuffer(content[tensor.start : min(tensor.stop, tensor.start + 64 * width)], np.uint8).reshape(
-            -1, width
-        )
         try:
-            rows = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[tensor.kind])
+            rows = _dequantised(gguf, content, tensor, most=64)
         except NotImplementedError:
             continue
         blocks = torch.from_numpy(rows.astype("float64")).reshape(-1, 32)
