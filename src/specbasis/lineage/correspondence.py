@@ -26,6 +26,9 @@ DROPPED = 4
 SURE = 1e-6
 """p-value below which a block, or a single matrix, corresponds."""
 
+WEAK = 1e-3
+"""p-value below which matrices are taken to correspond in place where something else shows that they do."""
+
 Pairs = list[tuple[int, int]]
 """Number of a matrix of the query, and of its counterpart in the record."""
 
@@ -52,16 +55,15 @@ class Correspondence:
 def correspondence(query: Fingerprint, record: Fingerprint) -> Correspondence:
     """The way in which a query corresponds to a record most surely, of three, for which the p-value pays."""
     pairs = by_label(query, record)
-    tried = [
-        Correspondence(
-            record, pairs, "in place", log_p(*scores(query.centred, record.centred, pairs), len(query.labels))
-        )
-    ]
-    if tried[0].log_p > math.log(SURE) or len(query.blocks) != len(record.blocks):
+    here = log_p(*scores(query.centred, record.centred, pairs), len(query.labels))
+    tried = [Correspondence(record, pairs, "in place", here)]
+    if here > math.log(SURE) or len(query.blocks) != len(record.blocks):
         tried.append(_by_blocks(query, record))
-    if tried[0].log_p > math.log(SURE) and query.header["orders"] == record.header["orders"]:
+    if here > math.log(SURE) and query.header["orders"] == record.header["orders"]:
+        # Where a part was made anew, what is left in place is weak evidence, and says all the same where it is.
+        way = "in place" if here < math.log(WEAK) else "without the order of units"
         p = log_p(*scores(query.spacings, record.spacings, pairs), len(query.labels))
-        tried.append(Correspondence(record, pairs, "without the order of units", p))
+        tried.append(Correspondence(record, pairs, way, p))
     best = next((c for c in tried if c.depth and c.log_p < math.log(SURE)), min(tried, key=lambda c: c.log_p))
     return Correspondence(record, best.pairs, best.way, min(0.0, best.log_p + math.log(3)), best.depth)
 

@@ -234,8 +234,9 @@ def _smaller(query: Fingerprint, record: Fingerprint) -> list[str]:
     """Roles of the matrices that have fewer rows or columns in the query than where they stand in the record."""
     shapes: list[dict[Any, list[tuple[int, int]]]] = [{}, {}]
     for of, model in zip(shapes, (query, record), strict=True):
-        for stack, block, role, _, out, width, _ in model.header["matrices"]:
-            of.setdefault((stack, block, role), []).append((out, width))
+        for stack, block, role, name, out, width, _ in model.header["matrices"]:
+            part = name.split(".")[-2:][0]  # what tells the tables of an embedding apart
+            of.setdefault((stack, block, role, part), []).append((out, width))
     alone = [(key[2], *ours, *shapes[1].get(key, ())) for key, ours in shapes[0].items() if len(ours) == 1]
     return [role for role, a, *b in alone if len(b) == 1 and a != b[0] and a[0] <= b[0][0] and a[1] <= b[0][1]]
 
