@@ -29,7 +29,7 @@ def test_z_of_independent_models_is_standard_normal() -> None:
         # Tails, and means of columns that all models have in common, as trained weights may have them.
         models.append(fingerprint({n: W**3 + torch.linspace(-1e-3, 1e-3, W.shape[-1]) for n, W in state.items()}))
     for query, last in pairwise(models):
-        z += scores(query.centred, last.centred, by_label(query, last))[0].tolist()
+        z += scores(query.roots, last.roots, by_label(query, last))[0].tolist()
     assert stats.kstest(z, "norm").pvalue > 1e-3
     assert abs(np.mean(z)) < 4 / math.sqrt(len(z))
 

@@ -2,16 +2,20 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save
 
 from specbasis.checkpoint.entry import Checkpoint, Entry
 from specbasis.core.errors import InputError
 from specbasis.lineage import fingerprint as module
 from specbasis.lineage.fingerprint import BAND, base_models, fingerprint, height, places, rows_of
 from specbasis.lineage.which_base import which_base
+from tests.checkpoint.hub_server import COMMIT
+from tests.checkpoint.test_hub import hub, running  # noqa: F401 - fixtures
 from tests.pico import bert_state, write
 
 
@@ -163,3 +167,27 @@ def test_a_gguf_file_meets_the_fingerprint_of_its_model_by_roles(tmp_path: Path,
     assert answer.kind == "copy", answer.sentence
     assert ("quantised" if kind != "F16" else "rounded to float16") in answer.sentence
     assert "100% of it" in answer.sentence
+
+
+def test_from_the_hub_nothing_but_bands_comes(hub: Any) -> None:  # noqa: F811 - the fixture
+    """Over a server: a model whose matrices are larger than their bands, and a budget that allows no more."""
+    g = torch.Generator().manual_seed(0)
+    state = {f"layer.{i}.weight": torch.randn(8192, 64, generator=g).half() for i in range(3)}
+    hub.repositories["org/large"] = {"model.safetensors": save(state), "config.json": b"{}"}
+    found = fingerprint("hub:org/large", budget=1)
+    ranges = [
+        seen.range.removeprefix("bytes=").split("-") for seen in hub.seen if seen.host == "files" and seen.range
+    ]
+    read = sum(int(last) - int(first) + 1 for first, last in ranges)
+    assert read < 3 * 2 * BAND + 2**17
+    local = fingerprint(state)
+    assert np.array_equal(found.part(0), local.part(0), equal_nan=True)
+    assert found.header["revision"] == COMMIT
+    assert which_base(found, [local.named("local", base=True)]).kind == "identical"
+
+
+def test_what_the_hub_has_in_an_old_format_is_downloaded(hub: Any, tmp_path: Path) -> None:  # noqa: F811
+    torch.save(bert_state(), tmp_path / "m.bin")
+    content = (tmp_path / "m.bin").read_bytes()
+    hub.repositories["org/old"] = {"pytorch_model.bin": content, "config.json": b"{}"}
+    assert len(fingerprint("hub:org/old").labels) == len(fingerprint(tmp_path / "m.bin").labels)

@@ -23,6 +23,10 @@ from specbasis.checkpoint.regular import read_bytes
 from specbasis.core.errors import InputError
 
 
+class NotStreamable(InputError):  # noqa: N818 - says what is missing
+    """A repository on the Hub whose weights are in no format that can be read by byte range."""
+
+
 class Place(Protocol):
     """A folder, on disk or on the Hub; names in it are relative and checked before they are followed."""
 
@@ -232,7 +236,7 @@ class _Remote:
             no_key(key, self.source)
             return remote_entries(self.repository, file, self.source, self.stream)
         if self.stream:
-            raise InputError(
+            raise NotStreamable(
                 f"{self.source}: {name} cannot be streamed; only safetensors files can be read by byte range. "
                 "Read it without streaming"
             )

@@ -55,7 +55,7 @@ class Correspondence:
 def correspondence(query: Fingerprint, record: Fingerprint) -> Correspondence:
     """The way in which a query corresponds to a record most surely, of three, for which the p-value pays."""
     pairs = by_label(query, record)
-    here = log_p(*scores(query.centred, record.centred, pairs), len(query.labels))
+    here = log_p(*scores(query.roots, record.roots, pairs), len(query.labels))
     tried = [Correspondence(record, pairs, "in place", here)]
     if here > math.log(SURE) or len(query.blocks) != len(record.blocks):
         tried.append(_by_blocks(query, record))
@@ -121,7 +121,7 @@ def _by_blocks(query: Fingerprint, record: Fingerprint) -> Correspondence:
     n = min(query.header["entries"], record.header["entries"])
     for key in kinds[0].keys() & kinds[1].keys():
         members = [kind[key] for kind in kinds]
-        A, B = (m.centred[list(of.values()), :n] for m, of in zip((query, record), members, strict=True))
+        A, B = (m.roots[list(of.values()), :n] for m, of in zip((query, record), members, strict=True))
         size = np.sqrt(np.square(A) @ np.square(B).T)
         at = np.ix_(*([blocks.index(b) for b in of] for blocks, of in zip((ours, theirs), members, strict=True)))
         count = np.sqrt(min((A != 0).sum(1).max(), (B != 0).sum(1).max()))
@@ -147,8 +147,8 @@ def _by_blocks(query: Fingerprint, record: Fingerprint) -> Correspondence:
 
 def forms(query: Fingerprint, record: Fingerprint, pairs: Sequence[tuple[int, int]]) -> list[str]:
     """What became of each matrix of the record in the query: its form as a copy, or "changed", or "unlike"."""
-    z, _ = scores(query.centred, record.centred, list(pairs))
-    copies, _ = scores(query.centred, query.centred, [(k, k) for k, _ in pairs])
+    z, _ = scores(query.roots, record.roots, list(pairs))
+    copies, _ = scores(query.roots, query.roots, [(k, k) for k, _ in pairs])
     steps = query.part(2)
     return [
         _form(record.entries[j], query.entries[k], steps[k])

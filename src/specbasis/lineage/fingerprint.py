@@ -29,7 +29,7 @@ from specbasis.checkpoint import Checkpoint, joined_sha256, open_checkpoint
 from specbasis.checkpoint.digest import SEAL, digest, sealed, sha256
 from specbasis.checkpoint.entry import reading
 from specbasis.checkpoint.formats.kit import DEQUANTISE
-from specbasis.checkpoint.places import locate
+from specbasis.checkpoint.places import NotStreamable, locate
 from specbasis.core.dtypes import FORMATS
 from specbasis.core.entries import GROUP, grid
 from specbasis.core.errors import InputError
@@ -94,6 +94,11 @@ class Fingerprint:
         return np.nan_to_num(self.entries - self.part(1))
 
     @cached_property
+    def roots(self) -> Floats:
+        """Signed square roots of the centred entries: outliers shall not decide what a sum of products says."""
+        return np.sign(self.centred) * np.sqrt(np.abs(self.centred))
+
+    @cached_property
     def orders(self) -> Floats:
         """(matrices, `ORDERS`, numbers)."""
         start = 3 * self.header["entries"]
@@ -153,12 +158,17 @@ def seal(header: Mapping[str, Any], values: NDArray[np.float32]) -> Fingerprint:
 def fingerprint(source: str | Path | Mapping[str, Tensor], *, budget: int = BUDGET) -> Fingerprint:
     """The fingerprint of a model; from the Hub at most about ``budget`` bytes are read, by byte range.
 
+    What is on the Hub in another format than safetensors is downloaded whole.
+
     Raises:
         InputError: as `open_checkpoint`; the model has no matrix; a value is NaN or Inf.
     """
     context = copy_context()
     context.run(DEQUANTISE.set, True)
-    checkpoint = context.run(open_checkpoint, source, stream=True)
+    try:
+        checkpoint = context.run(open_checkpoint, source, stream=True)
+    except NotStreamable:
+        checkpoint = context.run(open_checkpoint, source)
     refs = list(model_map(checkpoint).matrices)
     if not refs:
         raise InputError(f"{checkpoint.source}: holds no matrix of weights; want a model with at least one")
