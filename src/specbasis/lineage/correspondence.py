@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from specbasis.lineage.fingerprint import Fingerprint, Floats
 
@@ -86,7 +87,7 @@ def by_label(query: Fingerprint, record: Fingerprint) -> Pairs:
     return max(ways, key=len)
 
 
-def scores(ours: Floats, theirs: Floats, pairs: Pairs) -> tuple[Floats, Floats]:
+def scores(ours: NDArray[Any], theirs: NDArray[Any], pairs: Pairs) -> tuple[Floats, Floats]:
     """The z of each pair of matrices, NaN where there is nothing to test, and √ of how many products are in it."""
     if not pairs:
         return np.zeros(0), np.zeros(0)

@@ -89,14 +89,15 @@ class Fingerprint:
         return self.part(0)
 
     @cached_property
-    def centred(self) -> Floats:
-        """(matrices, entries) without the means of their rows and columns; 0 where there is none."""
-        return np.nan_to_num(self.entries - self.part(1))
+    def roots(self) -> NDArray[np.float32]:
+        """Signed square roots of the entries less the means of their rows and columns; 0 where there is none.
 
-    @cached_property
-    def roots(self) -> Floats:
-        """Signed square roots of the centred entries: outliers shall not decide what a sum of products says."""
-        return np.sign(self.centred) * np.sqrt(np.abs(self.centred))
+        Roots, so that outliers do not decide what a sum of products says.
+        """
+        n = self.header["entries"]
+        centred = np.nan_to_num(self.values[:, :n] - self.values[:, n : 2 * n])
+        roots: NDArray[np.float32] = np.copysign(np.sqrt(np.abs(centred)), centred)
+        return roots
 
     @cached_property
     def orders(self) -> Floats:
