@@ -291,7 +291,7 @@ def test_an_adapter_on_the_hub(hub, first_bytes):
     assert list(tuned) == list(base)
     assert tuned.revision == COMMIT
     assert set(tuned.digests) == {"adapter_model.safetensors", "adapter_config.json"}  # its scale is in the config
-    refused("hub:org/adapter", "PEFT adapter")
+    refused("hub:org/adapter", "does not name its base")
 
 
 # --- offline ------------------------------------------------------------------------------------------------------
