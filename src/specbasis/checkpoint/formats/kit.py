@@ -45,9 +45,11 @@ def tensor_entries(tensors: Mapping[str, Any], source: str, *, bounded: bool = F
     entries = {}
     for name, tensor in named.items():
         form = _form(tensor, bounded)
-        dtype = f"{form} {name_of(tensor.dtype)}".strip()
+        held = f"{form} {name_of(tensor.dtype)}".strip()
+        # A model on the meta device has shapes and roles: what is asked for those reads no number.
+        dtype = name_of(tensor.dtype) if form == "meta" and not bounded else held
         shape = () if tensor.is_nested else tuple(tensor.shape)
-        entries[name] = Entry(shape, dtype, partial(_stored, tensor, f"{source}: {name!r} is a {dtype} tensor"))
+        entries[name] = Entry(shape, dtype, partial(_stored, tensor, f"{source}: {name!r} is a {held} tensor"))
     return {name: with_scale(entry, name, entries) for name, entry in entries.items()}
 
 
