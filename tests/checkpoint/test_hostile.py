@@ -301,9 +301,10 @@ def test_tensors_of_every_kind_are_listed_and_those_that_are_no_weights_not_read
         "integers": torch.ones(4, 4, dtype=torch.int32),
     }
     torch.save({**odd, "plain": W}, tmp_path / "m.pt")
-    for source in (tmp_path / "m.pt", {**odd, "plain": W}):
+    # A live model on the meta device has shapes, which is all that roles need; a file of such tensors holds no weights.
+    for source, floats in ((tmp_path / "m.pt", ["plain"]), ({**odd, "plain": W}, ["meta", "plain"])):
         checkpoint = open_checkpoint(source)
-        assert [name for name, entry in checkpoint.entries.items() if entry.is_float] == ["plain"]
+        assert [name for name, entry in checkpoint.entries.items() if entry.is_float] == floats
         assert torch.equal(checkpoint["plain"], W)
         for name in ("meta", "nested", "sparse", "rows"):
             with pytest.raises(InputError, match="not an array of numbers"):
