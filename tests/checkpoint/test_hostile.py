@@ -301,7 +301,7 @@ def test_tensors_of_every_kind_are_listed_and_those_that_are_no_weights_not_read
         "integers": torch.ones(4, 4, dtype=torch.int32),
     }
     torch.save({**odd, "plain": W}, tmp_path / "m.pt")
-    # A live model on the meta device has shapes, which is all that roles need; a file of such tensors holds no weights.
+    # A live model on the meta device has shapes, which is all that roles need; in a file they are no weights.
     for source, floats in ((tmp_path / "m.pt", ["plain"]), ({**odd, "plain": W}, ["meta", "plain"])):
         checkpoint = open_checkpoint(source)
         assert [name for name, entry in checkpoint.entries.items() if entry.is_float] == floats
