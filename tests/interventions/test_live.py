@@ -193,6 +193,8 @@ with edited(model, names):  # what is imported on the way is there from here on
 left, seen, formers = 0, 0, set()
 def strike(*_):  # three interrupts, close together, at any bytecode
     global left
+    if left <= 0:  # a strike that was under way when the timer was stopped
+        return
     left -= 1
     if not left:
         signal.setitimer(signal.ITIMER_REAL, 0)
