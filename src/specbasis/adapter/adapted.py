@@ -17,7 +17,7 @@ from specbasis.adapter.bases import basis_of, check_interval
 from specbasis.adapter.layouts import innermost, layout_of
 from specbasis.adapter.proof import Proof, empty_proof, prove, settled_basis
 from specbasis.adapter.state import PARTS, Adapter, Cores, Frozen
-from specbasis.checkpoint.adapter_file import AGAIN, BASIS, PROOF, digest
+from specbasis.checkpoint.adapter_file import AGAIN, BASIS, PROOF, values_digest
 from specbasis.core.errors import InputError
 from specbasis.core.svd import SVD
 
@@ -220,7 +220,11 @@ class AdaptedLayer(nn.Module):
             )
         parts = {"M": self.spectral_M[name], **{part: getattr(proof, part) for part in PROOF}}
         rounded = parts["M"].dtype != torch.float32  # on request, after the file was proven
-        if adapter.seal is not None and not rounded and not adapter.seal.holds(self.module_name, digest(parts)):
+        if (
+            adapter.seal is not None
+            and not rounded
+            and not adapter.seal.holds(self.module_name, values_digest(parts))
+        ):
             raise InputError(f"{label}: holds other coefficients than were saved; {AGAIN}")
         if not bool(torch.isfinite(self.spectral_M[name]).all()):
             raise InputError(

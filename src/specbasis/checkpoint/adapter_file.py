@@ -5,7 +5,6 @@ Nothing is computed and no base is needed. peft itself is not needed and not imp
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from specbasis.checkpoint.choice import USUAL, read_config
+from specbasis.checkpoint.digest import digest
 from specbasis.checkpoint.entry import Entry, reading, shown
 from specbasis.checkpoint.places import Place, locate
 from specbasis.core.brief import brief
@@ -33,6 +33,8 @@ BASIS, PROOF = ("U", "Vh"), ("origin", "S", "sketch_U", "sketch_V")
 
 SETTINGS = ("scale", "basis")
 """Fields of a spectral configuration that decide what the coefficients mean."""
+
+_HALF = (torch.float16, torch.bfloat16)
 
 AGAIN = f'fetch or save the adapter again (if the change is meant, remove "seal" from {CONFIG})'
 _PART = re.compile(
@@ -99,16 +101,16 @@ class AdapterFile:
             module: {part: entry for part, entry in parts.items() if part not in BASIS}
             for module, parts in self.modules.items()
         }
-        whole = {name: {name: entry} for name, entry in self.saved.items()}
+        whole = {name: {name: self.saved[name]} for name in recorded["saved"] if name in self.saved}
         self._compare("layer", recorded["layers"], layers)
-        self._compare(
-            "module", recorded["saved"], {name: whole[name] for name in recorded["saved"] if name in whole}
-        )
+        self._compare("module", recorded["saved"], whole)
 
     def _compare(self, kind: str, recorded: Mapping[str, str], stored: Mapping[str, Mapping[str, Entry]]) -> None:
         """Refuse names that are in one of the two alone, and values of another digest."""
         with reading(self.source):
-            now = {name: digest({part: e.load() for part, e in parts.items()}) for name, parts in stored.items()}
+            now = {
+                name: values_digest({part: e.load() for part, e in parts.items()}) for name, parts in stored.items()
+            }
         problems = {
             "is not in the file": sorted(recorded.keys() - now.keys()),
             "is in the file and was not saved with it": sorted(now.keys() - recorded.keys()),
@@ -161,21 +163,18 @@ def seal(
             layers[match["module"]][match["spectral"]] = tensor
     return {
         **{name: getattr(config, name) for name in SETTINGS},
-        "layers": {module: digest(parts) for module, parts in layers.items()},
-        "saved": {name: digest({name: tensor}) for name, tensor in saved.items()},
+        "layers": {module: values_digest(parts) for module, parts in layers.items()},
+        "saved": {name: values_digest({name: tensor}) for name, tensor in saved.items()},
         "base": dict(base),
     }
 
 
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """The first 64 bits of the SHA-256 of named tensors: names, shapes and values, whatever the floating dtype."""
-    hashed = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        if tensor.dtype in (torch.float16, torch.bfloat16):
-            tensor = tensor.float()
-        hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        hashed.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return hashed.hexdigest()[:16]
+def values_digest(tensors: Mapping[str, Tensor]) -> str:
+    """The first 64 bits of the digest of named tensors: names, shapes and values, whatever the floating dtype."""
+    named = (
+        (name, tensor.float() if tensor.dtype in _HALF else tensor) for name, tensor in sorted(tensors.items())
+    )
+    return digest(*(part for pair in named for part in pair))[:16]
 
 
 def named_base(config: Mapping[str, Any], source: str) -> str:

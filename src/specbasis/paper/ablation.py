@@ -165,8 +165,8 @@ def run_stack(row: Mapping[str, Any], options: AblationOptions) -> dict[str, Any
     experiments = [Experiment(bases[basis, seed], seed, rate) for basis, seed, rate in arms]
     stack = train(material.encoder, material.train, experiments, Recipe(PARTS[row["task"]].epochs))
     fitted = score(stack, material.train)
-    scored = score(stack, material.selection if searches else material.held_back)
-    labels = (material.selection if searches else material.held_back).labels.cpu().numpy()
+    examples = material.selection if searches else material.held_back
+    scored, labels = score(stack, examples), examples.labels.cpu().numpy()
     task = material.encoder.task
     values: dict[str, Any] = {"arms": [], "on": on}
     for i, (basis, seed, rate) in enumerate(arms):
@@ -200,9 +200,13 @@ def floor(material: Material) -> dict[str, Any]:
     features = {name: frozen_means(material.encoder, part) for name, part in material.parts.items()}
     labels = {name: part.labels.cpu().numpy() for name, part in material.parts.items()}
 
+    fitted = {
+        strength: LogisticRegression(C=strength, max_iter=5000).fit(features["train"], labels["train"])
+        for strength in FLOOR_STRENGTHS
+    }
+
     def scored(strength: float, part: str) -> tuple[float, np.ndarray]:
-        fitted = LogisticRegression(C=strength, max_iter=5000).fit(features["train"], labels["train"])
-        classes = fitted.predict(features[part])
+        classes = fitted[strength].predict(features[part])
         task = material.encoder.task
         return task.score(Predictions(classes.astype(float), labels[part].astype(float)).scores(task)), classes
 

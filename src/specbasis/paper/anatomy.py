@@ -38,6 +38,7 @@ from specbasis.jobs.experiments import Row, run_experiments
 from specbasis.jobs.folder import WHERE_USED
 from specbasis.jobs.progress import Progress
 from specbasis.paper.differences import resampled
+from specbasis.paper.encoder import portions
 from specbasis.paper.grid import base_name
 from specbasis.paper.options import AnatomyOptions
 
@@ -89,11 +90,12 @@ def take_apart(
     folder = Path(models) / f"{task}-{seed}"
     protocol: dict[str, Any] = {name: cell.get(name) for name in ("epochs", "learning_rate", "examples")}
     protocol |= {"seed": seed, "data_dir": data_dir, "group_by_length": True}
-    done = finetune(base, task, "full", out=folder, **protocol)
+    data = load_task(task, data_dir=data_dir)
+    done = finetune(base, data, "full", out=folder, **protocol)
     tuned, _ = load(folder, base)
     with quiet():
-        start = load_base(base, load_task(task, data_dir=data_dir).task)
-    dev = next(iter(load_task(task, data_dir=data_dir).dev.values()))
+        start = load_base(base, data.task)
+    dev = next(iter(data.dev.values()))
     names = [site.name for site in sites(start.model, ALL_LINEAR)]
     blocks = {name: _pair(start.model, tuned, name) for name in names}
     poolers = [name for name, _ in start.model.named_modules() if name.endswith("pooler.dense")]
@@ -280,7 +282,7 @@ def predictions(model: nn.Module, base: Base, split: Split, at_once: int = 64) -
     device = next(model.parameters()).device
     order = np.argsort([len(example["input_ids"]) for example in examples], kind="stable")
     outputs: dict[int, Any] = {}
-    for rows in np.array_split(order, -(-len(order) // at_once)):
+    for rows in portions(order, at_once):
         batch = collate([examples[i] for i in rows])
         labels = batch.pop("labels")
         logits = model.eval()(**{name: value.to(device) for name, value in batch.items()}).logits

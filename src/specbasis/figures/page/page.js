@@ -893,8 +893,7 @@ for (const button of document.querySelectorAll("[data-choose-pair]")) {
 dark.addEventListener("change", () => { readTheme(); drawVisible(); });
 choosePair(0);
 // Where everything is kept, nothing can be told apart between 0 and 1.
-const medians = elements.flatMap((_, i) => Object.values(loadPair(i).bands.alignment_left ? { all: loadPair(i).bands.alignment_left.all } : {}))
-  .flatMap((band) => [...band.median].filter(isNumber));
+const medians = elements.flatMap((_, i) => [...(loadPair(i).bands.alignment_left?.all.median ?? [])]).filter(isNumber);
 if (medians.length && Math.min(...medians) > 0.95) state.scale = control("scale").value = "lost";
 
 // Says of a table that is cut that it goes on.
