@@ -15,6 +15,8 @@ from specbasis.adapter import SpectralLinear
 from specbasis.core.errors import InputError
 from tests.adapter.helpers import linear, matrix, randomise, transcription
 
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
+
 
 def conv1d(out: int, in_: int) -> nn.Module:
     layer = pytest.importorskip("transformers").pytorch_utils.Conv1D(out, in_)
@@ -260,6 +262,7 @@ def test_gradient_checkpointing_gives_the_same_gradient():
     assert torch.equal(*grads)
 
 
+@pytest.mark.skipif(TORCH < (2, 7), reason="its compiler does not know `vars`, and fails for sizes that vary")
 @pytest.mark.parametrize("shape", [(12, 20), (20, 12), (16, 16)])
 def test_compiles_without_graph_breaks(shape):
     layer = SpectralLinear(linear(*shape), interval=(0, 5))

@@ -79,13 +79,15 @@ def document(content: Any) -> None:
 @contextmanager
 def progress() -> Iterator[Callable[[Progress], None]]:
     """A bar with the time left, where there is a terminal."""
+    if not STDERR.is_terminal:  # where older versions of rich would end it with an empty line
+        yield lambda _: None
+        return
     from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn())
     percent = TextColumn("{task.percentage:>3.0f}%")
-    quiet = not STDERR.is_terminal
-    with Bar(*columns, percent, TimeRemainingColumn(), console=STDERR, transient=True, disable=quiet) as bar:
+    with Bar(*columns, percent, TimeRemainingColumn(), console=STDERR, transient=True) as bar:
         task = bar.add_task("reading", total=None)
         yield lambda p: bar.update(task, completed=p.done, total=p.total, description=p.name[-60:])
 

@@ -155,7 +155,8 @@ class Forest:
         members = [k for k in range(len(self.apart)) if k not in self.merges]
         edges = [ij for ij in itertools.combinations(members, 2) if math.isfinite(self.related[ij])]
         edges.sort(key=lambda ij: self.related[ij])
-        first, second = np.array(edges, int).reshape(-1, 2).T
+        # Positions of 32 bits: what csgraph takes in every version of scipy.
+        first, second = np.array(edges, np.int32).reshape(-1, 2).T
         lengths = coo_array((np.arange(1, len(edges) + 1), (first, second)), shape=self.apart.shape)
         shortest = np.sort(minimum_spanning_tree(lengths.tocsr()).data).astype(int) - 1
         near: dict[int, list[int]] = {k: [] for k in range(len(self.apart))}
