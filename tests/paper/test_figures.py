@@ -28,18 +28,30 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_figure_has_its_files_and_its_table(compared: Comparison, tmp_path: Path, name: str) -> None:
     scores = {f"t{i}": float(i) for i in range(6)}
-    modality = {f"t{i}": "vision" if i < 3 else "language" for i in range(6)} if name != "fig18" else {}
+    first, *_ = (*RECIPES[name].modality, "vision")
+    modality = {f"t{i}": first if i < 3 else "other" for i in range(6)} if name != "fig18" else {}
     drawn = reproduce(name, [compared], tmp_path, modality=modality, scores=scores)
-    endings = {"csv", "json", "md"} if name == "tab4" else {"csv", "json", "png", "svg"}
+    endings = {"csv", "json", "md"} if RECIPES[name].is_table else {"csv", "json", "png", "svg"}
     assert {path.suffix[1:] for path in drawn.files} == endings
     assert drawn.notes == ()
     with (tmp_path / f"{name}.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert lines
     about = json.loads((tmp_path / f"{name}.json").read_text())
-    if name == "fig10":
-        assert {line["modality"] for line in lines} == {"vision"}
+    if RECIPES[name].modality:
+        assert {line["modality"] for line in lines} == {first}
         assert len(about["models"]) == 3
+        every = reproduce(name, [compared], tmp_path / "every", modality=dict.fromkeys(modality, "other"))
+        assert f"{first}=DIR says it" in every.notes[0], "a figure of a modality says that it shows none of it"
+    if name == "nulls":
+        rows = compared.to_pandas()
+        line = next(x for x in lines if (x["pair"], x["side"], x["ranks"]) == ("t1", "right", "1-10"))
+        here = rows[(rows.pair == "t1") & (rows.matrix == line["matrix"]) & (rows["index"] < 10)]
+        for column, measure in (("alignment", "alignment"), ("gaussian", "null_alignment_gaussian")):
+            wanted = here[here.measure == f"{measure}_right"].value.mean()
+            assert float(line[column]) == pytest.approx(wanted, rel=1e-4)
+        turned = (here[here.measure == "p_gaussian_right"].value > 0.99).mean()
+        assert float(line["turned"]) == pytest.approx(turned, abs=1e-4)
     if name == "fig2":
         rank1 = next(line for line in lines if line["side"] == "left" and line["rank"] == "1")
         assert float(rank1["chance"]) < float(rank1["low"]) <= float(rank1["mean"]) <= float(rank1["high"])

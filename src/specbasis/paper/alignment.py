@@ -39,7 +39,16 @@ ATTENTION = ("attention.query", "attention.key", "attention.value", "attention.o
 @recipe("Fig. 2A–C", "alignment by rank and depth (A, B, C)", *ALIGNED, *NULL)
 def fig2(material: Material) -> tuple[Figure, Records]:
     """A, B: alignment of the leading 30 ranks, left and right; C: the same by depth; for each modality."""
-    title = "Alignment before and after finetuning, FFN matrices"
+    return _by_modality(material, "Alignment before and after finetuning, FFN matrices")
+
+
+@recipe("Fig. 7", "EEG and fMRI", *ALIGNED, *NULL, modality=("EEG", "fMRI"))
+def fig7(material: Material) -> tuple[Figure, Records]:
+    """The same of EEG and fMRI models."""
+    return _by_modality(material, "Alignment in EEG and fMRI models, FFN matrices")
+
+
+def _by_modality(material: Material, title: str) -> tuple[Figure, Records]:
     figure, axes = kit.free_panels(len(material.groups), 3, (3.4, 2.5), title)
     table: Records = []
     for row, (modality, models) in zip(axes, material.groups.items(), strict=True):
@@ -125,13 +134,13 @@ def fig8(material: Material) -> tuple[Figure, Records]:
     return figure, table
 
 
-@recipe("Fig. 10", "attention, vision", *ALIGNED, *NULL, modality="vision")
+@recipe("Fig. 10", "attention, vision", *ALIGNED, *NULL, modality=("vision",))
 def fig10(material: Material) -> tuple[Figure, Records]:
     """Alignment of the attention projections of vision models."""
     return _attention(material)
 
 
-@recipe("Fig. 11", "attention, language", *ALIGNED, *NULL, modality="language")
+@recipe("Fig. 11", "attention, language", *ALIGNED, *NULL, modality=("language",))
 def fig11(material: Material) -> tuple[Figure, Records]:
     """Alignment of the attention projections of language models."""
     return _attention(material)

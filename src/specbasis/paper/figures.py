@@ -1,4 +1,4 @@
-"""Figures 2A–C, 3, 6, 8, 10, 11, 16, 18, 19, 20 and Tab. 4 of Yu et al. 2026, from the rows of comparisons.
+"""Figures 2A–C, 3, 6, 7, 8, 10, 11, 16, 18, 19, 20 and Tab. 4 of Yu et al. 2026, from the rows of comparisons.
 
 Each is the function of its name in `alignment` or `spectra`, with `@recipe(...)` on it. Each figure
 carries what chance, or a random update, would give, and an interval: over bases with all their finetunes, or over
@@ -23,7 +23,7 @@ from specbasis.figures.data import read_pair
 from specbasis.figures.kit import render
 from specbasis.figures.table import Table
 from specbasis.jobs.folder import plain
-from specbasis.paper import alignment, spectra  # noqa: F401 - their figures are in `RECIPES`
+from specbasis.paper import alignment, nulls, spectra  # noqa: F401 - their figures are in `RECIPES`
 from specbasis.paper.material import RECIPES, Material, Model, Recipe, Records
 from specbasis.paper.zoo import zoo
 
@@ -73,9 +73,11 @@ def reproduce(
         replace(m, modality=entries[m.pair].modality) if not m.modality and m.pair in entries else m
         for m in gather(results, modality or {})
     ]
-    if recipe.modality and any(m.modality == recipe.modality for m in members):
-        members = [m for m in members if m.modality == recipe.modality]
-    members, notes = (members, []) if independent else _finetunes(members)
+    wanted = [m for m in members if m.modality in recipe.modality]
+    members, notes = (wanted or members, []) if independent else _finetunes(wanted or members)
+    if recipe.modality and not wanted:
+        kinds = " or ".join(recipe.modality)
+        notes.append(f"no model is said to be of {kinds} ({recipe.modality[0]}=DIR says it): all are drawn")
     scored = None
     if recipe.scored:
         printed = {m.name: entries[m.pair].accuracy for m in members if m.pair in entries}

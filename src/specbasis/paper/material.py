@@ -71,7 +71,7 @@ class Recipe:
         measures: what it reads; one that ends with "?" is drawn where it is there.
         draw: what makes the figure and its table.
         scored: whether it needs a score for each model.
-        modality: draw only this modality where models have one.
+        modality: draw these modalities alone, where any model has one of them.
         is_table: whether it is a table alone, without a picture.
     """
 
@@ -81,7 +81,7 @@ class Recipe:
     measures: tuple[str, ...]
     draw: Callable[[Material], tuple[Figure | None, Records]]
     scored: bool = False
-    modality: str = ""
+    modality: tuple[str, ...] = ()
     is_table: bool = False
 
     @property
