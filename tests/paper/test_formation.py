@@ -14,7 +14,7 @@ from specbasis.core.errors import InputError
 from specbasis.jobs.experiments import Row, read_experiments
 from specbasis.paper import formation_grid as formation
 from specbasis.paper.formation import FIGURES, SMALL, experiments_of, paper, write_outcome
-from specbasis.paper.formation_claims import Curves, at_equal_size, claims, markdown, verdict
+from specbasis.paper.formation_claims import Curves, at_equal_size, claims, markdown
 from specbasis.paper.formation_grid import Formation, run_formation
 from tests.paper.pico import TINY, training
 
@@ -150,21 +150,6 @@ def test_a_claim_is_what_its_definition_says(grid):
     assert claim.each == pytest.approx(losses, abs=1e-5)
     table = [line for line in markdown(found).splitlines() if line.startswith("|")]
     assert len(table) == len(found) + 2
-
-
-@pytest.mark.parametrize(
-    ("claim", "measure", "ends", "want"),
-    [
-        ("(b) x", "alignment at the end", (0.1, 0.2), "as claimed"),
-        ("(c) x", "alignment at the end", (0.1, 0.2), "opposite"),
-        ("(a) x", "alignment at the end", (-0.1, 0.2), "undecided"),
-        ("(a) x", "alignment at the end", (math.nan, math.nan), "undecided"),
-        ("(b) x", "‖delta‖/‖W‖ at the end", (0.1, 0.2), ""),
-        ("(e) x", "alignment at the end", (0.1, 0.2), ""),
-    ],
-)
-def test_a_verdict_is_where_the_interval_lies(claim, measure, ends, want):
-    assert verdict(claim, measure, *ends) == want
 
 
 def test_equal_size_is_the_point_on_the_curve():

@@ -159,7 +159,6 @@ class Claim:
         low, high: 95 % interval of the mean over seeds (Student's t); NaN with one seed.
         seeds: number of them (of pairs of seeds, for "between seeds").
         each: the effect at each seed.
-        verdict: see `verdict`.
     """
 
     claim: str
@@ -171,21 +170,6 @@ class Claim:
     high: float
     seeds: int
     each: tuple[float, ...]
-    verdict: str
-
-
-EXPECTED = {"(a)": 1, "(b)": 1, "(c)": -1}
-"""Sign that the paper's claim gives an alignment's effect."""
-
-
-def verdict(claim: str, measure: str, low: float, high: float) -> str:
-    """Whether the interval lies on the claimed side of zero, on the other, or holds it; empty without a claim."""
-    sign = EXPECTED.get(claim[:3], 0)
-    if not sign or measure.startswith("‖delta‖"):
-        return ""
-    if math.isnan(low) or low <= 0 <= high:
-        return "undecided"
-    return "as claimed" if sign * low > 0 else "opposite"
 
 
 def claims(rows: Iterable[Row]) -> list[Claim]:
@@ -208,12 +192,11 @@ def table(effects: Sequence[Claim]) -> Table:
         Column("effect", "+.3f"),
         Column("95 % interval", narrow="interval", words=True),
         Column("seeds"),
-        Column("verdict", words=True),
     )
     rows = []
     for c in effects:
         ends = None if math.isnan(c.low) else f"{c.low:+.3f} … {c.high:+.3f}"
-        rows.append((f"{c.claim}: {c.measure}", c.setting, c.group, c.effect, ends, c.seeds, c.verdict))
+        rows.append((f"{c.claim}: {c.measure}", c.setting, c.group, c.effect, ends, c.seeds))
     return Table(columns, tuple(rows), "effects, with 95 % intervals over seeds")
 
 
@@ -227,8 +210,7 @@ def markdown(effects: Sequence[Claim]) -> str:
 def _claim(claim: str, setting: str, group: str, measure: str, each: Sequence[float]) -> Claim:
     effect, low, high = student_interval(each)
     values = tuple(round(x, 5) for x in each)
-    outcome = verdict(claim, measure, low, high)
-    return Claim(claim, setting, group, measure, effect, low, high, len(each), values, outcome)
+    return Claim(claim, setting, group, measure, effect, low, high, len(each), values)
 
 
 def _by_seed(seeds: Iterable[Sequence[Row]], value: Callable[[Row], float]) -> list[float]:
