@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 from specbasis.cli.common import STDERR, STDOUT, exit_on_failures, line, progress, progress_by_run
 from specbasis.cli.flags import COLUMN, NO_RUN, OUT, SCORES, flags
 from specbasis.cli.population import modalities
+from specbasis.cli.reproduce.contents import add_verbs
 from specbasis.core.errors import InputError
 from specbasis.core.extras import require
 from specbasis.core.grammar import words
@@ -34,36 +35,6 @@ if TYPE_CHECKING:
     from specbasis.jobs.experiments import Row
     from specbasis.paper.formation_grid import Formation
 
-GRIDS = {
-    "table1": "Tab. 1: every method on every task over seeds, as a grid that resumes; missing runs stay empty.",
-    "controls": "The spectral adapter in other bases (random, from scratch, shuffled, other ranks).",
-}
-PANELS = {
-    "fig5a": "Fig. 5A: the spectral adapter's rank budget, [0, m) for m = 50 … 700 or the model's limit.",
-    "fig5b": "Fig. 5B: the spectral adapter's place among the blocks, two at a time.",
-    "fig5c": "Fig. 5C: a block of 200 ranks, from the first to the last.",
-}
-INTERVENTIONS = {
-    "fig2d": "Fig. 2D: pretrained singular vectors in finetuned models, against random vectors and zero.",
-    "fig2e": "Fig. 2E: change of the metric by singular vectors of other tasks.",
-    "fig12": "Fig. 12: pretrained to finetuned, feed-forward layers (the grid's first group).",
-    "fig13": "Fig. 13: singular vectors of other tasks, feed-forward layers (the first group).",
-    "fig14": "Fig. 14: pretrained to finetuned, attention (the second group).",
-    "fig15": "Fig. 15: singular vectors of other tasks, attention (the second group).",
-    "fig17": "Fig. 17: masking from the leading ranks down, and from the trailing ranks up.",
-    "sharing": "Sharing across tasks as a number: table and figure of every swap, with overlap of subspaces.",
-}
-BEYOND = {
-    "basis": "Which basis the adapter's core stands in: sizes × bases × seeds, on held-out examples.",
-    "anatomy": "Where the updates of full finetunes lie in the base's basis, and what each part does to the task.",
-}
-FORMATION = {
-    "fig4": "Between checkpoints of pretraining; larger sets against smaller, after a new task and on new data.",
-    "fig9": "True against random labels, from pretrained and from random weights.",
-    "fig21": "Every size of pretraining set, with equal steps and with equal epochs.",
-    "scratch": "The same training from random weights; two seeds compared; all cells of the other figures.",
-}
-
 
 class _Verbs(TyperGroup):
     """The verbs of `reproduce`, which come with the room of the paper."""
@@ -76,22 +47,27 @@ class _Verbs(TyperGroup):
 
     def _filled(self) -> MutableMapping[str, Any]:
         if not self.commands:
+            from specbasis.paper.contents import entries
             from specbasis.paper.figures import RECIPES
 
             app = typer.Typer()
             for recipe in RECIPES.values():
                 about = f"{recipe.source}: {recipe.title}, from the rows of comparisons."
                 app.command(recipe.name, help=about)(_of(_from_rows, recipe.name))
-            for table, verb in (
-                (INTERVENTIONS, _from_grid),
-                (GRIDS, _table),
-                (PANELS, _panel),
-                (FORMATION, _formation),
-            ):
-                for name, about in table.items():
-                    app.command(name, help=about)(_of(verb, name))
-            app.command("basis", help=BEYOND["basis"])(flags(_basis))
-            app.command("anatomy", help=BEYOND["anatomy"])(flags(_anatomy))
+            verbs: dict[str, Callable[..., None]] = {
+                "interventions": _from_grid,
+                "grid": _table,
+                "panel": _panel,
+                "formation": _formation,
+                "basis": _basis,
+                "anatomy": _anatomy,
+            }
+            for entry in entries():
+                if entry.family:
+                    app.command(entry.name, help=entry.help)(_of(verbs[entry.family], entry.name))
+                elif entry.name in verbs:
+                    app.command(entry.name, help=entry.help)(flags(verbs[entry.name]))
+            add_verbs(app)
             group: Any = typer.main.get_group(app)
             self.commands.update(group.commands)
         return self.commands
