@@ -26,6 +26,7 @@ ROOMS = (
     "adapter",
     "finetuning",
     "interventions",
+    "treatment",
     "tracking",
     "figures",
     "paper",
@@ -33,8 +34,8 @@ ROOMS = (
 )
 TOP = ("__init__", "__main__")  # the public names, re-exported once
 
-# A value knows no view. The one exception: `Comparison.report()` and the way that it shows itself in a notebook.
-ALLOWED = {("comparison.comparison", "figures")}
+# A value knows no view. The exceptions: `report()`, and the way that a result shows itself in a notebook.
+ALLOWED = {("comparison.comparison", "figures"), ("treatment.extraction", "figures")}
 
 # Optional or heavy libraries. Above finetuning/ none is imported when a module is, except where the name begins so.
 EXTRAS = {"transformers", "peft", "ray", "plotly", "matplotlib"}

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from specbasis.interventions.live import edited, matrix_edits
     from specbasis.interventions.stage import Subject
     from specbasis.lineage.tree import lineage
+    from specbasis.treatment.extract import extract
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,7 @@ __all__ = [
     "compare",
     "decompose",
     "edited",
+    "extract",
     "finetune",
     "intervene",
     "lineage",
@@ -60,6 +62,7 @@ __getattr__ = lazily(
         "intervene": "interventions.grid",
         **dict.fromkeys(("edited", "matrix_edits"), "interventions.live"),
         "lineage": "lineage.tree",
+        "extract": "treatment.extract",
     },
 )
 

@@ -68,7 +68,7 @@ def pair(
     """
     recognition = Recognition(base)
     model = recognition.model(admits)
-    drop_base, counterparts, remarks = _counterparts(base, tuned, transposed)
+    drop_base, counterparts, remarks = aligned(base, tuned, transposed)
     ours = {stripped(name, drop_base) for name in base}
     matched: list[MatrixPair] = []
     skipped: list[Skipped] = []
@@ -113,10 +113,14 @@ def pair(
     return Pairing(model.family, tuple(matched), tuple(skipped), tuple(notes))
 
 
-def _counterparts(
-    base: Checkpoint, tuned: Checkpoint, transposed: bool
+def aligned(
+    base: Checkpoint, tuned: Checkpoint, transposed: bool = False
 ) -> tuple[str, dict[str, str], tuple[str, ...]]:
-    """The prefix to drop from base's names, what tuned calls each of them then, and notes on what was aligned."""
+    """The prefix to drop from base's names, what tuned calls each of them then, and notes on what was aligned.
+
+    Raises:
+        InputError: nothing agrees, or the choice is ambiguous.
+    """
     drop_base, drop_tuned = _align(base, tuned, transposed)
     counterparts = {stripped(name, drop_tuned): name for name in tuned}
     spellings = _spellings({stripped(name, drop_base) for name in base}, counterparts)

@@ -19,7 +19,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from torch import Tensor
 from specbasis.checkpoint.adapter_file import CONFIG, AdapterFile, read_adapter
 from specbasis.checkpoint.choice import read_config
 from specbasis.checkpoint.entry import Checkpoint, Entry
+from specbasis.checkpoint.live_names import live_names, without_memory
 from specbasis.checkpoint.names import alignments
 from specbasis.checkpoint.places import Place
 from specbasis.core.errors import InputError
@@ -166,6 +167,9 @@ def _check(file: AdapterFile) -> None:
 class _Names:
     """How the adapter's module names map to the base's parameter names.
 
+    An adapter has the names that the model had in memory, which transformers changes in some families as it loads
+    them: where the stored names do not fit, the base's are taken by those.
+
     An adapter is saved from a whole model (``transformer.h.0…``), a base often from its body (``h.0…``). One
     leading prefix is dropped on either side, so that the base has every adapted module in its size. Where that is
     so for several parts of the base (two towers of one shape), it is refused: a wrong pair is worse than none.
@@ -174,10 +178,23 @@ class _Names:
     def __init__(self, base: Checkpoint, modules: Mapping[str, Mapping[str, Entry]], source: str) -> None:
         self.base = base
         self.source = source
-        self.drop, self.add = self._align(modules)
+        self.modules = modules
+        self.stored = {name: name for name in base}
+        ways = self._ways()
+        if not ways:
+            self.stored = {live: name for name, live in self._live.items()}
+            ways = self._ways()
+        self.drop, self.add = self._only(ways)
+
+    @cached_property
+    def _live(self) -> dict[str, str]:
+        """Name in the base → name in memory."""
+        model = without_memory(self.base.config)
+        known = {} if model is None else live_names(model)
+        return {name: known.get(name, name) for name in self.base}
 
     def parameter(self, module: str) -> str:
-        return self._base_name(module, self.drop, self.add)
+        return self.stored[self._base_name(module, self.drop, self.add)]
 
     def saved(self, path: str) -> str:
         """Name of a tensor that the adapter stores whole: the base's where it has one, else the adapter's own."""
@@ -185,25 +202,38 @@ class _Names:
         if "lora_" in path or "ranknum" in path:
             raise InputError(f"{self.source}: {path!r} is no part of a LoRA, DoRA, PiSSA or AdaLoRA adapter")
         name = self.add + path.removeprefix(self.drop)
-        return name if name in self.base else path
+        if name not in self.stored and name not in self.base:
+            return {live: stored for stored, live in self._live.items()}.get(name, path)
+        return self.stored.get(name, name)
 
     def _base_name(self, module: str, drop: str, add: str) -> str:
         return f"{add}{module.removeprefix(drop)}.weight"
 
-    def _align(self, modules: Mapping[str, Mapping[str, Entry]]) -> tuple[str, str]:
-        adapted = {f"{module}.weight": parts for module, parts in modules.items()}
-        if adapted.keys() <= self.base.entries.keys():
-            return "", ""
-        _, ways = alignments(dict.fromkeys(adapted), dict.fromkeys(self.base.entries))
-        ways = [way for way in ways if all(way[1] + name.removeprefix(way[0]) in self.base for name in adapted)]
+    def _ways(self) -> list[tuple[str, str]]:
+        """The prefixes to drop and to add so that the base has every adapted module, the best ones."""
+        adapted = {f"{module}.weight": parts for module, parts in self.modules.items()}
+        if adapted.keys() <= self.stored.keys():
+            return [("", "")]
+        _, ways = alignments(dict.fromkeys(adapted), dict.fromkeys(self.stored))
+        ways = [way for way in ways if all(way[1] + name.removeprefix(way[0]) in self.stored for name in adapted)]
         if len(ways) > 1:
             sizes = {
                 name: parts["B"].shape[0] * math.prod(parts["A"].shape[1:])
                 for name, parts in adapted.items()
                 if {"A", "B"} <= set(parts)
             }
-            agreeing, sized = alignments(sizes, {n: math.prod(e.shape) for n, e in self.base.entries.items()})
+            theirs = {live: math.prod(self.base.entries[name].shape) for live, name in self.stored.items()}
+            agreeing, sized = alignments(sizes, theirs)
             ways = [way for way in sized if agreeing == len(sizes) and way in ways] or ways
+        return ways
+
+    def _only(self, ways: list[tuple[str, str]]) -> tuple[str, str]:
+        """The one way that there is.
+
+        Raises:
+            InputError: there is none, or there are several.
+        """
+        adapted = [f"{module}.weight" for module in self.modules]
         if not ways:
             missing = next(name for name in adapted if name not in self.base).removesuffix(".weight")
             raise InputError(
@@ -211,13 +241,12 @@ class _Names:
                 "give the checkpoint that it was trained on (tied weights stored once: store both)"
             )
         if len(ways) > 1:
-            parts_of_base = sorted(way[1] + next(iter(adapted)).removeprefix(way[0]) for way in ways)
+            parts_of_base = sorted(way[1] + adapted[0].removeprefix(way[0]) for way in ways)
             raise InputError(
                 f"{self.source}: fits several parts of the base ({', '.join(parts_of_base[:3])}); "
                 "give the part that it was trained on as the base"
             )
-        drop, add = ways[0]
-        return drop, add
+        return ways[0]
 
 
 def _stored_in_out(

@@ -77,11 +77,11 @@ def _write_weights(
     shards: list[dict[str, Entry]] = [{}]
     size = 0
     for name, entry in checkpoint.entries.items():
-        if shards[-1] and size + _bytes(name, entry) > shard_bytes:
+        if shards[-1] and size + stored_bytes(name, entry) > shard_bytes:
             shards.append({})
             size = 0
         shards[-1][name] = entry
-        size += _bytes(name, entry)
+        size += stored_bytes(name, entry)
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     names = ["model.safetensors"] if len(shards) == 1 else names
     for file, shard in zip(names, shards, strict=True):
@@ -92,26 +92,35 @@ def _write_weights(
             os.fsync(stream.fileno())
     if len(shards) > 1:
         places = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
-        total = sum(_bytes(name, entry) for shard in shards for name, entry in shard.items())
+        total = sum(stored_bytes(name, entry) for shard in shards for name, entry in shard.items())
         index = {"metadata": {"total_size": total}, "weight_map": places}
         text = json.dumps(index, indent=2) + "\n"
         (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
 def write_safetensors(
-    stream: BinaryIO, entries: Mapping[str, Entry], tensors: Iterable[tuple[str, Tensor]]
+    stream: BinaryIO,
+    entries: Mapping[str, Entry],
+    tensors: Iterable[tuple[str, Tensor]],
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """A safetensors file from a stream of tensors, in the order of their entries; one is in memory at a time.
+
+    Args:
+        stream: where to write.
+        entries: name → shape and dtype.
+        tensors: name and tensor of each of them.
+        metadata: what the header says beside ``format``.
 
     Raises:
         InputError: a tensor has another shape or dtype than its entry.
 
     Source: the safetensors format: length of the header, header as JSON, tensors without gaps.
     """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     position = 0
     for name, entry in entries.items():
-        end = position + _bytes(name, entry)
+        end = position + stored_bytes(name, entry)
         header[name] = {
             "dtype": _format(name, entry).codes[0],
             "shape": list(entry.shape),
@@ -129,7 +138,8 @@ def write_safetensors(
         stream.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
 
-def _bytes(name: str, entry: Entry) -> int:
+def stored_bytes(name: str, entry: Entry) -> int:
+    """Bytes of a tensor in a file that is written here."""
     return _format(name, entry).bytes * prod(entry.shape)
 
 

@@ -28,13 +28,13 @@ def whole_models(base: str, subjects: Mapping[str, Subject]) -> Iterator[dict[st
             checkpoint = open_tuned(subject.source, pretrained)
             if checkpoint.under is not None:
                 place = write_model(checkpoint, Path(folder, str(number)))
-                _add_tokenizer(place, subject.source, base)
+                add_tokenizer(place, subject.source, base)
                 subject = replace(subject, source=str(place))
             written[label] = subject
         yield written
 
 
-def _add_tokenizer(place: Path, *sources: str) -> None:
+def add_tokenizer(place: Path, *sources: str) -> None:
     """Beside a written model its tokenizer, where no file of its base was: from the first source that has one."""
     if any(place.glob("tokenizer*")) or any(place.glob("preprocessor_config*")):
         return

@@ -1,0 +1,93 @@
+"""`extract`: a finished finetune made small."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from specbasis.cli.common import STDERR, STDOUT, document, line, progress
+from specbasis.cli.flags import BASE
+from specbasis.core.grammar import words
+from specbasis.core.options import ADVANCED, Options, option
+from specbasis.treatment.options import ExtractOptions
+
+if TYPE_CHECKING:
+    from specbasis.interventions.evaluators import Judge
+    from specbasis.treatment.extraction import Extraction
+
+TUNED = Annotated[str, typer.Argument(metavar="TUNED", help="the finetune, or a LoRA, DoRA or AdaLoRA of the base")]
+NEW = Annotated[Path, typer.Option("--out", help="new folder")]
+
+
+@dataclass(frozen=True)
+class Judging(Options):
+    """How what is written is judged."""
+
+    judge: str = option("", "judge base, finetune and result: glue:sst2, table:FILE, text:FILE …", metavar="TASK")
+    limit: int | None = option(None, "judge on this many examples", panel=ADVANCED, least=1)
+    data_dir: Path | None = option(None, "GLUE in its official layout; default: from the Hub", panel=ADVANCED)
+    text: str = option("", "columns of a table that hold the one or two texts", panel=ADVANCED)
+    label: str = option("", "its column with the label", panel=ADVANCED)
+
+    def evaluator(self) -> Judge | None:
+        """From a model to its metrics; None where nothing is to be judged."""
+        if not self.judge:
+            return None
+        from specbasis.interventions.evaluators import judge
+
+        folder = None if self.data_dir is None else str(self.data_dir)
+        return judge(self.judge, data_dir=folder, limit=self.limit, text=words(self.text), label=self.label)
+
+
+def extract(
+    base: BASE,
+    tuned: TUNED,
+    out: NEW,
+    options: ExtractOptions,
+    judging: Judging,
+    strict: Annotated[bool, typer.Option("--strict", help="exit code 2 where anything is left out")] = False,
+    json: Annotated[bool, typer.Option("--json", help="print one JSON document, nothing else")] = False,
+) -> None:
+    """Write a finetune as a LoRA of a rank, a share or a size: PEFT loads the folder without specbasis."""
+    from specbasis.treatment.extract import extract as run
+
+    with progress() as tell:
+        extraction = run(base, tuned, out, options, judge=judging.evaluator(), progress=tell)
+    if json:
+        document({"folder": str(extraction.folder), **extraction.record})
+    else:
+        _tell(extraction)
+    if strict and extraction.record["left_out"]:
+        first = extraction.record["left_out"][0]
+        line(f"error: left out: {first['name']} ({first['reason']})", console=STDERR, style="red")
+        raise typer.Exit(2)
+
+
+def _tell(extraction: Extraction) -> None:
+    """The table, what else is in the folder and what is not, and the scores."""
+    from specbasis.treatment.judged import told
+
+    record = extraction.record
+    STDOUT.print(extraction.table.terminal())
+    total = record["total"]
+    without = [matrix["name"] for matrix in extraction.matrices if not matrix["rank"]]
+    if without:
+        more = f" and {len(without) - 1} more" if len(without) > 1 else ""
+        line(f"nothing kept of: {without[0]}{more}: its directions hold less for their bytes than the others'")
+    line(
+        f"kept: {total['share']:.2%} of the update in {total['bytes'] / 1e6:.1f} MB; the finetune has "
+        f"{total['tuned_bytes'] / 1e6:.1f} MB"
+    )
+    if record["carried"]:
+        share = sum(carried["share_of_update"] for carried in record["carried"])
+        line(f"carried whole: {len(record['carried'])} parameters that are no matrices or new ({share:.2%})")
+    for left in record["left_out"][:10]:
+        line(f"left out: {left['name']}: {left['reason']}")
+    if len(record["left_out"]) > 10:
+        line(f"left out: {len(record['left_out']) - 10} more; all are in the record")
+    for text in told(record.get("scores", {})):
+        line(text)
+    line(f"adapter: {extraction.folder}")

@@ -1,0 +1,85 @@
+"""What a treatment kept of a finetune: tables for terminal, Markdown and notebooks, and a figure by block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from specbasis.architecture.key import ROLES
+from specbasis.figures import kit
+from specbasis.figures.kit import Axes, Figure
+from specbasis.figures.table import Column, Table
+from specbasis.treatment.extraction import Extraction
+
+KEPT = "share of the squared update ‖delta‖² that is kept"
+COLUMNS = (
+    Column("role", title="what the matrices do in their block", words=True),
+    Column("matrices", title="number of matrices", narrow="n"),
+    Column("ranks", title="least and greatest rank", words=True),
+    Column("MB", ".2f", "stored factors, millions of bytes"),
+    Column("kept", ".3f", f"{KEPT}: the most that is possible at this rank", narrow="kept"),
+    Column("chance", ".3f", "what subspaces of this rank in random directions hold on average"),
+    Column("entries", ".3f", "what the largest entries hold, as many as fit into the same bytes with their places"),
+    Column("signs", ".3f", "what the signs with one size a matrix hold (BitDelta), one bit an entry"),
+)
+"""The table of an extraction: a line for each role, the last one over all matrices."""
+
+
+def extraction_table(extraction: Extraction, title: str = "") -> Table:
+    """What is kept, by role; means are weighted with the size of the update."""
+    lines = extraction.matrices
+    roles = sorted({line["role"] for line in lines}, key=lambda role: (_place(role), role))
+    rows = [_row(role or "other", [line for line in lines if line["role"] == role]) for role in roles]
+    return Table(COLUMNS, (*rows, _row("all", lines)), title, total=True)
+
+
+def _place(role: str) -> int:
+    first = role.partition("+")[0]
+    return ROLES.index(first) if first in ROLES else len(ROLES)
+
+
+def _row(role: str, lines: Sequence[Mapping[str, Any]]) -> tuple[Any, ...]:
+    ranks = sorted(line["rank"] for line in lines)
+    span = "" if not ranks else str(ranks[0]) if ranks[0] == ranks[-1] else f"{ranks[0]} … {ranks[-1]}"
+    shares = (_mean(lines, name) for name in ("share", "chance", "share_of_entries", "share_of_signs"))
+    return (role, len(lines), span, sum(line["bytes"] for line in lines) / 1e6, *shares)
+
+
+def _mean(lines: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    """Mean weighted with the squared size of the update; None where a matrix has no such figure."""
+    if not lines or any(line[name] is None for line in lines):
+        return None
+    weights = np.array([line["squares"] for line in lines])
+    return float(np.average([line[name] for line in lines], weights=weights if weights.sum() else None))
+
+
+def write_extraction_figure(extraction: Extraction, path: str | Path | None = None) -> list[Path]:
+    """Share kept and rank of each matrix by block, a line for each role; as PNG and SVG (extra ``report``)."""
+    return kit.write_figure(
+        Path(path) if path else extraction.folder / "extract.png", lambda: _extraction_figure(extraction)
+    )
+
+
+def _extraction_figure(extraction: Extraction) -> Figure:
+    lines = [line for line in extraction.matrices if line["block"] is not None] or extraction.matrices
+    figure, axes = kit.free_panels(1, 2, (4.6, 3.4), f"{len(extraction.matrices)} matrices of the finetune")
+    roles = sorted({line["role"] for line in lines}, key=lambda role: (_place(role), role))
+    for name, ax in zip(("share", "rank"), axes[0], strict=True):
+        _by_block(ax, lines, roles, name)
+    kept, rank = axes[0]
+    kept.set(title=KEPT, ylim=(-0.02, 1.03))
+    rank.set(title="rank of the factors", ylim=(0, None))
+    kit.legend_below(figure, kept.get_lines(), [role or "other" for role in roles], 4)
+    return figure
+
+
+def _by_block(ax: Axes, lines: Sequence[Mapping[str, Any]], roles: Sequence[str], name: str) -> None:
+    for i, role in enumerate(roles):
+        own = [line for line in lines if line["role"] == role]
+        blocks = [line["block"] if line["block"] is not None else 0 for line in own]
+        ax.plot(blocks, [line[name] for line in own], "o-", ms=4, lw=1, color=kit.COLORS[i % len(kit.COLORS)])
+    ax.set(xlabel="block")
+    ax.xaxis.get_major_locator().set_params(integer=True)

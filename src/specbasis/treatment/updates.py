@@ -1,0 +1,186 @@
+"""What a finetune is against its base: every parameter beside its counterpart, read when it is asked for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from specbasis.architecture.cut import unusable
+from specbasis.architecture.key import MatrixRef
+from specbasis.architecture.pair import aligned
+from specbasis.architecture.recognise import model_map
+from specbasis.checkpoint import Checkpoint
+from specbasis.checkpoint.names import stripped
+from specbasis.core.errors import NonFiniteError
+from specbasis.core.low_rank import low_rank_svd
+from specbasis.core.svd import SVD, decompose, half_svd
+from specbasis.jobs.cache import Cache
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """One parameter of a finetune, its counterpart in the base, and how a matrix is read from either.
+
+    Attributes:
+        name: of the finetune.
+        counterpart: the base's name of it; empty where the base has none of this shape.
+        base: the pretrained checkpoint.
+        tuned: the finetuned one.
+        refs: the matrices that architecture finds in it; of a fused parameter several.
+        reason: why its numbers cannot be used; empty where they can.
+    """
+
+    name: str
+    counterpart: str
+    base: Checkpoint
+    tuned: Checkpoint
+    refs: tuple[MatrixRef, ...] = ()
+    reason: str = ""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As stored."""
+        return self.tuned.entries[self.name].shape
+
+    @property
+    def role(self) -> str:
+        """The role of its matrix; of a fused parameter those of its matrices, joined."""
+        return "+".join(dict.fromkeys(ref.key.role for ref in self.refs))
+
+    @property
+    def block(self) -> int | None:
+        """The block that it stands in."""
+        return self.refs[0].key.block if self.refs else None
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether its matrix is stored (in, out)."""
+        return bool(self.refs) and self.refs[0].transposed
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it is one matrix, or several one above the other, in both checkpoints: a low-rank update fits."""
+        return (
+            bool(self.refs and self.counterpart)
+            and not any(ref.kernel or ref.expert is not None for ref in self.refs)
+            and min(self.matrix_shape) > 1
+        )
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(out, in) of the whole parameter as one matrix; kernels are flattened."""
+        out, width = self.shape[0], prod(self.shape[1:])
+        return (width, out) if self.is_transposed else (out, width)
+
+    @cached_property
+    def squares(self) -> tuple[float, float]:
+        """‖tuned − base‖² and ‖tuned‖²; the latter twice where the base has no counterpart.
+
+        NaN where the numbers are not finite. Reads both, unless they are one entry of an adapter and its base.
+        """
+        theirs = self.base.entries.get(self.counterpart)
+        if theirs is self.tuned.entries[self.name]:
+            return 0.0, math.nan
+        T = self.tuned[self.name].double()
+        size = float(T.square().sum())
+        if theirs is None:
+            return size, size
+        return float((T - self.base[self.counterpart].double()).square().sum()), size
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether any number differs from the base's, or the base has none."""
+        return self.squares[0] != 0.0 or not self.counterpart
+
+    def read(self, checkpoint: Checkpoint, name: str) -> Float[Tensor, "out in"]:
+        """The parameter as one matrix (out, in)."""
+        W = checkpoint[name].flatten(1)
+        return W.mT if self.is_transposed else W
+
+    def delta(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        """The difference tuned − base, (out, in) of a matrix and as stored otherwise, subtracted in float64.
+
+        Raises:
+            NonFiniteError: it holds NaN or Inf.
+        """
+        if self.is_matrix:
+            pair = self.read(self.tuned, self.name), self._base_matrix()
+        else:
+            pair = self.tuned[self.name], self.base[self.counterpart]
+        delta = (pair[0].double() - pair[1].double()).to(dtype)
+        if not bool(torch.isfinite(delta).all()):
+            raise NonFiniteError(f"{self.name}: the finetune or its base holds NaN or Inf here")
+        return delta
+
+    def factors(self) -> tuple[Float[Tensor, "out r"], Float[Tensor, "r in"]] | None:
+        """(B, A) of an update that is stored as a product; None of any other."""
+        factors = self.tuned.delta_factors(self.name)
+        return (factors[1].mT, factors[0].mT) if factors and self.is_transposed else factors
+
+    def decompose(self, ranks: int, cache: Cache | None = None) -> SVD:
+        """The leading triplets of the update, at most as many as there are, and all of its singular values.
+
+        An update that is stored as a product is not formed.
+
+        Raises:
+            NonFiniteError: it holds NaN or Inf.
+        """
+        factors = self.factors()
+        ranks = min(ranks, *self.matrix_shape)
+        if factors is not None:
+            svd = low_rank_svd(*factors, name=self.name)
+            return svd.truncate(min(ranks, len(svd.S)))
+        if cache is not None:
+            return cache.decompose(self.delta(), name=self.name).truncate(ranks)
+        return decompose(self.read(self.tuned, self.name), ranks, minus=self._base_matrix(), name=self.name)
+
+    def spectrum(self, cache: Cache | None = None) -> Float[Tensor, " short"]:
+        """All singular values of the update; without a cache at half of the price of the vectors."""
+        if cache is not None or self.factors() is not None:
+            return self.decompose(min(self.matrix_shape), cache).spectrum
+        T = self.read(self.tuned, self.name)
+        return half_svd(T, 0, minus=self._base_matrix(), name=self.name).spectrum
+
+    def _base_matrix(self) -> Tensor:
+        return self.read(self.base, self.counterpart)
+
+
+def updates(base: Checkpoint, tuned: Checkpoint) -> list[Update]:
+    """Every parameter of a finetune beside its counterpart in the base, in the order of the file.
+
+    Names are aligned as in `specbasis.compare`.
+
+    Raises:
+        InputError: the two have nothing in common.
+    """
+    drop, names, _ = aligned(base, tuned)
+    ours = {names[stripped(name, drop)]: name for name in base if stripped(name, drop) in names}
+    refs: dict[str, list[MatrixRef]] = {}
+    for ref in model_map(base).matrices:
+        refs.setdefault(ref.parameter, []).append(ref)
+    return list(_updates(base, tuned, ours, refs))
+
+
+def _updates(
+    base: Checkpoint, tuned: Checkpoint, ours: dict[str, str], refs: dict[str, list[MatrixRef]]
+) -> Iterator[Update]:
+    for name, entry in tuned.entries.items():
+        own = ours.get(name, "")
+        if own and base.entries[own].shape != entry.shape:
+            own = ""
+        if entry.is_float or not own:  # what else both have are buffers, such as positions
+            reason = _unusable(name, tuned) or (own and _unusable(own, base)) or ""
+            yield Update(name, own, base, tuned, tuple(refs.get(own, ())), reason)
+
+
+def _unusable(name: str, checkpoint: Checkpoint) -> str:
+    """Why the numbers of a parameter are not those of the model, or an empty string."""
+    entry = checkpoint.entries[name]
+    return "" if entry.is_float and len(entry.shape) < 2 else unusable(name, checkpoint.entries)
