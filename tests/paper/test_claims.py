@@ -133,6 +133,13 @@ def test_what_cannot_speak_gets_no_verdict():
     assert measurement(-math.inf, math.inf, (0, math.inf)).verdict[0] is Verdict.UNTESTED
 
 
+def test_a_claim_that_is_not_decided_says_how_it_could_be():
+    sections = re.split(r"\n### ", TEXT)[1:]
+    assert len(sections) == len(claims()["claim"])
+    for section in sections:
+        assert "**not testable here**" not in section or "\n- To test it: " in section, section[:80]
+
+
 def test_formation_has_no_verdict_on_alignment_where_nothing_transferred():
     results = Results(RESULTS)
     for claim in claims()["claim"]:

@@ -151,12 +151,20 @@ def markdown(folder: Path) -> str:
     )
     columns = tuple(Column(name, words=True) for name in ("claim", "where", "measurements"))
     parts = [about["head"].strip(), f"{len(tests)} claims, {count.total()} measurements: {counts}."]
+    parts += ["\n".join(_agreeing(about["claim"], tests))]
     parts += [Table(columns, tuple(summary)).markdown().strip()]
     for part, title in about["part"].items():
         parts.append(f"## {title}")
         for claim in (claim for claim in about["claim"] if claim["part"] == part):
             parts += _section(claim, tests[claim["id"]])
     return "\n\n".join(parts) + "\n"
+
+
+def _agreeing(about: Sequence[Mapping[str, Any]], tests: Mapping[str, Sequence[Measurement]]) -> Iterator[str]:
+    """For each verdict but the last: the claims all of whose measurements have it."""
+    for verdict in list(Verdict)[:-1]:
+        titles = [c["title"] for c in about if {test.verdict[0] for test in tests[c["id"]]} == {verdict}]
+        yield f"- *{verdict}* in every measurement: {'; '.join(titles) or 'none'}."
 
 
 def _anchor(title: str) -> str:
