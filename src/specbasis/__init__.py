@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from specbasis.interventions.stage import Subject
     from specbasis.lineage.tree import lineage
     from specbasis.treatment.extract import extract
+    from specbasis.treatment.repair import repair
 
 __version__ = "0.1.0"
 
@@ -45,6 +46,7 @@ __all__ = [
     "matrix_edits",
     "open_checkpoint",
     "population",
+    "repair",
 ]
 
 __getattr__ = lazily(
@@ -63,6 +65,7 @@ __getattr__ = lazily(
         **dict.fromkeys(("edited", "matrix_edits"), "interventions.live"),
         "lineage": "lineage.tree",
         "extract": "treatment.extract",
+        "repair": "treatment.repair",
     },
 )
 

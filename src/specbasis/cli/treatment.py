@@ -1,4 +1,4 @@
-"""`extract`: a finished finetune made small."""
+"""`extract` and `repair`: a finished finetune made small, and what it forgot brought back."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from specbasis.cli.common import STDERR, STDOUT, document, line, progress
-from specbasis.cli.flags import BASE
+from specbasis.cli.flags import BASE, OUT
 from specbasis.core.grammar import words
 from specbasis.core.options import ADVANCED, Options, option
-from specbasis.treatment.options import ExtractOptions
+from specbasis.treatment.options import ExtractOptions, RepairOptions
 
 if TYPE_CHECKING:
     from specbasis.interventions.evaluators import Judge
@@ -23,23 +23,24 @@ NEW = Annotated[Path, typer.Option("--out", help="new folder")]
 
 
 @dataclass(frozen=True)
-class Judging(Options):
-    """How what is written is judged."""
+class Examples(Options):
+    """Which examples a task has."""
 
-    judge: str = option("", "judge base, finetune and result: glue:sst2, table:FILE, text:FILE …", metavar="TASK")
     limit: int | None = option(None, "judge on this many examples", panel=ADVANCED, least=1)
     data_dir: Path | None = option(None, "GLUE in its official layout; default: from the Hub", panel=ADVANCED)
     text: str = option("", "columns of a table that hold the one or two texts", panel=ADVANCED)
     label: str = option("", "its column with the label", panel=ADVANCED)
 
-    def evaluator(self) -> Judge | None:
-        """From a model to its metrics; None where nothing is to be judged."""
-        if not self.judge:
-            return None
+    def evaluator(self, task: str) -> Judge:
+        """From a model to its metrics on a task.
+
+        Raises:
+            InputError: there is no such task.
+        """
         from specbasis.interventions.evaluators import judge
 
         folder = None if self.data_dir is None else str(self.data_dir)
-        return judge(self.judge, data_dir=folder, limit=self.limit, text=words(self.text), label=self.label)
+        return judge(task, data_dir=folder, limit=self.limit, text=words(self.text), label=self.label)
 
 
 def extract(
@@ -47,15 +48,20 @@ def extract(
     tuned: TUNED,
     out: NEW,
     options: ExtractOptions,
-    judging: Judging,
+    examples: Examples,
+    judge: Annotated[
+        str,
+        typer.Option("--judge", metavar="TASK", help="judge base, finetune and result: glue:sst2, table:FILE …"),
+    ] = "",
     strict: Annotated[bool, typer.Option("--strict", help="exit code 2 where anything is left out")] = False,
     json: Annotated[bool, typer.Option("--json", help="print one JSON document, nothing else")] = False,
 ) -> None:
     """Write a finetune as a LoRA of a rank, a share or a size: PEFT loads the folder without specbasis."""
     from specbasis.treatment.extract import extract as run
 
+    evaluator = examples.evaluator(judge) if judge else None
     with progress() as tell:
-        extraction = run(base, tuned, out, options, judge=judging.evaluator(), progress=tell)
+        extraction = run(base, tuned, out, options, judge=evaluator, progress=tell)
     if json:
         document({"folder": str(extraction.folder), **extraction.record})
     else:
@@ -91,3 +97,28 @@ def _tell(extraction: Extraction) -> None:
     for text in told(record.get("scores", {})):
         line(text)
     line(f"adapter: {extraction.folder}")
+
+
+def repair(
+    base: BASE,
+    tuned: TUNED,
+    keep: Annotated[str, typer.Option("--keep", metavar="TASK", help="what it has to do still: glue:sst2 …")],
+    recover: Annotated[
+        str,
+        typer.Option("--recover", metavar="TASK|FILE", help="what the base could do: a task, or a file of texts"),
+    ],
+    out: OUT,
+    options: RepairOptions,
+    examples: Examples,
+) -> None:
+    """Bring back what a finetune forgot: ways towards the base, judged on the task and on what was forgotten."""
+    from specbasis.figures.treatment import repair_table
+    from specbasis.treatment.repair import recovery
+    from specbasis.treatment.repair import repair as run
+
+    with progress() as tell:
+        done = run(base, tuned, examples.evaluator(keep), recovery(recover, base, examples.limit), out, options,
+                   progress=tell)  # fmt: skip
+    STDOUT.print(repair_table(done).terminal())
+    line(done.sentence)
+    line(f"repaired model: {done.model}" if done.model else f"rows: {done.folder}")

@@ -13,6 +13,7 @@ from specbasis.figures import kit
 from specbasis.figures.kit import Axes, Figure
 from specbasis.figures.table import Column, Table
 from specbasis.treatment.extraction import Extraction
+from specbasis.treatment.repair import Repair
 
 KEPT = "share of the squared update ‖delta‖² that is kept"
 COLUMNS = (
@@ -83,3 +84,54 @@ def _by_block(ax: Axes, lines: Sequence[Mapping[str, Any]], roles: Sequence[str]
         ax.plot(blocks, [line[name] for line in own], "o-", ms=4, lw=1, color=kit.COLORS[i % len(kit.COLORS)])
     ax.set(xlabel="block")
     ax.xaxis.get_major_locator().set_params(integer=True)
+
+
+# --- repair -------------------------------------------------------------------------------------------------------
+
+FRONTIER = (
+    Column("way", title="how the finetune is brought nearer to its base", words=True),
+    Column("amount", ".2f"),
+    Column("blocks", words=True),
+    Column("task", ".4f", "the metric of the task, on the half of the examples that reports"),
+    Column("change", "+.4f", "against the finetune, on the same examples"),
+    Column("recovered", ".4f", "the metric of what the base could do; of a loss its negative"),
+    Column("back", "+.0%", "share of what was forgotten that came back; its interval is in the rows"),
+    Column("", words=True),
+)
+"""The table of a repair: every point that was tried."""
+
+
+def repair_table(repair: Repair) -> Table:
+    """Every point, base and finetune first; a star at the one that is written."""
+    rows = []
+    for row in repair.rows:
+        point, values = row.experiment, row.values
+        star = "*" if point == repair.record["chosen"] else ""
+        names = ("report.keep", "report.change", "report.recover", "report.back")
+        rows.append((point["way"], point.get("amount"), point.get("blocks", ""), *map(values.get, names), star))
+    return Table(FRONTIER, tuple(rows))
+
+
+def write_repair_figure(repair: Repair, path: str | Path | None = None) -> list[Path]:
+    """Task against what came back, one mark a point, a colour for each way; PNG and SVG (extra ``report``)."""
+    return kit.write_figure(Path(path) if path else repair.folder / "repair.png", lambda: _frontier(repair))
+
+
+def _frontier(repair: Repair) -> Figure:
+    figure, axes = kit.free_panels(1, 1, (6, 4), "what came back, and what it costs the task")
+    ax, marks = axes[0, 0], []
+    points = [row for row in repair.rows if "amount" in row.experiment]
+    ways = list(dict.fromkeys(row.experiment["way"] for row in points))
+    for color, way in zip(kit.COLORS, ways, strict=False):
+        own = [row.values for row in points if row.experiment["way"] == way]
+        x, y = ([values[f"report.{name}"] for values in own] for name in ("back", "change"))
+        spread = [
+            [v[f"report.{name}{end}"] for v in own] for name in ("back", "change") for end in ("_low", "_high")
+        ]
+        bars = [np.abs(np.array([low, high]) - at) for at, low, high in ((x, *spread[:2]), (y, *spread[2:]))]
+        marks.append(ax.errorbar(x, y, bars[1], bars[0], fmt="o", ms=4, lw=0.5, color=color))
+    kit.reference(ax, 0.0)
+    kit.reference(ax, -repair.record["tolerance"])
+    ax.set(xlabel="share of what was forgotten that came back", ylabel="change of the task's metric")
+    kit.legend_below(figure, marks, ways, 4)
+    return figure

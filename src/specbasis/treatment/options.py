@@ -48,3 +48,17 @@ class ExtractOptions(Options):
     def budget(self) -> int | None:
         """Bytes of the file's numbers."""
         return parse_bytes(self.size) if isinstance(self.size, str) else self.size
+
+
+@dataclass(frozen=True)
+class RepairOptions(Options):
+    """How much of the task may be lost, and where decompositions are kept."""
+
+    tolerance: float = option(
+        1.0, "points (hundredths of the metric) of the task that the repaired model may lose at most", least=0
+    )
+    resamples: int = option(1000, "of the intervals", panel=ADVANCED, least=100)
+    cache: str | Path | None = option(
+        None, "folder in which decompositions are kept and found again", panel=ADVANCED, decides=False
+    )
+    cache_size: str = option("20GB", "what they may take", panel=ADVANCED, decides=False)

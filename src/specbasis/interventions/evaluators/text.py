@@ -69,7 +69,7 @@ class Text(Encoded):
     def encode(self, tokenizer: Any, max_length: int, model: nn.Module) -> Iterator[Batch]:
         """The passages, with the tokens that are to be predicted as labels."""
         encoded = tokenizer(
-            _passages(self.path)[: self.limit],
+            passages(self.path)[: self.limit],
             truncation=True,
             max_length=max_length,
             return_overflowing_tokens=tokenizer.is_fast,
@@ -87,16 +87,21 @@ def _is_masked(class_name: str) -> bool:
     return class_name.endswith(("ForMaskedLM", "ForPreTraining"))
 
 
-def _passages(path: str) -> list[str]:
+def passages(path: str) -> list[str]:
+    """The passages of a text file: what blank lines separate, or the lines where there are none.
+
+    Raises:
+        InputError: it cannot be read, or holds no text.
+    """
     try:
         text = read_text(Path(path), limit=None)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as text in UTF-8 ({error}); want a text file") from error
     parts = text.split("\n\n") if "\n\n" in text else text.splitlines()
-    passages = [part.strip() for part in parts if part.strip()]
-    if not passages:
+    texts = [part.strip() for part in parts if part.strip()]
+    if not texts:
         raise InputError(f"{path}: holds no text")
-    return passages
+    return texts
 
 
 def _mask(batch: dict[str, Tensor], tokenizer: Any, indices: Sequence[int]) -> None:
