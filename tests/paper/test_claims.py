@@ -133,6 +133,22 @@ def test_what_cannot_speak_gets_no_verdict():
     assert measurement(-math.inf, math.inf, (0, math.inf)).verdict[0] is Verdict.UNTESTED
 
 
+def test_only_what_did_not_run_has_no_rows():
+    """A number that is misnamed would stand as an empty cell, too."""
+    tables = TEXT.partition("## Are the leading vectors stable?")[2].splitlines()
+    empty = [line.split("|")[1].strip() for line in tables if line.endswith("no rows |")]
+    assert sorted(empty) == sorted(["–", "–", "–", "MiniLM, CoLA, K = 150: leading − random basis"])
+    cells = [
+        [cell.strip() for cell in line[2:-2].split(" | ")]
+        for line in tables
+        if line.endswith("** |") or "**:" in line
+    ]
+    controlled = [line for line in cells if len(line) == 6]
+    assert len(controlled) > 30
+    without = [line[0] for line in controlled if line[4] == "–"]
+    assert [text[:22] for text in without] == ["MiniLM, six finetunes "]
+
+
 def test_a_claim_that_is_not_decided_says_how_it_could_be():
     sections = re.split(r"\n### ", TEXT)[1:]
     assert len(sections) == len(claims()["claim"])

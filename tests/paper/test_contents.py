@@ -5,11 +5,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import typer
+from typer.core import TyperGroup
 from typer.testing import CliRunner
 
 from specbasis.cli import app
 from specbasis.core.errors import InputError
 from specbasis.paper import contents
+from specbasis.paper.claims import claims
 from specbasis.paper.contents import entries, tab2, tab3, tab5
 
 RESULTS = Path(__file__).parents[2] / "results"
@@ -87,3 +90,32 @@ def test_tables_print_what_the_paper_prints(table, rows, some):
     output = ran(table.__name__).output
     for text in some:
         assert text in output
+
+
+def commands():
+    """Every command that the list and the page of claims name."""
+    for entry in entries():
+        yield from entry.command.split(";")
+    for claim in claims()["claim"]:
+        yield from claim.get("command", "").split(";")
+        for quoted in re.findall(r"`([^`]+)`", claim.get("open", "")):
+            yield from quoted.split(";")
+
+
+def test_every_flag_of_a_command_that_is_named_is_one_of_its_verb():
+    tried = 0
+    for command in commands():
+        words = command.split()
+        if words[:1] != ["specbasis"]:
+            continue
+        verb = typer.main.get_command(app)
+        for word in words[1:]:
+            if not isinstance(verb, TyperGroup) or verb.get_command(None, word) is None:
+                break
+            verb = verb.get_command(None, word)
+        assert verb.name, command
+        known = {option for parameter in verb.params for option in (*parameter.opts, *parameter.secondary_opts)}
+        for flag in re.findall(r"(--[a-z-]+)", command):
+            assert flag in known, (command, flag)
+            tried += 1
+    assert tried > 60

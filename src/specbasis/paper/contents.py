@@ -42,7 +42,7 @@ class Entry:
     @property
     def help(self) -> str:
         """One line for ``--help``."""
-        return f"{self.source}: {self.title}."
+        return f"{self.source}: {self.title}"
 
     def state(self, results: Path) -> str:
         """What is there of it below a results folder."""
@@ -64,14 +64,6 @@ def entries() -> tuple[Entry, ...]:
     """All of them, in the paper's order."""
     data = tomllib.loads(files("specbasis.paper").joinpath("contents.toml").read_text(encoding="utf-8"))
     return tuple(Entry(**entry) for entry in data["entry"])
-
-
-def contents(results: Path) -> Table:
-    """Every figure and table with its state, cost and command."""
-    columns = tuple(Column(name, words=True) for name in ("verb", "paper", "what", "state", "cost", "command"))
-    return Table(
-        columns, tuple((e.name, e.source, e.title, e.state(results), e.cost, e.command) for e in entries())
-    )
 
 
 def _models(table: str) -> Table:

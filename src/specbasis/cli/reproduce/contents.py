@@ -34,9 +34,12 @@ def _printing(table: Callable[[], Table]) -> Callable[[], None]:
 
 def _list(results: RESULTS = Path("results")) -> None:
     """Every figure and table of the paper: its state, cost and command."""
-    from specbasis.paper.contents import contents
+    from specbasis.paper.contents import entries
 
-    STDOUT.print(contents(results).terminal())
+    for entry in entries():
+        line(f"{entry.name} ({entry.help}): {entry.state(results)}" + (f"; {entry.cost}" if entry.cost else ""))
+        if entry.command:
+            line(f"  {entry.command}")
 
 
 def _all(
@@ -52,8 +55,7 @@ def _all(
     group: Any = context.parent.command if context.parent else None
     for entry in entries():
         words = entry.again(_existing(results))
-        state = entry.state(results)
-        line(f"{entry.source}, {entry.title}: {state}")
+        line(f"{entry.name} ({entry.help}): {entry.state(results)}")
         if words:
             line(f"  specbasis reproduce {' '.join(words)}")
             if not dry_run:
