@@ -204,7 +204,7 @@ def _shown(effect: Effect | None, test: Measurement) -> str | None:
         return None
     value = format(effect.mean, test.form)
     if math.isinf(effect.low) and math.isinf(effect.high):
-        return f"{value} (one, no interval)"
+        return f"{value} {test.unit}".strip()
     ends = "" if effect.low == effect.high else f" [{effect.low:{test.form}}, {effect.high:{test.form}}]"
     return f"{value}{ends} {test.unit}".strip()
 

@@ -329,8 +329,9 @@ def basis(results: Results, task: str, size: int, basis: str) -> Effect:
 
 @number
 def as_printed(results: Results, method: str, than: str, figure: str) -> Effect:
-    """The paper's own Tab. 1: a method's average score − another's, or its parameters in percent of another's."""
+    """The paper's own Tab. 1: a method's average score − another's, of one seed; or its parameters in percent."""
     lines = {row["method"]: row for row in printed()["row"]}
     a, b = (float(lines[name][figure]) for name in (method, than))
-    value = 100 * a / b if figure == "parameters" else a - b
-    return Effect(value, value, value, "as the paper prints it, one seed")
+    if figure == "parameters":
+        return Effect(100 * a / b, 100 * a / b, 100 * a / b, "counted")
+    return Effect(a - b, -math.inf, math.inf, "as the paper prints it: one seed, no interval")
