@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +14,7 @@ from specbasis.cli.common import STDERR, STDOUT, document, line, progress
 from specbasis.cli.flags import BASE, MODEL, OUT, STREAM
 from specbasis.comparison.options import Options as CompareOptions
 from specbasis.core.errors import MissingExtra
+from specbasis.core.grammar import labelled
 from specbasis.core.options import Options, option
 
 if TYPE_CHECKING:
@@ -65,7 +67,7 @@ def compare(
         return
     with progress() as tell:
         comparison = specbasis.compare(base, tuned, out, options, progress=tell)
-    _tell(comparison, output, page=output.report)
+    _tell(comparison, output, page=output.report, given=[base, *(labelled(word)[1] for word in tuned)])
 
 
 def report(
@@ -142,14 +144,18 @@ def list_findings() -> None:
         line(check.kind)
 
 
-def _tell(comparison: Comparison, output: Output, *, page: bool) -> None:
+def _tell(comparison: Comparison, output: Output, *, page: bool, given: Sequence[str] = ()) -> None:
     """Print what was found and write the page; end with the exit code that it comes to."""
     from specbasis.cli.tables import print_comparison
+    from specbasis.treatment.advice import next_steps
 
     if output.json:
         document(comparison.summary())
     else:
         print_comparison(comparison)
+        for label in comparison.pairs:
+            for step in next_steps(comparison, label, given):
+                line(step)
     if page:
         write_page(comparison, quiet=output.json)
     hits = [

@@ -1,0 +1,67 @@
+"""What can be done with a finetune that was compared: commands, from the rows alone."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from specbasis.comparison.comparison import Comparison
+from specbasis.core.dtypes import FORMATS
+from specbasis.core.text import shareable
+
+RANK = 16
+"""The rank that a sentence speaks of: the usual one of a LoRA."""
+
+NUMBER = FORMATS["float32"].bytes
+
+
+def next_steps(comparison: Comparison, label: str, given: Iterable[str] = ()) -> list[str]:
+    """Sentences that end in a command, for a finetune of its base; none for other pairs.
+
+    Args:
+        comparison: what was found.
+        label: of the pair.
+        given: sources as the user wrote them: the results hold no path that could not be shared.
+    """
+    if comparison.verdicts[label].kind != "finetuned":
+        return []
+    about = (comparison.manifest["base"], comparison.manifest["pairs"][label]["tuned"])
+    written = {shareable(source): source for source in given}
+    models = shlex.join(written.get(source["source"], source["source"]) for source in about)
+    steps = []
+    size = low_rank_size(comparison.rows, label)
+    if size is not None:
+        share, stored = size
+        steps.append(
+            f"{share:.0%} of what was compared fits a rank-{RANK} LoRA of {stored / 1e6:.3g} MB: "
+            f"specbasis extract {models} --rank {RANK} --out lora"
+        )
+    if any(finding.kind == "intruders" for finding in comparison.findings[label]):
+        steps.append(
+            "leading directions that the base does not have can be damped: "
+            f"specbasis repair {models} --keep TASK --recover TEXTS --out repaired"
+        )
+    return steps
+
+
+def low_rank_size(rows: pa.Table, label: str, rank: int = RANK) -> tuple[float, int] | None:
+    """The share of Σ ‖delta‖² that one rank for every matrix holds, and its bytes; None without their values."""
+    own = rows.filter(
+        pc.and_(
+            pc.equal(rows["pair"].cast(pa.string()), label),
+            pc.equal(rows["measure"].cast(pa.string()), "singular_value_delta"),
+        )
+    )
+    if not own.num_rows:
+        return None
+    squares = np.square(own["value"].to_numpy())
+    leading = own["index"].to_numpy() < rank
+    first = own.filter(pc.equal(own["index"], 0))
+    sizes = [first[name].to_numpy().astype(np.int64) for name in ("out_features", "in_features")]
+    ranks = np.minimum(rank, np.minimum(*sizes))
+    total = float(squares.sum())
+    return (float(squares[leading].sum()) / total, int((ranks * sum(sizes)).sum()) * NUMBER) if total else None
