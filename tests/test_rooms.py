@@ -35,7 +35,11 @@ ROOMS = (
 TOP = ("__init__", "__main__")  # the public names, re-exported once
 
 # A value knows no view. The exceptions: `report()`, and the way that a result shows itself in a notebook.
-ALLOWED = {("comparison.comparison", "figures"), ("treatment.extraction", "figures")}
+ALLOWED = {
+    ("comparison.comparison", "figures"),
+    ("treatment.extraction", "figures"),
+    ("treatment.merging", "figures"),
+}
 
 # Optional or heavy libraries. Above finetuning/ none is imported when a module is, except where the name begins so.
 EXTRAS = {"transformers", "peft", "ray", "plotly", "matplotlib"}

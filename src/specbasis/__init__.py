@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from specbasis.interventions.stage import Subject
     from specbasis.lineage.tree import lineage
     from specbasis.treatment.extract import extract
+    from specbasis.treatment.merge import interference, merge
     from specbasis.treatment.repair import repair
 
 __version__ = "0.1.0"
@@ -39,11 +40,13 @@ __all__ = [
     "edited",
     "extract",
     "finetune",
+    "interference",
     "intervene",
     "lineage",
     "load",
     "low_rank_svd",
     "matrix_edits",
+    "merge",
     "open_checkpoint",
     "population",
     "repair",
@@ -65,6 +68,7 @@ __getattr__ = lazily(
         **dict.fromkeys(("edited", "matrix_edits"), "interventions.live"),
         "lineage": "lineage.tree",
         "extract": "treatment.extract",
+        **dict.fromkeys(("interference", "merge"), "treatment.merge"),
         "repair": "treatment.repair",
     },
 )

@@ -49,8 +49,7 @@ def write_model(
     Raises:
         InputError: ``out`` exists and is not empty, cannot be written, or a tensor's format is not known.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out}: exists already; want a new folder")
+    want_new(out)
     with writing(out), whole(out) as temporary:
         temporary.mkdir()
         _copy_beside(checkpoint, temporary)
@@ -58,6 +57,16 @@ def write_model(
         for name, text in (extra or {}).items():
             (temporary / name).write_text(text(), encoding="utf-8")
     return out
+
+
+def want_new(folder: Path) -> None:
+    """Refuse a folder that holds anything.
+
+    Raises:
+        InputError: it does, or is no folder.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder}: exists already; want a new folder")
 
 
 def _copy_beside(checkpoint: Checkpoint, folder: Path) -> None:

@@ -20,7 +20,8 @@ from specbasis.cli.population import lineage, population
 from specbasis.cli.reproduce import pretrain, reproduce_app
 from specbasis.cli.reproduce.zoo import zoo_app
 from specbasis.cli.track import track
-from specbasis.cli.treatment import extract, repair
+from specbasis.cli.treatment import extract, merge, repair
+from specbasis.cli.treatment import list_methods as list_merges
 from specbasis.cli.which_base import db_app, fingerprint, which_base
 from specbasis.core.errors import InputError, is_out_of_memory
 from specbasis.core.extras import missing
@@ -35,6 +36,7 @@ VERBS = (
     flags(finetune, method=list_methods),
     flags(extract),
     flags(repair),
+    flags(merge, method=list_merges),
     population,
     lineage,
     fingerprint,

@@ -1,4 +1,4 @@
-"""`extract` and `repair`: a finished finetune made small, and what it forgot brought back."""
+"""`extract`, `repair`, `merge`: a finished finetune made small, what it forgot brought back, several made one."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from specbasis.cli.common import STDERR, STDOUT, document, line, progress
-from specbasis.cli.flags import BASE, OUT
-from specbasis.core.grammar import words
+from specbasis.cli.flags import BASE, JSON, OUT
+from specbasis.core.errors import InputError
+from specbasis.core.grammar import labelled, words
 from specbasis.core.options import ADVANCED, Options, option
-from specbasis.treatment.options import ExtractOptions, RepairOptions
+from specbasis.treatment.options import ExtractOptions, MergeOptions, RepairOptions
 
 if TYPE_CHECKING:
     from specbasis.interventions.evaluators import Judge
@@ -122,3 +123,60 @@ def repair(
     STDOUT.print(repair_table(done).terminal())
     line(done.sentence)
     line(f"repaired model: {done.model}" if done.model else f"rows: {done.folder}")
+
+
+def merge(
+    base: BASE,
+    tuned: Annotated[
+        list[str], typer.Argument(metavar="[NAME=]TUNED...", help="the finetunes, or adapters of the base")
+    ],
+    options: MergeOptions,
+    examples: Examples,
+    out: Annotated[Path | None, typer.Option("--out", help="new folder")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="write nothing: who agrees and who fights")] = False,
+    ranks: Annotated[int, typer.Option(min=1, help="leading directions that --dry-run looks at")] = 10,
+    judge: Annotated[
+        list[str] | None,
+        typer.Option("--judge", metavar="NAME=TASK", help="judge all models on a finetune's task: glue:sst2 …"),
+    ] = None,
+    json: JSON = False,
+) -> None:
+    """Make one model of several finetunes of a base, or map where they interfere (--dry-run)."""
+    from specbasis.treatment.merge import interference
+    from specbasis.treatment.merge import merge as run
+
+    if out is None and not dry_run:
+        raise InputError("got no --out; want a new folder, or --dry-run")
+    named = [labelled(text) for text in judge or ()]
+    if bad := [task for name, task in named if not name]:
+        raise InputError(f"--judge got {bad[0]!r}; want NAME=TASK, such as sst2=glue:sst2")
+    judges = {name: examples.evaluator(task) for name, task in named}
+    with progress() as tell:
+        if out is None or dry_run:
+            merging = interference(base, tuned, ranks=ranks, progress=tell)
+        else:
+            merging = run(base, tuned, out, options, judge=judges, progress=tell)
+    if json:
+        document({"folder": merging.folder and str(merging.folder), **merging.record})
+        return
+    for table in filter(None, (merging.table, merging.scores)):
+        STDOUT.print(table.terminal())
+    for name, task in merging.record.get("scores", {"tasks": {}})["tasks"].items():
+        if task["change_low"] is not None:
+            line(
+                f"{name}: merged − mean {task['change']:+.4f} [{task['change_low']:+.4f}, "
+                f"{task['change_high']:+.4f}], {task['examples']} examples"
+            )
+    for left in merging.record["left_out"][:10]:
+        line(f"not merged: {left['name']} of {left['finetune']}: {left['reason']}")
+    if len(merging.record["left_out"]) > 10:
+        line(f"not merged: {len(merging.record['left_out']) - 10} more; all are in the record")
+    line(f"model: {merging.folder}" if merging.folder else "nothing is written; without --dry-run it is")
+
+
+def list_methods() -> None:
+    """What `--method help` prints."""
+    from specbasis.cli.tables import print_names
+    from specbasis.treatment.options import RECIPES
+
+    print_names({name: recipe.about for name, recipe in RECIPES.items()})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import nan, prod
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from specbasis.figures import kit
 from specbasis.figures.kit import Axes, Figure
 from specbasis.figures.table import Column, Table
 from specbasis.treatment.extraction import Extraction
+from specbasis.treatment.merging import Merging
 from specbasis.treatment.repair import Repair
 
 KEPT = "share of the squared update ‖delta‖² that is kept"
@@ -65,25 +67,111 @@ def write_extraction_figure(extraction: Extraction, path: str | Path | None = No
 
 
 def _extraction_figure(extraction: Extraction) -> Figure:
-    lines = [line for line in extraction.matrices if line["block"] is not None] or extraction.matrices
-    figure, axes = kit.free_panels(1, 2, (4.6, 3.4), f"{len(extraction.matrices)} matrices of the finetune")
-    roles = sorted({line["role"] for line in lines}, key=lambda role: (_place(role), role))
-    for name, ax in zip(("share", "rank"), axes[0], strict=True):
-        _by_block(ax, lines, roles, name)
-    kept, rank = axes[0]
-    kept.set(title=KEPT, ylim=(-0.02, 1.03))
-    rank.set(title="rank of the factors", ylim=(0, None))
-    kit.legend_below(figure, kept.get_lines(), [role or "other" for role in roles], 4)
+    figure, (kept, rank) = _by_block(extraction.matrices, {"share": KEPT, "rank": "rank of the factors"})
+    kept.set(ylim=(-0.02, 1.03))
+    rank.set(ylim=(0, None))
     return figure
 
 
-def _by_block(ax: Axes, lines: Sequence[Mapping[str, Any]], roles: Sequence[str], name: str) -> None:
-    for i, role in enumerate(roles):
-        own = [line for line in lines if line["role"] == role]
-        blocks = [line["block"] if line["block"] is not None else 0 for line in own]
-        ax.plot(blocks, [line[name] for line in own], "o-", ms=4, lw=1, color=kit.COLORS[i % len(kit.COLORS)])
-    ax.set(xlabel="block")
-    ax.xaxis.get_major_locator().set_params(integer=True)
+def _by_block(lines: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> tuple[Figure, Sequence[Axes]]:
+    """Two figures of each matrix by block, a line for each role."""
+    lines = [line for line in lines if line["block"] is not None] or lines
+    figure, axes = kit.free_panels(1, 2, (4.6, 3.4), f"{len(lines)} matrices of the finetune")
+    roles = sorted({line["role"] for line in lines}, key=lambda role: (_place(role), role))
+    for (name, title), ax in zip(titles.items(), axes[0], strict=True):
+        for i, role in enumerate(roles):
+            own = [line for line in lines if line["role"] == role]
+            blocks = [line["block"] if line["block"] is not None else 0 for line in own]
+            ax.plot(blocks, [line[name] for line in own], "o-", ms=4, lw=1, color=kit.COLORS[i % len(kit.COLORS)])
+        ax.set(xlabel="block", title=title)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    kit.legend_below(figure, axes[0][0].get_lines(), [role or "other" for role in roles], 4)
+    return figure, axes[0]
+
+
+# --- merge --------------------------------------------------------------------------------------------------------
+
+PAIRS = (
+    Column("role", title="what the matrices do in their block", words=True),
+    Column("n", title="number of parameters"),
+    Column("size", ".3f", "norm of the smallest finetune's update by that of the largest"),
+    Column(
+        "cosine", "+.3f", "of the updates of two finetunes: 0, random ones; mean over pairs, as all that follows"
+    ),
+    Column("conflicts", ".3f", "share of entries that both change, in opposite directions; random: .5"),
+)
+DIRECTIONS = (
+    Column("overlap", ".3f", "of the leading subspaces of two updates"),
+    Column("chance", ".3f", "that of random updates"),
+    Column("agree", ".3f", "share of leading directions in which the other acts alike; random: .025"),
+    Column("fight", ".3f", "share of leading directions that the other undoes; random: .025"),
+)
+MERGED = (
+    Column("norm", ".3f", "of the merged update, by the mean of the finetunes' norms"),
+    Column("kept", "+.3f", "cosine of the merged update with a finetune's, mean over finetunes"),
+)
+
+
+def merging_table(merging: Merging) -> Table:
+    """How the updates stand to each other, by role, the last line over all parameters."""
+    lines = merging.record["parameters"]
+    roles = sorted({line["role"] for line in lines}, key=lambda role: (_place(role), role))
+    columns = (*PAIRS, *(DIRECTIONS if merging.folder is None else MERGED))
+    rows = [_means(role, [line for line in lines if line["role"] == role]) for role in roles]
+    cells = (tuple(row[column.name] for column in columns) for row in (*rows, _means("all", lines)))
+    return Table(columns, tuple(cells), total=True)
+
+
+def _means(role: str, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Means over parameters and pairs, weighted with the product of the norms or, of conflicts, of the entries."""
+    pairs = [(line, pair) for line in lines for pair in line["pairs"]]
+    norms = np.array([list(line["norms"].values()) for line in lines])
+    total = np.sqrt((norms**2).sum(0))
+    sizes = [prod(line["norms"][label] for label in pair["pair"]) for line, pair in pairs]
+    row = {
+        "role": role or "other",
+        "n": len(lines),
+        "size": total.min() / total.max(),
+        "cosine": _weighted([pair["cosine"] for _, pair in pairs], sizes),
+        "conflicts": _weighted(
+            [pair["conflicts"] for _, pair in pairs], [prod(line["shape"]) for line, _ in pairs]
+        ),
+        "norm": float(np.sqrt(sum(line.get("norm", nan) ** 2 for line in lines)) / total.mean()),
+    }
+    for name in ("overlap", "chance", "agree", "fight"):
+        row[name] = _weighted([pair.get(name) for _, pair in pairs], [1] * len(pairs))
+    kept = [(value, line["norms"][label]) for line in lines for label, value in line.get("cosines", {}).items()]
+    return {**row, "kept": _weighted(*zip(*kept, strict=True)) if kept else None}
+
+
+def _weighted(values: Sequence[float | None], weights: Sequence[float]) -> float | None:
+    """The weighted mean of those that there are."""
+    there = [(value, weight) for value, weight in zip(values, weights, strict=True) if value is not None]
+    total = sum(weight for _, weight in there)
+    return sum(value * weight for value, weight in there) / total if total else None
+
+
+def scores_table(merging: Merging) -> Table:
+    """The metric of each task for each model, and the mean of their shares of what the task's own finetune has."""
+    scores = merging.record["scores"]
+    records = [
+        {
+            "model": model,
+            **{f"{name} {task['metric']}": task["values"][model] for name, task in scores["tasks"].items()},
+            "normalised": normalised,
+        }
+        for model, normalised in scores["normalised"].items()
+    ]
+    return Table.of(records, ".4f")
+
+
+def write_merging_figure(merging: Merging, path: str | Path | None = None) -> list[Path]:
+    """Cosine and conflicts of the updates by block, a line for each role; as PNG and SVG (extra ``report``)."""
+    lines = [{**line, **_means(line["role"], [line])} for line in merging.record["parameters"]]
+    titles = {"cosine": "cosine of two updates", "conflicts": "share of entries that are in conflict"}
+    return kit.write_figure(
+        Path(path) if path else (merging.folder or Path()) / "merge.png", lambda: _by_block(lines, titles)[0]
+    )
 
 
 # --- repair -------------------------------------------------------------------------------------------------------

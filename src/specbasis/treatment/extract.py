@@ -18,7 +18,7 @@ from specbasis.checkpoint.adapter_file import CONFIG, PREFIX, WEIGHTS
 from specbasis.checkpoint.atomic import whole, writing
 from specbasis.checkpoint.digest import sealed
 from specbasis.checkpoint.entry import Entry
-from specbasis.checkpoint.writer import stored_bytes, write_safetensors
+from specbasis.checkpoint.writer import stored_bytes, want_new, write_safetensors
 from specbasis.core.dtypes import FORMATS
 from specbasis.core.errors import InputError
 from specbasis.core.options import takes
@@ -34,7 +34,7 @@ from specbasis.treatment.judged import judge_treated
 from specbasis.treatment.lora import HEADS, Factors, configuration, task_of
 from specbasis.treatment.modules import holders
 from specbasis.treatment.options import ExtractOptions
-from specbasis.treatment.updates import Update, updates
+from specbasis.treatment.updates import Update, refuse_another_base, updates
 
 Source = str | Path | Mapping[str, Tensor]
 
@@ -78,8 +78,7 @@ def extract(
     Source: Eckart & Young 1936; as LoRA extraction: thomwolf, peft #312 (2023), mergekit-extract-lora.
     """
     chosen, out = ExtractOptions.of(options, keywords), Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out}: exists already; want a new folder")
+    want_new(out)
     pretrained = open_checkpoint(base)
     finetuned = open_tuned(tuned, pretrained)
     adapter = _Adapter(pretrained, finetuned, chosen, progress or silent)
@@ -121,20 +120,11 @@ class _Adapter:
                 changed.append(change)
         if not changed:
             raise InputError(f"{self.tuned.source}: every number is the base's; there is nothing to extract")
-        self._refuse_another_base(changed)
+        refuse_another_base(self.base, self.tuned, changed)
         self._sort(changed)
         self._spread()
 
     # --- what goes where ------------------------------------------------------------------------------------------
-
-    def _refuse_another_base(self, changed: list[Update]) -> None:
-        far, near = (sum(c.squares[i] for c in changed if c.is_matrix and not c.reason) for i in (0, 1))
-        if far > near:
-            raise InputError(
-                f"{self.tuned.source}: lies further from {self.base.source} than from zero (‖delta‖² = "
-                f"{far / near:.2f} ‖tuned‖²), as an independent model does; want the base that it was trained "
-                "from: `specbasis which-base` looks for it"
-            )
 
     def _sort(self, changed: list[Update]) -> None:
         """Put every change among the low-rank ones, those that are carried whole, or those that are left out."""

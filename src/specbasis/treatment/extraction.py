@@ -36,11 +36,7 @@ class Extraction:
         Raises:
             InputError: there is no such folder, or its record is not what was written.
         """
-        path = Path(folder) / RECORD
-        try:
-            return cls(Path(folder), proven(read_json(path)))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: no record of an extraction ({error}); want a folder of extract") from error
+        return cls(Path(folder), read_record(Path(folder, RECORD)))
 
     @property
     def matrices(self) -> list[dict[str, Any]]:
@@ -68,3 +64,16 @@ class Extraction:
 
     def _repr_html_(self) -> str:
         return self.table.html(inline=True)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The record that a treatment wrote beside what it made.
+
+    Raises:
+        InputError: it is not there, or not what was written.
+    """
+    try:
+        return proven(read_json(path))
+    except (OSError, ValueError) as error:
+        verb = path.stem.removeprefix("specbasis_")
+        raise InputError(f"{path}: no record of {verb} ({error}); want a folder that it wrote") from error

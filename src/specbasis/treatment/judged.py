@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from math import nan
 from pathlib import Path
 from typing import Any
 
-from specbasis.checkpoint import Checkpoint
+from specbasis.checkpoint import Checkpoint, Entry
 from specbasis.checkpoint.writer import write_model
 from specbasis.interventions.evaluators.kit import Judge
 from specbasis.interventions.samples import Sample, as_samples, summarise
 from specbasis.interventions.whole import add_tokenizer
+from specbasis.treatment.finetunes import Finetunes
 from specbasis.treatment.updates import updates
 
 Scores = dict[str, Sample | float]
@@ -39,6 +41,37 @@ def judge_treated(base: Checkpoint, tuned: Checkpoint, treated: Checkpoint, judg
         | {key: summary[f"{metric}.{key}"] for key in DETAILS if f"{metric}.{key}" in summary}
         for metric in scores["tuned"]
     }
+
+
+def judge_merged(
+    finetunes: Finetunes, ways: Mapping[str, Callable[[str], Entry]], judges: Mapping[str, Judge]
+) -> dict[str, Any]:
+    """The metric of every finetune's task for single finetunes, their mean and what was made of them.
+
+    Args:
+        finetunes: base and finetunes.
+        ways: model → from the name of a shared parameter to its numbers; the last two are "mean" and "merged".
+        judges: finetune → evaluator of its task; every model is judged with that finetune's head.
+
+    Returns:
+        tasks: finetune → metric, values by model, and change, change_low, change_high of merged − mean. normalised:
+        model → mean over tasks of its metric by that of the task's own finetune; of losses the inverse.
+    """
+    tasks: dict[str, dict[str, Any]] = {}
+    shares: dict[str, list[float]] = {way: [] for way in ways}
+    for head, judge in judges.items():
+        sources = (finetunes.tuned[head].source, finetunes.base.source)
+        scores = {way: score(finetunes.model(entry, head), judge, sources) for way, entry in ways.items()}
+        own = scores[head][judge.metric]
+        values = {way: value_of(own_scores[judge.metric]) for way, own_scores in scores.items()}
+        is_loss = isinstance(own, Sample) and not own.higher_is_better
+        for way, value in values.items():
+            pair = (value_of(own), value) if is_loss else (value, value_of(own))
+            shares[way].append(pair[0] / pair[1] if pair[1] else nan)
+        summary = summarise(scores["mean"], scores["merged"])
+        details = {key: summary.get(f"{judge.metric}.{key}") for key in DETAILS}
+        tasks[head] = {"metric": judge.metric, "values": values, **details}
+    return {"tasks": tasks, "normalised": {way: sum(values) / len(values) for way, values in shares.items()}}
 
 
 DETAILS = ("change", "change_low", "change_high", "p", "examples")

@@ -62,3 +62,58 @@ class RepairOptions(Options):
         None, "folder in which decompositions are kept and found again", panel=ADVANCED, decides=False
     )
     cache_size: str = option("20GB", "what they may take", panel=ADVANCED, decides=False)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a way to merge is by default; a density of None: it has none."""
+
+    about: str
+    scale: float = 1.0
+    density: float | None = None
+
+
+RECIPES = {
+    "mean": Recipe("the mean of the updates, entry by entry"),
+    "task-arithmetic": Recipe("their sum (Ilharco et al. 2023)", scale=0.4),
+    "magnitude": Recipe("the sum of the largest entries of each", scale=0.4, density=0.2),
+    "ties": Recipe("of the largest entries of each the mean of those with the elected sign", density=0.2),
+    "dare": Recipe("the sum of random entries of each, scaled up (Yu et al. 2024)", scale=0.4, density=0.5),
+    "tsv-m": Recipe("leading singular vectors of each, made orthogonal to each other's (Gargiulo et al. 2025)"),
+    "iso-c": Recipe("the sum with all of its singular values equal (Marczak et al. 2025)"),
+    "iso-cts": Recipe("leading directions of the sum, and of each what they lack, all of equal size"),
+    "knots": Recipe("TIES in the shared basis of a joint SVD (Stoica et al. 2025)", density=0.2),
+}
+"""The ways to merge; `treatment.methods` has a function for each."""
+
+
+@dataclass(frozen=True)
+class MergeOptions(Options):
+    """How finetunes are merged."""
+
+    method: str = option("mean", "how the updates of a matrix become one", choices=tuple(RECIPES))
+    scale: float | None = option(
+        None, "times this; default: 1, or 0.4 of a sum: task-arithmetic, magnitude and dare", least=0
+    )
+    density: float | None = option(
+        None, "share of entries that ties, knots and magnitude (0.2) and dare (0.5) keep", least=0
+    )
+    common: float = option(0.8, "share of the directions of iso-cts that are the sum's", panel=ADVANCED, least=0)
+    calibrate: float | None = option(
+        None, "scale down over-counted directions (SVC) to at least 1/this, e.g. 1", panel=ADVANCED, least=0
+    )
+    seed: int = option(0, "of dare", panel=ADVANCED)
+    head: str = option("", "the finetune whose own modules, such as a task head, the model gets", metavar="NAME")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        recipe = RECIPES[self.method]
+        if self.density is not None and recipe.density is None:
+            raise InputError(
+                f"got density = {self.density} with {self.method}, which keeps every entry; leave it out"
+            )
+        for name in ("scale", "density"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, getattr(recipe, name))
+        if self.common > 1 or not (self.density is None or 0 < self.density <= 1):
+            raise InputError(f"got density = {self.density} and common = {self.common}; want shares, at most 1")

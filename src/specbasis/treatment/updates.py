@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -16,9 +16,10 @@ from specbasis.architecture.cut import unusable
 from specbasis.architecture.key import MatrixRef
 from specbasis.architecture.pair import aligned
 from specbasis.architecture.recognise import model_map
-from specbasis.checkpoint import Checkpoint
+from specbasis.checkpoint import Checkpoint, weights_sha256
+from specbasis.checkpoint.formats.safetensors import base_sha256
 from specbasis.checkpoint.names import stripped
-from specbasis.core.errors import NonFiniteError
+from specbasis.core.errors import InputError, NonFiniteError
 from specbasis.core.low_rank import low_rank_svd
 from specbasis.core.svd import SVD, decompose, half_svd
 from specbasis.jobs.cache import Cache
@@ -166,6 +167,33 @@ def updates(base: Checkpoint, tuned: Checkpoint) -> list[Update]:
     for ref in model_map(base).matrices:
         refs.setdefault(ref.parameter, []).append(ref)
     return list(_updates(base, tuned, ours, refs))
+
+
+def refuse_another_base(base: Checkpoint, tuned: Checkpoint, changed: Iterable[Update]) -> None:
+    """Refuse a finetune of other weights: an independent model, or an adapter that names another base's digest.
+
+    Args:
+        base: the pretrained checkpoint.
+        tuned: the finetuned one.
+        changed: its updates.
+
+    Raises:
+        InputError: it is one.
+    """
+    stated = next((base_sha256(path) for path in tuned.files if path.suffix == ".safetensors"), "")
+    if tuned.under is not None and stated and stated != weights_sha256(base):
+        raise InputError(
+            f"{tuned.source}: was made from other weights than {base.source} (their SHA-256 is {stated[:12]}…); "
+            "want the base that it was made from"
+        )
+    changed = [c for c in changed if c.is_matrix and not c.reason and c.squares[0]]
+    far, near = (sum(c.squares[i] for c in changed) for i in (0, 1))
+    if far > near:
+        raise InputError(
+            f"{tuned.source}: lies further from {base.source} than from zero (‖delta‖² = {far / near:.2f} "
+            "‖tuned‖²), as an independent model does; want the base that it was trained from: "
+            "`specbasis which-base` looks for it"
+        )
 
 
 def _updates(

@@ -37,6 +37,12 @@ def entries(path: Path, source: str, key: str = "") -> dict[str, Entry]:
     return {name: with_scale(entry, name, stored) for name, entry in stored.items()}
 
 
+def base_sha256(path: Path) -> str:
+    """The SHA-256 of the weights that an adapter's file says it was made from; empty where it does not say."""
+    with reading(str(path)), safe_open(path, framework="pt") as file:
+        return str((file.metadata() or {}).get("base_sha256", ""))
+
+
 def remote_entries(repository: Repository, file: str, source: str, stream: bool) -> dict[str, Entry]:
     """The tensors of a safetensors file on the Hub, known from its header, which is read by byte range.
 
