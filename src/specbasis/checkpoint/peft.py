@@ -189,7 +189,7 @@ class _Names:
     @cached_property
     def _live(self) -> dict[str, str]:
         """Name in the base → name in memory."""
-        model = without_memory(self.base.config)
+        model = without_memory(self.base)
         known = {} if model is None else live_names(model)
         return {name: known.get(name, name) for name in self.base}
 

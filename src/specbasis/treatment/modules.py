@@ -41,7 +41,7 @@ def holders(checkpoint: Checkpoint, embeddings: frozenset[str]) -> tuple[dict[st
         checkpoint: the finetune.
         embeddings: which of its parameters are embeddings, for the second way.
     """
-    model = without_memory(checkpoint.config)
+    model = without_memory(checkpoint)
     if model is None:
         return {name: _by_shape(name, checkpoint, name in embeddings) for name in checkpoint}, ""
     places: defaultdict[int, list[str]] = defaultdict(list)
