@@ -38,7 +38,7 @@ TOP = ("__init__", "__main__")  # the public names, re-exported once
 ALLOWED = {
     ("comparison.comparison", "figures"),
     ("treatment.extraction", "figures"),
-    ("treatment.merging", "figures"),
+    ("treatment.merge", "figures"),
 }
 
 # Optional or heavy libraries. Above finetuning/ none is imported when a module is, except where the name begins so.

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from specbasis.interventions.stage import Subject
     from specbasis.lineage.tree import lineage
     from specbasis.treatment.extract import extract
-    from specbasis.treatment.merge import interference, merge
+    from specbasis.treatment.merge import merge
     from specbasis.treatment.repair import repair
 
 __version__ = "0.1.0"
@@ -40,7 +40,6 @@ __all__ = [
     "edited",
     "extract",
     "finetune",
-    "interference",
     "intervene",
     "lineage",
     "load",
@@ -68,7 +67,7 @@ __getattr__ = lazily(
         **dict.fromkeys(("edited", "matrix_edits"), "interventions.live"),
         "lineage": "lineage.tree",
         "extract": "treatment.extract",
-        **dict.fromkeys(("interference", "merge"), "treatment.merge"),
+        "merge": "treatment.merge",
         "repair": "treatment.repair",
     },
 )

@@ -15,9 +15,9 @@ from specbasis.core.draws import rotated
 from specbasis.core.errors import InputError
 from specbasis.interventions.samples import Sample
 from specbasis.treatment.finetunes import Finetunes
-from specbasis.treatment.merging import RECORD, Merging
+from specbasis.treatment.merge import RECORD, Merging
 from specbasis.treatment.methods import Delta, merged
-from specbasis.treatment.options import RECIPES, MergeOptions
+from specbasis.treatment.options import DEFAULTS, MergeOptions
 from tests.pico import bert_state, finetuned, write
 
 QUERY = "encoder.layer.0.attention.self.query.weight"
@@ -38,7 +38,7 @@ def deltas(base, tuned, name):
     return [Delta(state[name].double() - base[name].double()) for state in tuned]
 
 
-@pytest.mark.parametrize("method", [m for m in RECIPES if m != "dare"])
+@pytest.mark.parametrize("method", [m for m in DEFAULTS if m != "dare"])
 def test_every_matrix_is_what_the_method_makes_of_its_updates(family, tmp_path, method):
     base, paths, W, T = family
     merging = specbasis.merge(base, paths, tmp_path / "out", method=method)
@@ -52,6 +52,11 @@ def test_every_matrix_is_what_the_method_makes_of_its_updates(family, tmp_path, 
             deltas(W, T, name), MergeOptions(method=method), torch.Generator(), is_matrix=W[name].ndim == 2
         )
         assert torch.allclose(written[name], W[name] + delta, atol=1e-12), name
+        line = next(line for line in merging.record["parameters"] if line["name"] == name)
+        with_first = next(pair for pair in line["pairs"] if pair["pair"] == ["a", "merged"])
+        own = T[0][name] - W[name]
+        assert line["norms"]["merged"] == pytest.approx(float(delta.norm()))
+        assert with_first["cosine"] == pytest.approx(float((own * delta).sum() / own.norm() / delta.norm()))
     assert len(merging.record["parameters"]) == len(W) - 1
     assert Merging.load(tmp_path / "out").record == merging.record
 
@@ -93,7 +98,7 @@ def test_dare_draws_for_every_matrix_anew_and_the_seed_decides(family, tmp_path)
     assert torch.allclose(states[0][QUERY] - W[QUERY], delta, atol=1e-12)
 
 
-@pytest.mark.parametrize("method", RECIPES)
+@pytest.mark.parametrize("method", DEFAULTS)
 def test_tied_weights_stay_tied(family, tmp_path, method):
     _, _, W, T = family
     head = "cls.predictions.decoder.weight"
@@ -164,7 +169,7 @@ def adapters(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("method", RECIPES)
+@pytest.mark.parametrize("method", DEFAULTS)
 def test_loras_are_merged_as_the_models_that_peft_makes_of_them(adapters, method):
     for end in ("", "-dense"):
         tuned = {name: adapters / f"{name}{end}" for name in "ab"}
@@ -194,7 +199,7 @@ def test_an_adapter_that_names_other_weights_is_refused(adapters):
 
 def test_the_map_says_what_two_updates_have_in_common(family):
     base, paths, W, T = family
-    merging = specbasis.interference(base, paths[:2], ranks=4)
+    merging = specbasis.merge(base, paths[:2], ranks=4)
     line = next(line for line in merging.record["parameters"] if line["name"] == QUERY)
     A, B = (T[i][QUERY] - W[QUERY] for i in (0, 1))
     (pair,) = line["pairs"]
@@ -218,7 +223,7 @@ def test_the_map_tells_an_ally_and_an_opponent(family):
     _, _, W, T = family
     opposed = {name: 2 * W[name] - T[0][name] for name in W}
     together = {name: W[name] + 2 * (T[0][name] - W[name]) for name in W}
-    merging = specbasis.interference(W, {"a": T[0], "b": together, "c": opposed})
+    merging = specbasis.merge(W, {"a": T[0], "b": together, "c": opposed})
     matrices = [line for line in merging.record["parameters"] if line["role"] != "vectors"]
     for ab, ac, _ in (line["pairs"] for line in matrices):
         assert (ab["cosine"], ac["cosine"]) == pytest.approx((1.0, -1.0))
@@ -237,7 +242,7 @@ def test_of_random_updates_of_equal_spectrum_the_map_shows_chance():
     tuned = [
         {name: rotated(W, W + X, g) for (name, W), X in zip(base.items(), spectrum, strict=True)} for _ in range(2)
     ]
-    merging = specbasis.interference(base, dict(zip("ab", tuned, strict=True)), ranks=5)
+    merging = specbasis.merge(base, dict(zip("ab", tuned, strict=True)), ranks=5)
     pairs = [line["pairs"][0] for line in merging.record["parameters"]]
     cosines = np.array([pair["cosine"] for pair in pairs])
     assert np.sqrt((cosines**2).mean()) == pytest.approx(1 / np.sqrt(24 * 40), rel=0.3)
@@ -267,18 +272,22 @@ def test_a_nan_is_refused_by_name_before_anything_is_written(family, tmp_path, n
 
 
 def test_what_cannot_be_meant_is_refused(family, tmp_path):
-    base, paths, *_ = family
+    base, paths, W, _ = family
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()
     with pytest.raises(InputError, match="exists already; want a new folder"):
         specbasis.merge(base, paths, tmp_path / "full")
-    for sources in ([], {}, paths[0]):
+    for sources in ([], {}, paths[0], W):
         with pytest.raises(InputError, match="got no list of finetunes"):
             specbasis.merge(base, sources, tmp_path / "out")
     with pytest.raises(InputError, match="no finetune 'd'; there is: a, b, c"):
         specbasis.merge(base, paths, tmp_path / "out", head="d")
     with pytest.raises(InputError, match="no finetune 'd'"):
         specbasis.merge(base, paths, tmp_path / "out", judge={"d": Rows()})
+    with pytest.raises(InputError, match="a finetune called 'mean'"):
+        specbasis.merge(base, {"mean": paths[0]}, tmp_path / "out")
+    with pytest.raises(InputError, match="there is nothing to merge"):
+        specbasis.merge(base, {"a": W, "b": W}, tmp_path / "out")
     with pytest.raises(InputError, match="two models are called 'x'"):
         specbasis.merge(base, [f"x={path}" for path in paths], tmp_path / "out")
 

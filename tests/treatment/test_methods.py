@@ -8,7 +8,7 @@ import torch
 
 from specbasis.core.errors import InputError
 from specbasis.treatment.methods import METHODS, Delta, merged
-from specbasis.treatment.options import RECIPES, MergeOptions
+from specbasis.treatment.options import DEFAULTS, MergeOptions
 
 SHAPES = ((12, 12), (40, 12), (12, 40), (21, 17))
 
@@ -95,8 +95,8 @@ def assert_equal(got, wanted, tolerance=1e-9):
     assert (got - wanted).norm() <= tolerance * wanted.norm()
 
 
-def test_there_is_a_function_for_every_recipe():
-    assert METHODS.keys() == RECIPES.keys()
+def test_there_is_a_function_for_every_method():
+    assert METHODS.keys() == DEFAULTS.keys()
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -21,7 +21,6 @@ from specbasis.cli.reproduce import pretrain, reproduce_app
 from specbasis.cli.reproduce.zoo import zoo_app
 from specbasis.cli.track import track
 from specbasis.cli.treatment import extract, merge, repair
-from specbasis.cli.treatment import list_methods as list_merges
 from specbasis.cli.which_base import db_app, fingerprint, which_base
 from specbasis.core.errors import InputError, is_out_of_memory
 from specbasis.core.extras import missing
@@ -36,7 +35,7 @@ VERBS = (
     flags(finetune, method=list_methods),
     flags(extract),
     flags(repair),
-    flags(merge, method=list_merges),
+    flags(merge),
     population,
     lineage,
     fingerprint,

@@ -134,7 +134,6 @@ def merge(
     examples: Examples,
     out: Annotated[Path | None, typer.Option("--out", help="new folder")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="write nothing: who agrees and who fights")] = False,
-    ranks: Annotated[int, typer.Option(min=1, help="leading directions that --dry-run looks at")] = 10,
     judge: Annotated[
         list[str] | None,
         typer.Option("--judge", metavar="NAME=TASK", help="judge all models on a finetune's task: glue:sst2 …"),
@@ -142,7 +141,6 @@ def merge(
     json: JSON = False,
 ) -> None:
     """Make one model of several finetunes of a base, or map where they interfere (--dry-run)."""
-    from specbasis.treatment.merge import interference
     from specbasis.treatment.merge import merge as run
 
     if out is None and not dry_run:
@@ -152,10 +150,7 @@ def merge(
         raise InputError(f"--judge got {bad[0]!r}; want NAME=TASK, such as sst2=glue:sst2")
     judges = {name: examples.evaluator(task) for name, task in named}
     with progress() as tell:
-        if out is None or dry_run:
-            merging = interference(base, tuned, ranks=ranks, progress=tell)
-        else:
-            merging = run(base, tuned, out, options, judge=judges, progress=tell)
+        merging = run(base, tuned, None if dry_run else out, options, judge=judges, progress=tell)
     if json:
         document({"folder": merging.folder and str(merging.folder), **merging.record})
         return
@@ -172,11 +167,3 @@ def merge(
     if len(merging.record["left_out"]) > 10:
         line(f"not merged: {len(merging.record['left_out']) - 10} more; all are in the record")
     line(f"model: {merging.folder}" if merging.folder else "nothing is written; without --dry-run it is")
-
-
-def list_methods() -> None:
-    """What `--method help` prints."""
-    from specbasis.cli.tables import print_names
-    from specbasis.treatment.options import RECIPES
-
-    print_names({name: recipe.about for name, recipe in RECIPES.items()})

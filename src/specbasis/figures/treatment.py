@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from math import nan, prod
+from collections.abc import Iterable, Mapping, Sequence
+from math import hypot, nan, prod
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from specbasis.figures import kit
 from specbasis.figures.kit import Axes, Figure
 from specbasis.figures.table import Column, Table
 from specbasis.treatment.extraction import Extraction
-from specbasis.treatment.merging import Merging
+from specbasis.treatment.finetunes import MERGED
+from specbasis.treatment.merge import Merging
 from specbasis.treatment.repair import Repair
 
 KEPT = "share of the squared update ‖delta‖² that is kept"
@@ -95,10 +96,8 @@ PAIRS = (
     Column("role", title="what the matrices do in their block", words=True),
     Column("n", title="number of parameters"),
     Column("size", ".3f", "norm of the smallest finetune's update by that of the largest"),
-    Column(
-        "cosine", "+.3f", "of the updates of two finetunes: 0, random ones; mean over pairs, as all that follows"
-    ),
-    Column("conflicts", ".3f", "share of entries that both change, in opposite directions; random: .5"),
+    Column("cosine", "+.3f", "of the updates of two finetunes, mean over pairs; random ones: 0"),
+    Column("conflicts", ".3f", "share of entries that two change in opposite directions; random: .5"),
 )
 DIRECTIONS = (
     Column("overlap", ".3f", "of the leading subspaces of two updates"),
@@ -106,7 +105,7 @@ DIRECTIONS = (
     Column("agree", ".3f", "share of leading directions in which the other acts alike; random: .025"),
     Column("fight", ".3f", "share of leading directions that the other undoes; random: .025"),
 )
-MERGED = (
+OUTCOME = (
     Column("norm", ".3f", "of the merged update, by the mean of the finetunes' norms"),
     Column("kept", "+.3f", "cosine of the merged update with a finetune's, mean over finetunes"),
 )
@@ -116,37 +115,37 @@ def merging_table(merging: Merging) -> Table:
     """How the updates stand to each other, by role, the last line over all parameters."""
     lines = merging.record["parameters"]
     roles = sorted({line["role"] for line in lines}, key=lambda role: (_place(role), role))
-    columns = (*PAIRS, *(DIRECTIONS if merging.folder is None else MERGED))
-    rows = [_means(role, [line for line in lines if line["role"] == role]) for role in roles]
-    cells = (tuple(row[column.name] for column in columns) for row in (*rows, _means("all", lines)))
+    rows = [_standing(role, [line for line in lines if line["role"] == role]) for role in roles]
+    columns = (*PAIRS, *(OUTCOME if merging.folder else DIRECTIONS))
+    cells = (tuple(row[column.name] for column in columns) for row in (*rows, _standing("all", lines)))
     return Table(columns, tuple(cells), total=True)
 
 
-def _means(role: str, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Means over parameters and pairs, weighted with the product of the norms or, of conflicts, of the entries."""
-    pairs = [(line, pair) for line in lines for pair in line["pairs"]]
-    norms = np.array([list(line["norms"].values()) for line in lines])
-    total = np.sqrt((norms**2).sum(0))
-    sizes = [prod(line["norms"][label] for label in pair["pair"]) for line, pair in pairs]
-    row = {
+def _standing(role: str, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Means over parameters and pairs: of cosines those of the whole vectors, of conflicts over all entries."""
+    pairs = [
+        (pair, prod(line["norms"][label] for label in pair["pair"]), prod(line["shape"]))
+        for line in lines
+        for pair in line["pairs"]
+    ]
+    among = [of_pair for of_pair in pairs if MERGED not in of_pair[0]["pair"]]
+    norms = {label: hypot(*(line["norms"][label] for line in lines)) for label in lines[0]["norms"]}
+    norm = norms.pop(MERGED, nan)
+    return {
         "role": role or "other",
         "n": len(lines),
-        "size": total.min() / total.max(),
-        "cosine": _weighted([pair["cosine"] for _, pair in pairs], sizes),
-        "conflicts": _weighted(
-            [pair["conflicts"] for _, pair in pairs], [prod(line["shape"]) for line, _ in pairs]
-        ),
-        "norm": float(np.sqrt(sum(line.get("norm", nan) ** 2 for line in lines)) / total.mean()),
+        "size": min(norms.values()) / max(norms.values()),
+        "cosine": _weighted((pair["cosine"], size) for pair, size, _ in among),
+        "conflicts": _weighted((pair["conflicts"], entries) for pair, _, entries in among),
+        **{column.name: _weighted((pair.get(column.name), 1) for pair, *_ in among) for column in DIRECTIONS},
+        "norm": norm * len(norms) / sum(norms.values()),
+        "kept": _weighted((pair["cosine"], size) for pair, size, _ in pairs if MERGED in pair["pair"]),
     }
-    for name in ("overlap", "chance", "agree", "fight"):
-        row[name] = _weighted([pair.get(name) for _, pair in pairs], [1] * len(pairs))
-    kept = [(value, line["norms"][label]) for line in lines for label, value in line.get("cosines", {}).items()]
-    return {**row, "kept": _weighted(*zip(*kept, strict=True)) if kept else None}
 
 
-def _weighted(values: Sequence[float | None], weights: Sequence[float]) -> float | None:
+def _weighted(values: Iterable[tuple[float | None, float]]) -> float | None:
     """The weighted mean of those that there are."""
-    there = [(value, weight) for value, weight in zip(values, weights, strict=True) if value is not None]
+    there = [(value, weight) for value, weight in values if value is not None]
     total = sum(weight for _, weight in there)
     return sum(value * weight for value, weight in there) / total if total else None
 
@@ -167,7 +166,7 @@ def scores_table(merging: Merging) -> Table:
 
 def write_merging_figure(merging: Merging, path: str | Path | None = None) -> list[Path]:
     """Cosine and conflicts of the updates by block, a line for each role; as PNG and SVG (extra ``report``)."""
-    lines = [{**line, **_means(line["role"], [line])} for line in merging.record["parameters"]]
+    lines = [{**line, **_standing(line["role"], [line])} for line in merging.record["parameters"]]
     titles = {"cosine": "cosine of two updates", "conflicts": "share of entries that are in conflict"}
     return kit.write_figure(
         Path(path) if path else (merging.folder or Path()) / "merge.png", lambda: _by_block(lines, titles)[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import combinations
 from math import isnan
 from pathlib import Path
@@ -25,6 +26,9 @@ from specbasis.treatment.methods import Delta, leading
 from specbasis.treatment.updates import Update, refuse_another_base, updates
 
 Source = str | Path | Mapping[str, Tensor]
+MEAN, MERGED = "mean", "merged"
+"""What the mean of the finetunes and the merged model are called beside the finetunes."""
+
 DRAWS = 1000
 """Pairs of random directions behind the bound of one update."""
 
@@ -50,14 +54,21 @@ class Finetunes:
         """Open the finetunes, and read each once.
 
         Raises:
-            InputError: there is none, one cannot be read, holds NaN or Inf, or is of another base.
+            InputError: there is none, one cannot be read, holds NaN or Inf, or is of another base; a name is taken;
+                or nothing differs from the base.
         """
-        if isinstance(tuned, str | Path) or not tuned:
+        sources = list(tuned.values() if isinstance(tuned, Mapping) else tuned)
+        if isinstance(tuned, str | Path) or not sources or isinstance(sources[0], Tensor):
             raise InputError("got no list of finetunes; want [TUNED, …], or {NAME: TUNED, …}")
         pretrained = open_checkpoint(base)
-        given = list(tuned.items()) if isinstance(tuned, Mapping) else [_named(source) for source in tuned]
+        named = [labelled(source) if isinstance(source, str) else ("", source) for source in sources]
+        given = list(tuned.items()) if isinstance(tuned, Mapping) else named
         opened = [open_tuned(source, pretrained) for _, source in given]
         labels = labels_of([label for label, _ in given], [checkpoint.source for checkpoint in opened])
+        if taken := {MEAN, MERGED}.intersection(labels):
+            raise InputError(
+                f"got a finetune called {taken.pop()!r}, as the merged ones are; give it another NAME="
+            )
         by_label = dict(zip(labels, opened, strict=True))
         # A weight that is stored twice is one matrix to `updates`; here both are, so that they stay equal.
         tied = {ref.parameter: (ref,) for ref in model_map(pretrained).shared}
@@ -73,7 +84,12 @@ class Finetunes:
                         f"{label}: {change.name} holds NaN or Inf here or in the base; leave it out"
                     )
             refuse_another_base(pretrained, by_label[label], changes)
-        return cls(pretrained, by_label, *_sorted(pretrained, found))
+        finetunes = cls(pretrained, by_label, *_sorted(pretrained, found))
+        if not finetunes.changed:
+            raise InputError(
+                "the finetunes share no parameter that differs from the base; there is nothing to merge"
+            )
+        return finetunes
 
     def model(self, entry: Callable[[str], Entry], head: str = "") -> Checkpoint:
         """The base, or the finetune ``head`` with all that is its own, with other numbers for what is shared.
@@ -98,7 +114,7 @@ class Finetunes:
             for label, change in self.shared[name].items()
         }
 
-    @property
+    @cached_property
     def changed(self) -> list[str]:
         """The shared parameters that any finetune changed."""
         return [name for name, changes in self.shared.items() if any(c.is_changed for c in changes.values())]
@@ -125,10 +141,6 @@ class Finetunes:
             "norms": norms,
             "pairs": pairs,
         }
-
-
-def _named(source: Source) -> tuple[str, Source]:
-    return labelled(source) if isinstance(source, str) else ("", source)
 
 
 def _sorted(

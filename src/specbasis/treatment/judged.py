@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from specbasis.checkpoint.writer import write_model
 from specbasis.interventions.evaluators.kit import Judge
 from specbasis.interventions.samples import Sample, as_samples, summarise
 from specbasis.interventions.whole import add_tokenizer
-from specbasis.treatment.finetunes import Finetunes
+from specbasis.treatment.finetunes import MEAN, MERGED, Finetunes
 from specbasis.treatment.updates import updates
 
 Scores = dict[str, Sample | float]
@@ -44,19 +45,22 @@ def judge_treated(base: Checkpoint, tuned: Checkpoint, treated: Checkpoint, judg
 
 
 def judge_merged(
-    finetunes: Finetunes, ways: Mapping[str, Callable[[str], Entry]], judges: Mapping[str, Judge]
+    finetunes: Finetunes, mean: Callable[[str], Entry], merged: Callable[[str], Entry], judges: Mapping[str, Judge]
 ) -> dict[str, Any]:
     """The metric of every finetune's task for single finetunes, their mean and what was made of them.
 
     Args:
         finetunes: base and finetunes.
-        ways: model → from the name of a shared parameter to its numbers; the last two are "mean" and "merged".
+        mean: from the name of a shared parameter to its numbers.
+        merged: likewise.
         judges: finetune → evaluator of its task; every model is judged with that finetune's head.
 
     Returns:
         tasks: finetune → metric, values by model, and change, change_low, change_high of merged − mean. normalised:
         model → mean over tasks of its metric by that of the task's own finetune; of losses the inverse.
     """
+    single = {label: partial(_of_finetune, finetunes, label) for label in finetunes.tuned}
+    ways: dict[str, Callable[[str], Entry]] = {**single, MEAN: mean, MERGED: merged}
     tasks: dict[str, dict[str, Any]] = {}
     shares: dict[str, list[float]] = {way: [] for way in ways}
     for head, judge in judges.items():
@@ -68,10 +72,14 @@ def judge_merged(
         for way, value in values.items():
             pair = (value_of(own), value) if is_loss else (value, value_of(own))
             shares[way].append(pair[0] / pair[1] if pair[1] else nan)
-        summary = summarise(scores["mean"], scores["merged"])
+        summary = summarise(scores[MEAN], scores[MERGED])
         details = {key: summary.get(f"{judge.metric}.{key}") for key in DETAILS}
         tasks[head] = {"metric": judge.metric, "values": values, **details}
     return {"tasks": tasks, "normalised": {way: sum(values) / len(values) for way, values in shares.items()}}
+
+
+def _of_finetune(finetunes: Finetunes, label: str, name: str) -> Entry:
+    return finetunes.tuned[label].entries[finetunes.name(name, label)]
 
 
 DETAILS = ("change", "change_low", "change_high", "p", "examples")

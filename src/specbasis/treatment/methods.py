@@ -122,7 +122,7 @@ def iso_c(deltas: Sequence[Delta], *_: object) -> Tensor:
 
     Source: Marczak et al. 2025 (arXiv 2502.04959), Alg. 1; zero values stay zero and out of the mean.
     """
-    svd = leading(_sum_svd(deltas))
+    svd = _joint_svd(deltas)
     return svd.S.mean() * svd.U @ svd.Vh
 
 
@@ -133,7 +133,7 @@ def iso_cts(deltas: Sequence[Delta], options: MergeOptions, _: torch.Generator) 
 
     Source: Marczak et al. 2025 (arXiv 2502.04959), Alg. 2; as in the authors' code each update gets equally many.
     """
-    summed, n = leading(_sum_svd(deltas)), len(deltas)
+    summed, n = _joint_svd(deltas), len(deltas)
     rank = len(summed.S)
     own = min(round((rank - int(rank * options.common)) / n), rank // n)
     parts = [summed.truncate(rank - own * n)] if rank > own * n else []
@@ -152,12 +152,7 @@ def knots(deltas: Sequence[Delta], options: MergeOptions, generator: torch.Gener
 
     Source: Stoica et al. 2025 (arXiv 2410.19735), KnOTS-TIES.
     """
-    if all(delta.factors for delta in deltas):
-        B, A = zip(*(delta.factors for delta in deltas if delta.factors), strict=True)
-        svd = low_rank_svd(torch.cat(B, 1), torch.block_diag(*A))  # type: ignore[no-untyped-call]
-    else:
-        svd = decompose(torch.cat([delta.matrix for delta in deltas], 1))
-    svd = leading(svd)
+    svd = _joint_svd(deltas, are_summed=False)
     coefficients = (svd.S[:, None] * svd.Vh).chunk(len(deltas), 1)
     return svd.U @ ties([Delta(part) for part in coefficients], options, generator)
 
@@ -193,11 +188,13 @@ SPECTRAL = ("tsv-m", "iso-c", "iso-cts", "knots")
 """Methods that decompose, and mean nothing for a vector."""
 
 
-def _sum_svd(deltas: Sequence[Delta]) -> SVD:
-    if all(delta.factors for delta in deltas):
-        B, A = zip(*(delta.factors for delta in deltas if delta.factors), strict=True)
-        return low_rank_svd(torch.cat(B, 1), torch.cat(A, 0))
-    return decompose(total(deltas))
+def _joint_svd(deltas: Sequence[Delta], *, are_summed: bool = True) -> SVD:
+    """The triplets of the sum of several updates, or of these side by side; of products the sum is not formed."""
+    factors = [delta.factors for delta in deltas if delta.factors]
+    if len(factors) == len(deltas):
+        B, A = (list(part) for part in zip(*factors, strict=True))
+        return leading(low_rank_svd(torch.cat(B, 1), torch.cat(A) if are_summed else torch.block_diag(*A)))  # type: ignore[no-untyped-call]
+    return leading(decompose(total(deltas) if are_summed else torch.cat([delta.matrix for delta in deltas], 1)))
 
 
 def leading(svd: SVD, most: int | None = None) -> SVD:

@@ -64,34 +64,25 @@ class RepairOptions(Options):
     cache_size: str = option("20GB", "what they may take", panel=ADVANCED, decides=False)
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What a way to merge is by default; a density of None: it has none."""
-
-    about: str
-    scale: float = 1.0
-    density: float | None = None
-
-
-RECIPES = {
-    "mean": Recipe("the mean of the updates, entry by entry"),
-    "task-arithmetic": Recipe("their sum (Ilharco et al. 2023)", scale=0.4),
-    "magnitude": Recipe("the sum of the largest entries of each", scale=0.4, density=0.2),
-    "ties": Recipe("of the largest entries of each the mean of those with the elected sign", density=0.2),
-    "dare": Recipe("the sum of random entries of each, scaled up (Yu et al. 2024)", scale=0.4, density=0.5),
-    "tsv-m": Recipe("leading singular vectors of each, made orthogonal to each other's (Gargiulo et al. 2025)"),
-    "iso-c": Recipe("the sum with all of its singular values equal (Marczak et al. 2025)"),
-    "iso-cts": Recipe("leading directions of the sum, and of each what they lack, all of equal size"),
-    "knots": Recipe("TIES in the shared basis of a joint SVD (Stoica et al. 2025)", density=0.2),
+DEFAULTS = {
+    "mean": (1.0, None),
+    "task-arithmetic": (0.4, None),
+    "magnitude": (0.4, 0.2),
+    "ties": (1.0, 0.2),
+    "dare": (0.4, 0.5),
+    "tsv-m": (1.0, None),
+    "iso-c": (1.0, None),
+    "iso-cts": (1.0, None),
+    "knots": (1.0, 0.2),
 }
-"""The ways to merge; `treatment.methods` has a function for each."""
+"""The methods of `treatment.methods`: scale and density, None where every entry is kept; as their papers advise."""
 
 
 @dataclass(frozen=True)
 class MergeOptions(Options):
     """How finetunes are merged."""
 
-    method: str = option("mean", "how the updates of a matrix become one", choices=tuple(RECIPES))
+    method: str = option("mean", f"one of {', '.join(DEFAULTS)}", choices=tuple(DEFAULTS))
     scale: float | None = option(
         None, "times this; default: 1, or 0.4 of a sum: task-arithmetic, magnitude and dare", least=0
     )
@@ -103,17 +94,17 @@ class MergeOptions(Options):
         None, "scale down over-counted directions (SVC) to at least 1/this, e.g. 1", panel=ADVANCED, least=0
     )
     seed: int = option(0, "of dare", panel=ADVANCED)
+    ranks: int = option(10, "leading directions of the map of --dry-run", panel=ADVANCED, least=1)
     head: str = option("", "the finetune whose own modules, such as a task head, the model gets", metavar="NAME")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        recipe = RECIPES[self.method]
-        if self.density is not None and recipe.density is None:
+        scale, density = DEFAULTS[self.method]
+        if self.density is not None and density is None:
             raise InputError(
                 f"got density = {self.density} with {self.method}, which keeps every entry; leave it out"
             )
-        for name in ("scale", "density"):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, getattr(recipe, name))
+        object.__setattr__(self, "scale", scale if self.scale is None else self.scale)
+        object.__setattr__(self, "density", density if self.density is None else self.density)
         if self.common > 1 or not (self.density is None or 0 < self.density <= 1):
             raise InputError(f"got density = {self.density} and common = {self.common}; want shares, at most 1")
