@@ -18,6 +18,7 @@ from torch import Tensor
 
 from specbasis.checkpoint.adapter_file import CONFIG, is_adapter, named_base
 from specbasis.checkpoint.choice import open_place, read_config
+from specbasis.checkpoint.delta import RECORD, is_delta, open_delta
 from specbasis.checkpoint.digest import sha256
 from specbasis.checkpoint.entry import ABSENT, Checkpoint, Entry
 from specbasis.checkpoint.formats.kit import tensor_entries
@@ -51,7 +52,8 @@ def open_checkpoint(source: str | Path | Mapping[str, Tensor], *, stream: bool =
               file), a bare ``org/name`` where no such path exists, ``timm:name`` (extra ``hub``);
             - ``pkg:package/path/to/file``: a resource inside an installed package, which is not imported;
             - any of these with ``#key.key``: a dictionary nested in a torch file;
-            - the folder of a PEFT adapter: the model that it makes of the base that it names;
+            - the folder of a PEFT adapter, or of a difference (`delta`): the model that it makes of the base that
+              it names;
             - a mapping from names to tensors, such as a `state_dict`; a `Checkpoint` is returned as it is.
         stream: for a repository on the Hub, read only the byte ranges of the tensors that are read, and write
             nothing to disk; each reading of a tensor is a request. Otherwise a shard is downloaded into the
@@ -72,19 +74,23 @@ def open_checkpoint(source: str | Path | Mapping[str, Tensor], *, stream: bool =
 
 
 def _open(place: Place, key: str, stream: bool) -> Checkpoint:
-    return alone(open_adapter(place, _own_base(place, stream))) if is_adapter(place) else open_place(place, key)
+    if is_adapter(place):
+        return alone(open_adapter(place, _own_base(place, CONFIG, stream)))
+    if is_delta(place):
+        return alone(open_delta(place, _own_base(place, RECORD, stream)))
+    return open_place(place, key)
 
 
-def _own_base(place: Place, stream: bool) -> Checkpoint:
-    """The base that the adapter in a place names.
+def _own_base(place: Place, config: str, stream: bool) -> Checkpoint:
+    """The base that the adapter or the difference in a place names, in this file.
 
     Raises:
         InputError: it cannot be opened, or is an adapter itself.
     """
-    name = named_base(read_config(place, CONFIG)[0], place.source)
+    name = named_base(read_config(place, config)[0], place.source)
     try:
         base, key = locate(name, stream=stream)
-        if is_adapter(base):
+        if is_adapter(base) or is_delta(base):
             raise InputError(f"{name}: is an adapter itself")
         return open_place(base, key)
     except InputError as error:
@@ -108,6 +114,8 @@ def open_tuned(source: str | Path | Mapping[str, Tensor], base: Checkpoint, *, s
     place, key = locate(source, stream=stream)
     if is_adapter(place) and base.under is None:
         return open_adapter(place, base)
+    if is_delta(place) and base.under is None:
+        return open_delta(place, base)
     return _open(place, key, stream)
 
 

@@ -80,7 +80,7 @@ def _tell(extraction: Extraction) -> None:
     record = extraction.record
     STDOUT.print(extraction.table.terminal())
     total = record["total"]
-    without = [matrix["name"] for matrix in extraction.matrices if not matrix["rank"]]
+    without = [matrix["name"] for matrix in extraction.matrices if not matrix["rank"] and not matrix.get("bits")]
     if without:
         more = f" and {len(without) - 1} more" if len(without) > 1 else ""
         line(f"nothing kept of: {without[0]}{more}: its directions hold less for their bytes than the others'")
@@ -97,7 +97,7 @@ def _tell(extraction: Extraction) -> None:
         line(f"left out: {len(record['left_out']) - 10} more; all are in the record")
     for text in told(record.get("scores", {})):
         line(text)
-    line(f"adapter: {extraction.folder}")
+    line(f"written: {extraction.folder}")
 
 
 def repair(

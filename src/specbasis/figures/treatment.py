@@ -23,6 +23,7 @@ COLUMNS = (
     Column("role", title="what the matrices do in their block", words=True),
     Column("matrices", title="number of matrices", narrow="n"),
     Column("ranks", title="least and greatest rank", words=True),
+    Column("bits", title="an entry of what the directions leave; of a delta alone", words=True),
     Column("MB", ".2f", "stored factors, millions of bytes"),
     Column("kept", ".3f", f"{KEPT}: the most that is possible at this rank", narrow="kept"),
     Column("chance", ".3f", "what subspaces of this rank in random directions hold on average"),
@@ -46,15 +47,19 @@ def _place(role: str) -> int:
 
 
 def _row(role: str, lines: Sequence[Mapping[str, Any]]) -> tuple[Any, ...]:
-    ranks = sorted(line["rank"] for line in lines)
-    span = "" if not ranks else str(ranks[0]) if ranks[0] == ranks[-1] else f"{ranks[0]} … {ranks[-1]}"
     shares = (_mean(lines, name) for name in ("share", "chance", "share_of_entries", "share_of_signs"))
-    return (role, len(lines), span, sum(line["bytes"] for line in lines) / 1e6, *shares)
+    spans = (_span([line[name] for line in lines if name in line]) for name in ("rank", "bits"))
+    return (role, len(lines), *spans, sum(line["bytes"] for line in lines) / 1e6, *shares)
+
+
+def _span(numbers: Sequence[int]) -> str:
+    ends = sorted({min(numbers), max(numbers)}) if numbers else []
+    return " … ".join(map(str, ends))
 
 
 def _mean(lines: Sequence[Mapping[str, Any]], name: str) -> float | None:
     """Mean weighted with the squared size of the update; None where a matrix has no such figure."""
-    if not lines or any(line[name] is None for line in lines):
+    if not lines or any(line.get(name) is None for line in lines):
         return None
     weights = np.array([line["squares"] for line in lines])
     return float(np.average([line[name] for line in lines], weights=weights if weights.sum() else None))

@@ -14,6 +14,7 @@ from torch import Tensor
 from specbasis.checkpoint.adapter_file import PREFIX
 from specbasis.checkpoint.entry import Entry
 from specbasis.checkpoint.places import transformers_address
+from specbasis.core.errors import InputError
 from specbasis.core.svd import SVD
 from specbasis.treatment.modules import Holder
 
@@ -35,6 +36,16 @@ HEADS = dict.fromkeys(("SEQ_CLS", "TOKEN_CLS"), ("classifier", "score")) | {"QUE
 def task_of(model_class: str) -> str | None:
     """What PEFT calls the task of a class of transformers; None where it has no word for it."""
     return next((task for end, task in TASKS.items() if model_class.endswith(end)), None)
+
+
+def base_address(base: object) -> dict[str, str]:
+    """What a configuration calls the base: as transformers does, or as the user does where it knows none."""
+    if isinstance(base, Mapping):
+        return {}
+    try:
+        return transformers_address(str(base))
+    except InputError:  # no config.json beside the weights
+        return {"pretrained_model_name_or_path": str(base)}
 
 
 def configuration(
@@ -59,7 +70,7 @@ def configuration(
     ranks = {module: rank for module, rank in ranks.items() if rank}
     common = max(ranks.values(), default=1)
     others = {module: rank for module, rank in ranks.items() if rank != common}
-    address = {} if isinstance(base, Mapping) else transformers_address(base)
+    address = base_address(base)
     return {
         "peft_type": "LORA",
         "task_type": task,

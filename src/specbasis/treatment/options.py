@@ -9,6 +9,7 @@ from specbasis.core.errors import InputError
 from specbasis.core.grammar import parse_bytes
 from specbasis.core.options import ADVANCED, Options, option
 
+FORMS = ("lora", "delta")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -23,6 +24,9 @@ class ExtractOptions(Options):
     rank: int | None = option(None, "this rank for every matrix", least=1)
     energy: float | None = option(None, "share of the squared update that is kept; default: 0.99", least=0)
     size: str | int | None = option(None, "bytes of the file, e.g. 24MB", metavar="BYTES")
+    form: str = option(
+        "lora", "lora: PEFT's folder; delta: few bits an entry, read by specbasis", flag="--as", choices=FORMS
+    )
     max_rank: int | None = option(None, "no matrix more than this; servers often take 64", panel=ADVANCED, least=1)
     dtype: str = option("float32", "of the stored factors", panel=ADVANCED, choices=DTYPES)
     carry: bool = option(
@@ -41,6 +45,8 @@ class ExtractOptions(Options):
             object.__setattr__(self, "energy", 0.99)
         if self.energy is not None and not 0 < self.energy <= 1:
             raise InputError(f"got energy = {self.energy}; want a share above 0 and at most 1")
+        if self.form == "delta" and (self.rank or self.max_rank or self.dtype != "float32"):
+            raise InputError("a delta shares out bits, not ranks; give size or energy, without rank and dtype")
         if self.budget is not None and self.budget < 1:
             raise InputError(f"got size = {self.size}; want more than nothing, such as '24MB'")
 

@@ -23,6 +23,7 @@ from specbasis.core.errors import InputError, NonFiniteError
 from specbasis.core.low_rank import low_rank_svd
 from specbasis.core.svd import SVD, decompose, half_svd
 from specbasis.jobs.cache import Cache
+from specbasis.jobs.progress import Progress, Report, silent
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,7 +187,7 @@ def refuse_another_base(base: Checkpoint, tuned: Checkpoint, changed: Iterable[U
             f"{tuned.source}: was made from other weights than {base.source} (their SHA-256 is {stated[:12]}…); "
             "want the base that it was made from"
         )
-    changed = [c for c in changed if c.is_matrix and not c.reason and c.squares[0]]
+    changed = [c for c in changed if c.is_matrix and not c.reason and c.squares[0] > 0]  # NaN is not
     far, near = (sum(c.squares[i] for c in changed) for i in (0, 1))
     if far > near:
         raise InputError(
@@ -212,3 +213,24 @@ def _unusable(name: str, checkpoint: Checkpoint) -> str:
     """Why the numbers of a parameter are not those of the model, or an empty string."""
     entry = checkpoint.entries[name]
     return "" if entry.is_float and len(entry.shape) < 2 else unusable(name, checkpoint.entries)
+
+
+def differing(base: Checkpoint, tuned: Checkpoint, report: Report = silent) -> list[Update]:
+    """What `updates` gives, with the size of each read, of a finetune that differs from its base and is one of it.
+
+    Raises:
+        InputError: nothing differs, or as `refuse_another_base`.
+    """
+    changes = updates(base, tuned)
+    for done, change in enumerate(changes):
+        report(Progress(done, len(changes), f"reading {change.name}"))
+        _ = change.reason or change.squares
+    if not any(change.reason or change.is_changed for change in changes):
+        raise InputError(f"{tuned.source}: every number is the base's; nothing differs from {base.source}")
+    refuse_another_base(base, tuned, changes)
+    return changes
+
+
+def share(part: float, total: float) -> float:
+    """A part of a square as a share of the whole, at most 1; 1 of nothing."""
+    return min(1.0, part / total) if total else 1.0
