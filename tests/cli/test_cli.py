@@ -54,15 +54,20 @@ class _Runs:
 
 
 def test_compare_prints_a_table_and_a_verdict(specbasis: Run, folder: Path, tmp_path: Path) -> None:
-    done = specbasis(
-        "compare", folder / "base.safetensors", folder / "tuned.safetensors", "--out", tmp_path / "out"
-    )
+    base, tuned = folder / "base.safetensors", folder / "tuned.safetensors"
+    done = specbasis("compare", base, tuned, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert "attention.query" in done.stdout
     assert "finetuned from this base: 14 of 14 matrices" in done.stdout
     assert max(map(len, done.stdout.split("not compared")[0].splitlines())) <= 80
     again = specbasis("report", tmp_path / "out")
-    assert again.stdout == done.stdout
+    assert again.stdout == done.stdout.replace(f"{base} {tuned}", "BASE TUNED")  # results hold no path of ours
+
+
+def test_without_a_verb_help_is_all_that_is_said(specbasis: Run) -> None:
+    done = specbasis()
+    assert (done.returncode, done.stderr) == (2, "")
+    assert "compare" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -146,7 +151,7 @@ def test_measures_without_alignment_still_give_a_verdict(specbasis: Run, folder:
     assert done.returncode == 0, done.stderr
     assert "finetuned from this base" in done.stdout
     assert "nan" not in done.stdout.splitlines()[-2]
-    assert "\nL left, R right; ?: unresolved ranks, left out of the means\n" in done.stdout
+    assert "\nL left, R right; RSD: change of values; ?: unresolved, left out of the means\n" in done.stdout
 
 
 def test_an_interrupt_says_what_is_kept(specbasis: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

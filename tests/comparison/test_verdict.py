@@ -248,7 +248,6 @@ def test_means_are_of_what_can_turn() -> None:
     assert (line.matrices, line.frozen, line.short) == (9, 6, 1)
     assert line.top10[0] == pytest.approx(alone.top10[0])
     assert line.chance[0] == pytest.approx(alone.chance[0])
-    assert "6 frozen of 9 matrices" in c._repr_html_()
-    assert "the short side of 1 matrices" in c._repr_html_()
+    assert "6 frozen of 9 matrices, and the short side of 1 matrix" in c._repr_html_()
     whole = compared(still, dict(still)).summaries["state_dict"][-1]
     assert whole.top10 == (1.0, 1.0)

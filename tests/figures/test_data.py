@@ -7,10 +7,12 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+import specbasis
 from specbasis.comparison.comparison import Comparison
 from specbasis.figures.data import MARKED_RANKS, QUANTILES, Pair, Series, quartiles, read_pairs
 
@@ -122,6 +124,14 @@ def test_chance_levels_name_their_dimension(comparisons: Callable[[str], Compari
     assert [(d, n) for d, _, n in pair.chance_levels("left")] == [(7, 1)]
     assert [(d, n) for d, _, n in pair.chance_levels("right")] == [(3, 1)]
     assert pair.chance_levels("right")[0][1] == pytest.approx(0.5)  # E|cos| on the sphere in three dimensions
+
+
+def test_chance_of_sides_that_no_mean_holds_is_not_drawn() -> None:
+    base = {"layers.0.weight": torch.randn(32, 40), "token_type.weight": torch.randn(2, 40)}
+    comparison = specbasis.compare(base, {n: W + 0.1 * torch.randn(W.shape) for n, W in base.items()})
+    pair = pair_of(comparison)
+    assert [(d, n) for d, _, n in pair.chance_levels("left")] == [(32, 1)]
+    assert [(d, n) for d, _, n in pair.chance_levels("right")] == [(40, 2)]
 
 
 def test_representatives_have_the_extreme_ratios(comparisons: Callable[[str], Comparison]) -> None:

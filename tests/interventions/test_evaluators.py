@@ -54,6 +54,18 @@ def test_a_table_of_texts_is_judged_as_one_text_at_a_time(tmp_path):
     assert len(limited(loaded)["accuracy"].values) == 3
 
 
+def test_a_model_without_the_head_of_its_task_is_refused(tmp_path):
+    """Transformers would draw the head at random, and every score with it."""
+    bert().base_model.save_pretrained(tmp_path / "m")
+    table = tmp_path / "table.csv"
+    table.write_text("text,label\nthe cat,yes\na dog,no\n")
+    with pytest.raises(
+        InputError, match=r"has no classifier\.bias, classifier\.weight, which Bert\w+ would draw at"
+    ):
+        judge(f"table:{table}", text=["text"], label="label").load(str(tmp_path / "m"))
+    judge(f"sentences:{table}").load(str(tmp_path / "m"))  # reads no head
+
+
 def test_a_text_longer_than_the_positions_of_a_model_is_cut_where_they_end(tmp_path):
     """RoBERTa's positions count from behind the padding, so it takes fewer tokens than it has positions."""
     from transformers import RobertaConfig, RobertaForSequenceClassification

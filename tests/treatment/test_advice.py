@@ -31,11 +31,23 @@ def test_a_command_that_is_told_works_when_it_is_pasted(tmp_path: Path) -> None:
     comparison = specbasis.compare(base, tuned, tmp_path / "out")
     (label,) = comparison.pairs
     (step,) = next_steps(comparison, label, [str(base), str(tuned)])
+    assert f"{low_rank_size(comparison.rows, label)[0]:.0%} of the squared update" in step  # type: ignore[index]
     words = shlex.split(step.partition(": ")[2])
     assert words[:4] == ["specbasis", "extract", str(base), str(tuned)]
-    assert str(tmp_path) not in next_steps(comparison, label)[0]
+    assert "specbasis extract BASE TUNED " in next_steps(comparison, label)[0]  # of shared results, no path of ours
 
 
 def test_a_pair_that_is_no_finetune_is_advised_nothing() -> None:
     comparison = specbasis.compare(BASE, bert_state(width=48, seed=9))
     assert next_steps(comparison, comparison.pairs[0]) == []
+
+
+def test_no_lora_is_advised_of_an_adapter(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text('{"model_type": "bert"}')
+    base, tuned = tmp_path / "base", write(tmp_path / "t.safetensors", finetuned(BASE))
+    write(base / "model.safetensors", BASE)
+    specbasis.extract(base, tuned, tmp_path / "lora", rank=2)
+    comparison = specbasis.compare(base, tmp_path / "lora")
+    assert comparison.verdicts["lora"].kind == "finetuned"
+    assert next_steps(comparison, "lora") == []

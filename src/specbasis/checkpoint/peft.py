@@ -48,6 +48,9 @@ _REFUSED = {
 }
 """Fields of an adapter's config that, when set, make the tuned matrix something else than the formulas above."""
 
+_KINDS = {"LORA": "LoRA", "ADALORA": "AdaLoRA", "SPECTRAL": "spectral"}
+"""The kinds that are read, by PEFT's name for them."""
+
 _MUTATED = ("olora", "corda", "loftq", "lora_ga", "pissa_niter")
 """Initialisations that change the base in a way that the adapter's files do not tell."""
 
@@ -91,8 +94,8 @@ def open_adapter(place: Place, base: Checkpoint) -> Checkpoint:
         revision=file.revision,
         under=base,
         notes=(
-            f"{file.kind} adapter on {base.source}: {len(modules)} modules adapted, {len(file.saved)} tensors "
-            "replaced",
+            f"{_KINDS[file.kind]} adapter on {base.source}: {len(modules)} modules adapted, "
+            f"{len(file.saved)} tensors replaced",
         ),
     )
 
@@ -145,7 +148,7 @@ def _check(file: AdapterFile) -> None:
     """Refuse an adapter whose tuned matrices the formulas of this module do not give."""
     source, config = file.source, file.config
     merge = "merge it with peft (merge_and_unload), save the model, and use that"
-    if file.kind not in ("LORA", "ADALORA", "SPECTRAL"):
+    if file.kind not in _KINDS:
         raise InputError(
             f"{source}: a PEFT adapter of kind {file.kind[:40]!r}; LoRA, DoRA, PiSSA, AdaLoRA, spectral ones are "
             f"read; for others, {merge}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import tempfile
 import traceback
@@ -60,6 +61,9 @@ _USAGE: type[Exception] = typer.BadParameter.__bases__[0]
 """What typer raises for a command line that it cannot read: an unknown flag or verb, a missing argument."""
 
 
+ANNOUNCERS = ("torchao", "torch.utils._pytree", "bitsandbytes")
+"""Loggers of libraries that say, as they are imported, what they were built without."""
+
 INTERNAL = 70
 """Exit code of an error that is a fault of specbasis (EX_SOFTWARE of sysexits.h), and no finding."""
 
@@ -81,6 +85,8 @@ def main() -> None:
     interrupted. A reader that goes away early, such as `head`, ends the printing and not the work.
     """
     prepare_streams()
+    for name in ANNOUNCERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     code = _run()
     try:
         sys.stdout.flush()
@@ -102,8 +108,9 @@ def _run() -> int:
         discard(sys.stdout)
         return CLOSED_PIPE
     except (_USAGE, typer.Abort) as error:
-        if hasattr(error, "format_message"):
-            line(f"error: {error.format_message()}", console=STDERR, style="red")
+        message = error.format_message() if hasattr(error, "format_message") else ""
+        if message:  # none where no verb was given: help is printed
+            line(f"error: {message}", console=STDERR, style="red")
         return int(getattr(error, "exit_code", 2))
     except Exception as error:
         message = _to_mend(error)

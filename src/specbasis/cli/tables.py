@@ -31,7 +31,10 @@ def print_comparison(comparison: Comparison) -> None:
         about = comparison.manifest["pairs"][pair]
         STDOUT.print(summary_table(comparison.summaries[pair], pair).terminal())
         # Not the table's caption, which would wrap at the width of a narrow table.
-        line("L left, R right; ?: unresolved ranks, left out of the means", style="italic dim")
+        line(
+            "L left, R right; RSD: change of values; ?: unresolved, left out of the means",
+            style="italic dim",
+        )
         if every := over_all_ranks(comparison.summaries[pair][-1]):
             line(every, style="italic dim")
         if comparison.own[pair]:

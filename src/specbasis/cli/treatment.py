@@ -79,6 +79,11 @@ def _tell(extraction: Extraction) -> None:
 
     record = extraction.record
     STDOUT.print(extraction.table.terminal())
+    line(
+        "kept: share of the squared update; chance, entries, signs: what random directions, the largest entries "
+        "and the signs alone would hold of it",
+        style="italic dim",
+    )
     total = record["total"]
     without = [matrix["name"] for matrix in extraction.matrices if not matrix["rank"] and not matrix.get("bits")]
     if without:
@@ -90,7 +95,7 @@ def _tell(extraction: Extraction) -> None:
     )
     if record["carried"]:
         share = sum(carried["share_of_update"] for carried in record["carried"])
-        line(f"carried whole: {len(record['carried'])} parameters that are no matrices or new ({share:.2%})")
+        line(f"carried whole: {len(record['carried'])} parameters, new or no matrices ({share:.2%} of the update)")
     for left in record["left_out"][:10]:
         line(f"left out: {left['name']}: {left['reason']}")
     if len(record["left_out"]) > 10:
@@ -121,6 +126,11 @@ def repair(
         done = run(base, tuned, examples.evaluator(keep), recovery(recover, base, examples.limit), out, options,
                    progress=tell)  # fmt: skip
     STDOUT.print(repair_table(done).terminal())
+    line(
+        "change: of the task, against the finetune; recovered: the other metric (of a loss, its negative); back: "
+        "share of what was forgotten that came back; *: chosen",
+        style="italic dim",
+    )
     line(done.sentence)
     line(f"repaired model: {done.model}" if done.model else f"rows: {done.folder}")
 

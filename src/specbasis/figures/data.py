@@ -279,9 +279,14 @@ class Pair:
         return list(dict.fromkeys([int(np.nanargmin(ratio)), int(np.nanargmax(ratio))]))
 
     def chance_levels(self, side: str, most: int = 4) -> list[tuple[int, float, int]]:
-        """(dimension, chance alignment, matrices) of the commonest dimensions, largest level first."""
+        """(dimension, chance alignment, matrices) of the commonest dimensions, largest level first.
+
+        As in the means, sides shorter than `LEAST_SIDE` do not count beside longer ones.
+        """
         dimension = np.array(self.matrices["out" if side == "left" else "in"], np.int64)
         level = self.whole(f"chance_alignment_{side}")
+        if (long := dimension >= LEAST_SIDE).any():
+            dimension, level = dimension[long], level[long]
         values, first, counts = np.unique(dimension, return_index=True, return_counts=True)
         common = np.argsort(-counts, kind="stable")[:most]
         levels = [(int(values[c]), float(level[first[c]]), int(counts[c])) for c in sorted(common)]

@@ -53,11 +53,14 @@ def summary_table(lines: Sequence[RoleSummary], title: str = "") -> Table:
 
 def over_all_ranks(line: RoleSummary) -> str:
     """What was left out of the means of alignments, in words; empty where nothing was."""
-    left = []
+    out, left = [], []
     if 0 < line.frozen < line.matrices:
-        left.append(f"left out of the means of alignment: {line.frozen} frozen of {line.matrices} matrices")
+        out.append(f"{line.frozen} frozen of {line.matrices} matrices")
     if 0 < line.short < line.matrices:
-        left.append(f"left out: the short side of {line.short} matrices, along which all directions are alike")
+        matrices = "1 matrix" if line.short == 1 else f"{line.short} matrices"
+        out.append(f"the short side of {matrices}, along which all directions are alike")
+    if out:
+        left.append(f"left out of the means of alignment: {', and '.join(out)}")
     if line.unresolved:
         ends = [" / ".join(number(v, ".3f") for v in sides) for sides in (line.every10, line.every30)]
         left.append(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from specbasis.checkpoint.adapter_file import CONFIG
 from specbasis.comparison.comparison import Comparison
 from specbasis.core.dtypes import FORMATS
 from specbasis.core.text import shareable
@@ -20,7 +22,7 @@ NUMBER = FORMATS["float32"].bytes
 
 
 def next_steps(comparison: Comparison, label: str, given: Iterable[str] = ()) -> list[str]:
-    """Sentences that end in a command, for a finetune of its base; none for other pairs.
+    """Sentences that end in a command, for a finetune of its base; none for other pairs, and no LoRA of an adapter.
 
     Args:
         comparison: what was found.
@@ -31,13 +33,15 @@ def next_steps(comparison: Comparison, label: str, given: Iterable[str] = ()) ->
         return []
     about = (comparison.manifest["base"], comparison.manifest["pairs"][label]["tuned"])
     written = {shareable(source): source for source in given}
-    models = shlex.join(written.get(source["source"], source["source"]) for source in about)
+    sources = [written.get(source["source"], source["source"]) for source in about]
+    models = shlex.join(w if "…" in s else s for s, w in zip(sources, ("BASE", "TUNED"), strict=True))
     steps = []
     size = low_rank_size(comparison.rows, label)
-    if size is not None:
+    is_adapter = any(Path(file["path"]).name == CONFIG for file in about[1].get("files", []))
+    if size is not None and not is_adapter:
         share, stored = size
         steps.append(
-            f"{share:.0%} of what was compared fits a rank-{RANK} LoRA of {stored / 1e6:.3g} MB: "
+            f"a LoRA of rank {RANK} ({stored / 1e6:.3g} MB) would hold {share:.0%} of the squared update: "
             f"specbasis extract {models} --rank {RANK} --out lora"
         )
     if any(finding.kind == "intruders" for finding in comparison.findings[label]):

@@ -12,6 +12,7 @@ from typing import Any
 
 from specbasis.checkpoint import Checkpoint, Entry
 from specbasis.checkpoint.writer import write_model
+from specbasis.core.errors import InputError
 from specbasis.interventions.evaluators.kit import Judge
 from specbasis.interventions.samples import Sample, as_samples, summarise
 from specbasis.interventions.whole import add_tokenizer
@@ -90,7 +91,10 @@ def score(model: Checkpoint, judge: Judge, tokenizers: Iterable[str]) -> Scores:
     with tempfile.TemporaryDirectory(prefix="specbasis-") as folder:
         place = write_model(model, Path(folder, "model"))
         add_tokenizer(place, *tokenizers)
-        return as_samples(judge(judge.load(str(place))))
+        try:
+            return as_samples(judge(judge.load(str(place))))
+        except InputError as error:  # the folder is gone when this is read
+            raise InputError(str(error).replace(str(place), model.source)) from error
 
 
 def value_of(score: Sample | float) -> float:

@@ -110,10 +110,10 @@ def repair(
         getattr(evaluator, "prepare", lambda: None)()
     cache = Cache(Path(chosen.cache or cache_folder() / "factors"), parse_bytes(chosen.cache_size))
     bench = _Bench(Ways.of(pretrained, finetuned, cache), keep, recover, chosen.resamples)
-    rows = run_experiments(
-        [{"way": "base"}, {"way": "tuned"}, *grid()],
-        bench.run,
-        out,
+    run = partial(
+        run_experiments,
+        run=bench.run,
+        out=out,
         config={
             "experiment": "repair",
             "base": weights_sha256(pretrained),
@@ -125,6 +125,10 @@ def repair(
         uses=WHERE_USED,
         progress=progress,
     )
+    ends: list[dict[str, Any]] = [{"way": "tuned"}, {"way": "base"}]
+    rows = run(ends)
+    if _anything_forgotten(rows):
+        rows = run([*ends, *grid()])
     record = conclude(rows, chosen.tolerance / 100)
     point = record["chosen"]
     if point and not (out / MODEL).exists():
@@ -223,7 +227,7 @@ def _values(
         ("forgotten", forgotten, len(recover.values)),
     ):
         low, high = percentile_interval(bootstrap(statistic, n, resamples))
-        whole = float(statistic(np.arange(n)))
+        whole = float(statistic(np.arange(n))) + 0.0  # no negative zero
         values |= {f"{half}.{name}": whole, f"{half}.{name}_low": low, f"{half}.{name}_high": high}
     return values
 
@@ -239,17 +243,13 @@ def conclude(rows: Sequence[Row], tolerance: float) -> dict[str, Any]:
         rows: of the points, base and tuned among them.
         tolerance: how much of the metric may be lost.
     """
-    failed = [row for row in rows if row.error is not None]
-    if failed:
-        raise InputError(f"{failed[0].experiment}: {failed[0].error}; the same command tries it again")
-    points = [row for row in rows if row.experiment["way"] not in ("base", "tuned")]
-    first = points[0].values
     record: dict[str, Any] = {"tolerance": tolerance, "rule": RULE, "chosen": None, "interpolation": None}
-    if first["choice.forgotten_low"] <= 0 or first["report.forgotten"] <= 0:
-        lost = _interval(first, "report.forgotten", "+.4f")
+    if not _anything_forgotten(rows):
+        lost = _interval(rows[0].values, "report.forgotten", "+.4f")
         return record | {
             "sentence": f"Nothing was measurably forgotten (base − finetune {lost}); nothing is changed."
         }
+    points = [row for row in rows if row.experiment["way"] not in ("base", "tuned")]
     allowed = [row for row in points if row.values["choice.change"] >= -tolerance]
     best = _best(allowed)
     plain = _best([row for row in allowed if row.experiment["way"] == INTERPOLATION])
@@ -271,6 +271,19 @@ def conclude(rows: Sequence[Row], tolerance: float) -> dict[str, Any]:
         "values": values,
         "sentence": f"{sentence}; {beside}.",
     }
+
+
+def _anything_forgotten(rows: Sequence[Row]) -> bool:
+    """Whether base does better than the finetune; every row says so.
+
+    Raises:
+        InputError: a point could not be judged.
+    """
+    for row in rows:
+        if row.error is not None:
+            raise InputError(f"{row.experiment['way']}: {row.error}; the same command tries it again")
+    first = rows[0].values
+    return bool(first["choice.forgotten_low"] > 0 and first["report.forgotten"] > 0)
 
 
 RULE = (

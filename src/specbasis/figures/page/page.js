@@ -70,9 +70,8 @@ const short = (v, digits = 3) => {
 };
 const bounded = (bound) => (isNumber(bound) ? `error at most ${short(bound, 2)}` : "error: rounding only");
 const blockName = (block) => (block === null ? "–" : String(block));
-// What tells the rows of a heat map apart: blocks where there are any, else the ends of the names.
-const rowNames = (table, members) => (members.some((m) => table.block[m] !== null) ? members.map((m) => blockName(table.block[m]))
-  : members.map((m) => (table.name[m].length > 22 ? `…${safe(table.name[m].slice(-21))}` : safe(table.name[m]))));
+// What tells rows of a heat map apart that have no blocks.
+const endOf = (name) => (name.length > 22 ? `…${safe(name.slice(-21))}` : safe(name));
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const coarse = matchMedia("(pointer: coarse)");
@@ -329,7 +328,7 @@ figures.heat = (width) => {
     else axis.range = [Math.log10(0.75), Math.log10(last + 0.5)];
     p.set(i, { ...axis, showgrid: false },
       { title: unnumbered ? undefined : "block", range: [members.length - 0.5, -0.5], tickvals: shown, showgrid: false,
-        ticktext: shown.map((k) => rowNames(pair.matrices, members)[k]) });
+        ticktext: shown.map((k) => (unnumbered ? endOf(pair.matrices.name[members[k]]) : blockName(pair.matrices.block[members[k]]))) });
   });
   return { data, layout: p.layout, key: narrow ? [{ name: "alignment 0", ramp: true, end: "1" }] : [],
     label: `Heat maps of ${state.side} alignment by block and rank: ${titles.join(", ")}` };

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from specbasis.checkpoint.places import transformers_address
+from specbasis.comparison.verdict import named_parts
 from specbasis.core.errors import InputError
 from specbasis.core.extras import quiet
 from specbasis.finetuning.base import let_pad, loading, longest_input
@@ -126,18 +127,34 @@ def want_finite(logits: Tensor) -> None:
         raise InputError("the model's outputs hold NaN or Inf")
 
 
-def pretrained(auto_class: Any, source: str) -> nn.Module:
+def pretrained(auto_class: Any, source: str, unread: str = "") -> nn.Module:
     """The transformers model that a source holds.
 
+    Args:
+        auto_class: of transformers.
+        source: what holds it.
+        unread: what the names of modules begin with that the evaluator does not read, and that may be absent.
+
     Raises:
-        InputError: transformers cannot load it.
+        InputError: transformers cannot load it, or would draw a part of it, such as its head, at random.
     """
     load = partial(
-        auto_class.from_pretrained, **transformers_address(source), trust_remote_code=False, dtype="auto"
+        auto_class.from_pretrained,
+        **transformers_address(source),
+        trust_remote_code=False,
+        dtype="auto",
+        output_loading_info=True,
     )
     with quiet():
-        model: nn.Module = loading(source, load)
-    return model.eval()
+        model, about = loading(source, load)
+    absent = sorted(name for name in about["missing_keys"] if not (unread and name.startswith(unread)))
+    if absent:
+        raise InputError(
+            f"{source}: has no {named_parts(absent, 2)}, which {type(model).__name__} would draw at random; want a "
+            "model with the head of its task, such as `specbasis finetune` writes"
+        )
+    whole: nn.Module = model.eval()
+    return whole
 
 
 def location_of(model: Any) -> str:

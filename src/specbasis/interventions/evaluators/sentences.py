@@ -48,7 +48,7 @@ class Sentences:
         """The encoder without a head."""
         import transformers
 
-        return pretrained(transformers.AutoModel, source)
+        return pretrained(transformers.AutoModel, source, unread="pooler.")
 
     def __call__(self, model: nn.Module) -> dict[str, Sample]:
         """``loss`` of each passage."""
