@@ -32,7 +32,7 @@ def alignment_by_rank(pairs: Sequence[Pair]) -> Figure:
     for ax, side in zip(axes, SIDES, strict=True):
         kit.chance_lines(ax, max(pairs, key=len).chance_levels(side))
         curves(ax, pairs, f"alignment_{side}")
-        _alignment_axes(ax, side)
+        _alignment_axes(ax, side, pairs)
     kit.legend_of_pairs(figure, axes[0], [pair.label for pair in pairs])
     return figure
 
@@ -53,7 +53,7 @@ def subspace_overlap(pairs: Sequence[Pair]) -> Figure:
         ax.set_xscale("log", base=2)
         ax.xaxis.set_major_formatter(FuncFormatter(lambda k, _: f"{k:g}"))
         ax.set(title=SIDE_TITLES[side], xlabel="number of leading ranks k", ylabel="overlap of subspaces")
-        ax.set_ylim(-0.02, 1.03)
+        unit_axis(ax, pairs)
     kit.legend_of_pairs(figure, axes[0], [pair.label for pair in pairs], extra="chance k/d")
     return figure
 
@@ -128,7 +128,7 @@ def size_alone(pair: Pair) -> Figure:
             look = {"alpha": 0.0} if i else {"fill_label": "quartiles over matrices"}
             values = (profile.x, profile.low, profile.median, profile.high)
             kit.band(ax, *values, color=kit.COLORS[i], dash=kit.DASHES[i], width=1.6, label=name, **look)
-        _alignment_axes(ax, side)
+        _alignment_axes(ax, side, [pair])
     handles, names = axes[0].get_legend_handles_labels()
     entries = {name: handle for handle, name in zip(handles, names, strict=True) if not name.startswith("_")}
     chance = Line2D([], [], color=kit.QUIET, lw=0.9, ls=kit.REFERENCE)
@@ -210,6 +210,16 @@ def _two_sides(title: str) -> tuple[Figure, Any]:
     return figure, axes[0]
 
 
-def _alignment_axes(ax: Axes, side: str) -> None:
-    ax.set(title=SIDE_TITLES[side], xlabel="rank i", ylabel="alignment |⟨base, tuned⟩|", ylim=(-0.02, 1.03))
+def _alignment_axes(ax: Axes, side: str, pairs: Sequence[Pair]) -> None:
+    ax.set(title=SIDE_TITLES[side], xlabel="rank i", ylabel="alignment |⟨base, tuned⟩|")
+    unit_axis(ax, pairs)
     kit.rank_axis(ax)
+
+
+def unit_axis(ax: Axes, pairs: Sequence[Pair]) -> None:
+    """From 0 to 1; where everything is kept, logarithmic in what is lost, as nothing could be told apart."""
+    medians = np.concatenate([pair.bands["alignment_left"]["all"].median for pair in pairs])
+    if np.nanmin(medians, initial=1.0) > 0.95 and np.isfinite(medians).any():
+        kit.stretched(ax)
+    else:
+        ax.set_ylim(-0.02, 1.03)

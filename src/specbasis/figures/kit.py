@@ -264,6 +264,18 @@ def logarithmic(ax: Axes, which: str) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
+def stretched(ax: Axes, most: int = 7) -> None:
+    """A vertical axis from 0 to 1 that is logarithmic in 1 − y: 0, 0.9, 0.99, … stand at equal steps."""
+    ax.set_yscale(
+        "function", functions=(lambda y: -np.log10(np.maximum(10.0**-most, 1 - y)), lambda nines: 1 - 10.0**-nines)
+    )
+    places = [1 - 10.0**-n for n in range(most + 1)]
+    ax.set_yticks(places, [f"{y:.{n}f}" if n < 3 else f"1−{_power(10.0**-n, 0)}" for n, y in enumerate(places)])
+    ax.tick_params(axis="y", labelsize=7)
+    ax.yaxis.minorticks_off()
+    ax.set_ylim(0, 1 - 10.0**-most)
+
+
 def _power(value: float, _: int) -> str:
     """A power of ten in plain characters."""
     if 0.01 <= value <= 100:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from specbasis.figures import kit
-from specbasis.figures.alignment import SIDE_TITLES, curves
+from specbasis.figures.alignment import SIDE_TITLES, curves, unit_axis
 from specbasis.figures.data import SIDES, Band, Pair
 from specbasis.figures.drawing import figure
 from specbasis.figures.kit import Axes, Figure
@@ -38,7 +38,8 @@ def ratio_against_alignment(pair: Pair) -> Figure:
                 dots = kit.scatter(ax, ratio[coloured], aligned[coloured], update[coloured])
             uncoloured = drawn & ~coloured
             ax.scatter(ratio[uncoloured], aligned[uncoloured], facecolor="none", edgecolor=kit.QUIET, s=26)
-            ax.set(title=f"rank {rank}, {side}", ylim=(-0.03, 1.05))
+            ax.set_title(f"rank {rank}, {side}")
+            unit_axis(ax, [pair])
             kit.few_decades(ax)
             ax.tick_params(labelleft=ax is row[0])
         row[0].set_ylabel("alignment")

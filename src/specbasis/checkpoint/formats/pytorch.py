@@ -108,7 +108,7 @@ def _nested(content: Any, key: str, source: str) -> Mapping[str, Any]:
     """The dictionary of tensors at a dotted key; without a key the only one there is."""
     for part in _walk(content, key, source):
         content = part
-    dictionaries = list(_state_dicts(content, set()))
+    dictionaries = list(_state_dicts(content, source, set()))
     if len(dictionaries) == 1:
         return dictionaries[0][1]
     if dictionaries:
@@ -135,20 +135,22 @@ def _walk(content: Any, key: str, source: str) -> Iterator[Any]:
 
 
 def _state_dicts(
-    content: Any, seen: set[int], place: str = "", depth: int = 4
+    content: Any, source: str, seen: set[int], place: str = "", depth: int = 4
 ) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Every nested dictionary that maps strings to tensors with at least one matrix among them, each once."""
     if not isinstance(content, Mapping) or depth == 0 or id(content) in seen:
         return
     seen.add(id(content))
-    named_as_text(content, place or "the file")  # refuses 0 beside "0", of which one would be passed over
+    named_as_text(
+        content, f"{source}#{place}" if place else source
+    )  # refuses 0 beside "0", of which one would be passed over
     tensors = [v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)]
     if any(t.is_nested or t.ndim >= 2 for t in tensors):
         yield place, content
         return
     for key, value in content.items():
         if isinstance(key, str):
-            yield from _state_dicts(value, seen, f"{place}.{key}" if place else key, depth - 1)
+            yield from _state_dicts(value, source, seen, f"{place}.{key}" if place else key, depth - 1)
 
 
 FORMAT = FileFormat(
