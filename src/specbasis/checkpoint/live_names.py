@@ -26,7 +26,7 @@ _FETCHED = ("hf-hub:", "hf_hub:", "local-dir:")
 """How a name of timm begins that it looks for on the Hub or on the disk."""
 
 POSITIONS = 32
-"""Positions of a model whose names alone are asked for: tables of them are made number by number in some families."""
+"""Positions of a model whose names alone are asked for: some families make tables of them number by number."""
 
 
 def without_memory(checkpoint: Checkpoint) -> Any:
