@@ -402,6 +402,11 @@ def test_the_command_merges_maps_and_says_what_stays_out(family, tmp_path, capsy
         run("merge", base, paths[1])
     with pytest.raises(InputError, match="want NAME=TASK"):
         run("merge", base, paths[1], "--out", tmp_path / "new", "--judge", "glue:sst2")
+    task = ("--judge", f"b=text:{base}")
+    with pytest.raises(InputError, match="two tasks of one finetune"):
+        run("merge", base, paths[1], "--out", tmp_path / "new", *task, *task)
+    with pytest.raises(InputError, match="nothing to write"):
+        run("merge", base, paths[1], "--dry-run", *task)
 
 
 def test_a_merge_draws_itself(family, tmp_path):

@@ -159,6 +159,8 @@ def merge(
     if bad := [task for name, task in named if not name]:
         raise InputError(f"--judge got {bad[0]!r}; want NAME=TASK, such as sst2=glue:sst2")
     judges = {name: examples.evaluator(task) for name, task in named}
+    if len(judges) < len(named):
+        raise InputError("--judge got two tasks of one finetune; want one of each")
     with progress() as tell:
         merging = run(base, tuned, None if dry_run else out, options, judge=judges, progress=tell)
     if json:

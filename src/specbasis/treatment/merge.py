@@ -18,7 +18,7 @@ from specbasis.checkpoint.digest import digest, sealed
 from specbasis.checkpoint.writer import want_new, write_model
 from specbasis.core.columns import generator_of
 from specbasis.core.dtypes import name_of, widened
-from specbasis.core.errors import unknown
+from specbasis.core.errors import InputError, unknown
 from specbasis.core.options import takes
 from specbasis.core.text import shareable
 from specbasis.interventions.evaluators.kit import Judge
@@ -122,6 +122,10 @@ def merge(
     chosen, tell, judges = MergeOptions.of(options, keywords), progress or silent, judge or {}
     if out is not None:
         want_new(Path(out))
+    elif judges:
+        raise InputError(
+            "got tasks to judge and nothing to write; want a new folder, or no tasks for the map alone"
+        )
     finetunes = Finetunes.open(base, tuned, tell)
     for label in (*judges, *filter(None, [chosen.head])):
         if label not in finetunes.tuned:
