@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import json
@@ -1068,3 +1069,32 @@ def test_file_size_without_basis(tmp_path):
     config = SpectralConfig(rank=300, basis="random", save_basis=False, target_modules=["0", "1", "2", "3"])
     get_peft_model(model, config).save_pretrained(tmp_path)
     assert (tmp_path / "adapter_model.safetensors").stat().st_size <= 1.5e6
+
+
+BACKTRACKS = {
+    "target_modules": r"(\w+\s?)*!",
+    "exclude_modules": r"(.*)*.*.*.*.*.*x",
+    "modules_to_save": [r"(\w+)*!"],
+}
+
+
+@pytest.mark.parametrize("field", BACKTRACKS)
+def test_a_pattern_that_backtracks_ends(field):
+    model = nn.ModuleDict({"l" * 60: linear(6, 5, seed=1), "lin": linear(6, 5, seed=2)})
+    with contextlib.suppress(ValueError):  # PEFT's own, where nothing matches
+        config = SpectralConfig(**{"rank": 2, "target_modules": ["lin"], field: BACKTRACKS[field]})
+        inject_adapter_in_model(config, model)
+
+
+@pytest.mark.parametrize("pattern", [r"lin\d", r".*0", r"(lin0|lin1)", r"^(?!lin0).*1$", "lin", "lin1"])
+def test_patterns_match_what_peft_matches(pattern):
+    theirs = functools.partial(
+        peft.tuners.tuners_utils.check_target_module_exists, peft.LoraConfig(target_modules=pattern)
+    )
+    wanted = [name for name, module in Mlp().named_modules() if isinstance(module, nn.Linear) and theirs(name)]
+    if not wanted:
+        with pytest.raises(ValueError, match="not found"):
+            inject_adapter_in_model(SpectralConfig(rank=2, target_modules=pattern), Mlp())
+        return
+    model = inject_adapter_in_model(SpectralConfig(rank=2, target_modules=pattern), Mlp())
+    assert [n for n, m in model.named_modules() if isinstance(m, peft_bridge.SpectralLayer)] == wanted

@@ -38,6 +38,7 @@ def test_the_answers_are_those_of_re() -> None:
         want = re.match(rf"(.*\.)?({pattern})$", name) is not None
         assert (Matcher("file").first([pattern], name) is not None) == want, (pattern, name)
         matched += want
+        assert Matcher("file").whole(pattern, name) == (re.fullmatch(pattern, name) is not None), (pattern, name)
     assert 200 < matched < 1800
 
 

@@ -106,7 +106,7 @@ class SpectralModel(BaseTuner):
     @staticmethod
     def _check_target_module_exists(peft_config: SpectralConfig, key: str) -> Any:
         """Match a module name; unlike PEFT's own rule, the blocks also limit regular expressions and full names."""
-        match = check_target_module_exists(peft_config, key)
+        match = check_target_module_exists(peft_config.matched(key), key)
         blocks = peft_config.blocks_to_transform
         if not match or isinstance(match, _ExcludedModule) or blocks is None:
             return match
@@ -121,6 +121,7 @@ class SpectralModel(BaseTuner):
             peft_config.target_modules = sorted(feed_forward(self.model))
         elif str(peft_config.target_modules).lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
             peft_config.target_modules = sorted(all_linear(peft_config, self.model))
+        peft_config.match(name for name, _ in self.model.named_modules())
         return peft_config
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 from peft import PeftConfig, PeftType
@@ -76,6 +78,7 @@ class SpectralConfig(PeftConfig):
     seal: dict[str, Any] | None = None
     target_parameters: list[str] | None = None
     _saving = False
+    _matched: ClassVar[dict[str, set[str]]] = {}  # of each pattern the modules that it matches
     _place: ClassVar[Any] = None  # where it was loaded from: folder or name, subfolder, options of the download
 
     def __post_init__(self) -> None:
@@ -107,6 +110,11 @@ class SpectralConfig(PeftConfig):
                 f"got target_parameters = {self.target_parameters}; a spectral adapter wraps layers, and "
                 "experts stacked in one parameter are none: name layers in target_modules, or use LoRA for them"
             )
+        for field in ("modules_to_save", "layers_pattern"):
+            given = getattr(self, field) or []
+            for name in [given] if isinstance(given, str) else given:
+                if re.search("[*+?{]", name):
+                    raise InputError(f"got {name[:80]!r} in {field}; want names: repetitions are not matched there")
         if not 0 <= self.dropout < 1:
             raise InputError(f"got dropout = {self.dropout}; want 0 <= dropout < 1")
         if self.file_format not in (None, 1):
@@ -119,6 +127,24 @@ class SpectralConfig(PeftConfig):
     def choose_blocks(self, blocks: list[int] | int | None) -> None:
         """Set the blocks, under PEFT's name for them too, which its matching of names reads."""
         self.blocks_to_transform = self.layers_to_transform = blocks
+
+    def match(self, modules: Iterable[str]) -> None:
+        """Match the patterns among the names of modules in bounded time; PEFT's own way may backtrack for ever.
+
+        Raises:
+            InputError: as `Matcher.first`.
+        """
+        matcher, names = Matcher("target_modules and exclude_modules"), list(modules)
+        patterns = [p for p in (self.target_modules, self.exclude_modules) if isinstance(p, str)]
+        self._matched = {p: {name for name in names if matcher.whole(p, name)} for p in patterns}
+
+    def matched(self, module: str) -> SimpleNamespace:
+        """What of the configuration PEFT's matching of a name reads, with names in place of patterns."""
+        fields = dict(vars(self))
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(fields[name], str):
+                fields[name] = [module] if module in self._matched.get(fields[name], ()) else []
+        return SimpleNamespace(**fields)
 
     def interval_of(self, module_name: str, shape: tuple[int, int]) -> tuple[int, int]:
         """The interval for a module: the first pattern that matches the end of its name, else the common one."""

@@ -44,7 +44,15 @@ class Matcher:
         """
         return next((pattern for pattern in patterns if self._matches(pattern, name)), None)
 
-    def _matches(self, pattern: str, name: str) -> bool:
+    def whole(self, pattern: str, name: str) -> bool:
+        """Whether a pattern matches all of a name.
+
+        Raises:
+            InputError: as `first`.
+        """
+        return self._matches(pattern, name, whole=True)
+
+    def _matches(self, pattern: str, name: str, *, whole: bool = False) -> bool:
         if pattern == name:
             return True
         try:
@@ -54,8 +62,9 @@ class Matcher:
                 self.parsed[pattern] = re.compile(rf"(.*\.)?({pattern})$") if plain else parsed
             self._spend(1)
             if isinstance(self.parsed[pattern], re.Pattern):
-                return bool(self.parsed[pattern].match(name))
-            starts = {0, *(i + 1 for i, letter in enumerate(name) if letter == ".")}
+                matched = self.parsed[pattern].match(name)
+                return bool(matched) and not (whole and matched[1])
+            starts = {0} if whole else {0, *(i + 1 for i, letter in enumerate(name) if letter == ".")}
             return len(name) in self._behind(self.parsed[pattern], name, starts)
         except (re.error, RecursionError, OverflowError) as error:
             raise InputError(f"{self.where}: {pattern[:80]!r} is no pattern ({error})") from error
