@@ -13,6 +13,8 @@ import torch
 
 from specbasis import cli
 from specbasis.cli.common import PLAIN
+from specbasis.core.errors import InputError
+from specbasis.jobs.results import COMPARISON
 from tests.cli.conftest import Done, Run
 from tests.helpers.patience import PATIENCE
 from tests.pico import bert_state, finetuned, write
@@ -209,3 +211,33 @@ def test_a_manifest_that_lacks_a_field_is_read_or_refused(specbasis: Run, folder
     finally:
         manifest.write_text(whole)
     assert refused >= 6
+
+
+WRONG: tuple[object, ...] = (None, 5, "x", [], {}, [[1]], {"a": 1}, True)
+
+
+def test_a_manifest_with_values_of_another_type_is_read_or_refused(folder: Path) -> None:
+    manifest = folder / "out" / "manifest.json"
+    whole = manifest.read_text()
+    known = [p for p in fields(json.loads(whole)) if p[0] in ("base", "pairs", "runs", "failed")]
+    paths = [p for p in known if not {"modified_ns", "changed_ns", "inode", "is_settled"} & set(p)]
+    refused = set()
+    try:
+        for path in paths:
+            for wrong in WRONG:
+                content = json.loads(whole)
+                content.pop("sha256", None)  # its seal, with which every change is refused
+                place = content
+                for step in path[:-1]:
+                    place = place[step]
+                place[path[-1]] = wrong
+                manifest.write_text(json.dumps(content))
+                try:
+                    COMPARISON.read(folder / "out")
+                except InputError as error:
+                    assert str(error).count("\n") == 0
+                    refused.add(path)
+    finally:
+        manifest.write_text(whole)
+    used = {p for p in paths if p[0] in ("base", "pairs", "runs") and p[-1] not in ("sha256", "b")}
+    assert used <= refused

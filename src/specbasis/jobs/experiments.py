@@ -23,7 +23,7 @@ from specbasis.core.errors import InputError
 from specbasis.jobs.folder import ALWAYS, Folder, Kind, environment, opened, plain
 from specbasis.jobs.progress import Progress, Report, silent
 
-GRID = Kind("grid", version=("cells", 1), keys=("config", "runs"))
+GRID = Kind("grid", version=("cells", 1), keys=("config", "runs"), form={"runs": [{"versions": {}}]})
 
 ROWS = "rows.jsonl"
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from specbasis.checkpoint.atomic import clear, is_temporary, write_whole, writing
@@ -60,6 +61,8 @@ class Kind:
         keys: what a manifest has to have.
         mark: what its configuration has as ``kind``, where a layout serves several kinds.
         grows: the part of its configuration to which entries can be added; empty where nothing can.
+        form: of what its parts are, where they are there: a type, the list of one form, or an object of forms, in
+            which `EACH` stands for every other name.
     """
 
     noun: str
@@ -68,6 +71,7 @@ class Kind:
     keys: tuple[str, ...] = ("config",)
     mark: str | None = None
     grows: str = ""
+    form: Mapping[str, Any] = field(default_factory=dict)
 
     def read(self, folder: Path) -> dict[str, Any]:
         """The manifest of a folder.
@@ -90,6 +94,9 @@ class Kind:
                 )
             for name in self.keys:
                 manifest[name]
+            wrong = _misfit(manifest, {"config": {}, **self.form})
+            if wrong:
+                raise ValueError(f"what it says of{wrong} is nothing that was written there")
             if manifest["config"].get("kind") != self.mark:
                 raise InputError(f"{folder}: holds no {self.noun} but another kind of run; choose another folder")
         except InputError:
@@ -100,6 +107,23 @@ class Kind:
                 f"{path}: is not the manifest of a {self.noun} ({reason}); choose another folder"
             ) from error
         return _Fields(manifest, path)
+
+
+EACH = "*"
+"""In a `Kind.form`: every name that it does not mention."""
+
+
+def _misfit(value: Any, form: Any, place: str = "") -> str:
+    """Where a value from a manifest is not of its form; empty where all of it is."""
+    if isinstance(form, type | UnionType):
+        return "" if isinstance(value, form) and not isinstance(value, bool) else place
+    if not isinstance(value, type(form)):
+        return place
+    inner = enumerate(value) if isinstance(value, list) else value.items()
+    forms = {EACH: form[0]} if isinstance(form, list) else form
+    known = ((name, part, forms.get(name, forms.get(EACH))) for name, part in inner)
+    wrong = (_misfit(part, wanted, f"{place} {name}") for name, part, wanted in known if wanted is not None)
+    return next(filter(None, wrong), "")
 
 
 class _Fields(dict[str, Any]):

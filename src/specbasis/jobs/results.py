@@ -29,9 +29,32 @@ from specbasis.checkpoint.digest import SEAL, digest
 from specbasis.checkpoint.entry import first_line
 from specbasis.core.brief import brief
 from specbasis.core.errors import InputError
-from specbasis.jobs.folder import Folder, Kind, opened
+from specbasis.jobs.folder import EACH, Folder, Kind, opened
 
-COMPARISON = Kind("comparison", version=("format", 1), keys=("config", "pairs"), grows="tuned")
+_WEIGHTS = {"source": str, "files": [{"path": str, "bytes": int}], "notes": [str]}
+_SKIPPED = {"name": str, "side": str, "reason": str, "size": int}
+
+COMPARISON = Kind(
+    "comparison",
+    version=("format", 1),
+    keys=("config", "pairs"),
+    grows="tuned",
+    form={
+        "base": _WEIGHTS,
+        "pairs": {
+            EACH: {"tuned": _WEIGHTS, "architecture": str, "matrices": [str], "skipped": [_SKIPPED], "notes": [str]}
+        },
+        "measures": [{"name": str}],
+        "failed": [{"error": str}],
+        "runs": [{"seconds": float | int, "matrices": int, "workers": int}],
+        "checkpoints": [{"label": str, "source": str, "weights": _WEIGHTS}],
+        "passed_over": [{"source": str, "reason": str}],
+        "notes": [str],
+        "versions": {},
+        "machine": {},
+        "command": [str],
+    },
+)
 """The version is that of the layout and of the rows' schema."""
 
 _WORD = pa.dictionary(pa.int32(), pa.string())
