@@ -234,8 +234,7 @@ def test_a_manifest_with_values_of_another_type_is_read_or_refused(folder: Path)
                 manifest.write_text(json.dumps(content))
                 try:
                     COMPARISON.read(folder / "out")
-                except InputError as error:
-                    assert str(error).count("\n") == 0
+                except InputError:
                     refused.add(path)
     finally:
         manifest.write_text(whole)
