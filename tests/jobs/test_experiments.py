@@ -112,3 +112,11 @@ def test_a_figure_that_changed_on_disk_is_damage_and_lines_of_versions_before_se
     del stored["sha256"]
     (out / "rows.jsonl").write_text(json.dumps(stored) + "\n")
     assert read_experiments(out)[0].values["y"] == 25
+
+
+def test_an_error_that_says_all_itself_has_no_kind_before_it(tmp_path):
+    def run(experiment):
+        raise InputError("got nothing; want something") if experiment["mend"] else RuntimeError("three\nlines")
+
+    rows = run_experiments([{"mend": True}, {"mend": False}], run, tmp_path / "out")
+    assert [row.error for row in rows] == ["got nothing; want something", "RuntimeError: three"]

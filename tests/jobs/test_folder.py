@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from specbasis.core.errors import InputError
-from specbasis.jobs.folder import ALWAYS, WHERE_USED, Kind, environment, locked, opened
+from specbasis.jobs.folder import ALWAYS, WHERE_USED, Kind, environment, locked, opened, refuse_another
 
 MADE = Kind("thing", version=("format", 1), keys=("config", "pairs"))
 
@@ -150,3 +150,10 @@ def test_a_manifest_that_is_not_what_was_written_is_refused(tmp_path: Path) -> N
     del stored["sha256"]  # as versions before seals wrote it
     path.write_text(json.dumps(stored))
     begun(tmp_path / "out", {"ranks": 10, "seed": 1})
+
+
+def test_a_model_is_named_as_it_was_called_whatever_its_name_ends_in(tmp_path: Path) -> None:
+    digest = "0" * 64
+    then, now = {"tuned": {"model_weights": digest}, "base_sha256": digest}, {"base_sha256": "1" * 64}
+    with pytest.raises(InputError, match=r"tuned model_weights \(not asked for now\), from another base \(its"):
+        refuse_another(tmp_path, "comparison", then, now)

@@ -52,7 +52,7 @@ def adapter_merge(folder: ADAPTER, out: ADAPTER_OUT, base: ADAPTER_BASE = None) 
     from specbasis.finetuning import runs
 
     is_run = (folder / runs.METRICS).is_file() and (folder / runs.MANIFEST).is_file()
-    line(f"merged: {runs.merge(folder, out, base) if is_run else folders.merge(folder, out, base)}")
+    line(f"merged model: {runs.merge(folder, out, base) if is_run else folders.merge(folder, out, base)}")
 
 
 @adapter_app.command("export-lora")

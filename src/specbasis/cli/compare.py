@@ -155,7 +155,7 @@ def _tell(comparison: Comparison, output: Output, *, page: bool, given: Sequence
         print_comparison(comparison)
         for label in comparison.pairs:
             for step in next_steps(comparison, label, given):
-                line(step)
+                line(step if len(comparison.pairs) == 1 else f"{label}: {step}")
     if page:
         write_page(comparison, quiet=output.json)
     hits = [

@@ -64,6 +64,9 @@ def print_comparison(comparison: Comparison) -> None:
 
 def print_plan(plan: Plan) -> None:
     """One line per shape, and what it comes to."""
+    if not plan.tasks:
+        line("nothing is left to compute: the folder holds every matrix that is asked for")
+        return
     shapes = Counter((task.shape, task.work) for task in plan.tasks)
     columns = (
         Column("out × in"),

@@ -298,9 +298,9 @@ def _frozen(pair: Judged, _: Mapping[str, float]) -> Found | None:
         return None
     share, uncompared = pair.share(names), len(pair.facts.uncompared)
     if uncompared:  # their size is not in the rows
-        text = f"{_count(names)} are equal bit for bit, {uncompared} of both models were not compared"
+        text = f"{_count(names)}, bit for bit; not compared: {uncompared} of both models"
         return text, names, {"matrices": len(names), "uncompared": uncompared}
-    text = f"{_count(names)} ({share:.1%} of the parameters) are equal bit for bit"
+    text = f"{_count(names)}, {share:.1%} of the parameters, bit for bit"
     return text, names, {"share": share, "matrices": len(names)}
 
 

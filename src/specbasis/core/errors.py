@@ -33,6 +33,12 @@ def unknown(kind: str, name: object, names: Iterable[str]) -> InputError:
     return InputError(f"no {kind} {name!r}; {guess(str(name), names)}there is: {', '.join(names)}")
 
 
+def told(error: Exception) -> str:
+    """An error in one line, its kind before what it says; an `InputError` needs none."""
+    kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+    return f"{kind}{error}".splitlines()[0]
+
+
 _NO_MEMORY = re.compile("out of memory|can(no|')t allocate memory|failed to map segment", re.IGNORECASE)
 
 

@@ -84,7 +84,12 @@ class EpochLines(TrainerCallback):
         """Start, at the epoch that a checkpoint was in."""
         self._start = (time.perf_counter(), state.epoch or 0.0)
         if state.is_world_process_zero:
-            self.tell(f"training: {state.max_steps} steps, {args.num_train_epochs:g} epochs")
+            self.tell(f"training: {state.max_steps} steps, epochs: {args.num_train_epochs:g}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Say what takes time now."""
+        if state.is_world_process_zero:
+            self.tell("trained; the dev set and what was forgotten are judged now")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """The epoch's loss is logged when it ends."""

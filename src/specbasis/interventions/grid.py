@@ -136,5 +136,5 @@ def read_grid(out: str | Path) -> tuple[list[Row], dict[str, str]]:
         if row.experiment["kind"] == BASELINE and row.error is None:
             metrics[label] = about.get(label, {}).get("metric") or next(iter(row.values))
     if not metrics:
-        raise InputError(f"{out}: no model could be judged unedited; the first error: {rows[0].error}")
+        raise InputError(f"{out}: no model could be judged unedited: {rows[0].error}")
     return rows, metrics

@@ -18,7 +18,7 @@ from specbasis.architecture.selection import Selection
 from specbasis.checkpoint import Checkpoint, open_checkpoint, open_tuned, weights_sha256
 from specbasis.core.blocks import norm
 from specbasis.core.edits import Edit
-from specbasis.core.errors import InputError
+from specbasis.core.errors import InputError, told
 from specbasis.core.grammar import numbers
 from specbasis.core.svd import ALGORITHM, SVD
 from specbasis.interventions.evaluators import describe
@@ -190,7 +190,7 @@ def _stage(setting: Setting, label: str) -> Stage:
             STAGES[key] = error
     stage = STAGES[key]
     if isinstance(stage, Exception):
-        raise InputError(f"{label} unedited: {type(stage).__name__}: {stage}") from stage
+        raise InputError(f"{label} unedited: {told(stage)}") from stage
     return stage
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from specbasis.checkpoint.atomic import writing
 from specbasis.checkpoint.digest import proven, sealed
 from specbasis.checkpoint.regular import parse_json, read_bytes
-from specbasis.core.errors import InputError
+from specbasis.core.errors import InputError, told
 from specbasis.jobs.folder import ALWAYS, Folder, Kind, environment, opened, plain
 from specbasis.jobs.progress import Progress, Report, silent
 
@@ -153,7 +153,7 @@ def _row(run: Run, experiment: dict[str, Any]) -> Row:
     try:
         values = plain(dict(run(dict(experiment))))
     except Exception as failure:  # whatever an experiment may raise, the others go on
-        error = f"{type(failure).__name__}: {failure}".splitlines()[0]
+        error = told(failure)
     seconds = time.perf_counter() - started
     now = environment()
     return Row(experiment, values, error, round(seconds, 3), now["written"], now["commit"])

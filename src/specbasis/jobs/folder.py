@@ -272,7 +272,7 @@ def refuse_another(
 def _difference(name: str, then: Any, now: Any) -> str:
     """How one setting differs, in words; of a digest only that it does."""
     hashed = any(isinstance(value, str) and re.fullmatch("[0-9a-f]{40,}", value) for value in (then, now))
-    name = re.sub("[ _](sha256|weights)$", "", name)
+    name = re.sub("([ _]sha256| weights)$", "", name)  # a model may be called model_weights
     if hashed and not (then and now):
         return f"with {name} (not asked for now)" if then else f"without {name}"
     if hashed:
