@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from specbasis.core.errors import InputError
+from specbasis.paper import image_files
 from specbasis.paper.images import from_arrays, open_images
 
 RNG = np.random.default_rng(0)
@@ -238,3 +239,32 @@ def test_samples_are_nested_and_shuffled_labels_keep_their_counts():
 def test_arrays_that_do_not_fit_are_refused(pixels, labels):
     with pytest.raises(InputError, match="want"):
         from_arrays(pixels, labels)
+
+
+def test_what_is_unpacked_is_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_files, "LARGEST", 10**5)
+    with gzip.open(tmp_path / "train-images-idx3-ubyte.gz", "wb") as file:
+        file.write(bytes(10**6))
+    with pytest.raises(InputError, match="holds more than 100,000 bytes unpacked"):
+        image_files.read_idx(tmp_path)
+    with tarfile.open(tmp_path / "cifar-10-python.tar.gz", "w:gz") as archive:
+        member = tarfile.TarInfo("cifar-10-batches-py/data_batch_1")
+        member.size = 10**6
+        archive.addfile(member, io.BytesIO(bytes(10**6)))
+    with pytest.raises(InputError, match="holds more than 100,000 bytes unpacked"):
+        image_files.read_cifar(tmp_path)
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(bytes(10**6))
+    with pytest.raises(InputError, match="at most 100000"):
+        image_files.read_idx(tmp_path)
+
+
+SHARED = b")" + b"".join(b"q" + bytes([i]) + b"h" + bytes([i]) + b"\x86" for i in range(60))
+"""A tuple of twice the tuple before it, sixty times: hashing it takes as long as writing it out."""
+
+
+@pytest.mark.parametrize("content", [b"\x80\x02}" + SHARED + b"K\x01s.", b"\x80\x02}r\xff\xff\xff\x7f."])
+def test_a_batch_that_costs_more_than_its_bytes_is_one_line(tmp_path, content):
+    (tmp_path / "data_batch_1").write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        image_files.read_cifar(tmp_path)
+    assert "\n" not in str(caught.value)

@@ -17,7 +17,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from specbasis.checkpoint.formats import pickles
+from specbasis.checkpoint.regular import read_bytes, regular
 from specbasis.core.errors import InputError
+
+LARGEST = 2**29
+"""Bytes of a file or an archive, unpacked; CIFAR-10 has a third of them."""
 
 Array = NDArray[Any]
 Parts = dict[str, tuple[Array, Array]]
@@ -44,10 +49,7 @@ class Place:
                 continue
             if not path.resolve().is_relative_to(folder.resolve()):
                 raise InputError(f"{path}: is a link that leads out of the folder; put the file itself there")
-            try:
-                return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-            except (OSError, EOFError, zlib.error) as error:
-                raise InputError(f"{path}: is truncated or damaged ({error}); fetch it again") from error
+            return _unpacked(path) if path.suffix == ".gz" else read_bytes(path, LARGEST)
         return None
 
     @cached_property
@@ -55,14 +57,28 @@ class Place:
         """Every regular file, in one pass: the archive is compressed as a whole."""
         members: dict[str, bytes] = {}
         try:
-            with tarfile.open(self.path, "r:*") as archive:
+            with tarfile.open(fileobj=io.BytesIO(_unpacked(self.path)), mode="r:") as archive:
                 for member in archive:
-                    file = archive.extractfile(member) if member.isreg() else None
+                    file = archive.extractfile(member) if member.isreg() and not member.issparse() else None
                     if file is not None:
                         members[member.name.removeprefix("./")] = file.read()
-        except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+        except (tarfile.TarError, OSError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
             raise InputError(f"{self.path}: is damaged or no archive ({error}); fetch it again") from error
         return members
+
+
+def _unpacked(path: Path) -> bytes:
+    """What a gzipped file holds, which is no more than such data sets are."""
+    try:
+        with gzip.open(regular(path)) as file:
+            content = file.read(LARGEST + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: is truncated or damaged ({error}); fetch it again") from error
+    if len(content) > LARGEST:
+        raise InputError(f"{path}: holds more than {LARGEST:,} bytes unpacked, as no such data set does: not read")
+    return content
 
 
 # --- idx: MNIST and Fashion-MNIST -------------------------------------------------------------------------------
@@ -135,6 +151,7 @@ def _binary_batch(content: bytes, where: str) -> tuple[Array, Array]:
 
 def _python_batch(content: bytes, where: str) -> tuple[Array, Array]:
     try:
+        pickles.check(io.BytesIO(content), len(content))
         batch = _Unpickler(io.BytesIO(content), encoding="bytes").load()
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
@@ -174,7 +191,7 @@ def _as_bytes(text: str, encoding: str) -> bytes:
     return text.encode("latin-1")
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):  # in C a number makes a memo of its size
     """Reads the one thing that CIFAR-10's pickles hold beside builtins, arrays, as inert records; runs nothing."""
 
     ADMITTED: Mapping[tuple[str, str], Any] = {
