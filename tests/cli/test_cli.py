@@ -212,3 +212,18 @@ def test_options_that_cannot_be_meant(specbasis: Run, folder: Path, option: tupl
     done = specbasis("compare", "base.safetensors", "tuned.safetensors", "--out", "never", *option, cwd=folder)
     assert (done.returncode, said in done.stderr) == (2, True)
     assert not (folder / "never").exists()
+
+
+@pytest.mark.parametrize("verb", ["edit", "compare", "track"])
+def test_single_roles_and_blocks_that_nothing_has_are_said(
+    specbasis: Run, folder: Path, tmp_path: Path, verb: str
+) -> None:
+    models = [folder / "base.safetensors", folder / "tuned.safetensors"]
+    kind = {"edit": ("--kind", "zero", "--ranks", "1"), "compare": ("--no-report",), "track": ()}[verb]
+    out = ("--out", tmp_path / "out")
+    done = specbasis(verb, *models, *kind, *out, "--roles", "attention,ffn.gate", "--blocks", "0,77")
+    assert done.returncode == 0, done.stderr
+    assert "no matrix here has role ffn.gate, block 77" in " ".join(done.stdout.split())
+    done = specbasis(verb, *models, *kind, "--out", tmp_path / "all", "--roles", "attention", "--blocks", "0")
+    assert done.returncode == 0, done.stderr
+    assert "no matrix here" not in done.stdout

@@ -36,12 +36,14 @@ class Selection(Options):
         """`admits`, or None where every matrix is asked for."""
         return self.admits if self.roles or self.blocks or self.name else None
 
-    def unmatched(self, keys: Iterable[MatrixKey]) -> list[str]:
-        """What is asked for and no matrix has: roles and blocks."""
+    def notes(self, keys: Iterable[MatrixKey]) -> list[str]:
+        """A sentence that names what is asked for and no matrix has, role or block; none where all are had."""
         keys = list(keys)
-        roles = [role for role in self.roles if not any(Selection(roles=(role,)).admits(key) for key in keys)]
+        alone = {role: Selection(roles=(role,)) for role in self.roles}
+        roles = [role for role in self.roles if not any(map(alone[role].admits, keys))]
         blocks = [block for block in self.blocks if all(key.block != block for key in keys)]
-        return [f"role {role}" for role in roles] + [f"block {block}" for block in blocks]
+        unmatched = [f"role {role}" for role in roles] + [f"block {block}" for block in blocks]
+        return [f"no matrix here has {', '.join(unmatched)}"] if unmatched else []
 
     def admits(self, key: MatrixKey) -> bool:
         """Whether a matrix is among those asked for; a role such as "attention" stands for all that it begins."""

@@ -8,10 +8,11 @@ from typing import Annotated
 
 import typer
 
+from specbasis.architecture.selection import Selection
 from specbasis.cli.common import exit_on_failures, line, progress
 from specbasis.cli.flags import BASE, OUT
 from specbasis.core.errors import InputError
-from specbasis.core.grammar import words
+from specbasis.core.grammar import numbers, words
 from specbasis.interventions.options import EditOptions, GridOptions
 
 SUBJECTS = Annotated[
@@ -32,8 +33,10 @@ def edit(
     source: Annotated[str, typer.Option("--from", help="take vectors from this model; default: BASE")] = "",
 ) -> None:
     """Write a finetune with some of its singular vectors replaced or masked; transformers loads the folder."""
+    from specbasis.architecture.key import MatrixKey
+    from specbasis.checkpoint.regular import read_json
     from specbasis.core.edits import Edit
-    from specbasis.interventions.stored import write_edited
+    from specbasis.interventions.stored import RECORD, write_edited
 
     o = options
     with progress() as tell:
@@ -46,6 +49,9 @@ def edit(
             admits=options.filter,
             progress=tell,
         )
+    edited = read_json(written / RECORD)["matrices"]
+    for note in options.notes(MatrixKey(m["block"], m["role"], m["name"]) for m in edited):
+        line(f"note: {note}", style="yellow")
     line(f"edited model: {written}")
 
 
@@ -63,6 +69,8 @@ def intervene(
     report: Annotated[bool, typer.Option(help="draw the figures and the table of sharing")] = True,
 ) -> None:
     """Judge finetunes while their singular vectors are swapped, randomised and masked, against controls."""
+    from specbasis.architecture.recognise import model_map
+    from specbasis.checkpoint import open_checkpoint
     from specbasis.cli.tables import print_grid
     from specbasis.interventions.evaluators import judge
     from specbasis.interventions.grid import intervene as run
@@ -78,6 +86,10 @@ def intervene(
     with progress() as tell:
         rows = run(base, found, out, options, progress=tell)
     print_grid(out)
+    roles = dict.fromkeys(role for group in options.roles for role in group.split("+") if role)
+    asked = Selection(tuple(roles), tuple(block for group in options.blocks for block in numbers(group)))
+    for note in asked.notes(ref.key for ref in model_map(open_checkpoint(base)).matrices):
+        line(f"note: {note}", style="yellow")
     if report:
         from specbasis.figures.interventions import write_figures
 

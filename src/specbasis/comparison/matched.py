@@ -155,7 +155,6 @@ def _check_heads(base: Checkpoint, pairings: Mapping[str, Pairing], options: Opt
 
 def _about(pairing: Pairing, provenance: dict[str, Any], options: Options) -> dict[str, Any]:
     """What the manifest says of one pair."""
-    unmatched = options.unmatched(m.key for m in pairing.matched)
     return {
         "tuned": provenance,
         "architecture": pairing.family.name,
@@ -163,7 +162,7 @@ def _about(pairing: Pairing, provenance: dict[str, Any], options: Options) -> di
         "skipped": [asdict(item) for item in pairing.skipped],
         "notes": [
             *([f"no architecture file matches: {STRUCTURAL.title}"] if pairing.family is STRUCTURAL else []),
-            *([f"no matrix here has {', '.join(unmatched)}"] if unmatched else []),
+            *options.notes(m.key for m in pairing.matched),
             *pairing.notes,
             *provenance.get("notes", ()),
         ],

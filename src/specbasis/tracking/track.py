@@ -123,7 +123,10 @@ def track(
             environment(),
             checkpoints=about,
             passed_over=[{"source": skipped.source, "reason": skipped.reason} for skipped in series.passed_over],
-            notes=list(series.notes),
+            notes=[
+                *series.notes,
+                *chosen.notes(ref.key for refs in series.matrices.values() for ref in refs if ref is not None),
+            ],
             pairs={_PART: {"matrices": list(series.matrices)}},
             failed=[],
             runs=results.manifest.get("runs", []),
