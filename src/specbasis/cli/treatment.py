@@ -80,8 +80,8 @@ def _tell(extraction: Extraction) -> None:
     record = extraction.record
     STDOUT.print(extraction.table.terminal())
     line(
-        "kept: share of the squared update; chance, entries, signs: what random directions, the largest entries "
-        "and the signs alone would hold of it",
+        "columns: kept, the share of the squared update; chance, entries, signs, what random directions, the "
+        "largest entries and the signs alone would hold of it",
         style="italic dim",
     )
     total = record["total"]
