@@ -311,3 +311,61 @@ def test_no_tensor_of_an_adapter_is_dropped_in_silence(tmp_path):
     path.unlink()
     with pytest.raises(InputError, match="without weights"):
         open_tuned(tmp_path / "adapter", open_checkpoint(tmp_path / "base"))
+
+
+def vit():
+    config = transformers.ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=24,
+        image_size=16,
+        patch_size=4,
+    )
+    return transformers.ViTForImageClassification(config)
+
+
+def mixtral():
+    config = transformers.MixtralConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24,
+        num_key_value_heads=2, num_local_experts=2,
+    )  # fmt: skip
+    return transformers.MixtralForCausalLM(config)
+
+
+RENAMED = {
+    "attention of ViT": (vit, ["q_proj", "o_proj", "fc1"], ["classifier"]),
+    "gate of Mixtral": (mixtral, ["q_proj", "v_proj"], ["gate"]),
+}
+
+
+@pytest.mark.parametrize("case", RENAMED)
+def test_families_whose_parameters_are_renamed_in_memory(case, tmp_path):
+    model, targets, saved = RENAMED[case]
+    torch.manual_seed(0)
+    model().save_pretrained(tmp_path / "base")
+    live = type(model()).from_pretrained(tmp_path / "base")
+    targets = [t for t in targets if any(name.endswith(t) for name, _ in live.named_modules())]
+    assert targets
+    adapted = peft.get_peft_model(live, peft.LoraConfig(r=4, target_modules=targets, modules_to_save=saved))
+    shake(adapted)
+    adapted.save_pretrained(tmp_path / "adapter")
+    merged = adapted.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")  # transformers gives the stored names back
+    base, oracle = open_checkpoint(tmp_path / "base"), open_checkpoint(tmp_path / "merged")
+    tuned = open_tuned(tmp_path / "adapter", base)
+    assert set(tuned) == set(oracle)
+    assert any(not torch.equal(oracle[name], base[name]) for name in base)
+    for name in oracle:
+        assert_float32_equal(tuned[name], oracle[name], name)
+
+
+@pytest.mark.parametrize("options", [{"task_type": "SEQ_CLS"}, {"modules_to_save": ["classifier"]}])
+def test_the_tuned_model_is_of_the_class_that_the_adapter_was_trained_on(options, tmp_path):
+    make(tmp_path, bert, lambda: peft.LoraConfig(r=4, target_modules=["query"], **options))
+    bert().bert.from_pretrained(tmp_path / "base").save_pretrained(tmp_path / "body")
+    base = open_checkpoint(tmp_path / "body")
+    assert base.config["architectures"] == ["BertModel"]
+    config = open_tuned(tmp_path / "adapter", base).config
+    assert config["architectures"] == ["BertForSequenceClassification"]
+    assert len(config["id2label"]) == 3

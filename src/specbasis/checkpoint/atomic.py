@@ -90,6 +90,12 @@ def clear(paths: Iterable[Path]) -> None:
             _remove(path)
 
 
+def clear_beside(path: Path) -> None:
+    """`clear` what killed processes left of their writing of this path."""
+    if path.parent.is_dir():
+        clear(other for other in path.parent.iterdir() if other.name.startswith(f".{path.name}."))
+
+
 def _restore(aside: Path, path: Path) -> None:
     """Put back what was set aside where nothing has taken its place."""
     if aside.exists() and not path.exists():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,6 +27,31 @@ _FETCHED = ("hf-hub:", "hf_hub:", "local-dir:")
 
 POSITIONS = 32
 """Positions of a model whose names alone are asked for: some families make tables of them number by number."""
+
+
+_MAPPINGS = {
+    "SEQ_CLS": "SEQUENCE_CLASSIFICATION",
+    "TOKEN_CLS": "TOKEN_CLASSIFICATION",
+    "QUESTION_ANS": "QUESTION_ANSWERING",
+    "CAUSAL_LM": "CAUSAL_LM",
+    "SEQ_2_SEQ_LM": "SEQ_TO_SEQ_CAUSAL_LM",
+}
+"""PEFT's word for a task → transformers' table of the classes for it, model type → class."""
+
+
+def adapted_class(config: Mapping[str, Any], adapter: Mapping[str, Any]) -> str:
+    """The class that an adapter was trained on, by its configuration; the base's own where nothing else is said."""
+    own = str((config.get("architectures") or [""])[0])
+    mapping = adapter.get("auto_mapping")
+    named = mapping.get("base_model_class") if isinstance(mapping, Mapping) else None
+    table, model_type = _MAPPINGS.get(str(adapter.get("task_type"))), config.get("model_type")
+    if named or table is None or not model_type:
+        return str(named or own)
+    try:
+        from transformers.models.auto import modeling_auto
+    except ImportError:
+        return own
+    return str(getattr(modeling_auto, f"MODEL_FOR_{table}_MAPPING_NAMES", {}).get(model_type, own))
 
 
 def without_memory(checkpoint: Checkpoint) -> Any:
@@ -106,4 +131,8 @@ def live_names(model: Any) -> dict[str, str]:
     own: dict[int, str] = {}
     for name, parameter in parameters.items():
         own.setdefault(id(parameter), name)
-    return {name: own[id(tensor)] for name, tensor in stored.items() if id(tensor) in own}
+    return {
+        name: name if parameters.get(name) is tensor else own[id(tensor)]  # of tied ones each its own
+        for name, tensor in stored.items()
+        if id(tensor) in own
+    }

@@ -28,7 +28,7 @@ from torch import Tensor
 from specbasis.checkpoint.adapter_file import CONFIG, AdapterFile, read_adapter
 from specbasis.checkpoint.choice import read_config
 from specbasis.checkpoint.entry import Checkpoint, Entry
-from specbasis.checkpoint.live_names import live_names, without_memory
+from specbasis.checkpoint.live_names import adapted_class, live_names, without_memory
 from specbasis.checkpoint.names import alignments
 from specbasis.checkpoint.places import Place
 from specbasis.core.errors import InputError
@@ -89,7 +89,7 @@ def open_adapter(place: Place, base: Checkpoint) -> Checkpoint:
         source=file.source,
         entries=entries,
         files=file.files,
-        config=read_config(place, "config.json")[0] or _with_labels(base.config, file.saved),
+        config=read_config(place, "config.json")[0] or _tuned_config(base.config, file),
         digests=file.digests,
         revision=file.revision,
         under=base,
@@ -100,11 +100,15 @@ def open_adapter(place: Place, base: Checkpoint) -> Checkpoint:
     )
 
 
-def _with_labels(config: Mapping[str, Any], saved: Mapping[str, Entry]) -> Mapping[str, Any]:
-    """A base's configuration with as many labels as the classifier has that an adapter stores, if any."""
+def _tuned_config(config: Mapping[str, Any], file: AdapterFile) -> Mapping[str, Any]:
+    """A base's configuration with the class that an adapter was trained on and the labels that it stores."""
     heads = [
-        entry.shape for name, entry in saved.items() if re.fullmatch(r"(classifier|score)\.(.*\.)?weight", name)
+        entry.shape
+        for name, entry in file.saved.items()
+        if re.fullmatch(r"(classifier|score)\.(.*\.)?weight", name)
     ]
+    if config and (model_class := adapted_class(config, file.config)):
+        config = {**config, "architectures": [model_class]}
     if not config or not heads or len(heads[-1]) < 2 or heads[-1][0] == len(config.get("id2label") or (0, 1)):
         return config
     names = [f"LABEL_{label}" for label in range(heads[-1][0])]

@@ -13,7 +13,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from specbasis.checkpoint.atomic import whole, writing
+from specbasis.checkpoint.atomic import clear_beside, whole, writing
 from specbasis.checkpoint.entry import Checkpoint, Entry
 from specbasis.core.dtypes import FORMATS, Format, name_of
 from specbasis.core.errors import InputError
@@ -50,6 +50,7 @@ def write_model(
         InputError: ``out`` exists and is not empty, cannot be written, or a tensor's format is not known.
     """
     want_new(out)
+    clear_beside(out)
     with writing(out), whole(out) as temporary:
         temporary.mkdir()
         _copy_beside(checkpoint, temporary)
@@ -126,6 +127,17 @@ def write_safetensors(
 
     Source: the safetensors format: length of the header, header as JSON, tensors without gaps.
     """
+    stream.write(safetensors_header(entries, metadata))
+    for name, tensor in tensors:
+        entry = entries[name]
+        want = _format(name, entry).name
+        if tuple(tensor.shape) != entry.shape or name_of(tensor.dtype) != want:
+            raise InputError(f"{name}: got {tensor.dtype} {tuple(tensor.shape)}; want {want} {entry.shape}")
+        stream.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+def safetensors_header(entries: Mapping[str, Entry], metadata: Mapping[str, str] | None = None) -> bytes:
+    """What stands in a safetensors file before the tensors."""
     header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     position = 0
     for name, entry in entries.items():
@@ -138,13 +150,7 @@ def write_safetensors(
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    stream.write(len(text).to_bytes(8, "little") + text)
-    for name, tensor in tensors:
-        entry = entries[name]
-        want = _format(name, entry).name
-        if tuple(tensor.shape) != entry.shape or name_of(tensor.dtype) != want:
-            raise InputError(f"{name}: got {tensor.dtype} {tuple(tensor.shape)}; want {want} {entry.shape}")
-        stream.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return len(text).to_bytes(8, "little") + text
 
 
 def stored_bytes(name: str, entry: Entry) -> int:

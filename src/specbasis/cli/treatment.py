@@ -100,6 +100,8 @@ def _tell(extraction: Extraction) -> None:
         line(f"left out: {left['name']}: {left['reason']}")
     if len(record["left_out"]) > 10:
         line(f"left out: {len(record['left_out']) - 10} more; all are in the record")
+    for text in record["notes"]:
+        line(text)
     for text in told(record.get("scores", {})):
         line(text)
     line(f"written: {extraction.folder}")

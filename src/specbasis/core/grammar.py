@@ -100,11 +100,11 @@ def parse_bytes(text: str) -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
     if not match:
-        raise InputError(f"got memory {text!r}; want a size, such as 8GB or 500M")
+        raise InputError(f"got {text!r}; want a size, such as 8GB or 500M")
     number, unit, binary = match.groups()
     size = int(float(number) * (1024 if binary else 1000) ** " kmgt".index(unit.lower() or " "))
     if size < 1:
-        raise InputError(f"got memory {text!r}; want more than nothing, such as 8GB")
+        raise InputError(f"got {text!r}; want more than nothing, such as 8GB")
     return size
 
 

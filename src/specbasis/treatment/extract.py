@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from specbasis.checkpoint import Checkpoint, open_checkpoint, open_tuned
-from specbasis.checkpoint.atomic import whole, writing
+from specbasis.checkpoint.atomic import clear_beside, whole, writing
 from specbasis.checkpoint.digest import sealed
 from specbasis.checkpoint.writer import stored_bytes, want_new
 from specbasis.core.dtypes import FORMATS
@@ -22,7 +22,7 @@ from specbasis.jobs.folder import environment, plain
 from specbasis.jobs.progress import Report, silent
 from specbasis.treatment.difference import Difference
 from specbasis.treatment.extraction import RECORD, Extraction
-from specbasis.treatment.judged import judge_treated
+from specbasis.treatment.judged import judge_pair, judge_treated
 from specbasis.treatment.low_rank import LowRank
 from specbasis.treatment.options import ExtractOptions
 from specbasis.treatment.updates import differing, share
@@ -79,13 +79,16 @@ def extract(
     finetuned = open_tuned(tuned, pretrained)
     report = progress or silent
     changes = differing(pretrained, finetuned, report)
+    scores = judge_pair(pretrained, finetuned, judge) if judge is not None else {}
     form = FORMS[chosen.form](pretrained, finetuned, changes, chosen, report)
+    clear_beside(out)
     with writing(out), whole(out) as temporary:
         temporary.mkdir()
         form.write(temporary, base)
         record = {**_record(pretrained, finetuned, form, chosen), **environment(("transformers", "peft"))}
         if judge is not None:
-            record["scores"] = judge_treated(pretrained, finetuned, open_tuned(temporary, pretrained), judge)
+            treated, sources = open_tuned(temporary, pretrained), (finetuned.source, pretrained.source)
+            record["scores"] = judge_treated(scores, treated, judge, sources)
         record = sealed(plain(record))
         (temporary / RECORD).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return Extraction(out, record)
@@ -112,6 +115,12 @@ def _record(
         "left_out": [
             {"name": c.name, "reason": reason, "share_of_update": share(squares, total) if squares else None}
             for c, reason, squares in left
+        ],
+        "notes": [
+            f"{c.name} has {c.shape[0]} rows, the base's {base.entries[c.shorter].shape[0]}: give the model as "
+            "many before the adapter is loaded (resize_token_embeddings, num_labels)"
+            for c in form.carried
+            if c.shorter and options.form == "lora"
         ],
         "total": {
             "share": share(held, total),

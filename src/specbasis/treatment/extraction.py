@@ -23,7 +23,8 @@ class Extraction:
 
     Attributes:
         folder: the adapter's.
-        record: what of the finetune it holds: ``matrices``, ``carried``, ``left_out``, ``total``, ``scores``.
+        record: what of the finetune it holds: ``matrices``, ``carried``, ``left_out``, ``notes``, ``total``,
+            ``scores``.
     """
 
     folder: Path

@@ -22,24 +22,32 @@ from specbasis.treatment.updates import updates
 Scores = dict[str, Sample | float]
 
 
-def judge_treated(base: Checkpoint, tuned: Checkpoint, treated: Checkpoint, judge: Judge) -> dict[str, Any]:
-    """Every metric of base, finetune and treated model, and what the treatment changed.
+def judge_pair(base: Checkpoint, tuned: Checkpoint, judge: Judge) -> dict[str, Scores]:
+    """The scores of base and finetune; before the long work, which is in vain where they cannot be judged.
 
     The base has the finetune's own modules, such as a task head, where it has none.
-
-    Returns:
-        metric → base, tuned, treated, and change, change_low, change_high, p, examples of treated − tuned;
-        see `specbasis.interventions.samples.summarise`.
     """
     entries = {
         change.name: base.entries[change.counterpart] for change in updates(base, tuned) if change.counterpart
     }
     without = replace(tuned, entries={**tuned.entries, **entries})
-    models = {"base": without, "tuned": tuned, "treated": treated}
-    scores = {name: score(model, judge, (tuned.source, base.source)) for name, model in models.items()}
+    models = {"base": without, "tuned": tuned}
+    return {name: score(model, judge, (tuned.source, base.source)) for name, model in models.items()}
+
+
+def judge_treated(
+    pair: Mapping[str, Scores], treated: Checkpoint, judge: Judge, tokenizers: Iterable[str]
+) -> dict[str, Any]:
+    """Every metric of base, finetune and treated model, and what the treatment changed.
+
+    Returns:
+        metric → base, tuned, treated, and change, change_low, change_high, p, examples of treated − tuned;
+        see `specbasis.interventions.samples.summarise`.
+    """
+    scores = {**pair, "treated": score(treated, judge, tokenizers)}
     summary = summarise(scores["tuned"], scores["treated"])
     return {
-        metric: {name: value_of(scores[name][metric]) for name in models}
+        metric: {name: value_of(of_model[metric]) for name, of_model in scores.items()}
         | {key: summary[f"{metric}.{key}"] for key in DETAILS if f"{metric}.{key}" in summary}
         for metric in scores["tuned"]
     }

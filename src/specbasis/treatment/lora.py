@@ -29,6 +29,9 @@ TASKS = {
 }
 """How PEFT calls what a class of transformers is for, by the end of its name."""
 
+NO_MODULES = "dummy-target-modules"
+"""What PEFT wants for ``target_modules`` of an adapter that has no low-rank part (its DUMMY_TARGET_MODULES)."""
+
 HEADS = dict.fromkeys(("SEQ_CLS", "TOKEN_CLS"), ("classifier", "score")) | {"QUESTION_ANS": ("qa_outputs",)}
 """Modules that PEFT stores whole whatever its configuration says, by task."""
 
@@ -81,7 +84,7 @@ def configuration(
         "lora_alpha": common,
         "rank_pattern": others,
         "alpha_pattern": others,
-        "target_modules": sorted(ranks),
+        "target_modules": sorted(ranks) or NO_MODULES,
         "modules_to_save": sorted(whole) or None,
         "fan_in_fan_out": is_in_out,
         "bias": "all" if has_biases else "none",

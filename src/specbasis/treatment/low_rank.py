@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from math import isnan
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 from specbasis.checkpoint import Checkpoint, weights_sha256
 from specbasis.checkpoint.adapter_file import CONFIG, PREFIX, WEIGHTS
 from specbasis.checkpoint.entry import Entry
-from specbasis.checkpoint.writer import stored_bytes, write_safetensors
+from specbasis.checkpoint.writer import safetensors_header, stored_bytes, write_safetensors
 from specbasis.core.dtypes import FORMATS
 from specbasis.core.errors import InputError
 from specbasis.core.svd import SVD
@@ -77,12 +77,13 @@ class LowRank:
 
     def _is_low_rank(self, change: Update) -> bool:
         holder = self.holders[change.name]
-        # On one of two tied weights a low-rank update would miss the other; on both it would be merged twice. And
-        # PEFT takes a name for that of every module whose path ends with it.
+        # On one of two tied weights a low-rank update would miss the other; on both it would be merged twice. One
+        # that is an adapter's already stays what it was. And PEFT takes a name for that of every module whose path
+        # ends with it.
         return (
             change.is_matrix
             and bool(holder.kind)
-            and not holder.twins
+            and (not holder.twins or self.tuned.entries[change.name].factors is not None)
             and not any(module.endswith(f".{holder.module}") for module in self.modules)
         )
 
@@ -98,12 +99,17 @@ class LowRank:
             module
             for change in changed
             if not change.reason and not self._is_low_rank(change) and self.holders[change.name].leaf != "bias"
-            for module in (self.holders[change.name].module, *self.holders[change.name].twins)
+            for module in self._places(change.name)
             if module
         }
         modules = {m for m in modules if not _within(m, modules - {m})}
         endings = (*modules, *HEADS.get(self.task or "", ()))
         return {m for m in self.modules if m.endswith(endings)} if endings else set()
+
+    def _places(self, name: str) -> tuple[str, ...]:
+        """The modules that a parameter is stored for: of an adapter the one that it names alone."""
+        holder = self.holders[name]
+        return (holder.module, *holder.twins) if self.tuned.under is None else (holder.module,)
 
     @property
     def task(self) -> str | None:
@@ -137,15 +143,19 @@ class LowRank:
         self.ranks = {c.name: rank for c, rank in zip(self.low_rank, ranks, strict=True)}
 
     def _left_of(self, budget: int, costs: list[int]) -> int:
-        """What a budget leaves for the factors."""
+        """What a budget leaves for the factors when names and shapes are told and the rest is carried."""
+        full = {c.name: min(c.matrix_shape) for c in self.low_rank}
+        header = len(safetensors_header(self._entries(full), self._metadata))
         carried = sum(stored_bytes(name, entry) for name, entry in self._whole().items())
-        if costs and budget < carried + min(costs):
+        least = header + carried + min(costs, default=0)
+        if budget < least:
+            hint = ", or leave out what is no matrix (--no-carry)" if carried else ""
             raise InputError(
-                f"got size = {self.options.size}; what is carried whole takes {carried:,} bytes and one direction "
-                f"of the smallest matrix {min(costs):,}: want {carried + min(costs):,} bytes at least, or leave "
-                "out what is no matrix (--no-carry)"
+                f"got size = {self.options.size}; names and shapes take {header:,} bytes, what is carried whole "
+                f"{carried:,}, one direction of the smallest matrix {min(costs, default=0):,}: want {least:,} "
+                f"bytes at least{hint}"
             )
-        return budget - carried
+        return budget - header - carried
 
     def _cost(self, change: Update) -> int:
         """Bytes of one direction of a matrix."""
@@ -155,19 +165,11 @@ class LowRank:
 
     def write(self, folder: Path, base: Source) -> None:
         """The adapter's weights and configuration, one matrix in memory at a time."""
-        entries: dict[str, Entry] = {}
-        for done, change in enumerate(self.low_rank):
-            if self.ranks[change.name]:
-                decompose = partial(self._decompose, change, Progress(done, len(self.low_rank), change.name))
-                holder, rank = self.holders[change.name], self.ranks[change.name]
-                factors = Factors(holder, change.shape, change.matrix_shape, rank, self.options.dtype, decompose)
-                entries |= factors.entries()
-        entries |= self._whole()
-        digest = weights_sha256(self.base)
+        entries = self._entries(self.ranks)
         with (folder / WEIGHTS).open("wb") as stream:
             tensors = ((name, entry.load()) for name, entry in entries.items())
-            write_safetensors(stream, entries, tensors, metadata={"base_sha256": digest})
-        self.stored = sum(stored_bytes(name, entry) for name, entry in entries.items())
+            write_safetensors(stream, entries, tensors, self._metadata)
+            self.stored = stream.tell()
         self.lines += [_line(c, None, 0, self.options.dtype) for c in self.low_rank if not self.ranks[c.name]]
         config = configuration(
             {self.holders[name].module: rank for name, rank in self.ranks.items()},
@@ -182,6 +184,21 @@ class LowRank:
             text = json.dumps(dict(self.tuned.config), indent=2) + "\n"
             (folder / "config.json").write_text(text, encoding="utf-8")
 
+    def _entries(self, ranks: Mapping[str, int]) -> dict[str, Entry]:
+        """All tensors of the file when the matrices get these ranks."""
+        entries: dict[str, Entry] = {}
+        for done, change in enumerate(self.low_rank):
+            if rank := ranks[change.name]:
+                decompose = partial(self._decompose, change, Progress(done, len(self.low_rank), change.name))
+                holder = self.holders[change.name]
+                factors = Factors(holder, change.shape, change.matrix_shape, rank, self.options.dtype, decompose)
+                entries |= factors.entries()
+        return entries | self._whole()
+
+    @cached_property
+    def _metadata(self) -> dict[str, str]:
+        return {"base_sha256": weights_sha256(self.base)}
+
     def _decompose(self, change: Update, at: Progress) -> SVD:
         self.progress(at)
         rank = self.ranks[change.name]
@@ -194,9 +211,12 @@ class LowRank:
         adapted = {self.holders[c.name].module for c in self.low_rank}
         biases = {c.name for c in self.carried}
         stored: dict[str, Entry] = {}
-        for name, entry in self.tuned.entries.items():
-            holder = self.holders[name]
-            modules = [m for m in (holder.module, *holder.twins) if _within(m, self.whole_modules)]
+        instead = {c.name: self.base.entries.get(c.counterpart) for c, _ in self.left_out}
+        for name, own in self.tuned.entries.items():
+            holder, entry = self.holders[name], instead.get(name, own)
+            if entry is None:
+                continue
+            modules = [m for m in self._places(name) if _within(m, self.whole_modules)]
             if not modules and name in biases:
                 modules = [f"{holder.module}.base_layer" if holder.module in adapted else holder.module]
             for module in modules:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -66,9 +68,23 @@ def _held(model: nn.Module, name: str, names: list[str]) -> Holder:
     owner = model.get_submodule(module)
     classes = [cls.__name__ for cls in type(owner).__mro__]
     kind = next((kind for kind in LOW_RANK if kind in classes), "") if leaf == "weight" else ""
-    if kind.startswith("Conv") and getattr(owner, "groups", 1) > 1:
+    if (kind.startswith("Conv") and getattr(owner, "groups", 1) > 1) or _is_bypassed(model, module):
         kind = ""
     return Holder(module, leaf, kind, tuple(n.rpartition(".")[0] for n in names if n != name))
+
+
+def _is_bypassed(model: nn.Module, path: str) -> bool:
+    """Whether the module around this one takes its weight without calling it: then a LoRA on it has no effect.
+
+    So do DeBERTa's encoder with its relative positions and torch's MultiheadAttention with its last layer. The
+    source tells; a weight that is only asked for its type is not taken.
+    """
+    parent, _, name = path.rpartition(".")
+    try:
+        source = inspect.getsource(type(model.get_submodule(parent)))
+    except (OSError, TypeError):  # defined where there is no source
+        return False
+    return bool(re.search(rf"(?<!isinstance\()self\.{re.escape(name)}\.weight\b(?!\.(dtype|device|shape))", source))
 
 
 def _by_shape(name: str, checkpoint: Checkpoint, is_embedding: bool) -> Holder:

@@ -52,7 +52,7 @@ class ExtractOptions(Options):
 
     @property
     def budget(self) -> int | None:
-        """Bytes of the file's numbers."""
+        """Bytes of the file."""
         return parse_bytes(self.size) if isinstance(self.size, str) else self.size
 
 

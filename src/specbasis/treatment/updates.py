@@ -17,6 +17,7 @@ from specbasis.architecture.key import MatrixRef
 from specbasis.architecture.pair import aligned
 from specbasis.architecture.recognise import model_map
 from specbasis.checkpoint import Checkpoint, weights_sha256
+from specbasis.checkpoint.entry import Entry
 from specbasis.checkpoint.formats.safetensors import base_sha256
 from specbasis.checkpoint.names import stripped
 from specbasis.core.errors import InputError, NonFiniteError
@@ -33,6 +34,7 @@ class Update:
     Attributes:
         name: of the finetune.
         counterpart: the base's name of it; empty where the base has none of this shape.
+        shorter: the base's name of it where only the number of rows is another, as of a vocabulary that grew.
         base: the pretrained checkpoint.
         tuned: the finetuned one.
         refs: the matrices that architecture finds in it; of a fused parameter several.
@@ -45,6 +47,7 @@ class Update:
     tuned: Checkpoint
     refs: tuple[MatrixRef, ...] = ()
     reason: str = ""
+    shorter: str = ""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -83,18 +86,23 @@ class Update:
 
     @cached_property
     def squares(self) -> tuple[float, float]:
-        """‖tuned − base‖² and ‖tuned‖²; the latter twice where the base has no counterpart.
+        """‖tuned − base‖² and ‖tuned‖²; rows that the base has not are counted from zero.
 
-        NaN where the numbers are not finite. Reads both, unless they are one entry of an adapter and its base.
+        NaN where the numbers are not finite. Reads both, unless one is the other's, or that and a product; then the
+        second is infinite.
         """
         theirs = self.base.entries.get(self.counterpart)
         if theirs is self.tuned.entries[self.name]:
-            return 0.0, math.nan
+            return 0.0, math.inf
+        if (factors := self.factors()) is not None:
+            B, A = (factor.double() for factor in factors)
+            return float(((B.mT @ B) * (A @ A.mT)).sum().clamp(min=0)), math.inf
         T = self.tuned[self.name].double()
         size = float(T.square().sum())
-        if theirs is None:
-            return size, size
-        return float((T - self.base[self.counterpart].double()).square().sum()), size
+        if name := self.counterpart or self.shorter:
+            W = self.base[name].double()
+            T = T - W if self.counterpart else torch.cat([T[: len(W)] - W[: len(T)], T[len(W) :]])
+        return float(T.square().sum()), size
 
     @property
     def is_changed(self) -> bool:
@@ -170,13 +178,13 @@ def updates(base: Checkpoint, tuned: Checkpoint) -> list[Update]:
     return list(_updates(base, tuned, ours, refs))
 
 
-def refuse_another_base(base: Checkpoint, tuned: Checkpoint, changed: Iterable[Update]) -> None:
+def refuse_another_base(base: Checkpoint, tuned: Checkpoint, changes: Iterable[Update]) -> None:
     """Refuse a finetune of other weights: an independent model, or an adapter that names another base's digest.
 
     Args:
         base: the pretrained checkpoint.
         tuned: the finetuned one.
-        changed: its updates.
+        changes: its updates.
 
     Raises:
         InputError: it is one.
@@ -187,8 +195,15 @@ def refuse_another_base(base: Checkpoint, tuned: Checkpoint, changed: Iterable[U
             f"{tuned.source}: was made from other weights than {base.source} (their SHA-256 is {stated[:12]}…); "
             "want the base that it was made from"
         )
-    changed = [c for c in changed if c.is_matrix and not c.reason and c.squares[0] > 0]  # NaN is not
-    far, near = (sum(c.squares[i] for c in changed) for i in (0, 1))
+    changes = list(changes)
+    lacking = [c for c in changes if len(c.shape) > 1 and not (c.counterpart or c.shorter)]
+    if 2 * sum(prod(c.shape) for c in lacking) > sum(prod(c.shape) for c in changes):
+        raise InputError(
+            f"{tuned.source}: {base.source} has less than half of it in these shapes, and no {lacking[0].name} "
+            f"{lacking[0].shape}; want the base that it was trained from"
+        )
+    usable = [c for c in changes if c.is_matrix and not c.reason and not math.isnan(c.squares[0])]
+    far, near = (sum(c.squares[i] for c in usable) for i in (0, 1))
     if far > near:
         raise InputError(
             f"{tuned.source}: lies further from {base.source} than from zero (‖delta‖² = {far / near:.2f} "
@@ -201,18 +216,25 @@ def _updates(
     base: Checkpoint, tuned: Checkpoint, ours: dict[str, str], refs: dict[str, list[MatrixRef]]
 ) -> Iterator[Update]:
     for name, entry in tuned.entries.items():
-        own = ours.get(name, "")
+        own, shorter = ours.get(name, ""), ""
         if own and base.entries[own].shape != entry.shape:
-            own = ""
-        if entry.is_float or not own:  # what else both have are buffers, such as positions
+            is_longer = base.entries[own].shape[1:] == entry.shape[1:] and base.entries[own].is_float
+            own, shorter = "", own if is_longer and entry.shape else ""
+        if entry.is_float or not own or _is_other(entry, base.entries[own]):
             reason = _unusable(name, tuned) or (own and _unusable(own, base)) or ""
-            yield Update(name, own, base, tuned, tuple(refs.get(own, ())), reason)
+            yield Update(name, own, base, tuned, tuple(refs.get(own, ())), reason, shorter)
+
+
+def _is_other(entry: Entry, theirs: Entry) -> bool:
+    """Whether a matrix of no floating-point numbers is not the base's; vectors and scalars are counters."""
+    return len(entry.shape) > 1 and (entry.dtype != theirs.dtype or not torch.equal(entry.load(), theirs.load()))
 
 
 def _unusable(name: str, checkpoint: Checkpoint) -> str:
     """Why the numbers of a parameter are not those of the model, or an empty string."""
     entry = checkpoint.entries[name]
-    return "" if entry.is_float and len(entry.shape) < 2 else unusable(name, checkpoint.entries)
+    is_vector = entry.is_float and (len(entry.shape) < 2 or sum(size > 1 for size in entry.shape) < 2)
+    return "" if is_vector else unusable(name, checkpoint.entries)
 
 
 def differing(base: Checkpoint, tuned: Checkpoint, report: Report = silent) -> list[Update]:
