@@ -184,6 +184,36 @@ def test_loras_are_merged_as_the_models_that_peft_makes_of_them(adapters, method
     assert torch.equal(loaded.state_dict()[QUERY], from_factors[QUERY])
 
 
+@pytest.mark.parametrize("method", ["ties", "knots", "iso-cts"])
+def test_loras_on_weights_stored_in_out_on_embeddings_and_on_different_modules(tmp_path, method):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        n_embd=16, n_layer=2, n_head=4, vocab_size=50, n_positions=32, bos_token_id=0, eos_token_id=0
+    )
+    torch.manual_seed(0)
+    transformers.GPT2LMHeadModel(config).double().save_pretrained(tmp_path / "base")
+    loras = {
+        "a": peft.LoraConfig(r=2, target_modules=["c_attn", "c_proj"], rank_pattern={"c_proj": 3}),
+        "b": peft.LoraConfig(r=3, target_modules=["c_attn", "c_fc", "wte"]),
+        "c": peft.LoraConfig(r=2, use_dora=True, target_modules=["c_attn"]),
+    }
+    for name, lora in loras.items():
+        model = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "base", torch_dtype=torch.float64)
+        tuned = peft.get_peft_model(model, lora, autocast_adapter_dtype=False)
+        for parameter_name, parameter in tuned.named_parameters():
+            if "lora_" in parameter_name and "magnitude" not in parameter_name:
+                torch.nn.init.normal_(parameter, std=0.05)
+        tuned.save_pretrained(tmp_path / name)
+        tuned.merge_and_unload().save_pretrained(tmp_path / f"{name}-dense")
+    for end in ("", "-dense"):
+        tuned = {name: tmp_path / f"{name}{end}" for name in loras}
+        specbasis.merge(tmp_path / "base", tuned, tmp_path / f"out{end}", method=method)
+    from_factors, from_weights = (load_file(tmp_path / f"out{end}/model.safetensors") for end in ("", "-dense"))
+    base = load_file(tmp_path / "base/model.safetensors")
+    for name, value in from_factors.items():
+        assert (value - from_weights[name]).norm() <= 1e-6 * (value - base[name]).norm(), name
+
+
 def test_an_adapter_that_names_other_weights_is_refused(adapters):
     file = adapters / "a/adapter_model.safetensors"
     save_file(load_file(file), file, metadata={"format": "pt", "base_sha256": "0" * 64})

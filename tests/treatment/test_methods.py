@@ -212,3 +212,11 @@ def test_calibration_divides_what_all_have_in_common_and_leaves_the_rest():
 def test_settings_that_mean_nothing_are_refused(options, message):
     with pytest.raises(InputError, match=message):
         MergeOptions(**options)
+
+
+@pytest.mark.parametrize("method", ["ties", "knots"])
+@pytest.mark.parametrize("rank", [None, 3])
+def test_a_finetune_that_left_a_matrix_alone_is_not_averaged_in(method, rank):
+    for shape in SHAPES:
+        (tensor,) = deltas(shape, 1, rank=rank)
+        assert_equal(merge([torch.zeros_like(tensor), tensor], method, density=1.0), tensor)

@@ -153,8 +153,9 @@ def knots(deltas: Sequence[Delta], options: MergeOptions, generator: torch.Gener
     Source: Stoica et al. 2025 (arXiv 2410.19735), KnOTS-TIES.
     """
     svd = _joint_svd(deltas, are_summed=False)
-    coefficients = (svd.S[:, None] * svd.Vh).chunk(len(deltas), 1)
-    return svd.U @ ties([Delta(part) for part in coefficients], options, generator)
+    coefficients = svd.S[:, None] * svd.Vh
+    coefficients[coefficients.abs() < RANK * svd.S[0]] = 0  # the rounding of a zero would count in a mean
+    return svd.U @ ties([Delta(part) for part in coefficients.chunk(len(deltas), 1)], options, generator)
 
 
 def calibrated(merged: Tensor, deltas: Sequence[Delta], least: float) -> Tensor:
