@@ -90,6 +90,9 @@ class Update:
 
         NaN where the numbers are not finite. Reads both, unless one is the other's, or that and a product; then the
         second is infinite.
+
+        Raises:
+            InputError: they are finite, and their squares are beyond float64.
         """
         theirs = self.base.entries.get(self.counterpart)
         if theirs is self.tuned.entries[self.name]:
@@ -99,10 +102,17 @@ class Update:
             return float(((B.mT @ B) * (A @ A.mT)).sum().clamp(min=0)), math.inf
         T = self.tuned[self.name].double()
         size = float(T.square().sum())
+        largest = float(T.abs().max()) if T.numel() else 0.0
         if name := self.counterpart or self.shorter:
             W = self.base[name].double()
             T = T - W if self.counterpart else torch.cat([T[: len(W)] - W[: len(T)], T[len(W) :]])
-        return float(T.square().sum()), size
+        difference = float(T.square().sum())
+        if math.isfinite(largest) and (math.isinf(size) or (difference == 0 and bool(T.any()))):
+            raise InputError(
+                f"{self.name}: its numbers, up to {largest:.0e}, have no squares in float64; multiply base and "
+                "finetune by one power of two"
+            )
+        return difference, size
 
     @property
     def is_changed(self) -> bool:
