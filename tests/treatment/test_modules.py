@@ -70,7 +70,8 @@ def test_experts_that_are_one_tensor_in_memory_keep_the_names_that_they_are_stor
 def test_without_a_configuration_shapes_tell():
     shapes = {
         "layer.weight": (4, 3), "words.weight": (9, 4), "norm.weight": (4,), "layer.bias": (4,),
-        "mix.in_proj_weight": (6, 2),        "conv.weight": (4, 3, 5, 5), "deep.weight": (4, 1, 5, 5),
+        "mix.in_proj_weight": (6, 2), "mix.out_proj.weight": (2, 2), "out_proj.weight": (2, 2),
+        "conv.weight": (4, 3, 5, 5), "deep.weight": (4, 1, 5, 5),
     }  # fmt: skip
     state = open_checkpoint({name: torch.ones(shape) for name, shape in shapes.items()})
     found, model_class = holders(state, frozenset({"words.weight"}))
@@ -78,5 +79,6 @@ def test_without_a_configuration_shapes_tell():
     kinds = {name: holder.kind for name, holder in found.items()}
     assert kinds == {
         "layer.weight": "Linear", "words.weight": "Embedding", "norm.weight": "", "layer.bias": "",
-        "mix.in_proj_weight": "", "conv.weight": "Conv2d", "deep.weight": "",
+        "mix.in_proj_weight": "", "mix.out_proj.weight": "", "out_proj.weight": "Linear",
+        "conv.weight": "Conv2d", "deep.weight": "",
     }  # fmt: skip

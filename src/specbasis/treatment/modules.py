@@ -93,4 +93,6 @@ def _by_shape(name: str, checkpoint: Checkpoint, is_embedding: bool) -> Holder:
     kinds = {2: "Embedding" if is_embedding else "Linear", 3: "Conv1d", 4: "Conv2d", 5: "Conv3d"}
     # A depthwise kernel has one input channel for each output, and no low-rank update of PEFT's.
     whole = leaf != "weight" or (axes > 2 and checkpoint.entries[name].shape[1] == 1)
+    # Around the last layer of torch's MultiheadAttention nothing calls it, as in `_is_bypassed`.
+    whole = whole or (module.endswith(".out_proj") and f"{module[: -len('out_proj')]}in_proj_weight" in checkpoint)
     return Holder(module, leaf, "" if whole else kinds.get(axes, ""))
