@@ -679,3 +679,11 @@ def test_cached_decompositions_give_the_same(berts, tmp_path):
 def test_state_dicts_are_sources_too(tmp_path):
     base, tuned = bert_state(), finetuned(bert_state())
     assert specbasis.extract(base, tuned, tmp_path / "out", rank=2).matrices
+
+
+def test_factors_that_their_format_cannot_hold_are_refused(tmp_path):
+    base = {"layer.weight": torch.zeros(8, 6), "other.weight": torch.full((8, 6), 1e12)}
+    tuned = base | {"layer.weight": 1e11 * torch.randn(8, 6, generator=torch.Generator().manual_seed(0))}
+    with pytest.raises(InputError, match="do not fit into float16"):
+        extract(base, tuned, tmp_path / "out", rank=2, dtype="float16")
+    assert not (tmp_path / "out").exists()

@@ -137,6 +137,11 @@ class Factors:
             B = torch.nn.functional.pad(svd.U * root, (0, lacking))
             self._halves = (B.mT, A.mT) if self.holder.kind == "Embedding" else (A, B)
         tensor = self._halves[which].reshape(shape).to(getattr(torch, self.dtype)).contiguous()
+        if not bool(torch.isfinite(tensor).all()):
+            raise InputError(
+                f"{self.holder.module}: its factors do not fit into {self.dtype}, whose numbers are too small for "
+                "them; want another dtype (--dtype)"
+            )
         if which == 1:
             del self._halves  # the next matrix is to have the memory
         return tensor
