@@ -258,7 +258,9 @@ def conclude(rows: Sequence[Row], tolerance: float) -> dict[str, Any]:
             "sentence": f"No point keeps the task within {100 * tolerance:g} points; nothing is changed."
         }
     beside = "no interpolation keeps the task so well"
-    if plain is not None:
+    if plain is best:
+        beside = "nothing else that keeps the task brings back more"
+    elif plain is not None:
         returned = _interval(plain.values, "report.back", ".0%")
         beside = f"interpolation ({plain.experiment['amount']:g}) brings back {returned}"
     way = f"{best.experiment['way']} {best.experiment['amount']:g}, {best.experiment['blocks']} blocks"
