@@ -28,8 +28,9 @@ def names(model):
 
 
 def test_names_are_those_of_the_model_that_transformers_makes():
+    model_class, config = transformers.LlamaForCausalLM, transformers.LlamaConfig(**LLAMA)
     with torch.device("meta"):
-        wanted = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA))
+        wanted = model_class(config)
     assert names(without_memory(described(LLAMA))) == names(wanted)
 
 
