@@ -3,6 +3,7 @@
 import re
 import shutil
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import typer
@@ -10,6 +11,7 @@ from typer.core import TyperGroup
 from typer.testing import CliRunner
 
 from specbasis.cli import app
+from specbasis.cli.common import STDOUT
 from specbasis.core.errors import InputError
 from specbasis.paper import contents
 from specbasis.paper.claims import claims
@@ -19,7 +21,9 @@ RESULTS = Path(__file__).parents[2] / "results"
 
 
 def ran(*words):
-    return CliRunner().invoke(app, ["reproduce", *map(str, words)], env={"COLUMNS": "200"})
+    """What a verb prints on a wide terminal; a worker of the tests gives its console a width of its own."""
+    with patch.object(STDOUT, "_width", 200):
+        return CliRunner().invoke(app, ["reproduce", *map(str, words)], env={"COLUMNS": "200"})
 
 
 def test_every_figure_and_table_of_the_paper_is_listed():

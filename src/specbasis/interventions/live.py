@@ -61,6 +61,7 @@ def edited(
     with _Interrupts() as interrupts:
         try:
             try:
+                interrupts.begin()
                 with torch.no_grad():
                     for ref, new in refs.items():
                         W = ref.read(stored)
@@ -206,12 +207,14 @@ def _resolved(
 class _Interrupts:
     """Ctrl-C while a context is open: at once while `wait` is off, at the end of the context when it is on.
 
-    The first interrupt turns waiting on, so a second one cannot come between it and the clean-up. Nothing is done
-    outside of the main thread, where no interrupt arrives.
+    It waits until `begin`, which is called where a clean-up stands ready: an exception between the change of the
+    handler and the block would leave that handler behind. The first interrupt turns waiting on again, so a second
+    one cannot come between it and the clean-up. Nothing is done outside of the main thread, where no interrupt
+    arrives.
     """
 
     def __init__(self) -> None:
-        self.wait = False
+        self.wait = True
         self._pending: list[tuple[int, FrameType | None]] = []
         self._former: Callable[[int, FrameType | None], object] | None = None
 
@@ -221,6 +224,12 @@ class _Interrupts:
             self._former = former
             signal.signal(signal.SIGINT, self._handle)
         return self
+
+    def begin(self) -> None:
+        """Let interrupts through, one that has come already first."""
+        self.wait = False
+        if self._pending:
+            self._handle(*self._pending.pop(0))
 
     def __exit__(self, *_: object) -> None:
         if self._former is not None:
