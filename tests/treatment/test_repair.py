@@ -13,6 +13,7 @@ from torch import nn
 from specbasis import open_checkpoint, repair
 from specbasis.core.errors import InputError
 from specbasis.core.svd import decompose
+from specbasis.figures.treatment import write_repair_figure
 from specbasis.interventions.samples import Sample
 from specbasis.jobs.cache import Cache
 from specbasis.jobs.experiments import Row
@@ -179,6 +180,11 @@ def test_what_is_written_is_the_chosen_point_and_the_same_call_continues(models,
     monkeypatch.setattr(Distance, "__call__", lambda *_: pytest.fail("judged again"))
     again = repair(base, tuned, keep, recover, tmp_path / "out", tolerance=60, cache=tmp_path / "cache")
     assert again.record == done.record
+    picture, vector = write_repair_figure(done)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert all(
+        f">{way}<" in vector.read_text() or way in vector.read_text() for way in ("interpolation", "intruders")
+    )
 
 
 def test_an_evaluator_without_examples_is_refused_in_one_line(models, tmp_path) -> None:

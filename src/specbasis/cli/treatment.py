@@ -10,7 +10,7 @@ import typer
 
 from specbasis.cli.common import STDERR, STDOUT, document, line, progress
 from specbasis.cli.flags import BASE, JSON, OUT
-from specbasis.core.errors import InputError
+from specbasis.core.errors import InputError, MissingExtra
 from specbasis.core.grammar import labelled, words
 from specbasis.core.options import ADVANCED, Options, option
 from specbasis.treatment.options import ExtractOptions, MergeOptions, RepairOptions
@@ -120,7 +120,7 @@ def repair(
     examples: Examples,
 ) -> None:
     """Bring back what a finetune forgot: ways towards the base, judged on the task and on what was forgotten."""
-    from specbasis.figures.treatment import repair_table
+    from specbasis.figures.treatment import repair_table, write_repair_figure
     from specbasis.treatment.repair import recovery
     from specbasis.treatment.repair import repair as run
 
@@ -134,6 +134,11 @@ def repair(
         style="italic dim",
     )
     line(done.sentence)
+    if any("amount" in row.experiment for row in done.rows):
+        try:
+            line(f"picture: {write_repair_figure(done)[0]}")
+        except MissingExtra as error:
+            line(f"note: no picture: {error}", console=STDERR)
     line(f"repaired model: {done.model}" if done.model else f"rows: {done.folder}")
 
 

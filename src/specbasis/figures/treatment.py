@@ -82,7 +82,7 @@ def _extraction_figure(extraction: Extraction) -> Figure:
 def _by_block(lines: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> tuple[Figure, Sequence[Axes]]:
     """Two figures of each matrix by block, a line for each role."""
     lines = [line for line in lines if line["block"] is not None] or lines
-    figure, axes = kit.free_panels(1, 2, (4.6, 3.4), f"{len(lines)} matrices of the finetune")
+    figure, axes = kit.panels(1, 2, (4.6, 2.9), f"{len(lines)} matrices of the finetune", between=0.7, below=1.1)
     roles = sorted({line["role"] for line in lines}, key=lambda role: (_place(role), role))
     for (name, title), ax in zip(titles.items(), axes[0], strict=True):
         for i, role in enumerate(roles):
@@ -210,7 +210,7 @@ def write_repair_figure(repair: Repair, path: str | Path | None = None) -> list[
 
 
 def _frontier(repair: Repair) -> Figure:
-    figure, axes = kit.free_panels(1, 1, (6, 4), "what came back, and what it costs the task")
+    figure, axes = kit.panels(1, 1, (6, 3.6), "what came back, and what it costs the task", left=0.9, below=1.0)
     ax, marks = axes[0, 0], []
     points = [row for row in repair.rows if "amount" in row.experiment]
     ways = list(dict.fromkeys(row.experiment["way"] for row in points))
