@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -189,6 +190,16 @@ def fields(value: object, path: tuple[object, ...] = ()) -> list[tuple[object, .
     return paths
 
 
+def opened_at(text: str, path: tuple[object, ...]) -> tuple[dict[str, Any], Any]:
+    """A document without its seal, with which every change would be refused, and what holds the field of a path."""
+    content = json.loads(text)
+    content.pop("sha256", None)
+    place = content
+    for step in path[:-1]:
+        place = place[step]
+    return content, place
+
+
 def test_a_manifest_that_lacks_a_field_is_read_or_refused(specbasis: Run, folder: Path) -> None:
     manifest = folder / "out" / "manifest.json"
     whole = manifest.read_text()
@@ -198,11 +209,7 @@ def test_a_manifest_that_lacks_a_field_is_read_or_refused(specbasis: Run, folder
     refused = 0
     try:
         for path in paths:
-            content = json.loads(whole)
-            content.pop("sha256", None)  # its seal, with which every change is refused
-            place = content
-            for step in path[:-1]:
-                place = place[step]
+            content, place = opened_at(whole, path)
             del place[path[-1]]
             manifest.write_text(json.dumps(content))
             done = specbasis("report", folder / "out", "--json")
@@ -225,11 +232,7 @@ def test_a_manifest_with_values_of_another_type_is_read_or_refused(folder: Path)
     try:
         for path in paths:
             for wrong in WRONG:
-                content = json.loads(whole)
-                content.pop("sha256", None)  # its seal, with which every change is refused
-                place = content
-                for step in path[:-1]:
-                    place = place[step]
+                content, place = opened_at(whole, path)
                 place[path[-1]] = wrong
                 manifest.write_text(json.dumps(content))
                 try:

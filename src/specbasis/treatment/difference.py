@@ -9,7 +9,6 @@ from math import isnan
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from specbasis.checkpoint import Checkpoint, weights_sha256
@@ -17,7 +16,7 @@ from specbasis.checkpoint.delta import FORMAT, RECORD, WEIGHTS, expanded
 from specbasis.checkpoint.entry import Entry
 from specbasis.checkpoint.writer import stored_bytes, write_safetensors
 from specbasis.core.errors import InputError
-from specbasis.core.svd import decompose
+from specbasis.core.svd import decompose, half_svd
 from specbasis.jobs.progress import Progress, Report
 from specbasis.treatment.lora import base_address
 from specbasis.treatment.options import ExtractOptions
@@ -52,10 +51,11 @@ class Difference:
         curves, self.rows = [], {}
         for done, change in enumerate(self.matrices):
             self.progress(Progress(done, len(self.matrices), f"singular values of {change.name}"))
-            self.rows[change.name] = rows = changed_rows(change.delta(torch.float32))
-            out, width = change.matrix_shape
-            squares = change.spectrum().square().cpu().numpy()
-            curves.append(Curve(squares, (out if rows is None else len(rows), width)))
+            delta = change.delta()
+            self.rows[change.name] = rows = changed_rows(delta)
+            stored = delta if rows is None else delta[rows.long()]
+            spectrum = half_svd(stored, 0, name=change.name).spectrum
+            curves.append(Curve(spectrum.square().cpu().numpy(), (len(stored), stored.shape[1])))
         carried = sum(stored_bytes(c.name, self.tuned.entries[c.name]) for c in self.carried)
         places = sum(4 * len(rows) for rows in self.rows.values() if rows is not None)
         budget = None if options.budget is None else options.budget - carried - places

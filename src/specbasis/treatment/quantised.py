@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -120,9 +120,3 @@ def quantised(delta: Float[Tensor, "out in"], rows: Tensor | None, svd: SVD | No
         parts["scale"] = (left * levels).sum(1) / levels.square().sum(1)
         parts["codes"] = packed((levels + half - 0.5).to(torch.uint8), bits)
     return parts
-
-
-def parts_in_order(name: str, parts: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """The parts of a matrix as the file names them."""
-    for part, tensor in parts.items():
-        yield f"{name}|{part}", tensor
