@@ -84,7 +84,7 @@ class LowRank:
             change.is_matrix
             and bool(holder.kind)
             and (not holder.twins or self.tuned.entries[change.name].factors is not None)
-            and not any(module.endswith(f".{holder.module}") for module in self.modules)
+            and holder.module not in self._tails
         )
 
     def _whole_modules(self, changed: list[Update]) -> set[str]:
@@ -118,10 +118,15 @@ class LowRank:
             return None
         return task_of(self.model_class)
 
-    @property
+    @cached_property
     def modules(self) -> set[str]:
         """The paths of all modules that hold parameters."""
         return {module for h in self.holders.values() for module in (h.module, *h.twins) if module}
+
+    @cached_property
+    def _tails(self) -> set[str]:
+        """What stands behind a dot of any of these paths."""
+        return {".".join(parts[i:]) for parts in (m.split(".") for m in self.modules) for i in range(1, len(parts))}
 
     # --- how many ranks -------------------------------------------------------------------------------------------
 
