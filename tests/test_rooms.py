@@ -42,7 +42,7 @@ ALLOWED = {
 }
 
 # Optional or heavy libraries. Above finetuning/ none is imported when a module is, except where the name begins so.
-EXTRAS = {"transformers", "peft", "ray", "plotly", "matplotlib"}
+EXTRAS = {"transformers", "peft", "ray", "jinja2", "matplotlib"}
 EXTRAS_FROM = ROOMS.index("finetuning")
 EXTRAS_EXCEPT = {
     "adapter.peft": {"peft", "transformers"},  # the bridge, which is nothing without them
@@ -300,7 +300,7 @@ def test_the_map_in_contributing_has_the_rooms_in_order():
         ("cli", "from safetensors.torch import load_file\nload_file(path)", "belongs in checkpoint"),
         ("measures.alignment", "import matplotlib.pyplot as plt", "matplotlib is optional"),
         ("checkpoint", "from transformers import AutoConfig", "transformers is optional"),
-        ("jobs.results", "try:\n    import plotly\nexcept ImportError:\n    pass", "plotly is optional"),
+        ("jobs.results", "try:\n    import jinja2\nexcept ImportError:\n    pass", "jinja2 is optional"),
         ("adapter.layer", "import peft", "peft is optional"),
         ("adapter.peft_bridge", "import ray", "ray is optional"),
     ],
@@ -321,9 +321,9 @@ def test_a_broken_rule_is_seen(module, source, problem):
         ("core.subspace", "torch.linalg.svdvals(C)\ntorch.linalg.qr(C)"),
         ("checkpoint", "import torch\nfrom safetensors import safe_open\ntorch.load(p)\nsafe_open(p)"),
         ("checkpoint.formats.safetensors", "from safetensors import safe_open\nsafe_open(path)"),
-        ("figures.page", "import plotly\nfrom specbasis.checkpoint import Checkpoint\njson.load(file)"),
-        ("jobs.results", "def page():\n    import plotly"),
-        ("jobs.results", "if TYPE_CHECKING:\n    import plotly"),
+        ("figures.page", "import jinja2\nfrom specbasis.checkpoint import Checkpoint\njson.load(file)"),
+        ("jobs.results", "def page():\n    import jinja2"),
+        ("jobs.results", "if TYPE_CHECKING:\n    import jinja2"),
         ("adapter.peft_bridge", "from peft import PeftModel"),
         ("measures.alignment", "s.svd\ndelta.svdvals"),
     ],

@@ -76,7 +76,7 @@ def test_a_place_that_cannot_be_written(comparisons: Callable[[str], Comparison]
         comparisons("single_small").report(tmp_path / "file" / "page.html")
 
 
-@pytest.mark.parametrize("library", ["plotly", "matplotlib", "jinja2"])
+@pytest.mark.parametrize("library", ["matplotlib", "jinja2"])
 def test_a_missing_library_is_named(
     comparisons: Callable[[str], Comparison], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, library: str
 ) -> None:
@@ -89,7 +89,7 @@ def test_a_missing_library_is_named(
 def test_the_package_and_a_notebook_table_need_no_drawing_library() -> None:
     code = (
         "import sys, specbasis, specbasis.figures.summary, specbasis.figures.table\n"
-        "heavy = {'plotly', 'matplotlib', 'jinja2', 'pandas'} & set(sys.modules)\n"
+        "heavy = {'matplotlib', 'jinja2', 'pandas'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env=dict(os.environ), timeout=PATIENCE)

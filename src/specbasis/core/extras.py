@@ -12,7 +12,7 @@ from types import ModuleType
 from specbasis.core.errors import MissingExtra
 
 EXTRAS = {
-    **dict.fromkeys(("jinja2", "matplotlib", "pandas", "plotly"), "report"),
+    **dict.fromkeys(("jinja2", "matplotlib", "pandas"), "report"),
     **dict.fromkeys(("accelerate", "datasets", "sklearn", "transformers"), "finetune"),
     **dict.fromkeys(("packaging", "peft"), "peft"),
     **dict.fromkeys(("anarci", "anarcii"), "numbering"),

@@ -28,7 +28,7 @@ def write_report(comparison: Comparison, path: Path) -> Path:
 
     Equal rows and manifests give equal files, byte for byte, with equal versions of the libraries.
     """
-    require("jinja2", "matplotlib", "plotly", extra="report", purpose="the report needs")
+    require("jinja2", "matplotlib", extra="report", purpose="the report needs")
     from specbasis.figures import alignment, update  # noqa: F401 - the figures that `draw` draws
     from specbasis.figures.data import read_pairs
     from specbasis.figures.drawing import draw

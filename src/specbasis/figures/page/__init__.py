@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
 import json
 import re
@@ -13,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from plotly.offline import get_plotlyjs
 
 from specbasis.comparison.comparison import Comparison
 from specbasis.figures.data import MARKED_RANKS, SIDES, Band, Floats, Pair, Series
@@ -45,7 +45,8 @@ def render(comparison: Comparison, pairs: list[Pair]) -> bytes:
     manifest = comparison.manifest
     points = sum(len(pair) for pair in pairs)
     limit = int(np.clip(MOST_POINTS // max(1, points), 32, MOST_RANKS))
-    scripts = [get_plotlyjs(), _asset("page.js")]
+    plotly = (files("specbasis.figures.page") / "plotly.js.gz").read_bytes()
+    script = _asset("page.js")
     environment = Environment(
         loader=PackageLoader("specbasis.figures.page", "."),
         autoescape=True,
@@ -63,9 +64,10 @@ def render(comparison: Comparison, pairs: list[Pair]) -> bytes:
         signs=VERDICTS,
         severities=SEVERITIES,
         style=Markup(_asset("page.css")),
-        scripts=[Markup(_inline(script)) for script in scripts],
+        plotly=base64.b64encode(plotly).decode("ascii"),
+        script=Markup(_inline(script)),
         missing=missing(pairs),
-        hashes=[_hash(script) for script in scripts],
+        hashes=[_hash(gzip.decompress(plotly)), _hash(script.encode())],
         requested=requested(pairs),
         shared=Markup(_json({"table": _columns(manifest, pairs), "marked": MARKED_RANKS})),
         data=[Markup(_json(_data(pair, limit))) for pair in pairs],
@@ -205,6 +207,6 @@ def _inline(script: str) -> str:
     return script
 
 
-def _hash(script: str) -> str:
+def _hash(script: bytes) -> str:
     """What a content security policy calls a script: only these scripts run in the page."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
+    return "sha256-" + base64.b64encode(hashlib.sha256(script).digest()).decode("ascii")

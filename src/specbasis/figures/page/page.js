@@ -642,6 +642,14 @@ figures.angles = (width) => {
 // --- drawing ------------------------------------------------------------------------------------------------------
 
 const drawn = new Map();  // figure id -> what it was drawn for
+// Plotly stands compressed in the page. Unpacked it is a script that the page's content security policy names by its hash.
+async function unpackPlotly() {
+  const packed = Uint8Array.from(atob(document.getElementById("plotly").textContent), (c) => c.charCodeAt(0));
+  const script = document.createElement("script");
+  script.textContent = await new Response(new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
+  document.head.append(script);
+}
+
 const inView = new Set();
 const hidden = {};        // figure id -> names of the curves that the reader switched off
 const DEPENDS = {
@@ -914,9 +922,16 @@ const observer = new IntersectionObserver((entries) => {
   }
 }, { rootMargin: "500px 0px" });
 const resized = new ResizeObserver(() => requestAnimationFrame(drawVisible));
-for (const figure of document.querySelectorAll("figure.plot:not([hidden])")) {
-  observer.observe(figure);
-  resized.observe(figure.querySelector(".canvas"));
-}
-addEventListener("beforeprint", () => Object.keys(figures).filter((id) => control(id) && !control(id).hidden).forEach(draw));
+const plots = document.querySelectorAll("figure.plot:not([hidden])");
+unpackPlotly().then(() => {
+  for (const figure of plots) {
+    observer.observe(figure);
+    resized.observe(figure.querySelector(".canvas"));
+  }
+  addEventListener("beforeprint", () => Object.keys(figures).filter((id) => control(id) && !control(id).hidden).forEach(draw));
+}, () => {
+  for (const figure of plots) {
+    figure.querySelector(".canvas").textContent = "This browser cannot unpack the drawing library (browsers since 2023 can). The same figures are in the folder figures beside this page.";
+  }
+});
 })();
