@@ -177,7 +177,7 @@ def serve():
     """The Hub's endpoint and the server behind it."""
     hub = HubServer()
     files = ThreadingHTTPServer(("127.0.0.1", 0), type("Files", (Handler,), {"hub": hub}))
-    host = f"http://127.0.0.1:{files.server_port}"
+    host = f"http://localhost:{files.server_port}"  # another host by name: huggingface_hub 1.31 looks at that alone
     front = ThreadingHTTPServer(("127.0.0.1", 0), type("Front", (Handler,), {"hub": hub, "file_host": host}))
     servers = (files, front)
     for server in servers:
