@@ -633,24 +633,31 @@ def test_the_plan_is_what_is_done(pair: tuple[Path, Path], tmp_path: Path, monke
     assert not job.plan(*pair, tmp_path / "out").tasks
 
 
-def test_approximately_only_the_wanted_ranks_are_compared(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(decomposition, "LARGE", 80)
+def test_a_quick_comparison_has_the_leading_ranks_alone_each_with_its_bound(tmp_path: Path) -> None:
     g = torch.Generator().manual_seed(0)
-    spikes = 3 * torch.randn(100, 5, generator=g) @ torch.randn(5, 160, generator=g) / 100
+    spikes = 3 * torch.randn(400, 5, generator=g) @ torch.randn(5, 500, generator=g) / 100
     base = {
-        "a.weight": torch.randn(100, 160, generator=g) / 20 + spikes,
+        "a.weight": torch.randn(400, 500, generator=g) / 50 + spikes,
         "b.weight": torch.randn(30, 50, generator=g),
     }
     paths = write(tmp_path / "a.safetensors", base), write(tmp_path / "b.safetensors", finetuned(base))
-    exact = specbasis.compare(*paths, ranks=4)
-    some = specbasis.compare(*paths, ranks=4, approximate=True)
-    assert "mrc" not in some.rows["measure"].unique().to_pylist()
-    for measure in ("alignment_left", "alignment_right", "subspace_overlap_right", "principal_angle_left"):
+    exact = specbasis.compare(*paths, ranks=16)
+    some = specbasis.compare(*paths, tmp_path / "out", quick=True)
+    assert not {"mrc", "rsd", "intruders_left"} & set(some.rows["measure"].unique().to_pylist())
+    frame = some.to_pandas()
+    for measure in ("alignment_left", "alignment_right", "singular_value_base", "explained_variance_delta"):
         for name in base:
-            np.testing.assert_allclose(values(some, name, measure), values(exact, name, measure), atol=1e-7)
-    found = values(some, "a.weight", "singular_value_tuned")
-    assert len(found) == 5
-    np.testing.assert_allclose(found[:4], values(exact, "a.weight", "singular_value_tuned")[:4], rtol=1e-10)
+            own = frame[(frame["matrix"] == name) & (frame["measure"] == measure)].sort_values("index")
+            assert len(own) == (17 if measure.startswith(("singular", "explained")) else 16)
+            known = (own["resolved"] == True).to_numpy() if own["bound"].notna().any() else np.arange(len(own)) < 5  # noqa: E712
+            assert known.sum() >= 5
+            allowed = np.nan_to_num(own["bound"].to_numpy(), nan=1e-4)[known] + 1e-7
+            assert (abs(own["value"] - values(exact, name, measure)[: len(own)]).to_numpy()[known] <= allowed).all()
+    assert [v.kind for v in some.verdicts.values()] == [v.kind for v in exact.verdicts.values()]
+    assert any("quick" in note for note in some.manifest["pairs"]["b"]["notes"])
+    assert specbasis.compare(*paths, tmp_path / "out", quick=True).rows.equals(some.rows)
+    with pytest.raises(InputError, match="quick"):
+        specbasis.compare(*paths, tmp_path / "out")
 
 
 @pytest.mark.slow

@@ -73,7 +73,7 @@ def test_relative_rank_reads_the_value_at_that_share_of_the_spectrum(
 ) -> None:
     comparison = comparisons("two_pairs")
     pair = pair_of(comparison)
-    got = pair.measure("singular_value_change").at_quantiles()
+    got = pair.measure("singular_value_change").at_quantiles(pair.sizes)
     frame = frame_of(comparison, pair.label, "singular_value_change")
     for m, name in enumerate(pair.matrices["name"]):
         values = frame[frame["matrix"] == name].sort_values("index")["value"].to_numpy()

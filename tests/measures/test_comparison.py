@@ -139,7 +139,7 @@ def test_own_measures_that_cannot_be_are_one_line(tmp_path, states):
 
 def test_nulls_need_the_whole_spectrum(states):
     with pytest.raises(InputError, match="nulls need the whole spectrum"):
-        specbasis.compare(*states, nulls=True, approximate=True)
+        specbasis.compare(*states, nulls=True, quick=True)
 
 
 def test_own_measures_stand_in_the_terminal_by_role(tmp_path, capsys):

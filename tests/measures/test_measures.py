@@ -90,6 +90,7 @@ def reference(base, tuned, subspace):
         "singular_value_ratio": naive.ratio(Sb, Sd),
         "explained_variance_base": naive.explained_variance(Sb, base),
         "explained_variance_tuned": naive.explained_variance(St, tuned),
+        "explained_variance_delta": naive.explained_variance(Sd, delta),
         "rsd": naive.rsd(Sb, St),
         "mrc": naive.mrc(Sb, St),
         "max_rc": naive.max_rc(Sb, St),
@@ -97,6 +98,7 @@ def reference(base, tuned, subspace):
         "tail_rc": naive.tail_rc(Sb, St),
         "effective_rank_base": naive.effective_rank(Sb),
         "effective_rank_tuned": naive.effective_rank(St),
+        "effective_rank_delta": naive.effective_rank(Sd),
         "stable_rank_base": naive.stable_rank(base),
         "stable_rank_tuned": naive.stable_rank(tuned),
         "stable_rank_delta": naive.stable_rank(delta),
@@ -394,8 +396,12 @@ def test_a_frozen_matrix_is_exactly_unchanged(W, ranks):
         assert (found[name].value == 0).all(), name
     for name in (*ones[:4], *zeros[:3]):
         assert (found[name].bound == 0).all(), name
-    # A zero update has no directions, and says so by leaving them out.
-    assert set(NAMES) - set(found) == {"update_alignment_left", "update_alignment_right"}
+    # A zero update has no directions and no energy, and says so by leaving these out.
+    assert set(NAMES) - set(found) == {
+        "update_alignment_left",
+        "update_alignment_right",
+        "explained_variance_delta",
+    }
     for side in ("base", "tuned"):
         assert torch.equal(found[f"singular_value_{side}"].value, t.base.spectrum)
 

@@ -18,7 +18,7 @@ from specbasis.core.draws import KINDS, draw
 from specbasis.core.dtypes import BY_PRECISION, name_of
 from specbasis.core.entries import Entries, read_entries
 from specbasis.core.errors import InputError, NonFiniteError
-from specbasis.core.krylov import approximate_svd
+from specbasis.core.krylov import quick_svd
 from specbasis.core.low_rank import low_rank_svd
 from specbasis.core.rounding import Rounding
 from specbasis.core.rounding import rounding as rounding_of
@@ -26,9 +26,6 @@ from specbasis.core.svd import SVD, HalfSVD, half_svd
 from specbasis.jobs.cache import Cache
 from specbasis.measures.table import needed, reads
 from specbasis.measures.triple import Absent, Decomposition, Triple
-
-LARGE = 8192
-"""Short sides over this may be decomposed approximately, if that is asked for."""
 
 
 def decompose_pair(
@@ -58,7 +55,7 @@ def decompose_pair(
     """
     if W.shape != T.shape:
         raise InputError(f"{names[1]}: got shapes {tuple(W.shape)} and {tuple(T.shape)}; want equal ones")
-    k = min(options.ranks, *W.shape)
+    k = min(options.leading, *W.shape)
     need = needed(options.taken, k)
     parts: dict[str, Decomposition] = {which: Absent(which, (W.shape[0], W.shape[1])) for which in need}
     sums = read_entries(W, T, names)
@@ -155,9 +152,9 @@ def _decomposed(
 ) -> Decomposition:
     """The decomposition of a matrix, or of a difference, which is not kept in a cache."""
     device = torch.device(options.device)
-    if options.approximate and min(X.shape) > LARGE and 8 * ranks <= min(X.shape):
+    if options.quick:
         near = start.X if isinstance(start, HalfSVD) else None
-        return approximate_svd(X, max(ranks, 1), minus=minus, start=near, name=name, device=device)
+        return quick_svd(X, options.leading, minus=minus, start=near, name=name, device=device)
     if options.cache is None or minus is not None or not ranks:
         return half_svd(X, ranks, minus=minus, name=name, device=device)
     return Cache(Path(options.cache)).decompose(X.to(device), ranks, name=name)

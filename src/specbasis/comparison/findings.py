@@ -330,7 +330,8 @@ def _ranks(pair: Judged, threshold: Mapping[str, float], *, cut_off: bool) -> di
             continue
         floor = rounding(m) * m["norm_base"] / math.sqrt(noise_rank(m["out"], m["in"]))
         rank = int((threshold["floor"] * floor < S).sum())
-        if 0 < rank <= threshold["share"] * len(S):
+        # Where only leading values are known, all of them may stand out: what comes then is not known.
+        if 0 < rank < len(S) and rank <= threshold["share"] * min(m["out"], m["in"]):
             falls = S[rank - 1] >= threshold["fall"] * max(S[rank], floor)
             ranks |= {m["matrix"]: rank} if falls == cut_off else {}
     return ranks

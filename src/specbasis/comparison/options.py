@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ from specbasis.core.grammar import parse_bytes, words
 from specbasis.core.options import ADVANCED, check_choice, option
 
 if TYPE_CHECKING:
+    from specbasis.architecture.key import MatrixKey
     from specbasis.architecture.pair import MatrixPair
     from specbasis.checkpoint import Checkpoint
     from specbasis.measures.measure import Measure
@@ -30,13 +31,15 @@ class Options(Selection):
     ``measures`` holds patterns of names, and functions: your own measures, taken beside the built-in ones (see
     `specbasis.measures`). What no measure reads is not decomposed: without those of the update, a third less work.
     ``null_samples`` costs one decomposition for each draw and kind; the draws are kept in ``cache``.
-    ``approximate`` takes a matrix whose short side is over 8192 by block Krylov iteration where at most an eighth
-    of its ranks is wanted. Only measures of these ranks are then taken, for every matrix, each with its own bound,
-    and where the iteration does not converge the exact way is taken. The rows depend on neither ``workers`` nor
-    ``engine``.
+    ``quick`` takes only the measures of leading ranks, from a few steps of block Krylov iteration with products in
+    float32 (`specbasis.core.krylov.quick_svd`), each rank with its own bound: resolved where that is at most 0.01,
+    never guessed elsewhere. The rows depend on neither ``workers`` nor ``engine``.
     """
 
-    ranks: int = option(200, "leading ranks whose singular vectors are compared", least=1)
+    quick: bool = option(False, "leading ranks alone, in a twentieth of the time, each with its certificate")
+    ranks: int | None = option(
+        None, "leading ranks whose singular vectors are compared; default: 200, with --quick 16", least=1
+    )
     subspace: int | None = option(
         None, "leading ranks k at which principal angles are taken; default: 10", panel=ADVANCED, least=1
     )
@@ -58,7 +61,6 @@ class Options(Selection):
     add: bool = option(
         False, "add the finetunes to those that the folder holds of this base", panel=ADVANCED, decides=False
     )
-    approximate: bool = option(False, "iterate where the short side is over 8192 and ranks few", panel=ADVANCED)
     stream: bool = option(False, "from the Hub read only the bytes that are wanted", panel=ADVANCED, decides=False)
     workers: int | None = option(
         None, "matrices at the same time; default: one for each core", panel=ADVANCED, least=1, decides=False
@@ -69,7 +71,7 @@ class Options(Selection):
     engine: str = option("auto", "threads, processes, ray, or auto", panel=ADVANCED, decides=False)
     device: str = option("cpu", "cpu, cuda, cuda:1", panel=ADVANCED, decides=False)
     cache: str | Path | None = option(
-        None, "folder in which decompositions are kept and found again", decides=False
+        None, "folder in which decompositions are kept and found again", panel=ADVANCED, decides=False
     )
 
     def __post_init__(self) -> None:
@@ -79,15 +81,13 @@ class Options(Selection):
         super().__post_init__()
         check_choice("engine", self.engine, ENGINES)
         if self.subspace is None:
-            object.__setattr__(self, "subspace", min(10, self.ranks))
-        if self.k > self.ranks:
+            object.__setattr__(self, "subspace", min(10, self.leading))
+        if self.k > self.leading:
             raise InputError(
-                f"got subspace = {self.k} and ranks = {self.ranks}; want no more than the ranks compared"
+                f"got subspace = {self.k} and ranks = {self.leading}; want no more than the ranks compared"
             )
-        if self.approximate and (self.nulls or self.null_samples):
-            raise InputError(
-                "nulls need the whole spectrum, which approximate does not compute; leave one of them out"
-            )
+        if self.quick and (self.nulls or self.null_samples):
+            raise InputError("nulls need the whole spectrum, which quick does not compute; leave one of them out")
         odd = [measure for measure in self.own if not callable(measure)]
         if odd:
             raise InputError(f"got {odd[0]!r} among the measures; want patterns of names, and functions")
@@ -117,6 +117,19 @@ class Options(Selection):
     def __getstate__(self) -> dict[str, Any]:
         # What is computed once in each process stays there: a table of functions cannot travel.
         return {name: value for name, value in self.__dict__.items() if name in self.__dataclass_fields__}
+
+    @property
+    def leading(self) -> int:
+        """Number of leading ranks whose singular vectors are compared."""
+        return self.ranks or (16 if self.quick else 200)
+
+    @property
+    def tolerance(self) -> float:
+        """Bound up to which a figure is resolved."""
+        from specbasis.core.krylov import QUICK
+        from specbasis.measures.measure import RESOLVED
+
+        return QUICK if self.quick else RESOLVED
 
     @property
     def k(self) -> int:
@@ -152,7 +165,7 @@ class Options(Selection):
         from specbasis.measures.own import OWN
         from specbasis.measures.table import choose
 
-        chosen = choose(self.patterns, whole=not self.approximate, measures=self.table)
+        chosen = choose(self.patterns, whole=not self.quick, measures=self.table)
         return tuple(m for m in self.table if m in chosen or m.source == OWN)
 
     def heads_of(self, base: Checkpoint, matched: MatrixPair) -> tuple[int, bool] | None:
@@ -167,15 +180,26 @@ class Options(Selection):
         heads = head_count(base.config, key.role, key.stack, matched.base.shape, self.heads) if wanted else 0
         return (heads, key.role.endswith(".output")) if heads else None
 
+    def notes(self, keys: Iterable[MatrixKey]) -> list[str]:
+        """What a reader must know of the selection, and of a quick comparison."""
+        if not self.quick:
+            return super().notes(keys)
+        return [
+            *super().notes(keys),
+            f"quick: the leading {self.leading} ranks of each matrix; a figure is resolved where its bound is at "
+            f"most {self.tolerance:g}; effective ranks are estimates; what needs the whole spectrum is left out",
+        ]
+
     def config(self) -> dict[str, Any]:
         """What makes two comparisons the same, apart from the models."""
         from specbasis.measures.own import digest
 
         config = super().config()
-        for later in ("transposed", "layout"):  # which version 0.1 did not have
+        for later in ("transposed", "layout", "quick"):  # which version 0.1 did not have
             config = config if config[later] else {name: value for name, value in config.items() if name != later}
         return {
             **config,
+            "ranks": self.leading,
             "cached": self.cache is not None,
             "measures": [measure.name for measure in self.taken if measure.name not in ALWAYS],
             "own": {function.__name__: digest(function) for function in self.own},

@@ -63,9 +63,10 @@ class Task:
         return matrix_work(
             self.shape,
             self.options.taken,
-            self.options.ranks,
+            self.options.leading,
             len(self.todo),
             draws=self.options.null_samples * len(KINDS),
+            quick=self.options.quick,
         )
 
     @property
@@ -96,7 +97,7 @@ class Task:
                     update=matched.tuned.delta_factors(tuned),
                     heads=self.options.heads_of(base, matched),
                 )
-                rows = _table(label, matched, measure_all(triple, self.options.taken))
+                rows = _table(label, matched, measure_all(triple, self.options.taken), self.options.tolerance)
             except NonFiniteError as error:
                 outcomes.append((label, str(error)))
             else:
@@ -142,14 +143,16 @@ def _key(source: Source, base: Source | None) -> Any:
     return tuple(x if isinstance(x, str) else id(x) for x in (source, base))
 
 
-def _table(label: str, matched: MatrixPair, measured: Iterable[tuple[Measure, Values]]) -> pa.Table:
+def _table(
+    label: str, matched: MatrixPair, measured: Iterable[tuple[Measure, Values]], tolerance: float
+) -> pa.Table:
     """The rows of one matrix of one pair."""
-    return rows_of(matched.key, matched.base.shape, (_figures(label, *figures) for figures in measured))
+    return rows_of(matched.key, matched.base.shape, (_figures(label, *figures, tolerance) for figures in measured))
 
 
-def _figures(label: str, measure: Measure, values: Values) -> Figures:
+def _figures(label: str, measure: Measure, values: Values, tolerance: float) -> Figures:
     index = (values.index or np.arange(len(values.value))) if measure.index else None
-    resolved = values.resolved(relative=measure.unit == "weight")
+    resolved = values.resolved(tolerance, relative=measure.unit == "weight")
     if resolved is None or values.bound is None:
         return Figures(label, measure.name, values.value.cpu().numpy(), index)
     return Figures(

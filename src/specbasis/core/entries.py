@@ -78,7 +78,7 @@ def read_entries(W: Tensor, T: Tensor, names: tuple[str, str] = ("base", "tuned"
     sums = [columns.new_zeros(width), columns.new_zeros(width)]
     squares, inner = [0.0, 0.0, 0.0], 0.0
     row_sums = columns.new_zeros(3)  # Σ (sum of a row)², of base and of tuned, and the product of both
-    counts = dict.fromkeys(("equal", "zero_base", "zero_tuned", *forms), 0)
+    counts = dict.fromkeys(("zero_base", "zero_tuned", "equal", *forms), 0)
     held = {(side, format_): True for side in ("base", "tuned") for format_ in forms}
     step = max(1, _BLOCK // width)
     for start in range(0, out, step):
@@ -91,7 +91,8 @@ def read_entries(W: Tensor, T: Tensor, names: tuple[str, str] = ("base", "tuned"
         sums = [total + x.sum(0) for total, x in zip(sums, (a, b), strict=True)]
         images[0] += a.mT @ (b @ columns)
         images[1] += b.mT @ rows[start : start + step]
-        _count(W[start : start + step], T[start : start + step], counts, held)
+        # Scaling may round small numbers to zero.
+        _count(W[start : start + step], T[start : start + step], flat if scale == 1.0 else None, counts, held)
     for X, total, name in zip((W, T), squares, names, strict=False):
         if not math.isfinite(total):
             bad = int((~torch.isfinite(X)).sum())
@@ -190,25 +191,43 @@ def _correspondence(sums: Sequence[float], shared: Tensor, square: float, n: int
     return inner / deviation, math.sqrt(max(first, 0.0)) * math.sqrt(max(second, 0.0)) / deviation
 
 
-def _count(a: Tensor, b: Tensor, counts: dict[str, int], held: dict[tuple[str, str], bool]) -> None:
-    """Equal entries, zeros, and what each format holds, of one block."""
+def _count(
+    a: Tensor,
+    b: Tensor,
+    exact: tuple[Tensor, Tensor, Tensor] | None,
+    counts: dict[str, int],
+    held: dict[tuple[str, str], bool],
+) -> None:
+    """Zeros and equal entries, what each format holds, and what is equal once rounded to it, of one block.
+
+    Args:
+        a: of base, as stored.
+        b: of tuned.
+        exact: both and their difference in float64, where these are at hand.
+        counts: to add to.
+        held: whether each format holds all entries of base and of tuned so far.
+    """
+    zeros = [x.numel() - int(x.count_nonzero()) for x in exact or (a, b, b.to(torch.float64) - a)]
+    for name, number in zip(("zero_base", "zero_tuned", "equal"), zeros, strict=True):
+        counts[name] += number
     if not (a.is_floating_point() and b.is_floating_point()):
         a, b = a.to(torch.float64), b.to(torch.float64)
-    equal = int((a == b).sum())
-    counts["equal"] += equal
-    forms = [format_ for side, format_ in held if side == "base"]
+    forms = {format_: getattr(torch, format_) for side, format_ in held if side == "base"}
     for side, x in (("base", a), ("tuned", b)):
-        counts[f"zero_{side}"] += x.numel() - int(x.count_nonzero())
-        for format_ in forms:
-            dtype = getattr(torch, format_)
-            if held[side, format_] and x.dtype != dtype:
+        for format_, dtype in forms.items():
+            if held[side, format_] and not _contains(dtype, x.dtype):
                 held[side, format_] = bool((x.to(dtype).to(x.dtype) == x).all())
-    for format_ in forms:
+    for format_, dtype in forms.items():
         # The coarser of two precisions holds all entries of one side: what holds those of neither is not it.
-        if held["base", format_] or held["tuned", format_]:
-            dtype = getattr(torch, format_)
-            stored = a.dtype == b.dtype == dtype
-            counts[format_] += equal if stored else int((widened(a.to(dtype)) == widened(b.to(dtype))).sum())
+        if _contains(dtype, a.dtype) and _contains(dtype, b.dtype):
+            counts[format_] += zeros[2]
+        elif held["base", format_] or held["tuned", format_]:
+            counts[format_] += int((widened(a.to(dtype)) == widened(b.to(dtype))).sum())
+
+
+def _contains(wide: torch.dtype, narrow: torch.dtype) -> bool:
+    """Whether a format holds every number of another one of at least two bytes."""
+    return wide == narrow or (min(wide.itemsize, narrow.itemsize) > 1 and torch.promote_types(wide, narrow) == wide)
 
 
 GROUP = 32

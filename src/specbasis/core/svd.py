@@ -24,6 +24,7 @@ from specbasis.core.brief import brief
 from specbasis.core.errors import InputError
 from specbasis.core.gram import DEFLATE, explicit_vectors, implied_ranks, left_vectors
 from specbasis.core.residuals import gaps, residuals, value_errors
+from specbasis.core.spectrum import Density
 
 ALGORITHM = "gram-deflated-2"
 """Name and version of the numerical route; results made by different routes are not bit-equal."""
@@ -158,6 +159,7 @@ class HalfSVD(_Ranked):
             ‖A Aᵀ x_i − σ_i² x_i‖ / σ_i.
         wide: whether the short side is the left one.
         rest: vectors of the short side of the ranks from k on, (short, n − k); no columns unless asked for.
+        density: what is known of the whole spectrum, where ``spectrum`` is only its head.
     """
 
     A: Blocks
@@ -171,6 +173,7 @@ class HalfSVD(_Ranked):
     gap: Float[Tensor, " k"]
     wide: bool
     rest: Float[Tensor, "short beyond"]
+    density: Density | None = None
 
     @property
     def shape(self) -> tuple[int, int]:

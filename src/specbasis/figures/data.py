@@ -92,13 +92,14 @@ class Series:
         ranks = np.unique(thin.index)
         return (ranks + 1).astype(np.float64), thin.dense()[:, ranks]
 
-    def at_quantiles(self) -> Floats:
-        """(matrices, quantiles) figures at relative ranks: that of rank ⌊q·n⌋, NaN for a matrix without any."""
-        n = self.lengths[:, None]
-        out = np.full((len(n), len(QUANTILES)), np.nan)
-        present = self.lengths > 0
-        position = self.start[:-1, None] + np.floor(QUANTILES[None, :] * n).astype(np.int64)
-        out[present] = self.value[position[present]]
+    def at_quantiles(self, sizes: Ints) -> Floats:
+        """(matrices, quantiles) figures at relative ranks: of rank ⌊q·n⌋, n the size; NaN where there is none."""
+        rank = np.floor(QUANTILES[None, :] * sizes[:, None]).astype(np.int64)
+        out = np.full(rank.shape, np.nan)
+        known = rank < self.lengths[:, None]
+        out[known] = self.value[(self.start[:-1, None] + rank)[known]]
+        # Where only leading values are known, a median far down would be over the few smallest matrices.
+        out[:, 2 * known.sum(0) < known.sum(0).max(initial=0)] = np.nan
         return out
 
     def thinned(self, limit: int) -> Series:
@@ -161,6 +162,11 @@ class Pair:
             return self.series[name]
         none = np.zeros(0)
         return Series(np.zeros(len(self) + 1, np.int64), none.astype(np.int64), none, none, none.astype(bool))
+
+    @property
+    def sizes(self) -> Ints:
+        """Number of singular values of each matrix."""
+        return np.minimum(self.matrices["out"], self.matrices["in"]).astype(np.int64)
 
     def whole(self, measure: str) -> Floats:
         """One figure for each matrix, NaN where there is none."""
@@ -239,13 +245,13 @@ class Pair:
             sizes = sizes[2 * counts >= counts.max(initial=0)]
             sources[f"subspace_overlap_{side}"] = sizes.astype(float), overlap.dense()[:, sizes]
         for name in ("singular_value_change", "explained_variance_base", "explained_variance_tuned"):
-            sources[name] = QUANTILES, self.measure(name).at_quantiles()
+            sources[name] = QUANTILES, self.measure(name).at_quantiles(self.sizes)
         shown = np.arange(1, min(LEADING, self.measure("explained_variance_base").lengths.max(initial=0)) + 1)
         for which in ("base", "tuned"):
             variance = self.measure(f"explained_variance_{which}")
-            leading, lengths = variance.dense(len(shown)), variance.lengths[:, None]
+            leading = variance.dense(len(shown))
             # Beyond its last rank a matrix is all explained: left out, it would bend the median where it ends.
-            leading[(lengths > 0) & (shown > lengths)] = 1.0
+            leading[(variance.lengths[:, None] > 0) & (shown > self.sizes[:, None])] = 1.0
             sources[f"explained_variance_{which}_leading"] = shown.astype(float), leading
         groups = list(self.groups())
         return {

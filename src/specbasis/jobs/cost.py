@@ -15,7 +15,9 @@ import torch
 
 from specbasis.checkpoint.regular import read_json
 from specbasis.core.blocks import BLOCK_BYTES
+from specbasis.core.dtypes import FORMATS
 from specbasis.core.errors import InputError
+from specbasis.core.krylov import PROBES, STEPS, quick_flops
 from specbasis.core.svd import half_svd
 from specbasis.jobs.folder import write_json
 from specbasis.measures.measure import Measure
@@ -63,17 +65,28 @@ class Rates:
 
 
 def matrix_work(
-    shape: tuple[int, int], measures: Sequence[Measure], ranks: int, pairs: int = 1, draws: int = 0
+    shape: tuple[int, int],
+    measures: Sequence[Measure],
+    ranks: int,
+    pairs: int = 1,
+    draws: int = 0,
+    *,
+    quick: bool = False,
 ) -> Work:
     """What comparing one matrix with some finetunes of it costs.
 
     Gram matrix n²m, eigensolver of n³, and for k ranks of base and tuned the cheaper of a cross product n²m and of
     back-products 2nmk, n the short side; what reads every vector of base, a few products more; each draw of a
-    random update, one decomposition and one product.
+    random update, one decomposition and one product. With ``quick``, `quick_svd` where it iterates.
     """
     n, m = sorted(shape)
     k = min(ranks, n)
     need = needed(measures, k)
+    flops = quick_flops(n, m, k) if quick else None
+    if flops is not None:
+        times = sum(1 if which == "base" else pairs for which, count in need.items() if count is not None)
+        kept = 8 * 3 * (n + m) * k + 16 * n * STEPS * 2 * max(k, PROBES)
+        return Work(times * flops, 0.0, FORMATS["float32"].bytes * n * m + kept + BLOCK_BYTES)
     implied = 2 * k > n
     products = eigen = 0.0
     for which, count in need.items():

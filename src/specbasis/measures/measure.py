@@ -53,14 +53,14 @@ class Values:
             return self
         return replace(self, value=self.value / scale, bound=None if self.bound is None else self.bound / scale)
 
-    def resolved(self, *, relative: bool) -> Bool[Tensor, " n"] | None:
-        """Whether each bound is at most `RESOLVED` (times the figure in the weights' units), and the rank not
+    def resolved(self, tolerance: float = RESOLVED, *, relative: bool) -> Bool[Tensor, " n"] | None:
+        """Whether each bound is at most ``tolerance`` (times the figure in the weights' units), and the rank not
         tied.
         """
         if self.bound is None:
             return None
         scale = self.value.abs() if relative else self.value.abs().clamp(min=1.0)
-        small = self.bound <= RESOLVED * scale
+        small = self.bound <= tolerance * scale
         return small if self.tied is None else small & ~self.tied.to(small.device)
 
 

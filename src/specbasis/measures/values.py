@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from specbasis.core import spectrum
+from specbasis.core.svd import HalfSVD
 from specbasis.measures.measure import ALL, PAIR, PAPER, Values, measure, scalar
 from specbasis.measures.triple import Decomposition, Triple
 
@@ -60,11 +61,14 @@ def singular_value_ratio(t: Triple) -> Values:
     source=PAPER + "App. H",
     values=("{which}",),
     shown="rows",
-    variants=of_both,
+    leading=True,
+    variants=of_each,
 )
-def explained_variance(t: Triple, which: str) -> Tensor:
-    """Cumulative energy of {which}, 0 … 1."""
-    return spectrum.explained_variance(getattr(t, which).spectrum)
+def explained_variance(t: Triple, which: str) -> Tensor | None:
+    """Cumulative energy of {which}, 0 … 1: of the update, what the best matrix of that rank holds of it."""
+    if t.norm(which) == 0:
+        return None
+    return spectrum.explained_variance(getattr(t, which).spectrum, _norm(t, which))
 
 
 @of_change(formula="‖σ̃ − σ‖₂ / ‖σ‖₂", heading="RSD")
@@ -112,17 +116,37 @@ def tail_rc(t: Triple) -> Values:
     formula="exp(H(p)), p = σ/Σσ",
     source=PAPER + "Tab. 4; Roy & Vetterli 2007",
     heading="ER {which}",
-    variants=of_both,
+    leading=True,
+    variants=of_each,
 )
 def effective_rank(t: Triple, which: str) -> Values:
-    """Effective rank of {which}: exp of the entropy of its singular values; not a number for zeros."""
-    return scalar(spectrum.effective_rank(getattr(t, which).spectrum))
+    """Effective rank of {which}: exp of the entropy of its singular values; not a number for zeros.
+
+    Where only the leading values are known it is estimated, and the bound is half of a 95 % interval.
+    """
+    density = _density(t, which)
+    if density is None:
+        return scalar(spectrum.effective_rank(getattr(t, which).spectrum))
+    return scalar(*density.effective_rank(t.norm(which)))
 
 
-@of_shape(formula="‖·‖²_F/σ₁²", source="Rudelson & Vershynin 2007", heading="SR {which}", variants=of_each)
+@of_shape(
+    formula="‖·‖²_F/σ₁²", source="Rudelson & Vershynin 2007", heading="SR {which}", leading=True, variants=of_each
+)
 def stable_rank(t: Triple, which: str) -> Values:
     """Stable rank of {which}; not a number for zeros."""
-    return scalar(spectrum.stable_rank(getattr(t, which).spectrum))
+    return scalar(spectrum.stable_rank(getattr(t, which).spectrum, _norm(t, which)))
+
+
+def _density(t: Triple, which: str) -> spectrum.Density | None:
+    """What is known of a whole spectrum, where only its leading values were computed."""
+    decomposition = getattr(t, which)
+    return decomposition.density if isinstance(decomposition, HalfSVD) else None
+
+
+def _norm(t: Triple, which: str) -> float | None:
+    """The norm of a matrix of whose spectrum only the leading values are known; None: the spectrum has it."""
+    return None if _density(t, which) is None else t.norm(which)
 
 
 def _change(t: Triple) -> tuple[Tensor, Tensor]:

@@ -144,7 +144,7 @@ def fig6(material: Material) -> tuple[Figure, Records]:
     shown = QUANTILES * 100
     table: Records = []
     for ax, (modality, models) in zip(axes[0], material.groups.items(), strict=True):
-        changes = [100 * m.pair.measure("singular_value_change").at_quantiles() for m in models]
+        changes = [100 * m.pair.measure("singular_value_change").at_quantiles(m.pair.sizes) for m in models]
         medians = [np.array(quantiles(values, (0.5,))) for values in changes]
         for i, (m, (median,)) in enumerate(zip(models, medians, strict=True)):
             ax.plot(shown, median, color=kit.COLORS[i % 8], lw=1.2, label=kit.ending(m.name, 40))

@@ -18,7 +18,6 @@ from torch import Tensor
 from specbasis.architecture.key import MatrixRef
 from specbasis.checkpoint import Checkpoint
 from specbasis.checkpoint.entry import watched
-from specbasis.comparison.decomposition import LARGE
 from specbasis.core.errors import InputError
 from specbasis.core.options import takes
 from specbasis.core.svd import ALGORITHM
@@ -34,6 +33,9 @@ from specbasis.measures.table import choose
 from specbasis.tracking.options import TrackOptions
 from specbasis.tracking.runs import Series, Source, open_series
 from specbasis.tracking.trajectory import SIDES, Trajectory, follow
+
+LARGE = 8192
+"""Short sides over this may be decomposed approximately, if that is asked for."""
 
 REFERENCES = ("first", "last", "previous")
 """What each checkpoint is compared with rank by rank."""

@@ -54,11 +54,10 @@ def next_steps(comparison: Comparison, label: str, given: Iterable[str] = ()) ->
 
 def low_rank_size(rows: pa.Table, label: str, rank: int = RANK) -> tuple[float, int] | None:
     """The share of Σ ‖delta‖² that one rank for every matrix holds, and its bytes; None without their values."""
-    own = rows.filter(
-        pc.and_(
-            pc.equal(rows["pair"].cast(pa.string()), label),
-            pc.equal(rows["measure"].cast(pa.string()), "singular_value_delta"),
-        )
+    of_pair = pc.equal(rows["pair"].cast(pa.string()), label)
+    own, norms = (
+        rows.filter(pc.and_(of_pair, pc.equal(rows["measure"].cast(pa.string()), name)))
+        for name in ("singular_value_delta", "norm_delta")
     )
     if not own.num_rows:
         return None
@@ -67,5 +66,5 @@ def low_rank_size(rows: pa.Table, label: str, rank: int = RANK) -> tuple[float, 
     first = own.filter(pc.equal(own["index"], 0))
     sizes = [first[name].to_numpy().astype(np.int64) for name in ("out_features", "in_features")]
     ranks = np.minimum(rank, np.minimum(*sizes))
-    total = float(squares.sum())
+    total = float(np.square(norms["value"].to_numpy()).sum())
     return (float(squares[leading].sum()) / total, int((ranks * sum(sizes)).sum()) * NUMBER) if total else None

@@ -128,7 +128,7 @@ def _data(pair: Pair, limit: int) -> dict[str, Any]:
     for side in SIDES:
         whole[f"turned_{side}"] = pair.turned(f"alignment_{side}")
         whole[f"turned_null_{side}"] = pair.turned(f"null_alignment_gaussian_{side}")
-    whole[N] = pair.measure("singular_value_base").lengths.astype(float)
+    whole[N] = pair.sizes.astype(float)
     names = [m.name for m in registered() if m.shown == "ranks"]
     return {
         "label": pair.label,
