@@ -4,9 +4,9 @@
     python benchmarks/quick.py --blocks 8         more of them
     python benchmarks/quick.py --pair BASE TUNED  a pair of your own
 
-Contenders, in turns, each in a process of its own with two workers: `--quick`; `--ranks 16`; the default. The peak is
-the anonymous memory of the process tree. Then each rank that `--quick` resolved is compared with the dense route's: how
-many there are, and the worst difference beside its bound.
+Contenders, in turns, each in a process of its own with two workers: `--quick`; `--ranks 16`; the default. The peak
+is the anonymous memory of the process tree. Then each rank that `--quick` resolved is compared with the dense
+route's: how many there are, and the worst difference beside its bound.
 """
 
 from __future__ import annotations
