@@ -23,6 +23,7 @@ from torch import Tensor
 from specbasis.checkpoint.entry import Checkpoint, Entry, json_object, parsing, reading
 from specbasis.checkpoint.places import Place
 from specbasis.core.errors import InputError
+from specbasis.core.text import number_of
 
 RECORD, WEIGHTS = "delta.json", "delta.safetensors"
 
@@ -99,7 +100,8 @@ def open_delta(place: Place, base: Checkpoint) -> Checkpoint:
     if missing:
         raise InputError(f"{place.source}: {WEIGHTS} lacks {missing[0]}; extract it again")
     entries |= {name: stored[name] for name in kept}
-    note = f"difference from {base.source}: {len(matrices)} matrices, {len(kept)} parameters stored whole"
+    held = f"{number_of(len(matrices), 'matrix')}, {number_of(len(kept), 'parameter')} stored whole"
+    note = f"difference from {base.source}: {held}"
     return replace(
         base, source=place.source, entries=entries, files=files, digests=digests, config=config, under=base,
         revision=place.revision, notes=(note,),

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from specbasis.cli.common import line
+from specbasis.core.text import number_of
 
 ADAPTER = Annotated[Path, typer.Argument(metavar="DIR", help="the folder of a saved spectral adapter")]
 ADAPTER_BASE = Annotated[str | None, typer.Option("--base", help="the base checkpoint; default: the adapter's own")]
@@ -42,7 +43,7 @@ def adapter_verify(folder: ADAPTER, base: ADAPTER_BASE = None) -> None:
     from specbasis.adapter import folder as folders
 
     checked = folders.verify(folder, base)
-    line(f"verified: {len(checked)} matrices meet the basis that they were trained in")
+    line(f"verified: {number_of(len(checked), 'matrix')}, each in the basis that it was trained in")
 
 
 @adapter_app.command("merge")

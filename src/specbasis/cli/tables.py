@@ -17,6 +17,7 @@ from specbasis.comparison.comparison import Comparison
 from specbasis.comparison.population import Population
 from specbasis.comparison.verdict import named_parts
 from specbasis.core.grammar import human_bytes
+from specbasis.core.text import number_of
 from specbasis.figures.summary import SEVERITIES, by_reason, over_all_ranks, summary_table
 from specbasis.figures.table import Column, Table, number
 from specbasis.interventions.grid import read_grid
@@ -81,8 +82,8 @@ def print_plan(plan: Plan) -> None:
     )
     STDOUT.print(Table(columns, rows).terminal())
     line(
-        f"{len(plan.tasks)} matrices, {plan.workers} at a time: about {plan.seconds:.3g} s on an idle machine, "
-        f"{human_bytes(plan.bytes)} beside the libraries (budget {human_bytes(plan.memory)})"
+        f"{number_of(len(plan.tasks), 'matrix')}, {plan.workers} at a time: about {plan.seconds:.3g} s on an idle "
+        f"machine, {human_bytes(plan.bytes)} beside the libraries (budget {human_bytes(plan.memory)})"
     )
 
 

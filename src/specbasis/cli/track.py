@@ -8,6 +8,7 @@ import typer
 
 from specbasis.cli.common import line, progress
 from specbasis.cli.flags import OUT
+from specbasis.core.text import number_of
 from specbasis.tracking.options import TrackOptions
 
 RUN = Annotated[
@@ -28,7 +29,10 @@ def track(run: RUN, out: OUT, options: TrackOptions) -> None:
     about = tracking.manifest
     matrices = about["pairs"]["checkpoints"]["matrices"]
     rows = tracking.rows.num_rows
-    line(f"{len(about['checkpoints'])} checkpoints, {len(matrices)} matrices, {rows} rows in {out}")
+    line(
+        f"{number_of(len(about['checkpoints']), 'checkpoint')}, {number_of(len(matrices), 'matrix')}, "
+        f"{number_of(rows, 'row')} in {out}"
+    )
     for source in about["passed_over"]:
         line(f"passed over: {source['source']}: {source['reason']}", style="yellow")
     for note in about["notes"]:

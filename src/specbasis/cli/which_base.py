@@ -10,6 +10,7 @@ import typer
 
 from specbasis.cli.common import document, line
 from specbasis.cli.flags import JSON, MODEL
+from specbasis.core.text import number_of
 
 db_app = typer.Typer(help="Databases of fingerprints, one file each.", no_args_is_help=True)
 
@@ -28,7 +29,7 @@ def fingerprint(model: MODEL, out: OUT, name: NAME = "") -> None:
 
     found = run(model)
     write(out, [found.named(name, base=False)])
-    line(f"{out}: {len(found.labels)} matrices of {found.name}, {out.stat().st_size:,} bytes")
+    line(f"{out}: {number_of(len(found.labels), 'matrix')} of {found.name}, {out.stat().st_size:,} bytes")
 
 
 def which_base(
@@ -82,7 +83,7 @@ def add(
         raise InputError(f"got --name {name} for {len(models)} models; want one model with it")
     old = read(file) if file.exists() else ()
     new = chain.from_iterable(read(Path(m)) if is_database(m) else [run(m).named(name, base)] for m in models)
-    line(f"{file}: {write(file, chain(old, new))} models")
+    line(f"{file}: {number_of(write(file, chain(old, new)), 'model')}")
 
 
 @db_app.command("list")
@@ -104,7 +105,7 @@ def export(file: FILE, names: Annotated[list[str], typer.Argument(metavar="NAME.
     """Write some models of a database to a file of their own."""
     from specbasis.lineage.database import chosen, write
 
-    line(f"{out}: {write(out, chosen(file, names))} models")
+    line(f"{out}: {number_of(write(out, chosen(file, names)), 'model')}")
 
 
 @db_app.command()
@@ -114,4 +115,4 @@ def merge(files: Annotated[list[Path], typer.Argument(metavar="FILE...")], out: 
 
     from specbasis.lineage.database import read, write
 
-    line(f"{out}: {write(out, chain.from_iterable(map(read, files)))} models")
+    line(f"{out}: {number_of(write(out, chain.from_iterable(map(read, files))), 'model')}")

@@ -18,6 +18,7 @@ from specbasis.comparison.summary import RoleSummary, own_means, summarise
 from specbasis.comparison.verdict import Verdict, judge
 from specbasis.core.brief import WIDTH, clipped
 from specbasis.core.extras import require
+from specbasis.core.text import number_of
 from specbasis.jobs import results as store
 from specbasis.jobs.folder import plain
 from specbasis.jobs.results import Results
@@ -143,7 +144,8 @@ class Comparison:
         return write_report(self, Path(path) if path else self.folder / "report.html")
 
     def __repr__(self) -> str:
-        of = f"Comparison of {self.manifest['base']['source']} with {len(self.pairs)} finetunes, in {self.folder}"
+        finetunes = number_of(len(self.pairs), "finetune")
+        of = f"Comparison of {self.manifest['base']['source']} with {finetunes}, in {self.folder}"
         verdicts = [f"{label}: {self.verdicts[label].sentence}" for label in self.pairs[:4]]
         return clipped("\n".join(textwrap.shorten(line, WIDTH, placeholder=" …") for line in (of, *verdicts)))
 

@@ -28,6 +28,7 @@ from specbasis.comparison.verdict import (
 from specbasis.core.errors import unknown
 from specbasis.core.intruders import INTRUDER_COSINE, INTRUDER_RANKS
 from specbasis.core.statistics import finite_median
+from specbasis.core.text import number_of
 
 __all__ = ["CHECKS", "find", "kinds"]
 
@@ -362,9 +363,7 @@ def _below(pair: Judged, threshold: Mapping[str, float]) -> Found | None:
 
 def _count(names: Iterable[Any]) -> str:
     names = [m if isinstance(m, str) else m["matrix"] for m in names]
-    return f"{len(names)} matri{'x' if len(names) == 1 else 'ces'}" + (
-        f" ({named_parts(names, 2)})" if names else ""
-    )
+    return number_of(len(names), "matrix") + (f" ({named_parts(names, 2)})" if names else "")
 
 
 def _median(matrices: Iterable[Fact], measure: str) -> float:

@@ -1,4 +1,4 @@
-"""Text from files that others wrote, on its way to a terminal, a table or a spreadsheet."""
+"""Text on its way to a terminal, a table or a spreadsheet: of files that others wrote, and of numbers."""
 
 from __future__ import annotations
 
@@ -16,6 +16,12 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def number_of(n: int, noun: str) -> str:
+    """A number of things: "1 matrix", "2 matrices", "3 models"."""
+    plural = f"{noun[:-1]}ces" if noun.endswith("ix") else f"{noun}s"
+    return f"{n} {noun if n == 1 else plural}"
 
 
 def shareable(text: str) -> str:

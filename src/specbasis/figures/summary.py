@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from specbasis.comparison.facts import SIDES
 from specbasis.comparison.summary import RoleSummary
 from specbasis.comparison.verdict import named_parts
+from specbasis.core.text import number_of
 from specbasis.figures.table import Column, Table, number
 
 if TYPE_CHECKING:
@@ -57,8 +58,7 @@ def over_all_ranks(line: RoleSummary) -> str:
     if 0 < line.frozen < line.matrices:
         out.append(f"{line.frozen} frozen of {line.matrices} matrices")
     if 0 < line.short < line.matrices:
-        matrices = "1 matrix" if line.short == 1 else f"{line.short} matrices"
-        out.append(f"the short side of {matrices}, along which all directions are alike")
+        out.append(f"the short side of {number_of(line.short, 'matrix')}, along which all directions are alike")
     if out:
         left.append(f"left out of the means of alignment: {', and '.join(out)}")
     if line.unresolved:

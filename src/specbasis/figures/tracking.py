@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from specbasis.core.subspace import chance_alignment
+from specbasis.core.text import number_of
 from specbasis.figures import kit
 from specbasis.figures.kit import Axes, Figure, Floats
 from specbasis.tracking.track import Tracking
@@ -41,7 +42,9 @@ def _track_figure(tracking: Tracking) -> Figure:
     labels = [checkpoint["label"] for checkpoint in about["checkpoints"]]
     steps, top = tracking.steps, about["config"]["top"]
     matrices = len(about["pairs"]["checkpoints"]["matrices"])
-    figure, axes = kit.free_panels(1, 3, (4, 3.4), f"{len(labels)} checkpoints, {matrices} matrices")
+    figure, axes = kit.free_panels(
+        1, 3, (4, 3.4), f"{number_of(len(labels), 'checkpoint')}, {number_of(matrices, 'matrix')}"
+    )
     heat_map, alignment, size = axes[0]
     between_checkpoints(figure, heat_map, _mean_alignment(rows, labels), steps, f"mean of the leading {top} ranks")
     measures = rows["measure"].cast(pa.string())

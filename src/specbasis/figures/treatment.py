@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from specbasis.architecture.key import ROLES
+from specbasis.core.text import number_of
 from specbasis.figures import kit
 from specbasis.figures.kit import Axes, Figure
 from specbasis.figures.table import Column, Table
@@ -82,7 +83,9 @@ def _extraction_figure(extraction: Extraction) -> Figure:
 def _by_block(lines: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> tuple[Figure, Sequence[Axes]]:
     """Two figures of each matrix by block, a line for each role."""
     lines = [line for line in lines if line["block"] is not None] or lines
-    figure, axes = kit.panels(1, 2, (4.6, 2.9), f"{len(lines)} matrices of the finetune", between=0.7, below=1.1)
+    figure, axes = kit.panels(
+        1, 2, (4.6, 2.9), f"{number_of(len(lines), 'matrix')} of the finetune", between=0.7, below=1.1
+    )
     roles = sorted({line["role"] for line in lines}, key=lambda role: (_place(role), role))
     for (name, title), ax in zip(titles.items(), axes[0], strict=True):
         for i, role in enumerate(roles):

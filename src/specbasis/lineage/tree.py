@@ -29,6 +29,7 @@ from specbasis.checkpoint import open_checkpoint
 from specbasis.core.brief import brief
 from specbasis.core.errors import InputError
 from specbasis.core.grammar import labelled
+from specbasis.core.text import number_of
 from specbasis.jobs import results as store
 from specbasis.jobs.folder import plain
 from specbasis.lineage.forest import Edge, Tree, trees
@@ -88,7 +89,7 @@ def lineage(sources: Sequence[str | Path], *, align: bool = True) -> Lineage:
     if isinstance(sources, str | Path):
         sources = [sources]
     if len(sources) < 2:
-        raise InputError(f"got {len(sources)} checkpoint; want at least two, or a folder that holds several")
+        raise InputError(f"got {len(sources)} checkpoint; want at least two, files or folders")
     given, places = zip(*(labelled(str(source)) for source in sources), strict=True)
     opened = [open_checkpoint(place) for place in places]
     names = store.labels_of(given, [checkpoint.source for checkpoint in opened])
@@ -111,7 +112,7 @@ def members_of(folder: Path) -> list[Path]:
     ]
     if len(found) < 2:
         raise InputError(
-            f"{folder}: holds {len(found)} checkpoints; want at least two weight files or model folders"
+            f"{folder}: holds {number_of(len(found), 'checkpoint')}; want at least two, files or folders"
         )
     return found
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from specbasis.core.statistics import adjusted
+from specbasis.core.text import number_of
 from specbasis.lineage.correspondence import Correspondence, correspondence, counted, forms
 from specbasis.lineage.fingerprint import Fingerprint, Floats
 
@@ -110,12 +111,13 @@ def which_base(query: Fingerprint, database: Iterable[Fingerprint], *, level: fl
     sure = [(c, float(q)) for c, q in zip(found, holm, strict=True) if q <= level and c.pairs]
     relatives = _ranked([_relative(query, c, q) for c, q in sure])
     if not relatives:
-        text = f"none of these: of {len(found)} models none corresponds (family-wise error rate {level:g})"
+        models = number_of(len(found), "model")
+        text = f"none of these: of {models} none corresponds (family-wise error rate {level:g})"
         return Answer("none", (), text, tuple(names), level)
     kind, text, extra = _judged(query, relatives)
     bases = extra.get("shares") or [relatives[0].name]
     p_value, share = max(relatives[0].p, 1e-300), relatives[0].share
-    text = f"{text} (p ≤ {p_value:.1g} over {len(found)} models, {share:.0%} of it compared)"
+    text = f"{text} (p ≤ {p_value:.1g} over {number_of(len(found), 'model')}, {share:.0%} of it compared)"
     return Answer(kind, tuple(bases), text, tuple(names), level, ranking=tuple(map(_row, relatives)), **extra)
 
 
@@ -221,7 +223,7 @@ def _judged(query: Fingerprint, relatives: Sequence[Relative]) -> tuple[str, str
         f"; not from it: {', '.join(unlike[:3])}{' …' if len(unlike) > 3 else ''} ({len(unlike)})" if unlike else ""
     )
     if missing := len(query.labels) - len(best.found.pairs):
-        rest += f"; without a counterpart: {missing} matrices"
+        rest += f"; without a counterpart: {number_of(missing, 'matrix')}"
     if best.found.way == "without the order of units":
         return "related", f"related to {name}, its hidden units in another order or rescaled, and changed", {}
     if best.cosine < FAR:

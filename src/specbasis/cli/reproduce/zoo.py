@@ -11,6 +11,7 @@ from specbasis.cli.compare import write_page
 from specbasis.cli.flags import OUT, REPORT, STREAM
 from specbasis.core.errors import InputError
 from specbasis.core.grammar import words
+from specbasis.core.text import number_of
 
 zoo_app = typer.Typer(help="The pairs of models that the paper compares; without a verb it lists them.")
 
@@ -55,4 +56,4 @@ def zoo_run(
             print_comparison(outcome)
             if report:
                 write_page(outcome)
-    line(f"{missing} pairs could not be compared" if missing else "all pairs compared")
+    line(f"{number_of(missing, 'pair')} could not be compared" if missing else "all pairs compared")
