@@ -258,8 +258,12 @@ def _single(A: Blocks) -> tuple[Tensor, float]:
     """The matrix in float32 on its device, scaled, and a bound on the norm of what that rounded off."""
     ordinary = 2.0**-ORDINARY_SINGLE < A.scale < 2.0**ORDINARY_SINGLE
     if ordinary and all(X.element_size() <= 4 for X in A.operands):
-        first, *rest = (X.to(A.device, torch.float32) * (1 / A.scale) for X in A.operands)
-        single = first.sub_(rest[0]) if rest else first
+        first, *rest = A.operands
+        single = first.to(A.device, torch.float32, copy=True).mul_(1 / A.scale)
+        for X in rest:
+            for start in range(0, A.shape[1], A.width):  # so that there is one copy of this size, not three
+                block = X[:, start : start + A.width].to(A.device, torch.float32)
+                single[:, start : start + A.width].sub_(block, alpha=1 / A.scale)
         exact = not rest
     else:
         single, exact = torch.cat([block.to(torch.float32) for block in A], dim=1), False
