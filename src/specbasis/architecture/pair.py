@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 from specbasis.architecture.cut import equal_values, layout_of, matrix_size, unusable
 from specbasis.architecture.family import Family
 from specbasis.architecture.key import Admits, MatrixKey, MatrixRef, Skipped
-from specbasis.architecture.recognise import Recognition
+from specbasis.architecture.recognise import ModelMap, Recognition
 from specbasis.checkpoint import ABSENT, Checkpoint
 from specbasis.checkpoint.names import alignments, bare_name, spelled, stripped
 from specbasis.core.errors import InputError
@@ -53,7 +55,8 @@ def pair(
     """Match the matrices of two checkpoints by name.
 
     Wrapper components (``module``, ``_orig_mod`` …) are dropped, and one leading prefix on either side is aligned
-    where that makes more names and shapes agree (``bert.encoder…`` with ``encoder…``).
+    where that makes more names and shapes agree (``bert.encoder…`` with ``encoder…``). Where one of the two alone
+    has the names that llama.cpp gives, matrices of one stack, block, role and shape are matched instead.
 
     Args:
         base: the pretrained checkpoint; its architecture gives block and role.
@@ -68,6 +71,9 @@ def pair(
     """
     recognition = Recognition(base)
     model = recognition.model(admits)
+    other = Recognition(tuned)
+    if _of_llama_cpp(recognition) != _of_llama_cpp(other):
+        return _by_role(model, other.model(admits))
     drop_base, counterparts, remarks = aligned(base, tuned, transposed)
     ours = {stripped(name, drop_base) for name in base}
     matched: list[MatrixPair] = []
@@ -111,6 +117,36 @@ def pair(
         if bare not in ours and recognition.may_hold(drop_base + bare, admits)
     ]
     return Pairing(model.family, tuple(matched), tuple(skipped), tuple(notes))
+
+
+def _of_llama_cpp(recognition: Recognition) -> bool:
+    return any(family.name.startswith("gguf") for family in recognition.towers.values())
+
+
+def _by_role(base: ModelMap, tuned: ModelMap) -> Pairing:
+    """Match the matrices of two models whose names say the same in different words."""
+    ours, theirs = _by_place(base.matrices), _by_place(tuned.matrices)
+    matched = tuple(MatrixPair(ref.key, ref, theirs[place]) for place, ref in ours.items() if place in theirs)
+    alone = (("base", "not in tuned", ours, theirs), ("tuned", "not in base", theirs, ours))
+    skipped = (
+        Skipped(ref.key.name, side, reason, prod(ref.shape))
+        for side, reason, these, those in alone
+        for place, ref in these.items()
+        if place not in those
+    )
+    note = f"names differ: {len(matched)} matrices are matched by block, role and shape"
+    return Pairing(base.family, matched, (*base.skipped, *tuned.skipped, *skipped), (*base.notes, note))
+
+
+def _by_place(matrices: Iterable[MatrixRef]) -> dict[tuple[Any, ...], MatrixRef]:
+    """Stack, block, role, shape, and which of those that have these in common, such as the experts of a block."""
+    count: Counter[tuple[Any, ...]] = Counter()
+    places = {}
+    for ref in sorted(matrices, key=lambda ref: [(len(part), part) for part in re.split(r"[.\[\]]", ref.key.name)]):
+        place = (ref.key.stack, ref.key.block, ref.key.role, ref.shape)
+        places[(*place, count[place])] = ref
+        count[place] += 1
+    return places
 
 
 def aligned(

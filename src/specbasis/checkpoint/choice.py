@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping
 from fnmatch import fnmatchcase
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from specbasis.checkpoint.entry import ABSENT, Checkpoint, Entry, check_names, json_object, no_key, reading, shown
 from specbasis.checkpoint.formats import endings
+from specbasis.checkpoint.formats.grid import rounding_share
 from specbasis.checkpoint.formats.kit import with_scale
 from specbasis.checkpoint.places import Place
 from specbasis.core.errors import InputError
@@ -55,7 +58,7 @@ def open_place(place: Place, key: str = "") -> Checkpoint:
             raise InputError(f"{place.source}: holds no tensors")
         config, config_notes = read_config(place, "config.json")
         files, digests = place.provenance(names)
-        notes = [*notes, *config_notes, *_beside(place, names)]
+        notes = [*notes, *config_notes, *_beside(place, names), *_quantised(entries, bool(files))]
         return Checkpoint(place.source, entries, files, config, place.revision, digests, tuple(notes))
 
 
@@ -109,6 +112,23 @@ def _beside(place: Place, names: list[str]) -> list[str]:
         return [f"{shown(place.given)} is one of {int(shard.group(3))} shards; only its tensors were read"]
     others = () if place.given else (f"{names[0]}.index.json", "adapter_config.json")
     return [f"{other} lies beside the weights and was not read" for other in others if other in place.names]
+
+
+def _quantised(entries: Mapping[str, Entry], at_hand: bool) -> list[str]:
+    """A note of what is stored quantised, with the size of the rounding in the smallest such matrix on disk."""
+    stored = {name: entry for name, entry in entries.items() if entry.stored}
+    if not stored:
+        return []
+    forms = ", ".join(f"{form} ({n})" for form, n in Counter(entry.stored for entry in stored.values()).items())
+    note = f"stored quantised, and read as what the numbers stand for: {forms}"
+    known = sorted((prod(entry.shape), name) for name, entry in stored.items() if entry.cells and prod(entry.shape))
+    if not (known and at_hand):
+        return [note]
+    name = known[0][1]
+    share = f"{rounding_share(stored[name]):.1%}"
+    return [
+        f"{note}; rounding is about {share} of the weights in {name}, and turns trailing singular vectors by itself"
+    ]
 
 
 def _open_index(place: Place, index: str) -> tuple[dict[str, Entry], list[str], list[str]]:

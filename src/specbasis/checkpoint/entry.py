@@ -26,14 +26,17 @@ class Entry:
 
     Attributes:
         shape: as stored.
-        dtype: torch's name of the stored numbers without ``torch.``; other formats' names in lower case. A float8
-            tensor whose scales are stored beside it is ``scaled float8_…``: without them its numbers mean nothing.
+        dtype: torch's name of the numbers that are read, without ``torch.``; other formats' names in lower case.
         load: reads the tensor.
         factors: for a low-rank update of another checkpoint's tensor, reads (B, A) with
             tuned.reshape(shape[0], -1) = base.reshape(shape[0], -1) + B A.
         part: reads the numbers [start, stop) of the flattened tensor alone, by their bytes; None where the whole
             costs no more.
         layout: "in_out" or "conv" where the file, or the user, says how the axes are to be read; empty where not.
+        stored: of a quantised tensor, which is read as the float32 numbers that it stands for: its format, such as
+            ``q4_k`` or ``nf4``; empty where the tensor is stored as ``dtype`` says.
+        cells: of a quantised tensor, reads the lower and upper ends of what rounds to each of its numbers, infinite
+            at the outermost levels; None where that is not known.
     """
 
     shape: tuple[int, ...]
@@ -42,6 +45,8 @@ class Entry:
     factors: Callable[[], tuple[Tensor, Tensor]] | None = field(default=None, repr=False, compare=False)
     part: Callable[[int, int], Tensor] | None = field(default=None, repr=False, compare=False)
     layout: str = ""
+    stored: str = ""
+    cells: Callable[[], tuple[Tensor, Tensor]] | None = field(default=None, repr=False, compare=False)
 
     @property
     def is_float(self) -> bool:

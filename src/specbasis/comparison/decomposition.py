@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -20,7 +21,8 @@ from specbasis.core.entries import Entries, read_entries
 from specbasis.core.errors import InputError, NonFiniteError
 from specbasis.core.krylov import quick_svd
 from specbasis.core.low_rank import low_rank_svd
-from specbasis.core.rounding import Rounding
+from specbasis.core.quantised import Cells, quantisation
+from specbasis.core.rounding import QUANTISED, Rounding
 from specbasis.core.rounding import rounding as rounding_of
 from specbasis.core.svd import SVD, HalfSVD, half_svd
 from specbasis.jobs.cache import Cache
@@ -37,6 +39,7 @@ def decompose_pair(
     base: Decomposition | None = None,
     update: tuple[Tensor, Tensor] | None = None,
     heads: tuple[int, bool] | None = None,
+    cells: Mapping[str, Cells] | None = None,
 ) -> Triple:
     """The decompositions of a pretrained matrix W and its finetune T that the wanted measures read.
 
@@ -49,6 +52,7 @@ def decompose_pair(
         update: (B, A) with T = W + B A, where the update is known to be of low rank: it is then not formed.
         heads: how many attention heads the matrix is cut into, and whether by columns (an output matrix); None:
             none.
+        cells: "base" or "tuned" → what rounds to its entries, where it is stored quantised.
 
     Raises:
         InputError: shapes differ. NonFiniteError: NaN or Inf in either, or sizes that no number spans.
@@ -59,6 +63,10 @@ def decompose_pair(
     need = needed(options.taken, k)
     parts: dict[str, Decomposition] = {which: Absent(which, (W.shape[0], W.shape[1])) for which in need}
     sums = read_entries(W, T, names)
+    if cells:
+        sums = replace(
+            sums, figures={**sums.figures, **quantisation({"base": W, "tuned": T}, cells, _formats(W, T, sums))}
+        )
     stored = W, T
     if sums.scale != 1.0:  # exact, and every power that is taken of the entries is in range
         sizes = [float(norm(X)) for X in stored]
@@ -105,15 +113,26 @@ def _roundings(W: Tensor, T: Tensor, sums: Entries) -> dict[str, Rounding]:
     Measured on tuned: the entries of base have about the same sizes. A coarser format that holds subnormal entries
     has finer steps there than their own.
     """
-    base, tuned = (
-        BY_PRECISION.get(int(sums.figures.get(f"precision_{which}", 0)), name_of(X.dtype))
-        for which, X in (("base", W), ("tuned", T))
-    )
+    base, tuned = _formats(W, T, sums).values()
     own = name_of(T.dtype)
     error = rounding_of(T, tuned, base, own, scale=sums.scale)
     least = {form: max(error.variance[form], error.variance.get(own, 0.0)) for form in (tuned, base)}
     error = replace(error, variance=error.variance | least)
-    return {"tuned": error, "base": Rounding(base, error.variance)}
+    roundings = {"tuned": error, "base": Rounding(base, error.variance)}
+    for side in roundings:
+        noise = sums.figures.get(f"rounding_noise_{side}", math.nan)
+        if math.isfinite(noise):
+            square = (noise * sums.scaled_norms[side]) ** 2 / W.numel()
+            roundings[side] = Rounding(QUANTISED, error.variance | {QUANTISED: square})
+    return roundings
+
+
+def _formats(W: Tensor, T: Tensor, sums: Entries) -> dict[str, str]:
+    """The coarsest formats that hold the entries of base and of tuned."""
+    return {
+        which: BY_PRECISION.get(int(sums.figures.get(f"precision_{which}", 0)), name_of(X.dtype))
+        for which, X in (("base", W), ("tuned", T))
+    }
 
 
 def _sampled(W: Tensor, T: Tensor, ranks: int, options: Options, name: str) -> dict[str, tuple[Tensor, Tensor]]:

@@ -191,11 +191,12 @@ def _rounding(pair: Judged, threshold: Mapping[str, float]) -> Found | None:
     if not within:
         return None
     worst = max(within, key=lambda m: rounding(m) / m["relative_update"])
-    bits = min(worst["precision_base"], worst["precision_tuned"])
+    bits = f"{min(worst['precision_base'], worst['precision_tuned']):g} bits"
+    bits = "its quantised levels" if math.isfinite(worst.get("p_quantised", math.nan)) else bits
     return (
         f"in {_count(within)} the update is no larger than the rounding of the stored weights, e.g. "
         f"{worst['matrix']}: ‖Δ‖/‖W‖ {worst['relative_update']:.2g}, "
-        f"rounding to {bits:g} bits {rounding(worst):.2g}",
+        f"rounding to {bits} {rounding(worst):.2g}",
         [m["matrix"] for m in within],
         {"relative_update": worst["relative_update"], "rounding": rounding(worst), "share": pair.share(within)},
     )
@@ -271,12 +272,28 @@ def _copied(pair: Judged, _: Mapping[str, float]) -> Found | None:
 
 @check("quantised", "entries on a grid", "note")
 def _quantised(pair: Judged, _: Mapping[str, float]) -> Found | None:
+    if stored := pair.having("p_quantised"):
+        return _stored_quantised(pair, stored)
     on = [m for m in pair.having("grid_levels_tuned") if math.isnan(m.get("grid_levels_base", math.nan))]
     if not on:
         return None
     levels = _median(on, "grid_levels_tuned")
     text = f"the entries of {_count(on)} lie on a grid, with about {levels:.0f} levels for 32 neighbours; those of "
     return text + "base do not", [m["matrix"] for m in on], {"levels": levels, "share": pair.share(on)}
+
+
+def _stored_quantised(pair: Judged, stored: Sequence[Fact]) -> Found:
+    noises = {m["matrix"]: rounding(m) for m in stored}
+    ratio = median(m["relative_update"] / noises[m["matrix"]] for m in stored)
+    alone = sum(m["p_quantised"] >= LEVEL for m in stored)
+    return (
+        f"{_count(stored)} are stored quantised, and read as what their numbers stand for: rounding is about "
+        f"{median(noises.values()):.2%} of the weights, and turns trailing singular vectors by itself; the "
+        f"difference from base is {ratio:.2f} times as large, and in {alone} of them rounding explains all of it "
+        f"(p ≥ {LEVEL:g})",
+        [m["matrix"] for m in stored],
+        {"rounding_noise": median(noises.values()), "ratio": ratio, "share": pair.share(stored)},
+    )
 
 
 @check("pruned", "entries that became zero", "note", share=0.01)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -129,7 +129,7 @@ class Matched:
                 base=base,
                 pairs=kept.get("pairs", {})
                 | {
-                    label: _about(pairing, by_label[label], self.options)
+                    label: _about(pairing, by_label[label], self.options, base.get("notes", ()))
                     for label, pairing in self.pairings.items()
                 },
                 measures=[{"name": m.name, "title": m.title, "source": m.source} for m in shown],
@@ -153,7 +153,9 @@ def _check_heads(base: Checkpoint, pairings: Mapping[str, Pairing], options: Opt
         )
 
 
-def _about(pairing: Pairing, provenance: dict[str, Any], options: Options) -> dict[str, Any]:
+def _about(
+    pairing: Pairing, provenance: dict[str, Any], options: Options, of_base: Iterable[str]
+) -> dict[str, Any]:
     """What the manifest says of one pair."""
     return {
         "tuned": provenance,
@@ -164,6 +166,7 @@ def _about(pairing: Pairing, provenance: dict[str, Any], options: Options) -> di
             *([f"no architecture file matches: {STRUCTURAL.title}"] if pairing.family is STRUCTURAL else []),
             *options.notes(m.key for m in pairing.matched),
             *pairing.notes,
+            *(f"base: {note}" for note in of_base),
             *provenance.get("notes", ()),
         ],
     }

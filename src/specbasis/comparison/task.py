@@ -20,6 +20,7 @@ from specbasis.comparison.options import Options
 from specbasis.core.draws import KINDS
 from specbasis.core.dtypes import FORMATS
 from specbasis.core.errors import NonFiniteError
+from specbasis.core.quantised import Cells
 from specbasis.jobs.cost import Work, matrix_work
 from specbasis.jobs.results import Figures, rows_of
 from specbasis.measures.measure import Measure, Values
@@ -95,6 +96,7 @@ class Task:
                     names=(where + base.source, where + tuned.source),
                     base=decomposed.get(matched.base),
                     update=matched.tuned.delta_factors(tuned),
+                    cells=_cells(base=(matched.base, base), tuned=(matched.tuned, tuned)),
                     heads=self.options.heads_of(base, matched),
                 )
                 rows = _table(label, matched, measure_all(triple, self.options.taken), self.options.tolerance)
@@ -106,6 +108,12 @@ class Task:
                 decomposed = {matched.base: whole} if is_shared else {}
                 outcomes.append((label, rows))
         return outcomes
+
+
+def _cells(**sides: tuple[MatrixRef, Checkpoint]) -> dict[str, Cells]:
+    """Side → what rounds to its entries, where it is stored quantised."""
+    cells = {side: ref.cells(checkpoint) for side, (ref, checkpoint) in sides.items()}
+    return {side: ends for side, ends in cells.items() if ends is not None}
 
 
 _OPENED: dict[Any, Checkpoint] = {}

@@ -182,8 +182,12 @@ def least_cosine(m: Mapping[str, Any], tested: int) -> float:
 
 
 def rounding(m: Mapping[str, Any]) -> float:
-    """Relative rounding error that the precision of both sides leaves: `ROUNDING`·2^(1 − bits), in quadrature."""
-    return ROUNDING * math.hypot(*(2.0 ** (1 - m[f"precision_{side}"]) for side in ("base", "tuned")))
+    """Relative rounding error of both sides, in quadrature: `ROUNDING`·2^(1 − bits), or of a quantised side its."""
+    errors = []
+    for side in ("base", "tuned"):
+        noise = m.get(f"rounding_noise_{side}", math.nan)
+        errors.append(noise if math.isfinite(noise) else ROUNDING * 2.0 ** (1 - m[f"precision_{side}"]))
+    return math.hypot(*errors)
 
 
 def noise_rank(out: int, width: int) -> float:
@@ -194,8 +198,9 @@ def noise_rank(out: int, width: int) -> float:
 def copy_form(m: Mapping[str, Any]) -> str:
     """In what other form tuned holds the weights of base, or base those of tuned; empty where it does not.
 
-    Equal once rounded to the coarser precision of the two; one rounds to the other on the other's own grid
-    (quantised); a multiple, to rounding; all entries equal but those set to zero; or the values in the spectrum the
+    Equal once rounded to the coarser precision of the two; one rounds to the other on the other's own levels
+    (quantised): those of the file, where it is stored so (`p_quantised`, at `LEVEL`), else those that its entries
+    show; a multiple, to rounding; all entries equal but those set to zero; or the values in the spectrum the
     same (`SAME_SPECTRUM`) of weights that do not correspond: rows and columns in another order, as hidden units can
     have without any effect, or with other signs.
     """
@@ -205,6 +210,10 @@ def copy_form(m: Mapping[str, Any]) -> str:
     if m.get("equal_entries_rounded") == 1 and bits["base"] != bits["tuned"]:
         coarser = BY_PRECISION[int(min(bits.values()))]
         return f"rounded to {coarser}" if bits["tuned"] < bits["base"] else f"base is it rounded to {coarser}"
+    if (chance := m.get("p_quantised", math.nan)) == chance:
+        sides = [math.isfinite(m.get(f"rounding_noise_{side}", math.nan)) for side in ("base", "tuned")]
+        form = "both are quantised" if all(sides) else "quantised" if sides[1] else "base is it quantised"
+        return form if chance >= LEVEL else ""
     grids = [math.isfinite(m.get(f"grid_levels_{side}", math.nan)) for side in ("base", "tuned")]
     if m.get("equal_entries_grid", 0) >= QUANTISED and sum(grids) == 1:
         return "base is it quantised" if grids[0] else "quantised"

@@ -15,6 +15,9 @@ from specbasis.core.perturbation import inverse_gap, pair_weights
 
 _BLOCK = 2**21  # entries of one block of variances
 
+QUANTISED = "quantised"
+"""The format of a matrix that is stored quantised: its variance alone is known, of all entries together."""
+
 Interval = tuple[Float[Tensor, " k"], Float[Tensor, " k"]]
 """Lower and upper ends."""
 

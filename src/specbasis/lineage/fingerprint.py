@@ -12,7 +12,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextvars import copy_context
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +27,6 @@ from specbasis.architecture.recognise import model_map
 from specbasis.checkpoint import Checkpoint, joined_sha256, open_checkpoint
 from specbasis.checkpoint.digest import SEAL, digest, sealed, sha256
 from specbasis.checkpoint.entry import reading
-from specbasis.checkpoint.formats.kit import DEQUANTISE
 from specbasis.checkpoint.places import NotStreamable, locate
 from specbasis.core.dtypes import FORMATS
 from specbasis.core.entries import GROUP, grid
@@ -164,12 +162,10 @@ def fingerprint(source: str | Path | Mapping[str, Tensor], *, budget: int = BUDG
     Raises:
         InputError: as `open_checkpoint`; the model has no matrix; a value is NaN or Inf.
     """
-    context = copy_context()
-    context.run(DEQUANTISE.set, True)
     try:
-        checkpoint = context.run(open_checkpoint, source, stream=True)
+        checkpoint = open_checkpoint(source, stream=True)
     except NotStreamable:
-        checkpoint = context.run(open_checkpoint, source)
+        checkpoint = open_checkpoint(source)
     refs = list(model_map(checkpoint).matrices)
     if not refs:
         raise InputError(f"{checkpoint.source}: holds no matrix of weights; want a model with at least one")

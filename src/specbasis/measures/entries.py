@@ -71,3 +71,21 @@ def grid_levels(t: Triple, which: str) -> float:
 def equal_entries_grid(t: Triple) -> float:
     """Share of sampled groups of 32 in which one side rounds to the other on its grid; absent without one."""
     return t.figures.get("equal_entries_grid", math.nan)
+
+
+@of_each(formula="√(Σ width²/12) / ‖W‖_F")
+def rounding_noise(t: Triple, which: str) -> float:
+    """Size of rounding to the levels of {which} where it is stored quantised; absent elsewhere."""
+    return t.figures.get(f"rounding_noise_{which}", math.nan)
+
+
+@of_entries()
+def beyond_rounding(t: Triple) -> float:
+    """Share of entries that do not round to those of the quantised side; absent where neither is quantised."""
+    return t.figures.get("beyond_rounding", math.nan)
+
+
+@of_entries(formula="P(Binomial(n, 0.0001) ≥ n · beyond_rounding)")
+def p_quantised(t: Triple) -> float:
+    """Chance of so many entries beyond rounding where one side is the other quantised, and nothing was trained."""
+    return t.figures.get("p_quantised", math.nan)

@@ -17,7 +17,7 @@ from specbasis.measures.triple import Triple
 NEGLIGIBLE = 1e-4
 """Where the mean entry of an update holds less than this share of its energy, permuting it is the Gaussian null."""
 
-COARSE = ("bfloat16", "float16", "int8")
+COARSE = ("bfloat16", "float16", "int8", rounding.QUANTISED)
 """Formats whose rounding is taken as a null; that of float32 turns nothing by more than 10⁻⁶."""
 
 STEWART = "Stewart 1991, first order"
@@ -86,7 +86,9 @@ def null_alignment_permuted(t: Triple, side: str) -> Tensor:
 
 @null(formula="root mean square", source=PAIRWISE, reads=("rounding",))
 def null_alignment_rounding(t: Triple, side: str) -> Tensor | None:
-    """Alignment of {side} vectors under rounding alone; only of matrices stored in bfloat16 or float16."""
+    """Alignment of {side} vectors under rounding alone; only of matrices stored in bfloat16 or float16, or
+    quantised.
+    """
     return t.of_side(_null(t, "rounding"), side) if _is_coarse(t) else None
 
 
@@ -135,12 +137,14 @@ def _intervals(t: Triple) -> tuple[rounding.Interval, rounding.Interval]:
     assert t.entries is not None
     short, long = SIDES if t.base_wide else SIDES[::-1]
     form = t.rounding["tuned"].stored
+    error = t.rounding["tuned"].variance[form]
+    mean = form == rounding.QUANTISED
     return rounding.intervals(
         (t.matrix(short), t.matrix(long)),
         (t.tuned.vectors(short, t.ranks).cpu(), t.tuned.vectors(long, t.ranks).cpu()),
         t.tuned.spectrum.cpu(),
         (t.entries if t.base_wide else t.entries.mT).cpu(),
-        lambda W: rounding.entry_variance(W, form),
+        lambda W: torch.full_like(W, error, dtype=torch.float64) if mean else rounding.entry_variance(W, form),
     )
 
 
@@ -150,7 +154,7 @@ of_interval = partial(null, source=STEWART, nonzero=PAIR, reads=("rounding",))
 @of_interval(formula="a·(1 + ½ Σ Var) − 1.96 s")
 def alignment_low(t: Triple, side: str) -> Tensor | None:
     """Lower end of the 95 % interval of the {side} alignment before tuned was rounded; only of matrices stored in
-    bfloat16 or float16.
+    bfloat16 or float16, or quantised.
     """
     return _interval(t, side, 0)
 

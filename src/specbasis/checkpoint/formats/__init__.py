@@ -14,6 +14,7 @@ from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ from specbasis.checkpoint.regular import read_bytes, regular
 from specbasis.core.errors import InputError
 
 _TENSORFLOW = ("TensorFlow", "from_tf", "tensorflow tf-keras")
+
+_T = TypeVar("_T")
 
 ELSEWHERE = {
     ".h5": _TENSORFLOW,
@@ -69,7 +72,7 @@ def file_entries(path: Path, source: str, key: str = "") -> Mapping[str, Entry]:
     form = next((form for form in formats() if form.opens(path, head)), None)
     if form is not None:
         entries = form.entries(path, source, key)
-        return {name: replace(e, load=partial(_copied, e.load, check)) for name, e in entries.items()}
+        return {name: _guarded(entry, check) for name, entry in entries.items()}
     no_key(key, source)
     raise InputError(
         f"{source}: {name} is neither a safetensors nor a torch file (it begins with {head[:4]!r}); "
@@ -77,12 +80,24 @@ def file_entries(path: Path, source: str, key: str = "") -> Mapping[str, Entry]:
     )
 
 
+def _guarded(entry: Entry, check: Callable[[], None]) -> Entry:
+    cells = None if entry.cells is None else partial(_checked, entry.cells, check)
+    return replace(entry, load=partial(_copied, entry.load, check), cells=cells)
+
+
+def _checked(read: Callable[[], _T], check: Callable[[], None]) -> _T:
+    check()
+    result = read()
+    check()
+    return result
+
+
 def _copied(load: Callable[[], Tensor], check: Callable[[], None]) -> Tensor:
-    check()
-    tensor = load()
-    tensor = tensor if tensor.ndim == 3 or tensor.layout is not torch.strided else tensor.clone()
-    check()
-    return tensor
+    def copy() -> Tensor:
+        tensor = load()
+        return tensor if tensor.ndim == 3 or tensor.layout is not torch.strided else tensor.clone()
+
+    return _checked(copy, check)
 
 
 def check_framework(name: str, source: str, model: str, config: Callable[[], bytes]) -> None:

@@ -1,4 +1,4 @@
-"""GGUF files with floating-point weights, or with quantised ones where their rounding is taken into account.
+"""GGUF files: floating-point weights, and quantised ones as the numbers that they stand for.
 
 The header is read here and not by the gguf library, which takes every length in a file at its word: it allocates
 and walks without end, and lets tensors overlap or begin before the file.
@@ -9,9 +9,10 @@ Source: the GGUF specification of ggml, versions 2 and 3, little-endian.
 from __future__ import annotations
 
 import math
+import re
 import struct
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
@@ -21,7 +22,8 @@ import numpy as np
 import torch
 
 from specbasis.checkpoint.entry import Entry, check_names, no_key, parsing
-from specbasis.checkpoint.formats.kit import DEQUANTISE, FileFormat, extra, quantised, rounding_noise, tensor_of
+from specbasis.checkpoint.formats.grid import Grid, grid_entry, integers
+from specbasis.checkpoint.formats.kit import FileFormat, extra, tensor_of
 from specbasis.core.dtypes import FORMATS, by_code
 from specbasis.core.errors import InputError
 
@@ -31,6 +33,31 @@ _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 
 _NESTED = 8
 """Levels of arrays within arrays."""
+
+_ROTATED = (
+    "llama", "mistral3", "arcee", "deci", "granite", "granitemoe", "smollm3", "baichuan", "xverse", "internlm2",
+    "minicpm", "olmo", "deepseek", "bailingmoe", "chameleon",
+)  # fmt: skip
+"""Architectures whose queries and keys llama.cpp's converter stores with the rows of each head in another order."""
+
+_NIBBLES = integers(4)
+_UNEVEN = torch.tensor([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113.0])
+
+_CODES = {
+    "Q4_0": (2, 18, _NIBBLES),
+    "Q4_1": (4, 20, _NIBBLES),
+    "Q5_0": (2, 22, integers(5)),
+    "Q5_1": (4, 24, integers(5)),
+    "Q8_0": (2, 34, integers(8, -128)),
+    "Q2_K": (16, 80, integers(2)),
+    "Q3_K": (0, 96, integers(3)),
+    "Q4_K": (16, 144, _NIBBLES),
+    "Q5_K": (16, 176, integers(5)),
+    "Q6_K": (0, 192, integers(6)),
+    "IQ4_NL": (2, 18, _UNEVEN),
+    "IQ4_XS": (8, 136, _UNEVEN),
+}
+"""Type → where in a block's bytes the codes of its numbers are, from and to, and what the codes stand for."""
 
 
 @dataclass(frozen=True)
@@ -45,52 +72,84 @@ class _Tensor:
 
 
 def entries(path: Path, source: str, key: str = "") -> dict[str, Entry]:
-    """The tensors of a GGUF file, memory-mapped, in (out, in) order."""
+    """The tensors of a GGUF file, memory-mapped, in (out, in) order, their rows in that of Hugging Face."""
     no_key(key, source)
     gguf = extra("gguf", source)
     with parsing(path.name, source):
         with path.open("rb") as file:
             content = mmap(file.fileno(), 0, access=ACCESS_READ)
-        tensors = _Header(content, gguf).tensors()
+        header = _Header(content, gguf)
+        tensors = header.tensors()
         check_names((tensor.name for tensor in tensors), source)
-        coarse = [t for t in tensors if len(t.shape) > 1 and by_code(t.kind) not in FORMATS]
-        if coarse and not DEQUANTISE.get():
-            names = ", ".join(sorted({tensor.kind for tensor in coarse}))
-            share = f"{len(coarse)} of its {len(tensors)} tensors are stored as {names}"
-            raise quantised(path, source, share, _noise(gguf, content, coarse))
-    stored = {
-        tensor.name: Entry(tensor.shape, by_code(tensor.kind), _reader(content, tensor, source))
-        for tensor in tensors
-    }
-    for tensor in coarse:
-        stored[tensor.name] = Entry(tensor.shape, "float32", partial(_whole, gguf, content, tensor, source))
-    return stored
+        return {t.name: _entry(gguf, content, t, _rows(t, header.settings), source) for t in tensors}
 
 
-def _reader(content: mmap, tensor: _Tensor, source: str) -> Callable[[], torch.Tensor]:
-    def read() -> torch.Tensor:
-        dtype = by_code(tensor.kind)
+def _entry(gguf: Any, content: mmap, tensor: _Tensor, rows: torch.Tensor | None, source: str) -> Entry:
+    dtype = by_code(tensor.kind)
+    if dtype not in FORMATS and len(tensor.shape) > 1:
+        read = partial(_grid, gguf, content, tensor, rows, source)
+        coarse = grid_entry(tensor.shape, dtype, read)
+        whole = partial(_whole, gguf, content, tensor, rows, source)
+        return replace(coarse, load=whole, cells=coarse.cells if tensor.kind in _CODES else None)
+
+    def load() -> torch.Tensor:
         if dtype not in FORMATS:
             raise InputError(f"{source}: {tensor.name!r} is stored as {dtype}, not in floating point")
-        return tensor_of(content[tensor.start : tensor.stop], dtype, tensor.shape)
+        values = tensor_of(content[tensor.start : tensor.stop], dtype, tensor.shape)
+        return values if rows is None else values[rows]
 
-    return read
+    return Entry(tensor.shape, dtype, load)
 
 
-def _whole(gguf: Any, content: mmap, tensor: _Tensor, source: str) -> torch.Tensor:
+def _rows(tensor: _Tensor, settings: Mapping[str, Any]) -> torch.Tensor | None:
+    """Where the rows of queries and keys are that llama.cpp's rotary embedding wants in another order.
+
+    A head's rows (2, half) are stored as (half, 2). Source: `LlamaModel.permute` of llama.cpp's converter.
+    """
+    architecture, part = settings.get("general.architecture"), _QUERY_OR_KEY.search(tensor.name)
+    if architecture not in _ROTATED or part is None:
+        return None
+    heads = settings.get(f"{architecture}.attention.head_count")
+    heads = settings.get(f"{architecture}.attention.head_count_kv", heads) if part[1] == "k" else heads
+    if not isinstance(heads, int) or heads < 1 or tensor.shape[0] % (2 * heads):
+        return None
+    return torch.arange(tensor.shape[0]).reshape(heads, -1, 2).mT.flatten()
+
+
+_QUERY_OR_KEY = re.compile(r"\.attn_([qk])\.(weight|bias)$")
+
+
+def _whole(gguf: Any, content: mmap, tensor: _Tensor, rows: torch.Tensor | None, source: str) -> torch.Tensor:
+    values = _dequantised(gguf, _blocks(gguf, content, tensor), tensor, source)
+    return values if rows is None else values[rows]
+
+
+def _blocks(gguf: Any, content: mmap, tensor: _Tensor) -> np.ndarray:
+    """The bytes of a quantised tensor, a block a row."""
+    _, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[tensor.kind]]
+    return np.frombuffer(content[tensor.start : tensor.stop], np.uint8).reshape(-1, size)
+
+
+def _dequantised(gguf: Any, blocks: np.ndarray, tensor: _Tensor, source: str) -> torch.Tensor:
     try:
-        return torch.from_numpy(_dequantised(gguf, content, tensor)).reshape(tensor.shape)
+        values = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[tensor.kind])
     except NotImplementedError as error:
         raise InputError(f"{source}: {tensor.name!r} is stored as {tensor.kind}, which gguf cannot read") from error
+    return torch.from_numpy(values).reshape(tensor.shape)
 
 
-def _dequantised(gguf: Any, content: mmap, tensor: _Tensor, most: int | None = None) -> np.ndarray:
-    """The numbers that the first rows of a quantised tensor stand for, or all of them, float32."""
-    width = (tensor.stop - tensor.start) // math.prod(tensor.shape[:-1])
-    stop = tensor.stop if most is None else min(tensor.stop, tensor.start + most * width)
-    data = np.frombuffer(content[tensor.start : stop], np.uint8).reshape(-1, width)
-    rows: np.ndarray = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[tensor.kind])
-    return rows
+def _grid(gguf: Any, content: mmap, tensor: _Tensor, rows: torch.Tensor | None, source: str) -> Grid:
+    """A quantised tensor with its levels: what its blocks would stand for with the least and the greatest codes."""
+    blocks = _blocks(gguf, content, tensor)
+    start, stop, levels = _CODES[tensor.kind]
+    numbers = [_dequantised(gguf, blocks, tensor, source)]
+    for byte in (0x80, 0x7F) if tensor.kind == "Q8_0" else (0x00, 0xFF):
+        extreme = blocks.copy()
+        extreme[:, start:stop] = byte
+        numbers.append(_dequantised(gguf, extreme, tensor, source))
+    values, least, greatest = numbers if rows is None else (X[rows] for X in numbers)
+    scale = (greatest - least) / (levels[-1] - levels[0])
+    return Grid(values, scale, least - scale * levels[0], levels)
 
 
 class _Header:
@@ -100,7 +159,7 @@ class _Header:
         self.content = content
         self.gguf = gguf
         self.place = 4
-        self.alignment = 32
+        self.settings: dict[str, Any] = {}
 
     def tensors(self) -> list[_Tensor]:
         """The tensors, in file order; none overlaps another, and all are inside the file.
@@ -112,9 +171,11 @@ class _Header:
         if version not in (2, 3):
             raise ValueError(f"version {version}, or written for the other byte order; want 2 or 3")
         for _ in range(settings):
-            self._setting()
+            name = self._text()
+            self.settings[name] = self._value(self._number("<I"), _NESTED)
         listed = [self._tensor() for _ in range(count)]
-        data = self.place + -self.place % self.alignment
+        alignment = self.settings.get("general.alignment")
+        data = self.place + -self.place % (alignment if isinstance(alignment, int) and alignment > 0 else 32)
         tensors = [self._placed(name, kind, shape, data + offset) for name, kind, shape, offset in listed]
         if len({tensor.name for tensor in tensors}) != len(tensors):
             raise ValueError("two tensors have one name")
@@ -142,19 +203,15 @@ class _Header:
         start = self._skip(self._number("<Q"))
         return self.content[start : self.place].decode("utf-8")
 
-    def _setting(self) -> None:
-        name, kind = self._text(), self._number("<I")
-        if name == "general.alignment" and kind == 4:
-            self.alignment = max(1, self._number("<I"))
-        else:
-            self._value(kind, _NESTED)
-
-    def _value(self, kind: int, levels: int) -> None:
-        """Pass over a value of the metadata."""
+    def _value(self, kind: int, levels: int) -> Any:
+        """A value of the metadata: a text, an unsigned number; what else there is is passed over."""
+        if kind in (4, 10):
+            return self._number("<I" if kind == 4 else "<Q")
         if kind in _SIZES:
             self._skip(_SIZES[kind])
         elif kind == _STRING:
-            self._skip(self._number("<Q"))
+            start = self._skip(self._number("<Q"))
+            return self.content[start : self.place].decode("utf-8", "replace")
         elif kind == _ARRAY and levels:
             inner, count = self._number("<I"), self._number("<Q")
             if inner in _SIZES:
@@ -164,6 +221,7 @@ class _Header:
                     self._value(inner, levels - 1)
         else:
             raise ValueError(f"a setting of type {kind}")
+        return None
 
     def _tensor(self) -> tuple[str, Any, tuple[int, ...], int]:
         name, axes = self._text(), self._number("<I")
@@ -178,22 +236,6 @@ class _Header:
         if stop > len(self.content) or (shape and shape[-1] % block):
             raise ValueError(f"{name!r} ends at byte {stop} of {len(self.content)}")
         return _Tensor(name, kind.name, shape, start, stop)
-
-
-def _noise(gguf: Any, content: mmap, coarse: list[_Tensor]) -> tuple[str, float] | None:
-    """The first matrix that can be dequantised and its rounding noise, from the levels in its blocks of 32."""
-    for tensor in coarse:
-        if not math.prod(tensor.shape):
-            continue
-        try:
-            rows = _dequantised(gguf, content, tensor, most=64)
-        except NotImplementedError:
-            continue
-        blocks = torch.from_numpy(rows.astype("float64")).reshape(-1, 32)
-        steps = blocks.sort(dim=1).values.diff(dim=1)
-        least = torch.where(steps > 1e-6 * blocks.abs().amax(1, keepdim=True), steps, math.inf).amin(1)
-        return tensor.name, rounding_noise(least[least.isfinite()], blocks)
-    return None
 
 
 FORMAT = FileFormat((".gguf",), lambda path, head: head.startswith(b"GGUF"), entries, rank=3)

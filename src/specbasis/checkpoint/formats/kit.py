@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,9 +15,6 @@ from specbasis.checkpoint.entry import Entry, check_names, shown
 from specbasis.core.dtypes import FORMATS, name_of
 from specbasis.core.errors import InputError
 from specbasis.core.extras import require
-
-DEQUANTISE: ContextVar[bool] = ContextVar("dequantise", default=False)
-"""Whether quantised weights are read as what they stand for: only by what takes their rounding into account."""
 
 
 @dataclass(frozen=True)
