@@ -116,7 +116,8 @@ def test_what_reads_no_decomposition_is_always_taken():
 def test_only_leading_values_leave_out_what_needs_all_of_them():
     chosen = {m.name for m in choose([], whole=False)}
     assert {"alignment_left", "singular_value_base", "t1_rc", "effective_rank_base", "stable_rank_delta"} <= chosen
-    assert not {"rsd", "tail_rc", "intruder_cosine_left"} & chosen
+    assert not {"rsd", "tail_rc", "intruder_cosine_left", "head_rotation"} & chosen
+    assert "head_rotation" in {m.name for m in choose(["head*"], whole=False)}
 
 
 def test_variants_are_named_by_their_placeholders():

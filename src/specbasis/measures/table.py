@@ -72,8 +72,9 @@ def choose(
 ) -> tuple[Measure, ...]:
     """The measures that match any of some patterns (``*`` and ``?``), in the table's order; all when none.
 
-    Without ``whole``, only those that can be taken where no more than the leading singular values are known. Those
-    that read no decomposition are always among them: they cost nothing, and the verdict rests on them.
+    Without ``whole``, only those that can be taken where no more than the leading singular values are known; those
+    of attention heads, which decompose every head, only where a pattern asks for them. Those that read no
+    decomposition are always among them: they cost nothing, and the verdict rests on them.
 
     Args:
         patterns: of names.
@@ -92,7 +93,7 @@ def choose(
         m
         for m in measures
         if (not patterns or m.is_free or any(fnmatch.fnmatchcase(m.name, pattern) for pattern in patterns))
-        and (whole or m.leading or not (m.values or "every" in m.reads))
+        and (whole or m.leading or not (m.values or "every" in m.reads or ("heads" in m.reads and not patterns)))
     )
 
 
