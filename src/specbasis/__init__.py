@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from specbasis.interventions.grid import intervene
     from specbasis.interventions.live import edited, matrix_edits
     from specbasis.interventions.stage import Subject
+    from specbasis.lineage.fingerprint import fingerprint
     from specbasis.lineage.tree import lineage
+    from specbasis.lineage.which_base import which_base
     from specbasis.treatment.extract import extract
     from specbasis.treatment.merge import merge
     from specbasis.treatment.repair import repair
@@ -40,6 +42,7 @@ __all__ = [
     "edited",
     "extract",
     "finetune",
+    "fingerprint",
     "intervene",
     "lineage",
     "load",
@@ -49,6 +52,7 @@ __all__ = [
     "open_checkpoint",
     "population",
     "repair",
+    "which_base",
 ]
 
 __getattr__ = lazily(
@@ -66,6 +70,8 @@ __getattr__ = lazily(
         "intervene": "interventions.grid",
         **dict.fromkeys(("edited", "matrix_edits"), "interventions.live"),
         "lineage": "lineage.tree",
+        "fingerprint": "lineage.fingerprint",
+        "which_base": "lineage.which_base",
         "extract": "treatment.extract",
         "merge": "treatment.merge",
         "repair": "treatment.repair",

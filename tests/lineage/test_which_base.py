@@ -2,13 +2,17 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
 
+import specbasis
+from specbasis import InputError
+from specbasis.lineage import database
 from specbasis.lineage.fingerprint import Fingerprint, fingerprint
 from specbasis.lineage.which_base import Answer, contradiction, which_base
-from tests.pico import State, bert_state, finetuned
+from tests.pico import State, bert_state, finetuned, write
 
 BASE = bert_state(blocks=3, width=64, seed=1)
 OTHERS = [fingerprint(bert_state(blocks=3, width=64, seed=s)).named(f"other-{s}", base=True) for s in (2, 3)]
@@ -132,3 +136,15 @@ def test_cards(card: list[str], wrong: bool, said: str) -> None:
 
 def test_a_card_of_a_model_that_comes_from_none_is_contradicted() -> None:
     assert contradiction(_asked(bert_state(blocks=3, width=64, seed=7)), ["org/base"])[0]
+
+
+def test_models_and_files_are_taken_where_fingerprints_are(tmp_path: Path) -> None:
+    path = write(tmp_path / "tuned.safetensors", finetuned(BASE, 0.1))
+    known, one = tmp_path / "known.parquet", tmp_path / "one.parquet"
+    database.write(known, DATABASE)
+    database.write(one, [specbasis.fingerprint(path)])
+    answers = [specbasis.which_base(query, known) for query in (path, str(path), one, finetuned(BASE, 0.1))]
+    assert [(answer.kind, answer.bases[0]) for answer in answers] == [("finetuned", "org/base")] * 4
+    assert specbasis.which_base(path, DATABASE).sentence == answers[0].sentence
+    with pytest.raises(InputError, match="no such file"):
+        specbasis.which_base(path, tmp_path / "absent.parquet")

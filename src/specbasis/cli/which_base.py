@@ -40,13 +40,11 @@ def which_base(
     json: JSON = False,
 ) -> None:
     """Say which model of a database a model comes from; with --card exit code 1 where its card says otherwise."""
-    from specbasis.lineage.database import is_database, read
-    from specbasis.lineage.fingerprint import fingerprint as run
-    from specbasis.lineage.which_base import contradiction
+    from specbasis.lineage.which_base import contradiction, fingerprint_of
     from specbasis.lineage.which_base import which_base as find
 
-    query = next(read(Path(model))) if is_database(model) else run(model)
-    answer = find(query, read(db), level=level)
+    query = fingerprint_of(model)
+    answer = find(query, db, level=level)
     wrong, said = contradiction(answer, query.header["card"]) if card else (False, "")
     if json:
         document(

@@ -11,14 +11,17 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from specbasis.core.statistics import adjusted
 from specbasis.core.text import number_of
 from specbasis.lineage.correspondence import Correspondence, correspondence, counted, forms
-from specbasis.lineage.fingerprint import Fingerprint, Floats
+from specbasis.lineage.database import is_database, read
+from specbasis.lineage.fingerprint import Fingerprint, Floats, fingerprint
 
 LEVEL = 0.01
 """Of all queries that come from no model of the database, at most this share is attributed to one."""
@@ -74,6 +77,16 @@ class Relative:
         return all(form.startswith((*_COPIES, "entries pruned")) for form in self.forms)
 
 
+Source = str | Path | Mapping[str, Tensor]
+
+
+def fingerprint_of(source: Source) -> Fingerprint:
+    """The fingerprint of a checkpoint, or the first in a file of them."""
+    if isinstance(source, str | Path) and is_database(source):
+        return next(read(Path(source)))
+    return fingerprint(source)
+
+
 @dataclass(frozen=True)
 class Answer:
     """Where a model comes from.
@@ -99,10 +112,22 @@ class Answer:
     ranking: tuple[Mapping[str, Any], ...] = ()
 
 
-def which_base(query: Fingerprint, database: Iterable[Fingerprint], *, level: float = LEVEL) -> Answer:
-    """The model of a database that a query comes from."""
+def which_base(
+    model: Fingerprint | Source, database: Iterable[Fingerprint] | str | Path, *, level: float = LEVEL
+) -> Answer:
+    """The model of a database that a model comes from.
+
+    Args:
+        model: a checkpoint, a file of fingerprints, whose first is taken, or a fingerprint.
+        database: a file that `specbasis db` wrote, or fingerprints.
+        level: family-wise error rate over the whole database.
+
+    Raises:
+        InputError: the model or the database cannot be read.
+    """
+    query = model if isinstance(model, Fingerprint) else fingerprint_of(model)
     found, names = [], []
-    for record in database:
+    for record in read(Path(database)) if isinstance(database, str | Path) else database:
         names.append(record.name)
         c = correspondence(query, record)
         # Only what may be significant is kept: a database may be larger than memory.
