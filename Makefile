@@ -17,7 +17,7 @@ TORCH ?= $(TORCH_LOCKED)
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format lint types rows peft-suite slow bench lock test-latest test-oldest clean
+.PHONY: help demo test check docs format lint types rows peft-suite slow bench lock test-latest test-oldest clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*  ## /\1\t/' | expand -t 14
@@ -38,6 +38,9 @@ lint: $(VENV)/dev.stamp  ## format and lint, without changing anything
 
 types: $(VENV)/dev.stamp  ## mypy
 	$(BIN)/mypy
+
+docs: $(VENV)/docs.stamp  ## the site, in site/: open site/index.html; a dead link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: $(VENV)/dev.stamp  ## mend format and lint
 	$(BIN)/ruff check --fix .
@@ -64,6 +67,7 @@ bench: $(VENV)/dev.stamp  ## time, accuracy and memory against other tools (DIFF
 lock: .venv-uv/stamp  ## requirements/*.txt anew from pyproject.toml: one lock for Python 3.11 to 3.13, with hashes
 	$(LOCK) --extra dev --extra build -o requirements/dev.txt
 	$(LOCK) --extra demo --extra build -c requirements/dev.txt -o requirements/demo.txt
+	$(LOCK) --extra docs -c requirements/dev.txt -o requirements/docs.txt
 
 LOCK = .venv-uv/bin/uv pip compile pyproject.toml --upgrade --universal --python-version 3.11 --generate-hashes --no-annotate \
 	--no-header --quiet --prerelease disallow -c requirements/torch.txt --no-emit-package torch
@@ -88,7 +92,7 @@ test-oldest: .venv-uv/stamp  ## the tests with the oldest versions that pyprojec
 	.venv-oldest/bin/python -m pytest -n auto $(TESTS)
 
 clean:  ## remove all that make made
-	rm -rf $(VENV) .venv-uv .venv-latest .venv-oldest out dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-uv .venv-latest .venv-oldest out dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/python.stamp: Makefile
@@ -116,6 +120,10 @@ $(VENV)/demo.stamp: $(VENV)/torch.stamp pyproject.toml
 
 $(VENV)/dev.stamp: $(VENV)/demo.stamp requirements/dev.txt
 	$(LOCKED) requirements/dev.txt
+	@touch $@
+
+$(VENV)/docs.stamp: $(VENV)/demo.stamp requirements/docs.txt
+	$(LOCKED) requirements/docs.txt
 	@touch $@
 
 .venv-uv/stamp: Makefile
