@@ -40,7 +40,7 @@ types: $(VENV)/dev.stamp  ## mypy
 	$(BIN)/mypy
 
 docs: $(VENV)/docs.stamp  ## the site, in site/: open site/index.html; a dead link is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: $(VENV)/dev.stamp  ## mend format and lint
 	$(BIN)/ruff check --fix .
