@@ -151,7 +151,6 @@ def test_weights_that_cannot_be_read_as_they_stand_are_skipped_with_the_reason()
     shapes: dict[str, tuple[int, ...]] = bert_layer()
     extra: dict[str, tuple[tuple[int, ...], str, str]] = {
         "encoder.layer.0.attention.self.query.lora_A.default.weight": ((2, 8), "float32", "adapter"),
-        "q.weight": ((8, 8), "float8_e4m3fn", "quantised"), "q.weight_scale_inv": ((1, 1), "float32", "scales"),
         "g.qweight": ((8, 8), "int32", "int32"), "g.scales": ((4, 8), "float16", "scales"),
         "pos.conv.weight_v": ((8, 4, 3), "float32", "factor"), "attn.bias": ((1, 1, 9, 9), "float32", ""),
         "x.relative_position_bias_table": ((9, 2), "float32", "no linear map|not a linear map"),

@@ -254,18 +254,6 @@ def test_digests(tmp_path):
     assert weights_sha256(whole) == expected
 
 
-def test_float8_with_its_scales_beside_it_is_no_plain_float(tmp_path):
-    eight = torch.randn(4, 4).to(torch.float8_e4m3fn)
-    save_file(
-        {"a.weight": eight, "a.weight_scale_inv": torch.ones(1, 1), "b.weight": eight.clone()},
-        tmp_path / "m.safetensors",
-    )
-    entries = open_checkpoint(tmp_path).entries
-    assert not entries["a.weight"].is_float
-    assert "scaled float8_e4m3fn" in entries["a.weight"].dtype
-    assert entries["b.weight"].is_float
-
-
 def test_views_that_claim_more_than_the_file_stores_are_no_weights(tmp_path):
     torch.save({"w": torch.ones(2, 2), "huge": torch.ones(1).expand(10**6, 10**6)}, tmp_path / "a.pt")
     entries = open_checkpoint(tmp_path / "a.pt").entries

@@ -22,6 +22,8 @@ from specbasis.finetuning.tables import read_table
 from specbasis.jobs.experiments import read_experiments
 from specbasis.jobs.results import load
 from tests.checkpoint.test_formats import gguf_floats, save_gguf, save_onnx
+from tests.checkpoint.test_quantised import gptq as gptq_matrix
+from tests.checkpoint.test_quantised import matrix
 
 EXTREMES = [bytes(8), b"\xff" * 8, b"\xff" * 7 + b"\x7f", bytes(7) + b"\x80", b"\x00\x00\x00\x40" + bytes(4)]
 TEXTS = [b"{", b"}", b"[", b'"', b"\n", b",", b"null", b"-1", b"1e999", b"\x00", b"\xed\xa0\x80", b"9" * 5000]
@@ -92,6 +94,8 @@ def read_checkpoint(path):
     for name, entry in checkpoint.entries.items():
         if entry.is_float:
             assert tuple(checkpoint[name].shape) == entry.shape
+        if entry.cells:
+            assert all(tuple(end.shape) == entry.shape for end in entry.cells())
 
 
 def safetensors(folder):
@@ -151,6 +155,44 @@ def gguf_quantised(folder):
     return folder / "m.gguf", lambda: read_checkpoint(folder / "m.gguf")
 
 
+def _quantised_parts(tensors, **config):
+    def quantised(folder):
+        save_file({name: X.contiguous() for name, X in tensors.items()}, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder / "model.safetensors", lambda: read_checkpoint(folder)
+
+    return quantised
+
+
+def _state(folder):
+    """The quant_state of bitsandbytes, which is JSON in a tensor."""
+    about = {"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": [8, 16], "nested_blocksize": 256}
+    about |= {"nested_dtype": "float32", "nested_offset": 0.1}
+    (folder / "state.json").write_text(json.dumps(about))
+
+    def read():
+        text = (folder / "state.json").read_bytes()
+        parts = {
+            "a.weight": torch.zeros(64, 1, dtype=torch.uint8), "a.weight.absmax": torch.ones(2, dtype=torch.uint8),
+            "a.weight.quant_map": torch.linspace(-1, 1, 16), "a.weight.nested_absmax": torch.ones(1),
+            "a.weight.nested_quant_map": torch.linspace(-1, 1, 256),
+            "a.weight.quant_state.bitsandbytes__nf4": torch.tensor(list(text), dtype=torch.uint8),
+        }  # fmt: skip
+        checkpoint = open_checkpoint(parts)
+        assert all(tuple(checkpoint[name].shape) == checkpoint.entries[name].shape for name in checkpoint)
+
+    return folder / "state.json", read
+
+
+GPTQ = gptq_matrix(matrix(16, 64), 4, 32)[0]
+FLOAT8 = {"a.weight": torch.ones(16, 16).to(torch.float8_e4m3fn), "a.weight_scale_inv": torch.ones(1, 1)}
+MLX = {
+    "a.weight": torch.zeros(8, 8, dtype=torch.uint32),
+    "a.scales": torch.ones(8, 2),
+    "a.biases": torch.ones(8, 2),
+}
+
+
 def _adapter(folder):
     base = open_checkpoint({f"layer.{i}.weight": torch.ones(6, 4) for i in range(2)})
     fields = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "alpha_pattern": {r"layer\.(0|2)+": 3}}
@@ -207,6 +249,8 @@ def manifest(folder):
 
 
 READERS = (
+    _quantised_parts(GPTQ, quantization_config={"quant_method": "gptq", "bits": 4}), _state,
+    _quantised_parts(FLOAT8), _quantised_parts(MLX, quantization={"group_size": 32, "bits": 4}),
     safetensors, archive, bare_pickle, index, config, onnx, onnx_outside, gguf, gguf_quantised, adapter_config,
     adapter_weights, parquet_table, scores, experiments, manifest,
     _table("t.csv", b"text,label\n" + 10 * b'"a, b",1\nplain,0\n'),
@@ -214,7 +258,7 @@ READERS = (
     _table("t.jsonl", 10 * b'{"text": "a", "label": 1}\n'),
     _table("t.json", b'[{"text": "a", "label": 1}, {"text": "b", "label": 0}]'),
 )  # fmt: skip
-NAMES = [reader.__name__ if reader.__name__ != "table" else f"table {i}" for i, reader in enumerate(READERS)]
+NAMES = [f"{reader.__name__} {i}" for i, reader in enumerate(READERS)]
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")

@@ -251,8 +251,6 @@ def unusable(name: str, entries: Mapping[str, Entry]) -> str:
         return "empty"
     if len(entry.shape) < 2 or (len(entry.shape) > 2 and sum(size > 1 for size in entry.shape) < 2):
         return "a vector or scalar (bias, norm), not a matrix"
-    if entry.dtype.startswith("float8") and any(f"{name}{suffix}" in entries for suffix in _SCALES):
-        return "quantised: float8 with its scales apart; convert it to bfloat16 first"
     if any(leaf.endswith(suffix) for suffix in _SCALES) and _quantised_beside(name, entries):
         return "the scales of a quantised weight"
     if ADAPTER.search(name):

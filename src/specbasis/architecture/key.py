@@ -83,14 +83,14 @@ class MatrixRef:
         part = self._part(checkpoint[self.parameter])
         return (part if self.expert is None else part.clone()).flatten(0, -2)
 
-    def cells(self, checkpoint: Checkpoint) -> tuple[Tensor, Tensor] | None:
-        """What rounds to each entry where the matrix is stored quantised: lower and upper ends; None elsewhere."""
+    def cells(self, checkpoint: Checkpoint) -> tuple[Tensor, Tensor, Tensor] | None:
+        """What rounds to each entry where the matrix is stored quantised, as `Entry.cells`; None elsewhere."""
         read = checkpoint.entries[self.parameter].cells
         if read is None:
             return None
         with reading(checkpoint.source):
-            lower, upper = (self._part(end).flatten(0, -2) for end in read())
-        return lower, upper
+            lower, upper, room = (self._part(end).flatten(0, -2) for end in read())
+        return lower, upper, room
 
     def delta_factors(self, checkpoint: Checkpoint) -> tuple[Tensor, Tensor] | None:
         """Factors (B, A) of a low-rank update of this matrix, (out, r) and (r, in); None where there is none.

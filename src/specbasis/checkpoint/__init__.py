@@ -22,6 +22,7 @@ from specbasis.checkpoint.delta import RECORD, is_delta, open_delta
 from specbasis.checkpoint.digest import sha256
 from specbasis.checkpoint.entry import ABSENT, Checkpoint, Entry
 from specbasis.checkpoint.formats.kit import tensor_entries
+from specbasis.checkpoint.formats.quantised import dequantised
 from specbasis.checkpoint.peft import alone, open_adapter
 from specbasis.checkpoint.places import Place, locate
 from specbasis.core.errors import InputError
@@ -66,7 +67,8 @@ def open_checkpoint(source: str | Path | Mapping[str, Tensor], *, stream: bool =
     if isinstance(source, Checkpoint):
         return source
     if isinstance(source, Mapping):
-        checkpoint = Checkpoint("state_dict", tensor_entries(source, "state_dict"))
+        entries = dequantised(tensor_entries(source, "state_dict"), {}, "state_dict")
+        checkpoint = Checkpoint("state_dict", entries)
         if not checkpoint.entries:
             raise InputError("state_dict: holds no tensors; want a mapping from names to tensors")
         return checkpoint

@@ -13,7 +13,7 @@ from typing import Any
 from specbasis.checkpoint.entry import ABSENT, Checkpoint, Entry, check_names, json_object, no_key, reading, shown
 from specbasis.checkpoint.formats import endings
 from specbasis.checkpoint.formats.grid import rounding_share
-from specbasis.checkpoint.formats.kit import with_scale
+from specbasis.checkpoint.formats.quantised import dequantised
 from specbasis.checkpoint.places import Place
 from specbasis.core.errors import InputError
 
@@ -57,6 +57,7 @@ def open_place(place: Place, key: str = "") -> Checkpoint:
         if not entries:
             raise InputError(f"{place.source}: holds no tensors")
         config, config_notes = read_config(place, "config.json")
+        entries = dequantised(entries, config, place.source)
         files, digests = place.provenance(names)
         notes = [*notes, *config_notes, *_beside(place, names), *_quantised(entries, bool(files))]
         return Checkpoint(place.source, entries, files, config, place.revision, digests, tuple(notes))
@@ -159,7 +160,7 @@ def _open_index(place: Place, index: str) -> tuple[dict[str, Entry], list[str], 
     for shard, part in parts.items():
         _check_part(part, shard, weight_map, index, place.source)
     entries = {
-        name: with_scale(parts[shard][name], name, weight_map) if shard in parts else _absent(place, shard, name)
+        name: parts[shard][name] if shard in parts else _absent(place, shard, name)
         for name, shard in weight_map.items()
     }
     left = [name for name in sorted(unlisted) if name.endswith(Path(shards[0]).suffix)] if shards else []
@@ -202,7 +203,7 @@ def _open_shards(place: Place, names: list[str]) -> dict[str, Entry]:
         if twice:
             raise InputError(f"{place.source}: {twice[0]!r} is in {shown(shard)} and in another shard")
         entries |= part
-    return {name: with_scale(entry, name, entries) for name, entry in entries.items()}
+    return entries
 
 
 def _ambiguous(place: Place, names: list[str]) -> InputError:

@@ -36,7 +36,7 @@ class Entry:
         stored: of a quantised tensor, which is read as the float32 numbers that it stands for: its format, such as
             ``q4_k`` or ``nf4``; empty where the tensor is stored as ``dtype`` says.
         cells: of a quantised tensor, reads the lower and upper ends of what rounds to each of its numbers, infinite
-            at the outermost levels; None where that is not known.
+            at the outermost levels, and how far these may be off; None where that is not known.
     """
 
     shape: tuple[int, ...]
@@ -46,7 +46,7 @@ class Entry:
     part: Callable[[int, int], Tensor] | None = field(default=None, repr=False, compare=False)
     layout: str = ""
     stored: str = ""
-    cells: Callable[[], tuple[Tensor, Tensor]] | None = field(default=None, repr=False, compare=False)
+    cells: Callable[[], tuple[Tensor, Tensor, Tensor]] | None = field(default=None, repr=False, compare=False)
 
     @property
     def is_float(self) -> bool:

@@ -159,7 +159,6 @@ def stored_bytes(name: str, entry: Entry) -> int:
 
 
 def _format(name: str, entry: Entry) -> Format:
-    dtype = entry.dtype.removeprefix("scaled ")
-    if dtype not in FORMATS:
+    if entry.dtype not in FORMATS:
         raise InputError(f"{name}: stored as {entry.dtype}, which cannot be written here; want a floating format")
-    return FORMATS[dtype]
+    return FORMATS[entry.dtype]

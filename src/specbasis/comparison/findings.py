@@ -301,6 +301,7 @@ def _pruned(pair: Judged, threshold: Mapping[str, float]) -> Found | None:
     zeros = {
         m["matrix"]: m["zero_entries_tuned"] - m["zero_entries_base"]
         for m in pair.having("zero_entries_tuned", "zero_entries_base")
+        if math.isnan(m.get("rounding_noise_tuned", math.nan))  # which rounds small entries to zero
     }
     cut = {name: share for name, share in zeros.items() if share >= threshold["share"]}
     if not cut:

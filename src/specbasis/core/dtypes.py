@@ -50,6 +50,7 @@ FORMATS = {
         Format("float8_e5m2fnuz", ("F8_E5M2FNUZ",), 1, 3, -15),
         Format("int64", ("I64",), 8),
         Format("int32", ("I32",), 4),
+        Format("uint32", ("U32",), 4),
         Format("int16", ("I16",), 2),
         Format("int8", ("I8",), 1),
         Format("uint8", ("U8",), 1),

@@ -13,8 +13,8 @@ from specbasis.core.dtypes import roundoff
 MISROUNDED = 1e-4
 """Share of the entries that a quantiser may put on a level that is not the nearest one."""
 
-Cells = tuple[Tensor, Tensor]
-"""Lower and upper ends of the numbers that round to each entry."""
+Cells = tuple[Tensor, Tensor, Tensor]
+"""Lower and upper ends of the numbers that round to each entry, and how far these may be off."""
 
 
 def quantisation(
@@ -42,8 +42,9 @@ def quantisation(
     for side, X in matrices.items():
         values = X.to(torch.float64)
         if side in cells:
-            ends[side] = cells[side]
-            width = (cells[side][1] - cells[side][0]).to(torch.float64)
+            lower, upper, room = cells[side]
+            ends[side] = lower - room, upper + room
+            width = (upper - lower).to(torch.float64)
             width = width[width.isfinite()]
             size = float(values.square().mean())
             noise = math.sqrt(float(width.square().mean()) / 12 / size) if len(width) and size else math.nan

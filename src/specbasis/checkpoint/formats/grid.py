@@ -32,20 +32,19 @@ class Grid:
     levels: Tensor
     slack: Tensor | float = HALF
 
-    def cells(self) -> tuple[Tensor, Tensor]:
-        """Lower and upper ends of what rounds to each value; infinite at outermost levels and without a scale."""
+    def cells(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Lower and upper ends of what rounds to each value, infinite at outermost levels and without a scale, and
+        how far the rounding of the scales may have moved them.
+        """
         middles = (self.levels[1:] + self.levels[:-1]) / 2
         infinity = middles.new_tensor([torch.inf])
         nearest = torch.bucketize(((self.values - self.shift) / self.scale).contiguous(), middles)
-        ends = [
-            self.shift + self.scale * torch.cat(parts)[nearest]
-            for parts in ((-infinity, middles), (middles, infinity))
-        ]
-        room = self.slack * ((self.values - self.shift).abs() + torch.as_tensor(self.shift).abs())
-        lower, upper = torch.minimum(*ends) - room, torch.maximum(*ends) + room
-        return lower.nan_to_num_(-torch.inf, torch.inf, -torch.inf), upper.nan_to_num_(
-            torch.inf, torch.inf, -torch.inf
-        )
+        halves = ((-infinity, middles), (middles, infinity))
+        ends = [self.shift + self.scale * torch.cat(parts)[nearest] for parts in halves]
+        far = torch.maximum(*((end - self.shift).abs().nan_to_num_(0.0, 0.0, 0.0) for end in ends))
+        lower = torch.minimum(*ends).nan_to_num_(-torch.inf, torch.inf, -torch.inf)
+        upper = torch.maximum(*ends).nan_to_num_(torch.inf, torch.inf, -torch.inf)
+        return lower, upper, self.slack * (far + torch.as_tensor(self.shift).abs())
 
 
 def grid_entry(shape: tuple[int, ...], stored: str, read: Callable[[], Grid]) -> Entry:
@@ -78,7 +77,7 @@ def unpacked(words: Tensor, bits: int) -> Tensor:
 def rounding_share(entry: Entry) -> float:
     """Root mean square of rounding to a quantised tensor's numbers, as a share of theirs: √(Σ width²/12) / ‖W‖."""
     assert entry.cells is not None
-    lower, upper = entry.cells()
+    lower, upper, _ = entry.cells()
     width = (upper - lower).double()
     square = width[width.isfinite()].square().mean() / 12
     return float((square / entry.load().double().square().mean()).sqrt())

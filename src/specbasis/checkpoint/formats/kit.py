@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ def tensor_entries(tensors: Mapping[str, Any], source: str, *, bounded: bool = F
         dtype = name_of(tensor.dtype) if form == "meta" and not bounded else held
         shape = () if tensor.is_nested else tuple(tensor.shape)
         entries[name] = Entry(shape, dtype, partial(_stored, tensor, f"{source}: {name!r} is a {held} tensor"))
-    return {name: with_scale(entry, name, entries) for name, entry in entries.items()}
+    return entries
 
 
 def _form(tensor: Tensor, bounded: bool) -> str:
@@ -82,14 +82,6 @@ def named_as_text(content: Mapping[Any, Any], source: str) -> dict[str, Any]:
             f"{source}: has two keys {shown(twice)}, a number and a text, and nothing says which is meant"
         )
     return named
-
-
-def with_scale(entry: Entry, name: str, names: Collection[str]) -> Entry:
-    """Mark a float8 tensor whose scales are stored beside it: the weights are the product, not these numbers."""
-    scales = (name + "_scale_inv", name + "_scale")
-    if entry.dtype.startswith("float8") and any(scale in names for scale in scales):
-        return replace(entry, dtype=f"scaled {entry.dtype}")
-    return entry
 
 
 def tensor_of(raw: bytes | bytearray, dtype: str, shape: tuple[int, ...]) -> Tensor:

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from specbasis.checkpoint.entry import Entry, check_names, first_line, json_object, no_key, reading
-from specbasis.checkpoint.formats.kit import FileFormat, tensor_of, with_scale
+from specbasis.checkpoint.formats.kit import FileFormat, tensor_of
 from specbasis.checkpoint.hub import Repository
 from specbasis.core.dtypes import FORMATS, by_code
 from specbasis.core.errors import InputError
@@ -26,7 +26,7 @@ def entries(path: Path, source: str, key: str = "") -> dict[str, Entry]:
         names = list(handle.keys())
         check_names(names, source)
         headers = {name: handle.get_slice(name) for name in names}
-        stored = {
+        return {
             name: Entry(
                 tuple(header.get_shape()),
                 by_code(header.get_dtype()),
@@ -34,7 +34,6 @@ def entries(path: Path, source: str, key: str = "") -> dict[str, Entry]:
             )
             for name, header in headers.items()
         }
-    return {name: with_scale(entry, name, stored) for name, entry in stored.items()}
 
 
 def base_sha256(path: Path) -> str:
@@ -73,11 +72,10 @@ def remote_entries(repository: Repository, file: str, source: str, stream: bool)
         return part(name, 0, math.prod(shape)).reshape(shape)
 
     load = streamed if stream else whole
-    stored = {
+    return {
         name: Entry(shape, dtype, lambda name=name: load(name), part=partial(part, name) if stream else None)
         for name, (shape, dtype, *_) in header.items()
     }
-    return {name: with_scale(entry, name, stored) for name, entry in stored.items()}
 
 
 def _parse_header(text: bytes | bytearray, size: int) -> dict[str, tuple[tuple[int, ...], str, int, int]]:
