@@ -37,9 +37,10 @@ def contend(which: str, base: str, tuned: str, out: str, workers: int) -> dict[s
 
 
 def write_pair(folder: Path, blocks: int) -> tuple[Path, Path]:
-    """Blocks of a decoder of 7e9 parameters in bfloat16, a shard each: leading values as 1/√rank over a bulk.
+    """Blocks of a decoder of 7e9 parameters in bfloat16, a shard each.
 
-    The update has sixteen directions and noise of a fifth of their size.
+    Leading values fall as 1/√rank, from six times the edge of a random bulk into it; the update has sixteen
+    directions and noise of a fifth of their size.
     """
     import torch
     from safetensors.torch import save_file
@@ -56,7 +57,7 @@ def write_pair(folder: Path, blocks: int) -> tuple[Path, Path]:
             name = f"model.layers.{block}.{part}.weight"
             U, V = torch.randn(out, 64, generator=g), torch.randn(64, width, generator=g)
             spikes = (U / torch.arange(1, 65).sqrt()) @ V / (out * width) ** 0.25
-            base = (0.02 * (torch.randn(out, width, generator=g) + 2 * spikes)).bfloat16()
+            base = (0.02 * (torch.randn(out, width, generator=g) + 12 * spikes)).bfloat16()
             A, B = torch.randn(out, 16, generator=g), torch.randn(16, width, generator=g)
             delta = A @ B / 4 + 0.2 * torch.randn(out, width, generator=g)
             states[0][name], states[1][name] = base, (base.float() + 0.001 * delta).bfloat16()

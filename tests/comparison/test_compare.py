@@ -635,9 +635,9 @@ def test_the_plan_is_what_is_done(pair: tuple[Path, Path], tmp_path: Path, monke
 
 def test_a_quick_comparison_has_the_leading_ranks_alone_each_with_its_bound(tmp_path: Path) -> None:
     g = torch.Generator().manual_seed(0)
-    spikes = 3 * torch.randn(400, 5, generator=g) @ torch.randn(5, 500, generator=g) / 100
+    spikes = 3 * torch.randn(600, 5, generator=g) @ torch.randn(5, 900, generator=g) / 100
     base = {
-        "a.weight": torch.randn(400, 500, generator=g) / 50 + spikes,
+        "a.weight": torch.randn(600, 900, generator=g) / 50 + spikes,
         "b.weight": torch.randn(30, 50, generator=g),
     }
     paths = write(tmp_path / "a.safetensors", base), write(tmp_path / "b.safetensors", finetuned(base))

@@ -25,7 +25,7 @@ CONVERGED = 1e-8
 QUICK = 1e-2
 """Bound residual/gap up to which a rank of `quick_svd` counts as resolved."""
 
-STEPS = 6
+STEPS = 8
 """Products with A Aᵀ that `quick_svd` takes at most. More: more ranks certified where they hardly stand apart."""
 
 PROBES = 16
@@ -140,8 +140,8 @@ def quick_svd(
 
     def enough(ritz: _Ritz) -> bool:
         gap = gaps(ritz.S[: k + 1], ritz.residual[: k + 1], null_space=True)
-        # A third: the residual of products in float32 is not the one that is certified.
-        return bool((ritz.residual[:k] <= QUICK / 3 * gap[:k]).all())
+        # Half: the residual of products in float32 is not the one that is certified.
+        return bool((ritz.residual[:k] <= QUICK / 2 * gap[:k]).all())
 
     first, random = _start(A, width, None if start is None else start[:, : width - PROBES])
     ritz = _krylov(product, first, k + PROBES // 2, enough, lambda d: d < STEPS * width)

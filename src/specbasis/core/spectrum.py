@@ -37,11 +37,6 @@ def explained_variance(S: Float[Tensor, " k"], norm: float | None = None) -> Flo
     return (energy / (energy[-1] if norm is None else norm**2)).clamp(max=1.0)
 
 
-BIAS = 2.5
-"""Of quadrature of a root where values reach to zero: its error falls as 1/steps², so that after six steps what is
-left is 2.3 times what the last step changed."""
-
-
 @dataclass(frozen=True, eq=False)
 class Density:
     """What is known of a whole spectrum whose leading values alone were computed.
@@ -69,7 +64,8 @@ class Density:
 
         exp(log a − b/a) with a = Σσ and b = Σσ log σ. Beyond the head the weights are calibrated: the least change
         w (α + β θ²) that makes Σw the known number of values and Σw θ² what the head leaves of the known ``norm``².
-        The interval has two standard errors (jackknife over the probes) and `BIAS` × what the last step changed.
+        The interval has two standard errors (jackknife over the probes) and the error of the quadrature: of a root
+        where values reach to zero it falls as 1/steps², so that (s − 1)²/(2s − 1) times the last change is left.
         """
         if not self.others:
             return effective_rank(self.head), 0.0
@@ -78,7 +74,9 @@ class Density:
         (value, error), (before, _) = (
             self._estimate(nodes, w, norm) for nodes, w in zip(self.nodes, self.weights, strict=True)
         )
-        return value, error + BIAS * abs(value - before)
+        known, shorter = (len(nodes) + len(self.head) for nodes in self.nodes)
+        steps = known / (known - shorter)
+        return value, error + (steps - 1) ** 2 / (2 * steps - 1) * abs(value - before)
 
     def _estimate(self, nodes: Tensor, weights: Tensor, norm: float) -> tuple[float, float]:
         """The estimate from some nodes, and two standard errors."""
