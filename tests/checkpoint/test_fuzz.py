@@ -155,6 +155,13 @@ def gguf_quantised(folder):
     return folder / "m.gguf", lambda: read_checkpoint(folder / "m.gguf")
 
 
+def npz(folder):
+    import numpy as np
+
+    np.savez(folder / "m.npz", **{name: X.float().numpy() for name, X in tensors().items()})
+    return folder / "m.npz", lambda: read_checkpoint(folder / "m.npz")
+
+
 def _quantised_parts(tensors, **config):
     def quantised(folder):
         save_file({name: X.contiguous() for name, X in tensors.items()}, folder / "model.safetensors")
@@ -251,7 +258,7 @@ def manifest(folder):
 READERS = (
     _quantised_parts(GPTQ, quantization_config={"quant_method": "gptq", "bits": 4}), _state,
     _quantised_parts(FLOAT8), _quantised_parts(MLX, quantization={"group_size": 32, "bits": 4}),
-    safetensors, archive, bare_pickle, index, config, onnx, onnx_outside, gguf, gguf_quantised, adapter_config,
+    npz, safetensors, archive, bare_pickle, index, config, onnx, onnx_outside, gguf, gguf_quantised, adapter_config,
     adapter_weights, parquet_table, scores, experiments, manifest,
     _table("t.csv", b"text,label\n" + 10 * b'"a, b",1\nplain,0\n'),
     _table("t.tsv", b"text\tlabel\n" + 10 * b"a b\t1\nplain\t0\n"),

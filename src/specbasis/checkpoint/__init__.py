@@ -47,7 +47,7 @@ def open_checkpoint(source: str | Path | Mapping[str, Tensor], *, stream: bool =
         source: one of
 
             - a `.safetensors` file; a torch file (`.pt .pth .bin .ckpt …`, told by content, not by name); an ONNX
-              or GGUF file with floating-point weights (extras ``onnx``, ``gguf``);
+              file with floating-point weights, a GGUF file (extras ``onnx``, ``gguf``), a NumPy archive (`.npz`);
             - a folder with one, sharded with an index or not (Hugging Face layout);
             - ``hub:org/name@revision/subfolder`` (revision and subfolder may be left out, the subfolder may be a
               file), a bare ``org/name`` where no such path exists, ``timm:name`` (extra ``hub``);
@@ -62,7 +62,7 @@ def open_checkpoint(source: str | Path | Mapping[str, Tensor], *, stream: bool =
 
     Raises:
         InputError: nothing there, not a checkpoint, truncated, corrupted, needing code to unpickle, leading out of
-            its folder, quantised, an adapter whose base is not there, or holding no tensors.
+            its folder, quantised in a way that is not read, an adapter whose base is not there, or without tensors.
     """
     if isinstance(source, Checkpoint):
         return source

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
+from itertools import product
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,17 @@ _REFUSED = ("*.h5", "*.msgpack", "*.ckpt.index")
 _BESIDE = ("adapter_model.*", "training_args.bin", "optimizer*", "scheduler*", "scaler*", "rng_state*",
            "random_states*", "openvino_*")  # fmt: skip
 """Files that lie beside a model's weights and are not them."""
+
+_SHARES = (
+    ("*zero_pp_rank_*", "a checkpoint of DeepSpeed ZeRO", "python zero_to_fp32.py . OUT where that script lies"),
+    ("*.distcp", "a distributed checkpoint of torch (DCP, FSDP)",
+     "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER OUT.pt"),
+    ("*manifest.ocdbt", "a checkpoint of Orbax",
+     "orbax.checkpoint's restore, and safetensors.flax.save_file on the flattened dictionary"),
+    ("*.keras", "a model of Keras", """python -c "import keras, numpy; model = keras.saving.load_model('IN'); """
+     """numpy.savez('OUT.npz', **{w.path: w.numpy() for w in model.weights})\""""),
+)  # fmt: skip
+"""Pattern of a file's name → what it is part of, and the command that makes a checkpoint that is read."""
 
 _SHARD = re.compile(r"^(.*)-(\d{5})-of-(\d{5})(\..*)$")
 
@@ -94,6 +106,7 @@ def _choose(place: Place) -> list[str]:
             f"{place.source}: holds what a finetune trained, and its method has no format that is read without its "
             "base; write the whole model with `specbasis adapter merge`, and use that"
         )
+    _refuse_shares(place, place.names)
     weights = [f"*{ending}" for ending in endings()]
     for pattern in (*_INDICES, *weights, *_REFUSED):
         chosen = sorted(name for name in names if fnmatchcase(name, pattern))
@@ -101,9 +114,19 @@ def _choose(place: Place) -> list[str]:
             raise _ambiguous(place, chosen)
         if chosen:
             return chosen
+    _refuse_shares(place, place.below())
     below = sorted({path.split("/")[0] for path in place.below() if Path(path).suffix in (".safetensors", ".bin")})
     hint = f"; there are some in its folders {', '.join(map(shown, below[:6]))}: name one" if below else ""
     raise InputError(f"{place.source}: no weights in this folder; want one of {', '.join(weights[:5])}{hint}")
+
+
+def _refuse_shares(place: Place, names: Iterable[str]) -> None:
+    """Refuse a folder in which every process wrote its share, with the command that makes one checkpoint."""
+    for name, (pattern, kind, command) in product(names, _SHARES):
+        if fnmatchcase(name, pattern):
+            raise InputError(
+                f"{place.source}: {shown(name)} is a part of {kind}, which is not read here; once run {command}"
+            )
 
 
 def _beside(place: Place, names: list[str]) -> list[str]:

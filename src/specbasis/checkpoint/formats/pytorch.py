@@ -155,7 +155,7 @@ def _state_dicts(
 
 FORMAT = FileFormat(
     (".bin", ".pt", ".pth", ".ckpt"),
-    lambda path, head: head.startswith((b"PK", b"\x80")) and path.suffix != ".safetensors",
+    lambda path, head: head.startswith((b"PK", b"\x80")) and path.suffix not in (".safetensors", ".npz"),
     entries,
     rank=2,
 )
