@@ -145,6 +145,15 @@ def test_the_error_rate_of_kinship_holds_over_a_folder(tmp_path: Path) -> None:
     assert min(k.error for k in found.kinships if not k.related) > 1e-3
 
 
+def test_checkpoints_are_found_in_the_folders_of_their_owners(tmp_path: Path) -> None:
+    members = [tmp_path / "lone.safetensors", tmp_path / "org" / "a", tmp_path / "org" / "b"]
+    for path in (*members[1:], tmp_path / "org" / ".cache"):
+        path.mkdir(parents=True)
+        write(path / "model.safetensors", BASE)
+    write(members[0], BASE)
+    assert members_of(tmp_path) == members
+
+
 def test_what_is_no_family_is_said(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="want at least two"):
         lineage([write(tmp_path / "a.safetensors", BASE)])

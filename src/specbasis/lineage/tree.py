@@ -20,12 +20,13 @@ folder (`Kinship.error`).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from specbasis.checkpoint import open_checkpoint
+from specbasis.checkpoint.formats import endings
 from specbasis.core.brief import brief
 from specbasis.core.errors import InputError
 from specbasis.core.grammar import labelled
@@ -34,6 +35,12 @@ from specbasis.jobs import results as store
 from specbasis.jobs.folder import plain
 from specbasis.lineage.forest import Edge, Tree, trees
 from specbasis.lineage.kinship import RANKS, Kinship, Shared
+
+DEPTH = 2
+"""Levels of folders without weights of their own that are looked into."""
+
+ENDINGS = (*endings(), ".tar")
+"""Of the names of weight files; `.pth.tar` is a usual one of torch's."""
 
 
 @brief
@@ -99,22 +106,29 @@ def lineage(sources: Sequence[str | Path], *, align: bool = True) -> Lineage:
 
 
 def members_of(folder: Path) -> list[Path]:
-    """The checkpoints in a folder: weight files, and folders that hold weights, in the order of their names."""
-    endings = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar")
+    """The checkpoints in a folder, in the order of their names: weight files, and folders that hold weights.
+
+    A folder without weights of its own, such as that of an organisation, is looked into, `DEPTH` levels down.
+    """
     if not folder.is_dir():
         raise InputError(f"{folder}: is no folder; want checkpoints, or a folder that holds them")
-    inside = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
-    found = [
-        path
-        for path in inside
-        if (path.is_file() and path.name.endswith(endings))
-        or (path.is_dir() and any(part.name.endswith(endings) for part in path.iterdir()))
-    ]
+    found = list(_inside(folder, DEPTH))
     if len(found) < 2:
         raise InputError(
             f"{folder}: holds {number_of(len(found), 'checkpoint')}; want at least two, files or folders"
         )
     return found
+
+
+def _inside(folder: Path, depth: int) -> Iterator[Path]:
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        files = [path] if path.is_file() else list(path.iterdir())
+        if any(file.name.endswith(ENDINGS) for file in files):
+            yield path
+        elif path.is_dir() and depth:
+            yield from _inside(path, depth - 1)
 
 
 def _draw(at: str, children: Mapping[str, Sequence[Edge]], indent: str, lines: list[str]) -> None:
