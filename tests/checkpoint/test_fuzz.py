@@ -94,8 +94,8 @@ def read_checkpoint(path):
     for name, entry in checkpoint.entries.items():
         if entry.is_float:
             assert tuple(checkpoint[name].shape) == entry.shape
-        if entry.cells:
-            assert all(tuple(end.shape) == entry.shape for end in entry.cells())
+        if entry.grid:
+            assert all(tuple(end.shape) == entry.shape for end in entry.grid().cells())
 
 
 def safetensors(folder):

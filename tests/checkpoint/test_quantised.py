@@ -28,7 +28,7 @@ def check_nearest(checkpoint, name, W, T):
     entry = checkpoint.entries[name]
     assert entry.is_float
     assert torch.equal(checkpoint[name], T)
-    lower, upper, room = entry.cells()
+    lower, upper, room = entry.grid().cells()
     assert bool(((lower <= T) & (T <= upper)).all())
     assert float(((lower - room > W) | (upper + room < W)).double().mean()) <= 1e-4
     width = (upper - lower)[(upper - lower).isfinite()].double()
@@ -64,7 +64,7 @@ def test_cells_of_gguf_blocks_are_those_of_their_levels(gguf, tmp_path, kind):
     blocks = random.integers(1, 60, (4, 512 // block * size), dtype=np.uint8)
     save_gguf(gguf, tmp_path / "m.gguf", {"blk.0.attn_q.weight": (blocks, form)})
     entry = open_checkpoint(tmp_path / "m.gguf").entries["blk.0.attn_q.weight"]
-    T, (lower, upper, _) = entry.load(), entry.cells()
+    T, (lower, upper, _) = entry.load(), entry.grid().cells()
     start, stop = CODES[kind]
     levels = []
     for _ in range(3000 if kind in ("Q6_K", "Q8_0") else 300):
@@ -89,7 +89,7 @@ def test_gguf_types_without_known_levels_are_read_as_well(gguf, tmp_path, kind):
     blocks = np.random.default_rng(0).integers(0, 60, (4, 512 // block * size), dtype=np.uint8)
     save_gguf(gguf, tmp_path / "m.gguf", {"blk.0.attn_q.weight": (blocks, form)})
     entry = open_checkpoint(tmp_path / "m.gguf").entries["blk.0.attn_q.weight"]
-    assert entry.cells is None
+    assert entry.grid is None
     assert np.array_equal(entry.load().numpy(), gguf.quants.dequantize(blocks, form), equal_nan=True)
 
 
@@ -116,7 +116,7 @@ def test_rows_of_queries_and_keys_come_in_the_order_of_hugging_face(gguf, tmp_pa
     checkpoint = open_checkpoint(tmp_path / "m.gguf")
     assert torch.equal(checkpoint["blk.0.attn_q.weight"], Q)
     assert torch.equal(checkpoint["blk.0.attn_v.weight"], K)
-    lower, upper, room = checkpoint.entries["blk.0.attn_k.weight"].cells()
+    lower, upper, room = checkpoint.entries["blk.0.attn_k.weight"].grid().cells()
     assert bool(((lower - room <= K) & (K <= upper + room)).all())
 
 

@@ -88,7 +88,7 @@ def test_whatever_rounds_to_a_file_of_uneven_levels_is_its_base(tmp_path: Path, 
     blocks = np.random.default_rng(0).integers(1, 60, (64, 512 // block * size), dtype=np.uint8)
     save_gguf(gguf, tmp_path / "m.gguf", {"layer.weight": (blocks, form)})
     checkpoint = open_checkpoint(tmp_path / "m.gguf")
-    lower, upper, _ = checkpoint.entries["layer.weight"].cells()
+    lower, upper, _ = checkpoint.entries["layer.weight"].grid().cells()
     T, width = checkpoint["layer.weight"], upper - lower
     half = torch.where(width.isfinite(), width, torch.zeros(())) / 2
     W = torch.where(width.isfinite(), (lower + upper) / 2, T) + half * (2 * torch.rand(T.shape) - 1)

@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from specbasis.checkpoint.entry import reading
 from specbasis.core.errors import InputError
 
 if TYPE_CHECKING:  # the roles are asked for before torch is needed
     from torch import Tensor
 
     from specbasis.checkpoint import Checkpoint
+    from specbasis.core.quantised import Grid
 
 ROLES = (
     *(f"attention.{part}" for part in ("query", "key", "value", "output")),
@@ -83,14 +83,10 @@ class MatrixRef:
         part = self._part(checkpoint[self.parameter])
         return (part if self.expert is None else part.clone()).flatten(0, -2)
 
-    def cells(self, checkpoint: Checkpoint) -> tuple[Tensor, Tensor, Tensor] | None:
-        """What rounds to each entry where the matrix is stored quantised, as `Entry.cells`; None elsewhere."""
-        read = checkpoint.entries[self.parameter].cells
-        if read is None:
-            return None
-        with reading(checkpoint.source):
-            lower, upper, room = (self._part(end).flatten(0, -2) for end in read())
-        return lower, upper, room
+    def grid(self, checkpoint: Checkpoint) -> Grid | None:
+        """The matrix with its levels where it is stored quantised, and they are known; None elsewhere."""
+        grid = checkpoint.grid(self.parameter)
+        return None if grid is None else grid.part(lambda X: self._part(X).flatten(0, -2))
 
     def delta_factors(self, checkpoint: Checkpoint) -> tuple[Tensor, Tensor] | None:
         """Factors (B, A) of a low-rank update of this matrix, (out, r) and (r, in); None where there is none.

@@ -145,7 +145,7 @@ def _quantised(entries: Mapping[str, Entry], at_hand: bool) -> list[str]:
         return []
     forms = ", ".join(f"{form} ({n})" for form, n in Counter(entry.stored for entry in stored.values()).items())
     note = f"stored quantised, and read as what the numbers stand for: {forms}"
-    known = sorted((prod(entry.shape), name) for name, entry in stored.items() if entry.cells and prod(entry.shape))
+    known = sorted((prod(entry.shape), name) for name, entry in stored.items() if entry.grid and prod(entry.shape))
     if not (known and at_hand):
         return [note]
     name = known[0][1]

@@ -15,6 +15,7 @@ from specbasis.checkpoint.regular import parse_json
 from specbasis.core.brief import brief
 from specbasis.core.dtypes import FORMATS
 from specbasis.core.errors import InputError, is_out_of_memory
+from specbasis.core.quantised import Grid
 
 ABSENT = "absent"
 """The dtype of a tensor whose file is not in the cache where the Hub must not be asked: it has a name alone."""
@@ -35,8 +36,7 @@ class Entry:
         layout: "in_out" or "conv" where the file, or the user, says how the axes are to be read; empty where not.
         stored: of a quantised tensor, which is read as the float32 numbers that it stands for: its format, such as
             ``q4_k`` or ``nf4``; empty where the tensor is stored as ``dtype`` says.
-        cells: of a quantised tensor, reads the lower and upper ends of what rounds to each of its numbers, infinite
-            at the outermost levels, and how far these may be off; None where that is not known.
+        grid: of a quantised tensor, reads it with its levels; None where these are not known.
     """
 
     shape: tuple[int, ...]
@@ -46,7 +46,7 @@ class Entry:
     part: Callable[[int, int], Tensor] | None = field(default=None, repr=False, compare=False)
     layout: str = ""
     stored: str = ""
-    cells: Callable[[], tuple[Tensor, Tensor, Tensor]] | None = field(default=None, repr=False, compare=False)
+    grid: Callable[[], Grid] | None = field(default=None, repr=False, compare=False)
 
     @property
     def is_float(self) -> bool:
@@ -102,6 +102,12 @@ class Checkpoint(Mapping[str, Tensor]):
         factors = self.entries[name].factors
         with reading(self.source):
             return None if factors is None else factors()
+
+    def grid(self, name: str) -> Grid | None:
+        """A quantised tensor with its levels; None where it is none, or they are not known."""
+        read = self.entries[name].grid
+        with reading(self.source):
+            return None if read is None else read()
 
     def select(self, names: Iterable[str]) -> Checkpoint:
         """The same checkpoint with these names only."""

@@ -21,7 +21,7 @@ from specbasis.core.entries import Entries, read_entries
 from specbasis.core.errors import InputError, NonFiniteError
 from specbasis.core.krylov import quick_svd
 from specbasis.core.low_rank import low_rank_svd
-from specbasis.core.quantised import Cells, quantisation
+from specbasis.core.quantised import Grid, quantisation
 from specbasis.core.rounding import QUANTISED, Rounding
 from specbasis.core.rounding import rounding as rounding_of
 from specbasis.core.svd import SVD, HalfSVD, half_svd
@@ -39,7 +39,7 @@ def decompose_pair(
     base: Decomposition | None = None,
     update: tuple[Tensor, Tensor] | None = None,
     heads: tuple[int, bool] | None = None,
-    cells: Mapping[str, Cells] | None = None,
+    grids: Callable[[], Mapping[str, Grid]] = dict,
 ) -> Triple:
     """The decompositions of a pretrained matrix W and its finetune T that the wanted measures read.
 
@@ -52,7 +52,7 @@ def decompose_pair(
         update: (B, A) with T = W + B A, where the update is known to be of low rank: it is then not formed.
         heads: how many attention heads the matrix is cut into, and whether by columns (an output matrix); None:
             none.
-        cells: "base" or "tuned" → what rounds to its entries, where it is stored quantised.
+        grids: reads "base" or "tuned" with its levels, where it is stored quantised; not kept meanwhile.
 
     Raises:
         InputError: shapes differ. NonFiniteError: NaN or Inf in either, or sizes that no number spans.
@@ -63,10 +63,7 @@ def decompose_pair(
     need = needed(options.taken, k)
     parts: dict[str, Decomposition] = {which: Absent(which, (W.shape[0], W.shape[1])) for which in need}
     sums = read_entries(W, T, names)
-    if cells:
-        sums = replace(
-            sums, figures={**sums.figures, **quantisation({"base": W, "tuned": T}, cells, _formats(W, T, sums))}
-        )
+    sums = _with_quantisation(W, T, sums, grids())
     stored = W, T
     if sums.scale != 1.0:  # exact, and every power that is taken of the entries is in range
         sizes = [float(norm(X)) for X in stored]
@@ -125,6 +122,13 @@ def _roundings(W: Tensor, T: Tensor, sums: Entries) -> dict[str, Rounding]:
             square = (noise * sums.scaled_norms[side]) ** 2 / W.numel()
             roundings[side] = Rounding(QUANTISED, error.variance | {QUANTISED: square})
     return roundings
+
+
+def _with_quantisation(W: Tensor, T: Tensor, sums: Entries, grids: Mapping[str, Grid]) -> Entries:
+    if not grids:
+        return sums
+    figures = quantisation({"base": W, "tuned": T}, grids, _formats(W, T, sums))
+    return replace(sums, figures={**sums.figures, **figures})
 
 
 def _formats(W: Tensor, T: Tensor, sums: Entries) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from specbasis.comparison.options import Options
 from specbasis.core.draws import KINDS
 from specbasis.core.dtypes import FORMATS
 from specbasis.core.errors import NonFiniteError
-from specbasis.core.quantised import Cells
+from specbasis.core.quantised import Grid
 from specbasis.jobs.cost import Work, matrix_work
 from specbasis.jobs.results import Figures, rows_of
 from specbasis.measures.measure import Measure, Values
@@ -96,7 +96,7 @@ class Task:
                     names=(where + base.source, where + tuned.source),
                     base=decomposed.get(matched.base),
                     update=matched.tuned.delta_factors(tuned),
-                    cells=_cells(base=(matched.base, base), tuned=(matched.tuned, tuned)),
+                    grids=partial(_grids, base=(matched.base, base), tuned=(matched.tuned, tuned)),
                     heads=self.options.heads_of(base, matched),
                 )
                 rows = _table(label, matched, measure_all(triple, self.options.taken), self.options.tolerance)
@@ -110,10 +110,10 @@ class Task:
         return outcomes
 
 
-def _cells(**sides: tuple[MatrixRef, Checkpoint]) -> dict[str, Cells]:
-    """Side → what rounds to its entries, where it is stored quantised."""
-    cells = {side: ref.cells(checkpoint) for side, (ref, checkpoint) in sides.items()}
-    return {side: ends for side, ends in cells.items() if ends is not None}
+def _grids(**sides: tuple[MatrixRef, Checkpoint]) -> dict[str, Grid]:
+    """Side → the matrix with its levels, where it is stored quantised."""
+    grids = {side: ref.grid(checkpoint) for side, (ref, checkpoint) in sides.items()}
+    return {side: grid for side, grid in grids.items() if grid is not None}
 
 
 _OPENED: dict[Any, Checkpoint] = {}

@@ -81,8 +81,8 @@ def file_entries(path: Path, source: str, key: str = "") -> Mapping[str, Entry]:
 
 
 def _guarded(entry: Entry, check: Callable[[], None]) -> Entry:
-    cells = None if entry.cells is None else partial(_checked, entry.cells, check)
-    return replace(entry, load=partial(_copied, entry.load, check), cells=cells)
+    grid = None if entry.grid is None else partial(_checked, entry.grid, check)
+    return replace(entry, load=partial(_copied, entry.load, check), grid=grid)
 
 
 def _checked(read: Callable[[], _T], check: Callable[[], None]) -> _T:

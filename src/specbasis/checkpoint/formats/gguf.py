@@ -22,10 +22,11 @@ import numpy as np
 import torch
 
 from specbasis.checkpoint.entry import Entry, check_names, no_key, parsing
-from specbasis.checkpoint.formats.grid import Grid, grid_entry, integers
+from specbasis.checkpoint.formats.grid import grid_entry, integers
 from specbasis.checkpoint.formats.kit import FileFormat, extra, tensor_of
 from specbasis.core.dtypes import FORMATS, by_code
 from specbasis.core.errors import InputError
+from specbasis.core.quantised import HALF, Grid
 
 _STRING, _ARRAY = 8, 9
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
@@ -90,7 +91,7 @@ def _entry(gguf: Any, content: mmap, tensor: _Tensor, rows: torch.Tensor | None,
         read = partial(_grid, gguf, content, tensor, rows, source)
         coarse = grid_entry(tensor.shape, dtype, read)
         whole = partial(_whole, gguf, content, tensor, rows, source)
-        return replace(coarse, load=whole, cells=coarse.cells if tensor.kind in _CODES else None)
+        return replace(coarse, load=whole, grid=coarse.grid if tensor.kind in _CODES else None)
 
     def load() -> torch.Tensor:
         if dtype not in FORMATS:
@@ -149,7 +150,7 @@ def _grid(gguf: Any, content: mmap, tensor: _Tensor, rows: torch.Tensor | None, 
         numbers.append(_dequantised(gguf, extreme, tensor, source))
     values, least, greatest = numbers if rows is None else (X[rows] for X in numbers)
     scale = (greatest - least) / (levels[-1] - levels[0])
-    return Grid(values, scale, least - scale * levels[0], levels)
+    return Grid(values, scale, least - scale * levels[0], levels, torch.tensor(HALF))
 
 
 class _Header:

@@ -1,55 +1,19 @@
-"""Quantised weights as the numbers that they stand for, and which numbers round to each of them."""
+"""What the readers of quantised formats share: entries, levels, and codes out of words."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from specbasis.checkpoint.entry import Entry
-
-HALF = 2.0**-11
-"""Relative error of a scale in float16: quantisers round to levels that its rounding then moves."""
-
-
-@dataclass(frozen=True, eq=False)
-class Grid:
-    """A quantised matrix: values = shift + scale · (one of the levels).
-
-    Attributes:
-        values: float32, as the libraries of the format give them.
-        scale: that broadcasts to the values.
-        shift: likewise.
-        levels: in rising order.
-        slack: relative error of the scales, which were rounded after the weights had been.
-    """
-
-    values: Tensor
-    scale: Tensor
-    shift: Tensor | float
-    levels: Tensor
-    slack: Tensor | float = HALF
-
-    def cells(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Lower and upper ends of what rounds to each value, infinite at outermost levels and without a scale, and
-        how far the rounding of the scales may have moved them.
-        """
-        middles = (self.levels[1:] + self.levels[:-1]) / 2
-        infinity = middles.new_tensor([torch.inf])
-        nearest = torch.bucketize(((self.values - self.shift) / self.scale).contiguous(), middles)
-        halves = ((-infinity, middles), (middles, infinity))
-        ends = [self.shift + self.scale * torch.cat(parts)[nearest] for parts in halves]
-        far = torch.maximum(*((end - self.shift).abs().nan_to_num_(0.0, 0.0, 0.0) for end in ends))
-        lower = torch.minimum(*ends).nan_to_num_(-torch.inf, torch.inf, -torch.inf)
-        upper = torch.maximum(*ends).nan_to_num_(torch.inf, torch.inf, -torch.inf)
-        return lower, upper, self.slack * (far + torch.as_tensor(self.shift).abs())
+from specbasis.core.quantised import Grid, Noise
 
 
 def grid_entry(shape: tuple[int, ...], stored: str, read: Callable[[], Grid]) -> Entry:
     """The entry of a quantised tensor."""
-    return Entry(shape, "float32", lambda: read().values, stored=stored, cells=lambda: read().cells())
+    return Entry(shape, "float32", lambda: read().values, stored=stored, grid=read)
 
 
 def integers(bits: int, low: int = 0) -> Tensor:
@@ -75,9 +39,8 @@ def unpacked(words: Tensor, bits: int) -> Tensor:
 
 
 def rounding_share(entry: Entry) -> float:
-    """Root mean square of rounding to a quantised tensor's numbers, as a share of theirs: √(Σ width²/12) / ‖W‖."""
-    assert entry.cells is not None
-    lower, upper, _ = entry.cells()
-    width = (upper - lower).double()
-    square = width[width.isfinite()].square().mean() / 12
-    return float((square / entry.load().double().square().mean()).sqrt())
+    """Size of rounding to a quantised tensor's numbers, as a share of theirs."""
+    assert entry.grid is not None
+    grid, noise = entry.grid(), Noise()
+    noise.add(grid.values, *grid.cells()[:2])
+    return noise.share

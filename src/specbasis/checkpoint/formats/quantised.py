@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from specbasis.checkpoint.entry import Entry, json_object, parsing, shown
-from specbasis.checkpoint.formats.grid import HALF, Grid, grid_entry, integers, unpacked
+from specbasis.checkpoint.formats.grid import grid_entry, integers, unpacked
 from specbasis.core.dtypes import FORMATS
 from specbasis.core.errors import InputError
+from specbasis.core.quantised import HALF, Grid
 
 READ = ("bitsandbytes", "gptq", "awq", "compressed-tensors", "fp8", "fbgemm_fp8", "modelopt", "mxfp4", "")
 """quant_method of config.json whose tensors are read here, or whose floating-point tensors are weights."""
@@ -203,7 +204,7 @@ def _ordered(levels: Tensor) -> Tensor:
 def _shifted(codes: Tensor, scale: Tensor, zero: Tensor | float, levels: Tensor) -> Grid:
     """Numbers scale · (level − zero), of codes that count the levels from the lowest."""
     scale = scale.float()
-    return Grid(scale * (levels[codes.long()] - zero), scale, -scale * zero, levels)
+    return Grid(scale * (levels[codes.long()] - zero), scale, -scale * zero, levels, torch.tensor(HALF))
 
 
 def _packed(parts: Parts) -> tuple[tuple[int, ...], str, Callable[[], Grid]]:
@@ -254,20 +255,14 @@ def _scaled(parts: Parts) -> tuple[tuple[int, ...], str, Callable[[], Grid]]:
         assert scale is not None
         scale = _spread(scale.float(), codes.shape, beside[0])
         middle = 0.0 if zero is None else _spread(zero.float(), codes.shape, beside[1])
+        form = FORMATS.get(parts.entries[leaf].dtype)
+        slack = torch.tensor(max(HALF, form.step / 2 if form else 0.0))  # of a scale in its format
         if X.dtype == torch.int8:
-            return Grid(
-                scale * (X.float() - middle), scale, -scale * middle, integers(8, -128), _slack(parts, leaf)
-            )
+            return Grid(scale * (X.float() - middle), scale, -scale * middle, integers(8, -128), slack)
         every = torch.arange(256, dtype=torch.uint8).view(X.dtype).float()
-        return Grid(scale * X.float(), scale, 0.0, _ordered(every[every.isfinite()]), _slack(parts, leaf))
+        return Grid(scale * X.float(), scale, torch.zeros(()), _ordered(every[every.isfinite()]), slack)
 
     return codes.shape, f"scaled {codes.dtype}", read
-
-
-def _slack(parts: Parts, leaf: str) -> float:
-    """Relative error of a scale in its format, at least that of float16."""
-    form = FORMATS.get(parts.entries[leaf].dtype)
-    return max(HALF, form.step / 2 if form else 0.0)
 
 
 def _repeats(scale: tuple[int, ...], shape: tuple[int, ...], block: Any) -> tuple[int, ...]:
@@ -308,7 +303,9 @@ def _int8_rows(parts: Parts) -> tuple[tuple[int, ...], str, Callable[[], Grid]]:
         assert largest is not None
         want(form is None or int(form) == 0, "stored in an order of a GPU; save it with a newer bitsandbytes")
         scale = largest.float()[:, None] / 127
-        return Grid(scale * parts.codes.load().float(), scale, 0.0, integers(8, -128))
+        return Grid(
+            scale * parts.codes.load().float(), scale, torch.zeros(()), integers(8, -128), torch.tensor(HALF)
+        )
 
     return shape, "bitsandbytes int8", read
 
@@ -348,7 +345,7 @@ def _four_bits(parts: Parts) -> tuple[tuple[int, ...], str, Callable[[], Grid]]:
         packed = parts.codes.load().flatten()
         codes = torch.stack([packed >> 4, packed & 15], 1).flatten()[:count].long()
         scale = _in_blocks(largest.float(), size, shape)
-        return Grid(levels[codes].reshape(shape) * scale, scale, 0.0, _ordered(levels), slack)
+        return Grid(levels[codes].reshape(shape) * scale, scale, torch.zeros(()), _ordered(levels), slack)
 
     return shape, "nf4" if state.endswith("nf4") else "fp4", read
 
@@ -377,7 +374,7 @@ def _mlx(parts: Parts) -> tuple[tuple[int, ...], str, Callable[[], Grid]]:
         assert shift is not None
         scale, shift = (X.float().repeat_interleave(size, -1) for X in (scale, shift))
         codes = unpacked(parts.codes.load(), bits).float()
-        return Grid(scale * codes + shift, scale, shift, integers(bits))
+        return Grid(scale * codes + shift, scale, shift, integers(bits), torch.tensor(HALF))
 
     return (*shape[:-1], width), f"mlx int{bits}", read
 
