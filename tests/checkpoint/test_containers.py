@@ -8,6 +8,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from specbasis.checkpoint import open_checkpoint
 from specbasis.core.errors import InputError
@@ -85,3 +86,23 @@ def test_whole_weights_beside_such_shares_are_read(tmp_path):
     (tmp_path / "global_step10" / "zero_pp_rank_0_mp_rank_00_optim_states.pt").write_bytes(b"x")
     torch.save({"a.weight": torch.ones(2, 2)}, tmp_path / "pytorch_model.bin")
     assert list(open_checkpoint(tmp_path)) == ["a.weight"]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        (
+            "lora_unet_down_blocks_0_attn1_to_q.lora_down.weight",
+            "lora_unet_down_blocks_0_attn1_to_q.lora_up.weight",
+        ),
+        ("unet.down_blocks.0.to_q.lora.down.weight", "unet.down_blocks.0.to_q.lora.up.weight"),
+        ("unet.processor.to_q_lora.down.weight", "unet.processor.to_q_lora.up.weight"),
+    ],
+)
+def test_loras_without_a_configuration_are_refused(tmp_path, names):
+    module = names[0].partition(".")[0]
+    factors = {names[0]: torch.ones(2, 8), names[1]: torch.ones(8, 2), f"{module}.alpha": torch.tensor(2.0)}
+    save_file(factors, tmp_path / "lora.safetensors")
+    refused(tmp_path / "lora.safetensors", r"factors of a LoRA .*fuse_lora")
+    save_file(factors | {"a.weight": torch.ones(8, 8)}, tmp_path / "lora.safetensors")
+    assert "a.weight" in open_checkpoint(tmp_path / "lora.safetensors")

@@ -107,3 +107,7 @@ def test_what_a_person_is_told(models: dict[str, State], tmp_path: Path) -> None
     assert any("q4_0 (6); rounding is about" in note for note in about["notes"])
     (finding,) = [f for f in result.findings[label] if f.kind == "quantised"]
     assert "in 0 of them rounding explains all of it" in finding.sentence
+    result = compare(models["base"], quantised(gguf, tmp_path / "own.gguf", models["base"], "Q4_0"))
+    (findings,) = result.findings.values()
+    (finding,) = [f for f in findings if f.kind == "quantised"]
+    assert "in 10 of them rounding explains all of it" in finding.sentence

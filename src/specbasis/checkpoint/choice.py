@@ -45,6 +45,9 @@ _SHARES = (
 )  # fmt: skip
 """Pattern of a file's name → what it is part of, and the command that makes a checkpoint that is read."""
 
+_LORA = re.compile(r"[._](lora_|lora\.|lora_linear_layer\.)(down|up|mid)\.weight$")
+"""Names of factors that kohya, ComfyUI and older diffusers give."""
+
 _SHARD = re.compile(r"^(.*)-(\d{5})-of-(\d{5})(\..*)$")
 
 
@@ -69,6 +72,7 @@ def open_place(place: Place, key: str = "") -> Checkpoint:
         if not entries:
             raise InputError(f"{place.source}: holds no tensors")
         config, config_notes = read_config(place, "config.json")
+        _refuse_lora(entries, place.source)
         entries = dequantised(entries, config, place.source)
         files, digests = place.provenance(names)
         notes = [*notes, *config_notes, *_beside(place, names), *_quantised(entries, bool(files))]
@@ -136,6 +140,16 @@ def _beside(place: Place, names: list[str]) -> list[str]:
         return [f"{shown(place.given)} is one of {int(shard.group(3))} shards; only its tensors were read"]
     others = () if place.given else (f"{names[0]}.index.json", "adapter_config.json")
     return [f"{other} lies beside the weights and was not read" for other in others if other in place.names]
+
+
+def _refuse_lora(entries: Mapping[str, Entry], source: str) -> None:
+    """Refuse the factors of an adapter without a configuration that says what they change, and how much."""
+    matrices = [name for name, entry in entries.items() if len(entry.shape) > 1]
+    if matrices and all(_LORA.search(name) for name in matrices):
+        raise InputError(
+            f"{source}: holds the factors of a LoRA in the names of kohya or diffusers, and no model; with diffusers "
+            "call pipe.load_lora_weights(FILE), pipe.fuse_lora() and pipe.save_pretrained(OUT), and use what that wrote"
+        )
 
 
 def _quantised(entries: Mapping[str, Entry], at_hand: bool) -> list[str]:

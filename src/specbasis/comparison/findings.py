@@ -274,7 +274,7 @@ def _copied(pair: Judged, _: Mapping[str, float]) -> Found | None:
 
 @check("quantised", "entries on a grid", "note")
 def _quantised(pair: Judged, _: Mapping[str, float]) -> Found | None:
-    if stored := pair.having("p_quantised"):
+    if stored := [m for m in pair.facts.matrices if m["relative_update"] > 0 and "p_quantised" in m]:
         return _stored_quantised(pair, stored)
     on = [m for m in pair.having("grid_levels_tuned") if math.isnan(m.get("grid_levels_base", math.nan))]
     if not on:
