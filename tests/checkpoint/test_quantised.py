@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from specbasis.checkpoint import open_checkpoint
 from specbasis.core.errors import InputError
 from tests.checkpoint.test_formats import save_gguf
+from tests.checkpoint.test_hostile import gguf_file
 
 WRITTEN = ("Q8_0", "Q5_0", "Q5_1", "Q4_0", "Q4_1")
 CODES = {"Q2_K": (16, 80), "Q3_K": (0, 96), "Q4_K": (16, 144), "Q5_K": (16, 176), "Q6_K": (0, 192), "Q8_0": (2, 34),
@@ -91,6 +92,16 @@ def test_gguf_types_without_known_levels_are_read_as_well(gguf, tmp_path, kind):
     entry = open_checkpoint(tmp_path / "m.gguf").entries["blk.0.attn_q.weight"]
     assert entry.grid is None
     assert np.array_equal(entry.load().numpy(), gguf.quants.dequantize(blocks, form), equal_nan=True)
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "Q8_0", "IQ2_S"])
+def test_an_empty_quantised_gguf_tensor(gguf, tmp_path, kind):
+    form = gguf.GGMLQuantizationType[kind]
+    content = gguf_file(tensors=[("blk.0.attn_q.weight", (512, 0), int(form), 0)])
+    (tmp_path / "m.gguf").write_bytes(content)
+    entry = open_checkpoint(tmp_path / "m.gguf").entries["blk.0.attn_q.weight"]
+    assert entry.load().shape == (0, 512)
+    assert entry.grid is None or entry.grid().values.shape == (0, 512)
 
 
 @pytest.mark.parametrize(("architecture", "heads"), [("llama", 4), ("llama", None), ("qwen2", 4)])

@@ -147,8 +147,8 @@ def _refuse_lora(entries: Mapping[str, Entry], source: str) -> None:
     matrices = [name for name, entry in entries.items() if len(entry.shape) > 1]
     if matrices and all(_LORA.search(name) for name in matrices):
         raise InputError(
-            f"{source}: holds the factors of a LoRA in the names of kohya or diffusers, and no model; with diffusers "
-            "call pipe.load_lora_weights(FILE), pipe.fuse_lora() and pipe.save_pretrained(OUT), and use what that wrote"
+            f"{source}: holds the factors of a LoRA in the names of kohya or diffusers, and no model; with "
+            "diffusers call pipe.load_lora_weights(FILE), pipe.fuse_lora(), pipe.save_pretrained(OUT), and use OUT"
         )
 
 

@@ -132,6 +132,8 @@ def _blocks(gguf: Any, content: mmap, tensor: _Tensor) -> np.ndarray:
 
 
 def _dequantised(gguf: Any, blocks: np.ndarray, tensor: _Tensor, source: str) -> torch.Tensor:
+    if not len(blocks):
+        return torch.zeros(tensor.shape)
     try:
         values = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[tensor.kind])
     except NotImplementedError as error:
