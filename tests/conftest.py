@@ -15,7 +15,7 @@ SHAPED = (
     "core.subspace",
     "measures",
     "adapter.diagnostics",
-    "adapter.proof",
+    "checkpoint.proof",
 )  # adapter.functional is compiled
 install_import_hook([f"specbasis.{module}" for module in SHAPED], "beartype.beartype")
 

@@ -37,8 +37,7 @@ TOP = ("__init__", "__main__")  # the public names, re-exported once
 # A value knows no view. The exceptions: `report()`, and the way that a result shows itself in a notebook.
 ALLOWED = {
     ("comparison.comparison", "figures"),
-    ("treatment.extraction", "figures"),
-    ("treatment.merge", "figures"),
+    ("treatment.treated", "figures"),
 }
 
 # Optional or heavy libraries. Above finetuning/ none is imported when a module is, except where the name begins so.

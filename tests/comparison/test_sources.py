@@ -346,7 +346,15 @@ def test_a_spectral_adapter_is_read_as_what_it_merges_to(tmp_path: Path, family:
     weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     bare = {name: value for name, value in weights.items() if not name.endswith(("spectral_U", "spectral_Vh"))}
     save_file(bare, tmp_path / "adapter" / "adapter_model.safetensors")
-    with pytest.raises(InputError, match=r"without its basis.*export-lora"):
+    again = compare(tmp_path / "base", tmp_path / "adapter", workers=1)  # the base is decomposed, and proven
+    both = frame(again).merge(frame(found), on=["matrix", "measure", "index"], suffixes=("", "_want"))
+    both = both[both.measure.isin(["singular_value_tuned", "singular_value_delta", "relative_update"])]
+    assert len(both)
+    assert (both.value - both.value_want).abs().max() < 32 * EPS * both.value.max()
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    config = {key: value for key, value in config.items() if key != "seal"} | {"basis": "random"}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="without its basis, which is not the base's own"):
         compare(tmp_path / "base", tmp_path / "adapter")
 
 

@@ -17,7 +17,8 @@ import specbasis
 from specbasis import InputError, extract, open_checkpoint
 from specbasis.checkpoint import open_tuned
 from specbasis.checkpoint.delta import expanded, packed, unpacked
-from specbasis.treatment.quantised import DISTORTION, STEP, Curve, quantised, shared_out
+from specbasis.treatment.budget import shared_out
+from specbasis.treatment.quantised import DISTORTION, STEP, curve, quantised, setting
 from tests.pico import bert_state, finetuned, write
 
 BASE = bert_state(width=32)
@@ -62,20 +63,26 @@ def test_the_loss_of_normal_numbers_is_that_of_the_best_uniform_quantiser(bits: 
 
 def test_directions_and_bits_are_the_best_of_their_size() -> None:
     rng = np.random.default_rng(0)
-    curves = [Curve(np.sort(rng.exponential(size=6) ** 3)[::-1], (8, 6)) for _ in range(3)]
-    options = list(itertools.product(range(7), DISTORTION))
-    sizes = [[(float(c.bytes(b)[r]), float(c.lost(b)[r])) for r, b in options] for c in curves]
+    squares = [np.sort(rng.exponential(size=6) ** 3)[::-1] for _ in range(3)]
+    curves = [curve(own, (8, 6)) for own in squares]
+    sizes = [list(zip(c.bytes.tolist(), c.lost.tolist(), strict=True)) for c in curves]
     for budget in (60, 120, 200, 400):
-        chosen = shared_out(curves, budget, 1.0)
-        size, lost = (sum(s[options.index(p)][i] for s, p in zip(sizes, chosen, strict=True)) for i in (0, 1))
+        chosen = shared_out(curves, budget)
+        size, lost = (sum(s[option][i] for s, option in zip(sizes, chosen, strict=True)) for i in (0, 1))
         assert size <= budget
         better = [
-            sum(p[1] for p in picks) for picks in itertools.product(*sizes) if sum(p[0] for p in picks) <= size
+            sum(p[1] for p in picks) for picks in itertools.product(*sizes) if sum(p[0] for p in picks) <= budget
         ]
         assert lost <= min(better) * (1 + 1e-9)
+        for own, option in zip(squares, chosen, strict=True):  # what an option stands for
+            rank, bits = setting(option, 6)
+            left = own[rank:].sum() * DISTORTION[bits]
+            bytes_ = rank * (8 + 6 + 8) + (8 * 6 * bits // 8 + 4 * 8 if bits else 0)
+            mine = curve(own, (8, 6))
+            assert (mine.bytes[option], mine.lost[option]) == (bytes_, pytest.approx(left))
 
 
-@pytest.mark.parametrize("options", [{"energy": 0.9}, {"energy": 0.999}, {"size": 12_000}])
+@pytest.mark.parametrize("options", [{"energy": 0.9}, {"energy": 0.999}, {"size": 24_000}])
 def test_what_is_read_back_holds_what_the_record_says(models, tmp_path: Path, options: dict) -> None:
     tensors = extracted(models, tmp_path / "out", **options)
     record = json.loads((tmp_path / "out" / "specbasis_extract.json").read_text())
@@ -91,10 +98,9 @@ def test_what_is_read_back_holds_what_the_record_says(models, tmp_path: Path, op
 
 
 def test_the_file_is_no_larger_than_it_was_to_be(models, tmp_path: Path) -> None:
-    extracted(models, tmp_path / "out", size=15_000)
-    stored = load_file(tmp_path / "out" / "delta.safetensors")
-    size = sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
-    assert size <= 15_000
+    extracted(models, tmp_path / "out", size=25_000)
+    size = sum((tmp_path / "out" / name).stat().st_size for name in ("delta.safetensors", "delta.json"))
+    assert 24_000 <= size <= 25_000
     assert size == json.loads((tmp_path / "out" / "specbasis_extract.json").read_text())["total"]["bytes"]
 
 
@@ -169,12 +175,86 @@ def test_a_damaged_folder_is_one_line(models, tmp_path: Path, damage: str) -> No
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": 4}, "shares out bits"),
+        ({"rank": 4}, "got rank with --as delta, which takes of these: energy, size"),
         ({"size": 100}, "carried whole takes"),
-        ({"dtype": "float16"}, "shares out"),
+        ({"dtype": "float16", "energy": 0.5}, "got dtype with --as delta"),
     ],
 )
 def test_what_a_difference_cannot_be_is_said(models, tmp_path: Path, options: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         extract(*models, tmp_path / "out", form="delta", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_cached_decompositions_are_used_and_give_the_same(models, tmp_path: Path, monkeypatch) -> None:
+    plain = extracted(models, tmp_path / "plain", energy=0.95)
+    extracted(models, tmp_path / "first", energy=0.95, cache=tmp_path / "cache")
+    entries = len(list((tmp_path / "cache").iterdir()))
+    assert entries
+    for name in ("decompose", "half_svd"):
+        monkeypatch.setattr(f"specbasis.treatment.difference.{name}", lambda *_, **__: pytest.fail("decomposed"))
+    monkeypatch.setattr("specbasis.jobs.cache.decompose", lambda *_, **__: pytest.fail("decomposed again"))
+    second = extracted(models, tmp_path / "second", energy=0.95, cache=tmp_path / "cache")
+    assert len(list((tmp_path / "cache").iterdir())) == entries
+    for name, tensor in plain.items():
+        torch.testing.assert_close(second[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+# --- what is changed, alone ---------------------------------------------------------------------------------------
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def mixed() -> dict[str, torch.Tensor]:
+    """A finetune with whatever a file may hold, and what it left alone."""
+    tuned = dict(finetuned(BASE, 0.1))
+    name = next(name for name in BASE if name.endswith("query.weight"))
+    tuned[name] = BASE[name].clone()  # left alone
+    tuned[name.replace("query", "key")] = tuned[name.replace("query", "key")].to(torch.bfloat16)
+    other = name.replace("query", "value")
+    tuned[other] = tuned[other].double()
+    output = next(name for name in BASE if name.endswith("output.dense.weight"))
+    tuned[output] = BASE[output].double()  # equal numbers in another format
+    bias = next(name for name in BASE if name.endswith("query.bias"))
+    tuned[bias] = BASE[bias].clone()
+    tuned[bias][0] = -0.0 if BASE[bias][0] == 0 else -BASE[bias][0]
+    nan = next(name for name in BASE if name.endswith("key.bias"))
+    tuned[nan] = torch.full_like(BASE[nan], torch.nan)
+    extra = {"embeddings.position_ids": torch.arange(12)[None], "head.steps": torch.tensor(7)}
+    extra["flags"] = torch.tensor([True, False])
+    extra["packed.weight"] = torch.arange(-8, 8, dtype=torch.int8).reshape(4, 4)
+    return tuned | extra | {"classifier.weight": torch.ones(2, 32)}
+
+
+def test_what_is_changed_alone_gives_back_the_finetune_bit_for_bit(tmp_path: Path) -> None:
+    tuned = mixed()
+    pair = write(tmp_path / "base.safetensors", BASE), write(tmp_path / "tuned.safetensors", tuned)
+    extraction = extract(*pair, tmp_path / "out", form="dense")
+    read = open_tuned(tmp_path / "out", open_checkpoint(pair[0]))
+    assert set(read) == set(tuned)
+    for name, tensor in tuned.items():
+        assert read[name].dtype == tensor.dtype, name
+        assert bits(read[name]) == bits(tensor), name
+    stored = load_file(tmp_path / "out" / "delta.safetensors")
+    same = {name for name, t in tuned.items() if name in BASE and t.dtype == BASE[name].dtype and bits(t) == bits(BASE[name])}  # fmt: skip # noqa: E501
+    assert same
+    assert set(stored) == set(tuned) - same  # changed tensors only
+    size = sum((tmp_path / "out" / name).stat().st_size for name in ("delta.safetensors", "delta.json"))
+    assert extraction.record["total"]["bytes"] == size < pair[1].stat().st_size
+    assert all(line["whole"] and line["share"] == 1.0 for line in extraction.matrices)
+
+
+def test_compare_sees_the_finetune_in_what_is_changed_alone(models, tmp_path: Path) -> None:
+    extract(*models, tmp_path / "out", form="dense")
+    found = specbasis.compare(models[0], tmp_path / "out", tmp_path / "a").rows.to_pydict()
+    want = specbasis.compare(*models, tmp_path / "b").rows.to_pydict()
+    columns = ("matrix", "measure", "index", "value", "resolved")
+    assert repr([found[c] for c in columns]) == repr([want[c] for c in columns])
+
+
+def test_a_dense_difference_takes_no_size(models, tmp_path: Path) -> None:
+    for options in ({"energy": 0.5}, {"size": "1MB"}, {"rank": 3}):
+        with pytest.raises(InputError, match="with --as dense"):
+            extract(*models, tmp_path / "out", form="dense", **options)

@@ -18,8 +18,7 @@ import specbasis
 from specbasis import open_checkpoint
 from specbasis.checkpoint import open_tuned
 from specbasis.core.errors import InputError
-from specbasis.treatment.extract import extract
-from specbasis.treatment.extraction import RECORD, Extraction
+from specbasis.treatment.extract import Extraction, extract
 
 from ..pico import bert_state, finetuned, write
 from .models import (
@@ -97,7 +96,8 @@ def test_the_record_says_what_is_in_the_file(berts, tmp_path):
         squares = torch.linalg.svdvals(delta).square()
         held += float(squares[:rank].sum())
         assert line["squares"] == pytest.approx(float(squares.sum()))
-        assert line["share"] == pytest.approx(float(squares[:rank].sum() / squares.sum()), abs=1e-12)
+        # Of the factors as they are stored, in float32.
+        assert line["share"] == pytest.approx(float(squares[:rank].sum() / squares.sum()), abs=1e-7)
         assert line["bytes"] == 4 * rank * sum(delta.shape)
         assert line["chance"] == rank / min(delta.shape)
         # An entry takes 4 bytes and its place 4; signs are one size a matrix, the best one: the mean of |delta|.
@@ -112,12 +112,17 @@ def test_the_record_says_what_is_in_the_file(berts, tmp_path):
         assert share == pytest.approx(float(by_name[name].square().sum()) / total)
     assert set(carried) | {line["name"] for line in extraction.matrices} == set(by_name)
     assert extraction.record["total"]["share"] == pytest.approx(held / total + sum(carried.values()))
-    size = (tmp_path / "out/adapter_model.safetensors").stat().st_size
-    assert extraction.record["total"]["bytes"] == size <= 24_000
+    assert extraction.record["total"]["bytes"] == bytes_of(tmp_path / "out") <= 24_000
     again = Extraction.load(tmp_path / "out")
     assert again.record == extraction.record
     assert "all" in extraction.table.markdown()
     assert "<table" in extraction._repr_html_()
+
+
+def bytes_of(folder):
+    """Of all files but the record and the page."""
+    beside = (Extraction.RECORD, "report.html", "extract.png", "extract.svg")
+    return sum(path.stat().st_size for path in folder.iterdir() if path.name not in beside)
 
 
 def test_signs_that_average_to_zero_still_count(tmp_path):
@@ -136,7 +141,7 @@ def test_a_share_of_the_update_is_kept(energy, berts, tmp_path):
     extraction = extract(berts / "base", berts / "tuned", tmp_path / "out", energy=energy)
     held = sum(line["share"] * line["squares"] for line in extraction.matrices)
     whole = sum(line["squares"] for line in extraction.matrices)
-    assert energy * whole * (1 - 1e-12) <= held
+    assert energy * whole * (1 - 1e-7) <= held  # of factors in float32
     largest = max(
         float(torch.linalg.matrix_norm(delta, 2)) ** 2 for delta in deltas(berts).values() if delta.ndim > 1
     )
@@ -146,14 +151,15 @@ def test_a_share_of_the_update_is_kept(energy, berts, tmp_path):
 @pytest.mark.parametrize("size", ["12kB", "20kB", "40kB", "1GB"])
 def test_the_file_is_no_larger_than_asked(size, berts, tmp_path):
     extraction = extract(berts / "base", berts / "tuned", tmp_path / "out", size=size)
-    file = (tmp_path / "out/adapter_model.safetensors").stat().st_size
-    assert file <= {"12kB": 12_000, "20kB": 20_000, "40kB": 40_000, "1GB": 10**9}[size]
+    assert bytes_of(tmp_path / "out") == extraction.record["total"]["bytes"]
+    assert bytes_of(tmp_path / "out") <= {"12kB": 12_000, "20kB": 20_000, "40kB": 40_000, "1GB": 10**9}[size]
     assert size != "1GB" or extraction.record["total"]["share"] == pytest.approx(1.0)
 
 
 def test_a_server_that_takes_matrices_alone_up_to_a_rank(berts, tmp_path):
     extraction = extract(berts / "base", berts / "tuned", tmp_path / "out", energy=1.0, max_rank=4, carry=False)
-    assert all(line["rank"] == min(4, *line["shape"]) for line in extraction.matrices)
+    for line in extraction.matrices:  # no more than pays: factors of 3 × 16 are smaller than that up to rank 2
+        assert line["rank"] == min(4, line["shape"][0] * line["shape"][1] // sum(line["shape"]))
     assert all("lora_" in name for name in load_file(tmp_path / "out/adapter_model.safetensors"))
     assert {item["reason"] for item in extraction.record["left_out"]} == {"not asked for (carry)"}
     by_name = deltas(berts)
@@ -180,7 +186,8 @@ def test_factors_in_a_narrow_format(dtype, berts, tmp_path):
 def test_plain_peft_gives_back_the_function_of_the_finetune(family, tmp_path):
     base, tuned = pair(tmp_path, FAMILIES[family])
     want, before = function(tuned), function(base)
-    extraction = changed(tmp_path, energy=1.0)
+    # Experts that are stacked in memory cannot be stored whole: factors of full rank have to be asked for.
+    extraction = changed(tmp_path, **({"rank": 64} if family == "mixtral" else {"energy": 1.0}))
     assert not extraction.record["left_out"]
     live, merged = by_peft(base, tmp_path / "out")
     assert_same_function(live, want, before)
@@ -205,7 +212,7 @@ def test_a_finetune_of_one_kind_of_parameter_alone(make, part, tmp_path):
     base, tuned = pair(tmp_path, make, only=part, size=0.5)
     want, before = function(tuned), function(base)
     assert float((want - before).abs().max()) > 1e-4 * float(want.abs().max())
-    extraction = changed(tmp_path, energy=1.0)
+    extraction = changed(tmp_path, **({"rank": 64} if part == "experts" else {"energy": 1.0}))
     assert not extraction.record["left_out"]
     assert extraction.record["total"]["share"] == pytest.approx(1.0)
     for got in by_peft(base, tmp_path / "out"):
@@ -266,7 +273,7 @@ def test_a_vocabulary_that_grew(tied, tmp_path):
     tuned.save_pretrained(tmp_path / "tuned")
     extraction = changed(tmp_path, energy=1.0)
     assert extraction.record["notes"]
-    assert all("has 67 rows, the base's 64" in note for note in extraction.record["notes"])
+    assert any("has 67 rows, the base's 64" in note for note in extraction.record["notes"])
     old, new = (open_checkpoint(tmp_path / n)["model.embed_tokens.weight"].double() for n in ("base", "tuned"))
     squares = float((new[:64] - old).square().sum() + new[64:].square().sum())
     total = squares + sum(float(d.square().sum()) for n, d in same_shape(tmp_path).items())
@@ -389,7 +396,7 @@ def test_adalora_and_spectral_adapters_become_loras(tmp_path):
     for name, config in configs.items():
         base, tuned = adapt(tmp_path / name, llama, config)
         extraction = changed(tmp_path / name, energy=1.0)
-        assert max(line["rank"] for line in extraction.matrices) <= 6
+        assert max(line["rank"] for line in extraction.matrices if not line.get("whole")) <= 6
         for got in by_peft(base, tmp_path / name / "out"):
             assert_same_function(got, function(tuned))
 
@@ -538,11 +545,11 @@ def test_killed_half_way_nothing_looks_complete_and_the_same_command_works(tmp_p
     write(tmp_path / "tuned", finetuned(state))
     code = (
         "import os, specbasis, specbasis.treatment.low_rank as e\n"
-        "first = e._line\n"
-        "def line(*a):\n"
-        "    if 'output' in a[0].name: os.kill(os.getpid(), 9)\n"
-        "    return first(*a)\n"
-        "e._line = line\n"
+        "first = e.LowRank.note\n"
+        "def note(form, change, **own):\n"
+        "    if 'output' in change.name: os.kill(os.getpid(), 9)\n"
+        "    return first(form, change, **own)\n"
+        "e.LowRank.note = note\n"
         "specbasis.extract('base', 'tuned', 'out', rank=2)\n"
     )
     killed = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True)
@@ -566,11 +573,19 @@ def test_a_full_disk_is_one_line(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "tuned"]
 
 
-def test_two_at_once_leave_one_whole_folder(tmp_path):
+def test_while_one_writes_another_is_refused_before_its_work(tmp_path):
     write(tmp_path / "base", state := bert_state(blocks=2))
     write(tmp_path / "tuned", finetuned(state))
-    both = [command(tmp_path, "--rank", "2") for _ in range(2)]
-    assert 0 in [one.communicate() and one.returncode for one in both]
+    others = []
+
+    def second(at):
+        if "output" in str(at) and not others:
+            others.append(command(tmp_path, "--rank", "2"))
+            others.append(others[0].communicate()[1])
+
+    extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", rank=2, progress=second)
+    assert others[0].returncode == 2
+    assert "another run is writing here" in others[1].replace("\n", " ")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out", "tuned"]
     assert Extraction.load(tmp_path / "out").matrices
 
@@ -595,7 +610,7 @@ def test_strict_is_an_exit_code(berts, tmp_path):
     arguments = (berts / "base", berts / "tuned", "--strict", "--rank", 2, "--out")
     assert run(*arguments, tmp_path / "all").exit_code == 0
     assert run(*arguments, tmp_path / "matrices", "--no-carry").exit_code == 2
-    assert (tmp_path / "matrices" / RECORD).exists()
+    assert (tmp_path / "matrices" / Extraction.RECORD).exists()
 
 
 def test_a_task_that_cannot_be_judged_is_refused_before_the_work(berts, tmp_path):

@@ -15,7 +15,7 @@ from specbasis.core.draws import rotated
 from specbasis.core.errors import InputError
 from specbasis.interventions.samples import Sample
 from specbasis.treatment.finetunes import Finetunes
-from specbasis.treatment.merge import RECORD, Merging
+from specbasis.treatment.merge import Merging
 from specbasis.treatment.methods import Delta, merged
 from specbasis.treatment.options import DEFAULTS, MergeOptions
 from tests.pico import bert_state, finetuned, write
@@ -408,7 +408,7 @@ def test_the_command_merges_maps_and_says_what_stays_out(family, tmp_path, capsy
     run("merge", base, f"h={headed}", paths[1], "--dry-run")
     printed = capsys.readouterr().out
     assert "fight" in printed
-    assert "not merged: classifier.weight of h: the base has none of this shape" in printed
+    assert "left out: classifier.weight of h: the base has none of this shape" in printed
     assert "nothing is written" in printed
     run(
         "merge",
@@ -425,7 +425,7 @@ def test_the_command_merges_maps_and_says_what_stays_out(family, tmp_path, capsy
     )
     record = json.loads(capsys.readouterr().out)
     assert record["options"]["density"] == 0.5
-    assert json.loads((tmp_path / "out" / RECORD).read_text())["parameters"] == record["parameters"]
+    assert json.loads((tmp_path / "out" / Merging.RECORD).read_text())["parameters"] == record["parameters"]
     run("merge", base, paths[1], "--method", "mean", "--out", tmp_path / "mean")
     assert "kept" in capsys.readouterr().out
     with pytest.raises(InputError, match="got no --out"):
@@ -443,5 +443,23 @@ def test_a_merge_draws_itself(family, tmp_path):
     pytest.importorskip("matplotlib")
     base, paths, *_ = family
     path = specbasis.merge(base, paths[:2], tmp_path / "out").report()
-    assert path == tmp_path / "out/merge.png"
-    assert path.stat().st_size > 1000
+    assert path == tmp_path / "out/report.html"
+    assert path.with_name("merge.png").stat().st_size > 1000
+    assert specbasis.merge(base, paths[:2]).report(tmp_path / "map.html").stat().st_size > 1000
+
+
+def test_while_one_merges_another_is_refused(family, tmp_path):
+    base, paths, *_ = family
+    refused = []
+
+    def second(_):
+        if not refused:
+            with pytest.raises(InputError, match="another run is writing here") as error:
+                specbasis.merge(base, paths, tmp_path / "out")
+            refused.append(error)
+
+    specbasis.merge(base, paths, tmp_path / "out", progress=second)
+    assert refused
+    assert not list(tmp_path.glob(".out.*"))
+    with pytest.raises(InputError, match="exists already"):
+        specbasis.merge(base, paths, tmp_path / "out")

@@ -13,12 +13,11 @@ from torch import nn
 from specbasis import open_checkpoint, repair
 from specbasis.core.errors import InputError
 from specbasis.core.svd import decompose
-from specbasis.figures.treatment import write_repair_figure
 from specbasis.interventions.samples import Sample
 from specbasis.jobs.cache import Cache
 from specbasis.jobs.experiments import Row
 from specbasis.treatment.points import Ways, grid
-from specbasis.treatment.repair import conclude
+from specbasis.treatment.repair import Repair, conclude
 from tests.pico import bert_state, finetuned, write
 
 BASE = bert_state()
@@ -179,8 +178,10 @@ def test_what_is_written_is_the_chosen_point_and_the_same_call_continues(models,
     assert half[0.5]["report.back"] == pytest.approx(0.5, abs=1e-3)  # the distance is linear along the line
     monkeypatch.setattr(Distance, "__call__", lambda *_: pytest.fail("judged again"))
     again = repair(base, tuned, keep, recover, tmp_path / "out", tolerance=60, cache=tmp_path / "cache")
-    assert again.record == done.record
-    picture, vector = write_repair_figure(done)
+    assert again.record == done.record == Repair.load(tmp_path / "out").record
+    assert Repair.load(tmp_path / "out").rows == done.rows
+    page = done.report()
+    picture, vector = (page.with_name(f"repair.{form}") for form in ("png", "svg"))
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert all(
         f">{way}<" in vector.read_text() or way in vector.read_text() for way in ("interpolation", "intruders")
@@ -196,3 +197,40 @@ def test_an_evaluator_without_examples_is_refused_in_one_line(models, tmp_path) 
 
     with pytest.raises(InputError, match="scores of single examples"):
         repair(base, tuned, Single(str(tuned)), Distance(str(base)), tmp_path / "out", cache=tmp_path / "cache")
+
+
+def test_what_trying_again_does_not_mend_is_not_advised(models, tmp_path) -> None:
+    base, tuned = models
+
+    class Failing(Distance):
+        error: Exception = InputError("no head for this task; want a finetune with its own")
+
+        def __call__(self, model: nn.Module) -> dict[str, Sample]:
+            raise self.error
+
+    def refusal() -> str:
+        with pytest.raises(InputError) as refused:
+            repair(
+                base, tuned, Failing(str(tuned)), Distance(str(base)), tmp_path / "out", cache=tmp_path / "cache"
+            )
+        return str(refused.value)
+
+    assert refusal().endswith("want a finetune with its own")
+    Failing.error = TimeoutError("the Hub does not answer")
+    assert refusal().endswith("TimeoutError: the Hub does not answer; the same command tries it again")
+
+
+def test_while_one_repairs_another_is_refused(models, tmp_path) -> None:
+    base, tuned = models
+    keep, recover = Distance(str(tuned)), Distance(str(base))
+    refused: list[str] = []
+
+    def second(_: object) -> None:
+        if not refused:
+            with pytest.raises(InputError, match="another run is writing here") as error:
+                repair(base, tuned, keep, recover, tmp_path / "out", cache=tmp_path / "cache")
+            refused.append(str(error.value))
+
+    repair(base, tuned, keep, recover, tmp_path / "out", cache=tmp_path / "cache", progress=second)
+    assert refused
+    assert not list(tmp_path.glob(".out.*"))

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from specbasis.adapter import functional
 from specbasis.adapter.bases import basis_of, check_interval
 from specbasis.adapter.layouts import innermost, layout_of
-from specbasis.adapter.proof import Proof, empty_proof, prove, settled_basis
 from specbasis.adapter.state import PARTS, Adapter, Cores, Frozen
 from specbasis.checkpoint.adapter_file import AGAIN, BASIS, PROOF, values_digest
+from specbasis.checkpoint.proof import Proof, empty_proof, prove, settled_basis
 from specbasis.core.errors import InputError
 from specbasis.core.svd import SVD
 
@@ -174,7 +174,7 @@ class AdaptedLayer(nn.Module):
         """Make sure that an adapter's coefficients meet the basis that they belong to.
 
         Everything that uses a basis comes through here, and so does loading, with the last tensor of an adapter.
-        A new adapter gets its basis. Loaded coefficients are proven; see ``specbasis.adapter.proof``: a stored
+        A new adapter gets its basis. Loaded coefficients are proven; see ``specbasis.checkpoint.proof``: a stored
         basis is checked against its sketch and the base weight; without one the weight is decomposed, signs are set
         by the sketch, and every vector is compared.
 

@@ -12,11 +12,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from specbasis.adapter.layouts import LINEAR, Layout
-from specbasis.adapter.proof import weight_digest
 from specbasis.checkpoint import Checkpoint, open_checkpoint
 from specbasis.checkpoint.atomic import write_whole
 from specbasis.checkpoint.digest import digest
 from specbasis.checkpoint.names import namesakes
+from specbasis.checkpoint.proof import weight_digest
 from specbasis.core.errors import InputError
 from specbasis.core.svd import SVD, decompose, half_svd
 from specbasis.jobs.cache import Cache

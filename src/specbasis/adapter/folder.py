@@ -16,12 +16,13 @@ from torch import Tensor
 from specbasis.adapter import functional
 from specbasis.adapter.bases import basis_of, parameter_named
 from specbasis.adapter.diagnostics import diagnose
-from specbasis.adapter.proof import Proof, settled_basis, weight_digest
 from specbasis.checkpoint import Checkpoint, Entry, open_checkpoint, open_tuned
 from specbasis.checkpoint.adapter_file import CONFIG, PREFIX, PROOF, WEIGHTS, adapter_folder, named_base
 from specbasis.checkpoint.atomic import write_whole, writing
 from specbasis.checkpoint.entry import reading
 from specbasis.checkpoint.places import transformers_address
+from specbasis.checkpoint.proof import Proof, settled_basis, weight_digest
+from specbasis.checkpoint.spectral import oriented
 from specbasis.checkpoint.writer import write_model
 from specbasis.core.brief import brief
 from specbasis.core.errors import InputError
@@ -228,12 +229,7 @@ def _basis(
         assert layer.Vh is not None
         return layer.U, layer.Vh, (), False
     weight = _base_weight(layer, base)
-    W, is_transposed = weight.flatten(1), False
-    if weight.ndim == 2 and tuple(weight.shape) == layer.proof.shape[::-1]:
-        # Of a square matrix the digest tells which way round it was trained.
-        square = weight.shape[0] == weight.shape[1]
-        is_transposed = not square or weight_digest(weight.mT) == layer.proof.digest
-        W = weight.mT if is_transposed else weight
+    W, is_transposed = oriented(weight.flatten(1), layer.proof)
     kernel = tuple(weight.shape[2:])
     basis = str(adapter.config.get("basis", "pretrained"))
     stored = None if layer.U is None or layer.Vh is None else (layer.U, layer.Vh)

@@ -1,8 +1,8 @@
 """The base around the adapted matrices, as an adapter remembers it: embeddings, other matrices, biases, norms.
 
-The adapted matrices themselves are proven (`specbasis.adapter.proof`). The rest is fingerprinted when an adapter is
-saved and compared when it is loaded. Another rest is no reason to refuse: the update is the trained one, and a base
-with a resized vocabulary, or a rounded one, is of use. It is a warning that names what differs.
+The adapted matrices themselves are proven (`specbasis.checkpoint.proof`). The rest is fingerprinted when an adapter
+is saved and compared when it is loaded. Another rest is no reason to refuse: the update is the trained one, and a
+base with a resized vocabulary, or a rounded one, is of use. It is a warning that names what differs.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from specbasis.checkpoint.entry import Checkpoint, Entry
 from specbasis.checkpoint.live_names import adapted_class, live_names, without_memory
 from specbasis.checkpoint.names import alignments
 from specbasis.checkpoint.places import Place
+from specbasis.checkpoint.spectral import spectral_factors
 from specbasis.core.errors import InputError
 from specbasis.core.patterns import Matcher
 from specbasis.core.svd import decompose
@@ -75,7 +76,9 @@ def open_adapter(place: Place, base: Checkpoint) -> Checkpoint:
     file = read_adapter(place)
     _check(file)
     file.prove()
-    modules = _as_factors(file) if file.kind == "SPECTRAL" else file.modules
+    modules = file.modules
+    if file.kind == "SPECTRAL":
+        modules = spectral_factors(file, lambda module: base[names.parameter(module)])
     names = _Names(base, modules, place.source)
     saved = {names.saved(path): entry for path, entry in file.saved.items()}
     adapted = {names.parameter(module): module for module in modules}
@@ -122,30 +125,6 @@ def alone(adapted: Checkpoint) -> Checkpoint:
     entries = {name: replace(entry, factors=None) for name, entry in adapted.entries.items()}
     digests = {**{f"base {name}": digest for name, digest in under.digests.items()}, **adapted.digests}
     return replace(adapted, entries=entries, files=(*under.files, *adapted.files), digests=digests)
-
-
-def _as_factors(file: AdapterFile) -> Mapping[str, Mapping[str, Entry]]:
-    """A spectral adapter as LoRA factors of scale 1: W + U C Vh = W + B A with B = U C, A = Vh.
-
-    C is the core M, or diag(S) M where the adapter counts in units of the singular values.
-    """
-    sigma = str(file.config.get("scale")) == "sigma"
-    factors: dict[str, dict[str, Entry]] = {}
-    for module, parts in file.modules.items():
-        U, S, Vh = (parts.get(part) for part in ("U", "S", "Vh"))
-        if U is None or S is None or Vh is None:
-            raise InputError(
-                f"{file.source}: a spectral adapter saved without its basis; `specbasis adapter export-lora` "
-                "writes it as LoRA with the base at hand: use that"
-            )
-        left = partial(_left_factor, U, parts["M"], S if sigma else None)
-        factors[module] = {"A": Vh, "B": Entry(U.shape, U.dtype, left)}
-    return factors
-
-
-def _left_factor(U: Entry, M: Entry, S: Entry | None) -> Tensor:
-    C = M.load().double()
-    return U.load().double() @ (C if S is None else S.load().double()[:, None] * C)
 
 
 def _check(file: AdapterFile) -> None:

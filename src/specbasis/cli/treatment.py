@@ -17,7 +17,7 @@ from specbasis.treatment.options import ExtractOptions, MergeOptions, RepairOpti
 
 if TYPE_CHECKING:
     from specbasis.interventions.evaluators import Judge
-    from specbasis.treatment.extraction import Extraction
+    from specbasis.treatment.treated import Treated
 
 TUNED = Annotated[str, typer.Argument(metavar="TUNED", help="the finetune, or a LoRA, DoRA or AdaLoRA of the base")]
 NEW = Annotated[Path, typer.Option("--out", help="new folder")]
@@ -57,7 +57,7 @@ def extract(
     strict: Annotated[bool, typer.Option("--strict", help="exit code 2 where anything is left out")] = False,
     json: Annotated[bool, typer.Option("--json", help="print one JSON document, nothing else")] = False,
 ) -> None:
-    """Write a finetune as a LoRA of a rank, a share or a size: PEFT loads the folder without specbasis."""
+    """Write a finetune as a LoRA of a rank, a share or a size that PEFT loads alone, or in another form (--as)."""
     from specbasis.treatment.extract import extract as run
 
     evaluator = examples.evaluator(judge) if judge else None
@@ -66,45 +66,38 @@ def extract(
     if json:
         document({"folder": str(extraction.folder), **extraction.record})
     else:
-        _tell(extraction)
+        _tell(
+            extraction,
+            "kept, the share of the squared update; chance, entries, signs, LoRA: what random directions, the "
+            "largest entries, the signs alone, a LoRA of as many bytes would hold of it",
+        )
+        line(f"written: {extraction.folder}")
     if strict and extraction.record["left_out"]:
         first = extraction.record["left_out"][0]
         line(f"error: left out: {first['name']} ({first['reason']})", console=STDERR, style="red")
         raise typer.Exit(2)
 
 
-def _tell(extraction: Extraction) -> None:
-    """The table, what else is in the folder and what is not, and the scores."""
-    from specbasis.treatment.judged import told
+def _tell(treated: Treated, columns: str = "") -> None:
+    """The tables, what they come to, what is not in them, and the page."""
+    from specbasis.figures.treatment import tables, view
 
-    record = extraction.record
-    STDOUT.print(extraction.table.terminal())
-    line(
-        "columns: kept, the share of the squared update; chance, entries, signs, what random directions, the "
-        "largest entries and the signs alone would hold of it",
-        style="italic dim",
-    )
-    total = record["total"]
-    without = [matrix["name"] for matrix in extraction.matrices if not matrix["rank"] and not matrix.get("bits")]
-    if without:
-        more = f" and {len(without) - 1} more" if len(without) > 1 else ""
-        line(f"nothing kept of: {without[0]}{more}: its directions hold less for their bytes than the others'")
-    line(
-        f"kept: {total['share']:.2%} of the update in {total['bytes'] / 1e6:.1f} MB; the finetune has "
-        f"{total['tuned_bytes'] / 1e6:.1f} MB"
-    )
-    if record["carried"]:
-        share = sum(carried["share_of_update"] for carried in record["carried"])
-        line(f"carried whole: {len(record['carried'])} parameters, new or no matrices ({share:.2%} of the update)")
-    for left in record["left_out"][:10]:
-        line(f"left out: {left['name']}: {left['reason']}")
-    if len(record["left_out"]) > 10:
-        line(f"left out: {len(record['left_out']) - 10} more; all are in the record")
-    for text in record["notes"]:
+    for table in tables(treated):
+        STDOUT.print(table.terminal())
+    if columns:
+        line(f"columns: {columns}", style="italic dim")
+    left_out = treated.record.get("left_out", [])
+    for text in [*view(treated).sentences(treated), *treated.record.get("notes", [])]:
         line(text)
-    for text in told(record.get("scores", {})):
-        line(text)
-    line(f"written: {extraction.folder}")
+    for left in left_out[:10]:
+        line(f"left out: {left['name']}{' of ' + left['finetune'] if 'finetune' in left else ''}: {left['reason']}")
+    if len(left_out) > 10:
+        line(f"left out: {len(left_out) - 10} more; all are in the record")
+    if treated.folder is not None:
+        try:
+            line(f"page: {treated.report()}")
+        except MissingExtra as error:
+            line(f"note: no page: {error}", console=STDERR)
 
 
 def repair(
@@ -120,25 +113,17 @@ def repair(
     examples: Examples,
 ) -> None:
     """Bring back what a finetune forgot: ways towards the base, judged on the task and on what was forgotten."""
-    from specbasis.figures.treatment import repair_table, write_repair_figure
     from specbasis.treatment.repair import recovery
     from specbasis.treatment.repair import repair as run
 
     with progress() as tell:
         done = run(base, tuned, examples.evaluator(keep), recovery(recover, base, examples.limit), out, options,
                    progress=tell)  # fmt: skip
-    STDOUT.print(repair_table(done).terminal())
-    line(
-        "change: of the task, against the finetune; recovered: the other metric (of a loss, its negative); back: "
-        "share of what was forgotten that came back; *: chosen",
-        style="italic dim",
+    _tell(
+        done,
+        "change, of the task, against the finetune; recovered, the other metric (of a loss, its negative); back, "
+        "share of what was forgotten that came back; *, chosen",
     )
-    line(done.sentence)
-    if any("amount" in row.experiment for row in done.rows):
-        try:
-            line(f"picture: {write_repair_figure(done)[0]}")
-        except MissingExtra as error:
-            line(f"note: no picture: {error}", console=STDERR)
     line(f"repaired model: {done.model}" if done.model else f"rows: {done.folder}")
 
 
@@ -173,16 +158,5 @@ def merge(
     if json:
         document({"folder": merging.folder and str(merging.folder), **merging.record})
         return
-    for table in filter(None, (merging.table, merging.scores)):
-        STDOUT.print(table.terminal())
-    for name, task in merging.record.get("scores", {"tasks": {}})["tasks"].items():
-        if task["change_low"] is not None:
-            line(
-                f"{name}: merged − mean {task['change']:+.4f} [{task['change_low']:+.4f}, "
-                f"{task['change_high']:+.4f}], {task['examples']} examples"
-            )
-    for left in merging.record["left_out"][:10]:
-        line(f"not merged: {left['name']} of {left['finetune']}: {left['reason']}")
-    if len(merging.record["left_out"]) > 10:
-        line(f"not merged: {len(merging.record['left_out']) - 10} more; all are in the record")
+    _tell(merging)
     line(f"model: {merging.folder}" if merging.folder else "nothing is written; without --dry-run it is")

@@ -6,7 +6,7 @@ import csv
 import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -88,6 +88,12 @@ class Table:
             columns.append(Column(name, form if isinstance(first, float) else "", words=isinstance(first, str)))
         rows = tuple(tuple(record.get(name) for name in names) for record in records)
         return cls(tuple(columns), rows, total=total)
+
+    def filled(self) -> Table:
+        """The table without the columns that say nothing in any row."""
+        kept = [i for i in range(len(self.columns)) if any(row[i] not in (None, "") for row in self.rows)]
+        rows = tuple(tuple(row[i] for i in kept) for row in self.rows)
+        return replace(self, columns=tuple(self.columns[i] for i in kept), rows=rows)
 
     @property
     def cells(self) -> list[list[str]]:

@@ -1,8 +1,12 @@
-"""What a treatment kept of a finetune: tables for terminal, Markdown and notebooks, and a figure by block."""
+"""What a treatment kept of a finetune: tables, sentences and a figure, for terminal, notebooks and the page."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import base64
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from math import hypot, nan, prod
 from pathlib import Path
 from typing import Any
@@ -10,36 +14,157 @@ from typing import Any
 import numpy as np
 
 from specbasis.architecture.key import ROLES
+from specbasis.checkpoint.atomic import write_whole
+from specbasis.core.extras import require
 from specbasis.core.text import number_of
 from specbasis.figures import kit
 from specbasis.figures.kit import Axes, Figure
 from specbasis.figures.table import Column, Table
-from specbasis.treatment.extraction import Extraction
+from specbasis.treatment.extract import Extraction
 from specbasis.treatment.finetunes import MERGED
 from specbasis.treatment.merge import Merging
 from specbasis.treatment.repair import Repair
+from specbasis.treatment.treated import Treated
 
-KEPT = "share of the squared update ‖delta‖² that is kept"
-COLUMNS = (
-    Column("role", title="what the matrices do in their block", words=True),
-    Column("matrices", title="number of matrices", narrow="n"),
-    Column("ranks", title="least and greatest rank", words=True),
-    Column("bits", title="an entry of what the directions leave; of a delta alone", words=True),
-    Column("MB", ".2f", "stored factors, millions of bytes"),
-    Column("kept", ".3f", f"{KEPT}: the most that is possible at this rank", narrow="kept"),
-    Column("chance", ".3f", "what subspaces of this rank in random directions hold on average"),
+
+@dataclass(frozen=True)
+class View:
+    """How what a treatment made is shown.
+
+    Attributes:
+        verb: of the command; its picture has this name.
+        tables: in all; the first one is `Treated.table`.
+        matrices: one line for each matrix; None where there is none.
+        sentences: what is said below the tables.
+        figure: the picture; None where there is nothing to draw.
+    """
+
+    verb: str
+    tables: Callable[[Any], tuple[Table, ...]]
+    matrices: Callable[[Any], Table | None]
+    sentences: Callable[[Any], list[str]]
+    figure: Callable[[Any], Callable[[], Figure] | None]
+
+
+def view(treated: Treated) -> View:
+    """The one for what this is."""
+    return VIEWS[type(treated)]
+
+
+def tables(treated: Treated) -> tuple[Table, ...]:
+    """Its tables: of all that there is, and the scores where a task judged it."""
+    return view(treated).tables(treated)
+
+
+def write_page(treated: Treated, path: Path) -> Path:
+    """Write the page of a treatment, and its picture as PNG and SVG beside it; returns the page's path.
+
+    Raises:
+        InputError: the libraries of the extra ``report`` are missing, or the path cannot be written.
+    """
+    require("jinja2", "matplotlib", extra="report", purpose="the page needs")
+    from specbasis.figures.page import render_treatment
+
+    shown, picture = view(treated), ""
+    if make := shown.figure(treated):
+        pictures = [path.with_name(f"{shown.verb}.{form}") for form in ("png", "svg")]
+        kit.write_figure(pictures[0], make)
+        picture = "data:image/svg+xml;base64," + base64.b64encode(pictures[1].read_bytes()).decode("ascii")
+    record = {**dict.fromkeys(("notes", "carried", "left_out"), ()), **treated.record}
+    manifest = {key: value for key, value in record.items() if key not in LISTED}
+    tuned = record["tuned"]
+    text = render_treatment(
+        verb=shown.verb,
+        record=record,
+        tuned=list(tuned.values()) if isinstance(tuned, Mapping) else [tuned],
+        tables=shown.tables(treated),
+        matrices=shown.matrices(treated),
+        sentences=shown.sentences(treated),
+        picture=picture,
+        manifest=json.dumps(manifest, indent=1, ensure_ascii=False),
+    )
+    write_whole(path, text)
+    return path
+
+
+LISTED = ("matrices", "parameters", "carried", "left_out", "notes", "scores", "sha256")
+"""Parts of a record that a page shows as tables and lists."""
+
+# --- extract ------------------------------------------------------------------------------------------------------
+
+SHARES = (
+    Column("kept", ".3f", "share of the squared update ‖delta‖² that is kept, as it is stored"),
+    Column("chance", ".3f", "what random subspaces of this rank hold on average"),
     Column("entries", ".3f", "what the largest entries hold, as many as fit into the same bytes with their places"),
     Column("signs", ".3f", "what the signs with one size a matrix hold (BitDelta), one bit an entry"),
+    Column("LoRA", ".3f", "what a LoRA of as many bytes holds"),
 )
-"""The table of an extraction: a line for each role, the last one over all matrices."""
+OF_LINES = ("share", "chance", "share_of_entries", "share_of_signs", "share_of_lora")
+"""The shares in the lines of an extraction, in the order of the columns."""
+
+ROLE_COLUMNS = (
+    Column("role", title="what the matrices do in their block", words=True),
+    Column("matrices", title="number of matrices", narrow="n"),
+    Column("whole", title="of these stored as they are"),
+    Column("ranks", title="least and greatest rank, or size of the core", words=True),
+    Column("bits", title="an entry of what the directions leave", words=True),
+    Column("MB", ".2f", "stored, millions of bytes"),
+    *SHARES,
+)
+MATRIX_COLUMNS = (
+    Column("matrix", words=True),
+    Column("role", words=True),
+    Column("shape", words=True),
+    Column("rank"),
+    Column("whole", words=True),
+    Column("bits"),
+    Column("kB", ".1f"),
+    *SHARES,
+)
 
 
-def extraction_table(extraction: Extraction, title: str = "") -> Table:
-    """What is kept, by role; means are weighted with the size of the update."""
+def _extraction_tables(extraction: Extraction) -> tuple[Table, ...]:
+    """What is kept, by role, weighted with the size of the update, and in all; and the scores."""
     lines = extraction.matrices
     roles = sorted({line["role"] for line in lines}, key=lambda role: (_place(role), role))
     rows = [_row(role or "other", [line for line in lines if line["role"] == role]) for role in roles]
-    return Table(COLUMNS, (*rows, _row("all", lines)), title, total=True)
+    kept = Table(ROLE_COLUMNS, (*rows, _row("all", lines)), total=True).filled()
+    scores = extraction.record.get("scores", {})
+    records = [{"metric": metric, **values} for metric, values in scores.items()]
+    return (kept, Table.of(records, ".4f")) if records else (kept,)
+
+
+def _extraction_matrices(extraction: Extraction) -> Table:
+    rows = (
+        (
+            line["name"],
+            line["role"] or "other",
+            " × ".join(map(str, line["shape"])),
+            line["rank"],
+            "yes" if line.get("whole") else None,
+            line.get("bits"),
+            line["bytes"] / 1e3,
+            *(line.get(name) for name in OF_LINES),
+        )
+        for line in extraction.matrices
+    )
+    return Table(MATRIX_COLUMNS, tuple(rows)).filled()
+
+
+def _extraction_sentences(extraction: Extraction) -> list[str]:
+    total, carried = extraction.record["total"], extraction.record["carried"]
+    without = [line["name"] for line in extraction.matrices if not line["bytes"]]
+    said = [
+        f"kept: {total['share']:.2%} of the update in {total['bytes'] / 1e6:.3g} MB; the finetune has "
+        f"{total['tuned_bytes'] / 1e6:.3g} MB"
+    ]
+    if without:
+        more = f" and {len(without) - 1} more" if len(without) > 1 else ""
+        said.append(f"nothing kept of {without[0]}{more}: less for the bytes than in the others")
+    if carried:
+        share = sum(item["share_of_update"] for item in carried)
+        said.append(f"carried whole: {len(carried)} parameters, new or no matrices ({share:.2%} of the update)")
+    return said
 
 
 def _place(role: str) -> int:
@@ -48,9 +173,11 @@ def _place(role: str) -> int:
 
 
 def _row(role: str, lines: Sequence[Mapping[str, Any]]) -> tuple[Any, ...]:
-    shares = (_mean(lines, name) for name in ("share", "chance", "share_of_entries", "share_of_signs"))
-    spans = (_span([line[name] for line in lines if name in line]) for name in ("rank", "bits"))
-    return (role, len(lines), *spans, sum(line["bytes"] for line in lines) / 1e6, *shares)
+    whole = sum(bool(line.get("whole")) for line in lines)
+    parts = [line for line in lines if not line.get("whole")]
+    spans = (_span([line[name] for line in parts if name in line]) for name in ("rank", "bits"))
+    size = sum(line["bytes"] for line in lines) / 1e6
+    return (role, len(lines), whole or None, *spans, size, *(_mean(lines, name) for name in OF_LINES))
 
 
 def _span(numbers: Sequence[int]) -> str:
@@ -66,15 +193,8 @@ def _mean(lines: Sequence[Mapping[str, Any]], name: str) -> float | None:
     return float(np.average([line[name] for line in lines], weights=weights if weights.sum() else None))
 
 
-def write_extraction_figure(extraction: Extraction, path: str | Path | None = None) -> list[Path]:
-    """Share kept and rank of each matrix by block, a line for each role; as PNG and SVG (extra ``report``)."""
-    return kit.write_figure(
-        Path(path) if path else extraction.folder / "extract.png", lambda: _extraction_figure(extraction)
-    )
-
-
 def _extraction_figure(extraction: Extraction) -> Figure:
-    figure, (kept, rank) = _by_block(extraction.matrices, {"share": KEPT, "rank": "rank of the factors"})
+    figure, (kept, rank) = _by_block(extraction.matrices, {"share": SHARES[0].title, "rank": "rank"})
     kept.set(ylim=(-0.02, 1.03))
     rank.set(ylim=(0, None))
     return figure
@@ -119,14 +239,30 @@ OUTCOME = (
 )
 
 
-def merging_table(merging: Merging) -> Table:
-    """How the updates stand to each other, by role, the last line over all parameters."""
+def _merging_tables(merging: Merging) -> tuple[Table, ...]:
+    """How the updates stand to each other, by role, the last line over all parameters; and the scores."""
     lines = merging.record["parameters"]
     roles = sorted({line["role"] for line in lines}, key=lambda role: (_place(role), role))
     rows = [_standing(role, [line for line in lines if line["role"] == role]) for role in roles]
     columns = (*PAIRS, *(OUTCOME if merging.folder else DIRECTIONS))
     cells = (tuple(row[column.name] for column in columns) for row in (*rows, _standing("all", lines)))
-    return Table(columns, tuple(cells), total=True)
+    table = Table(columns, tuple(cells), total=True)
+    return (table, _scores_table(merging)) if "scores" in merging.record else (table,)
+
+
+def _merging_matrices(merging: Merging) -> Table:
+    columns = (Column("parameter", words=True), *PAIRS, *(OUTCOME if merging.folder else DIRECTIONS))
+    rows = [{"parameter": line["name"], **_standing(line["role"], [line])} for line in merging.record["parameters"]]
+    return Table(columns, tuple(tuple(row[column.name] for column in columns) for row in rows))
+
+
+def _merging_sentences(merging: Merging) -> list[str]:
+    return [
+        f"{name}: merged − mean {task['change']:+.4f} [{task['change_low']:+.4f}, {task['change_high']:+.4f}], "
+        f"{task['examples']} examples"
+        for name, task in merging.record.get("scores", {"tasks": {}})["tasks"].items()
+        if task["change_low"] is not None
+    ]
 
 
 def _standing(role: str, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -158,7 +294,7 @@ def _weighted(values: Iterable[tuple[float | None, float]]) -> float | None:
     return sum(value * weight for value, weight in there) / total if total else None
 
 
-def scores_table(merging: Merging) -> Table:
+def _scores_table(merging: Merging) -> Table:
     """The metric of each task for each model, and the mean of their shares of what the task's own finetune has."""
     scores = merging.record["scores"]
     records = [
@@ -172,13 +308,11 @@ def scores_table(merging: Merging) -> Table:
     return Table.of(records, ".4f")
 
 
-def write_merging_figure(merging: Merging, path: str | Path | None = None) -> list[Path]:
-    """Cosine and conflicts of the updates by block, a line for each role; as PNG and SVG (extra ``report``)."""
+def _merging_figure(merging: Merging) -> Figure:
+    """Cosine and conflicts of the updates by block, a line for each role."""
     lines = [{**line, **_standing(line["role"], [line])} for line in merging.record["parameters"]]
     titles = {"cosine": "cosine of two updates", "conflicts": "share of entries that are in conflict"}
-    return kit.write_figure(
-        Path(path) if path else (merging.folder or Path()) / "merge.png", lambda: _by_block(lines, titles)[0]
-    )
+    return _by_block(lines, titles)[0]
 
 
 # --- repair -------------------------------------------------------------------------------------------------------
@@ -196,7 +330,7 @@ FRONTIER = (
 """The table of a repair: every point that was tried."""
 
 
-def repair_table(repair: Repair) -> Table:
+def _repair_tables(repair: Repair) -> tuple[Table, ...]:
     """Every point, base and finetune first; a star at the one that is written."""
     rows = []
     for row in repair.rows:
@@ -204,12 +338,7 @@ def repair_table(repair: Repair) -> Table:
         star = "*" if point == repair.record["chosen"] else ""
         names = ("report.keep", "report.change", "report.recover", "report.back")
         rows.append((point["way"], point.get("amount"), point.get("blocks", ""), *map(values.get, names), star))
-    return Table(FRONTIER, tuple(rows))
-
-
-def write_repair_figure(repair: Repair, path: str | Path | None = None) -> list[Path]:
-    """Task against what came back, one mark a point, a colour for each way; PNG and SVG (extra ``report``)."""
-    return kit.write_figure(Path(path) if path else repair.folder / "repair.png", lambda: _frontier(repair))
+    return (Table(FRONTIER, tuple(rows)),)
 
 
 def _frontier(repair: Repair) -> Figure:
@@ -230,3 +359,28 @@ def _frontier(repair: Repair) -> Figure:
     ax.set(xlabel="share of what was forgotten that came back", ylabel="change of the task's metric")
     kit.legend_below(figure, marks, ways, 4)
     return figure
+
+
+VIEWS: dict[type[Treated], View] = {
+    Extraction: View(
+        "extract",
+        _extraction_tables,
+        _extraction_matrices,
+        _extraction_sentences,
+        lambda extraction: partial(_extraction_figure, extraction) if extraction.matrices else None,
+    ),
+    Merging: View(
+        "merge",
+        _merging_tables,
+        _merging_matrices,
+        _merging_sentences,
+        lambda merging: partial(_merging_figure, merging),
+    ),
+    Repair: View(
+        "repair",
+        _repair_tables,
+        lambda _: None,
+        lambda repair: [repair.sentence],
+        lambda repair: partial(_frontier, repair) if any("amount" in r.experiment for r in repair.rows) else None,
+    ),
+}

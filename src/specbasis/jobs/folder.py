@@ -17,7 +17,7 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -218,16 +218,24 @@ def _kept(path: Path, kind: Kind) -> bool:
 
 
 @contextmanager
-def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
+def locked(folder: Path, *, wait: bool = False, beside: bool = False) -> Iterator[None]:
     """Be alone in a folder until the block ends; the lock goes with the process.
+
+    Args:
+        folder: which.
+        wait: wait while another process is there.
+        beside: for a folder that is to appear whole: the lock stands beside it, and is gone when the block ends.
 
     Raises:
         InputError: another process is there, and is not waited for; or the folder cannot be written.
     """
     from filelock import FileLock, Timeout
 
-    lock = FileLock(folder / LOCK)
+    here = folder.absolute()
+    path = here.with_name(f".{here.name}{LOCK}") if beside else here / LOCK
+    lock = FileLock(path)
     with writing(folder):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(timeout=-1 if wait else 0)
         except Timeout as error:
@@ -239,6 +247,9 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
+        if beside:
+            with suppress(OSError):  # Windows removes no file that is open
+                path.unlink()
         lock.release()
 
 

@@ -1,115 +1,153 @@
-"""How many ranks each matrix gets: captured energy for stored bytes, over all matrices together."""
+"""How much of each matrix is stored: what is captured for stored bytes, over all matrices together."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 
 from specbasis.core.statistics import Array
 
-TRIALS = 200_000
-"""How many choices are tried at most. What then is left untried is better by less than one direction."""
+TRIALS = 30_000
+"""How many choices are tried at most to put what a budget leaves to use."""
 
+DEPTH = 300
+"""Over how many matrices."""
 
-def ranks_within(energies: Sequence[Array], costs: Sequence[int], budget: int) -> list[int]:
-    """Ranks that capture the most energy for at most so many bytes.
-
-    Maximise Σ_m Σ_{i<r_m} e_{m,i} subject to Σ_m r_m c_m ≤ budget: a knapsack. Directions of equal cost compete
-    by energy alone, so that of each cost only the number n has to be found. With λ the ratio e / c at which the
-    budget ends, no choice has more than λ budget + Σ_c max_n φ_c(n), where φ_c(n) is the energy of the leading n
-    directions of cost c less λ c n. A choice is short of that by λ times the bytes that it leaves and by what each
-    φ_c falls short: branch and bound over the costs, nearest first, is exact.
-
-    Args:
-        energies: of each matrix the energy of its directions, σ², descending.
-        costs: of each matrix the bytes of one direction.
-        budget: bytes.
-
-    Source: Dantzig 1957 (the linear bound).
-    """
-    energy, cost, owner = _flat(energies, costs)
-    classes = [_Class.of(energy[cost == c], c) for c in sorted(set(cost.tolist()), reverse=True)]
-    if not classes:
-        return [0] * len(energies)
-    order = np.argsort(-energy / cost, kind="stable")
-    whole = int(np.searchsorted(np.cumsum(cost[order]), budget, side="right"))
-    ratio = 0.0 if whole == len(order) else energy[order[whole]] / cost[order[whole]]
-    counts = _Search(classes, ratio).best(budget)
-    taken = np.zeros(len(energy), dtype=bool)
-    for members, count in zip(classes, counts, strict=True):
-        own = np.flatnonzero(cost == members.cost)
-        taken[own[np.argsort(-energy[own], kind="stable")[:count]]] = True
-    return _counts(owner, taken, len(energies))
-
-
-def ranks_for(energies: Sequence[Array], costs: Sequence[int], share: float) -> list[int]:
-    """Ranks that capture a share of all energy, in the order of energy for stored bytes.
-
-    At most one direction is stored more than the least bytes would ask for.
-    """
-    energy, cost, owner = _flat(energies, costs)
-    order = np.argsort(-energy / cost, kind="stable")
-    captured = np.cumsum(energy[order])
-    taken = np.zeros(len(energy), dtype=bool)
-    if len(order):
-        enough = int(np.searchsorted(captured, share * captured[-1] * (1 - 1e-12)))
-        taken[order[: enough + 1]] = True
-    return _counts(owner, taken, len(energies))
+TIE = 1e-12
+"""Of all squares: losses that differ by less count as equal."""
 
 
 @dataclass(frozen=True, eq=False)
-class _Class:
-    """Directions of one cost: ``energy[n]`` is what the leading n hold."""
+class Curve:
+    """What a matrix costs and loses at each of its options; the first of them stores nothing.
 
-    cost: float
-    energy: Array
+    Attributes:
+        bytes: of each option.
+        lost: of the matrix's square, ‖delta‖², at each.
+    """
+
+    bytes: Array
+    lost: Array
 
     @classmethod
-    def of(cls, energies: Array, cost: float) -> _Class:
-        return cls(cost, np.concatenate([[0.0], np.cumsum(np.sort(energies)[::-1])]))
+    def of_directions(
+        cls, squares: Array, cost: float, most: int | None = None, whole: float | None = None
+    ) -> Curve:
+        """0, 1, … directions of one cost.
+
+        Args:
+            squares: what each direction holds.
+            cost: bytes of one.
+            most: how many may be stored.
+            whole: bytes of the matrix itself, where that is an option too: the last one.
+        """
+        lost = left_of(squares)[: None if most is None else most + 1]
+        sizes = cost * np.arange(len(lost), dtype=np.float64)
+        return cls(sizes, lost) if whole is None else cls(np.append(sizes, whole), np.append(lost, 0.0))
+
+    @property
+    def total(self) -> float:
+        """The matrix's square."""
+        return float(self.lost[0])
+
+    @cached_property
+    def least(self) -> int:
+        """The cheapest option that stores anything."""
+        return 1 + int(self.bytes[1:].argmin())
+
+
+def left_of(squares: Array) -> Array:
+    """What the leading 0, 1, … of some squares leave of their sum."""
+    return np.asarray(np.clip(squares.sum() - np.concatenate([[0.0], np.cumsum(squares)]), 0.0, None))
+
+
+def shared_out(curves: Sequence[Curve], budget: float | None, share: float = 1.0) -> list[int]:
+    """The option of each matrix that loses least for at most so many bytes, or keeps a share for few.
+
+    Minimise Σ_m lost_m(o_m) subject to Σ_m bytes_m(o_m) ≤ budget. At one price p of a byte for all matrices each
+    takes the option with the least lost + p · bytes: the best choice of its size, since less lost at no more bytes
+    would be less lost + p · bytes. The price is found by bisection. No choice loses less than that of the price at
+    which the budget is met, by more than p · (bytes left); branch and bound over what each option is short of that
+    puts these bytes to use, and is exact where it ends within `TRIALS`.
+
+    Args:
+        curves: of the matrices.
+        budget: bytes; None to keep ``share`` instead.
+        share: of the squares of all matrices together; for few bytes more than the least.
+
+    Source: Everett 1963 (one price); Dantzig 1957 (the bound).
+    """
+    total = sum(curve.total for curve in curves)
+    if not total:
+        return [0] * len(curves)
+    low, high = -40.0, 10.0  # of log10(price / total)
+
+    def chosen(exponent: float) -> list[int]:
+        return [int((c.lost + total * 10**exponent * c.bytes).argmin()) for c in curves]
+
+    def fits(choice: list[int]) -> bool:
+        if budget is not None:
+            return sum(float(c.bytes[o]) for c, o in zip(curves, choice, strict=True)) <= budget
+        return sum(float(c.lost[o]) for c, o in zip(curves, choice, strict=True)) > (1 - share) * total
+
+    for _ in range(80):  # until the ends are one price
+        middle = (low + high) / 2
+        low, high = (low, middle) if fits(chosen(middle)) else (middle, high)
+    if budget is None:
+        return chosen(low)
+    return _Search(curves, chosen(high), total * 10**high, TIE * total).best(budget)
 
 
 class _Search:
-    """Branch and bound over the number of directions of each cost."""
+    """Branch and bound over the options that could do better than those of one price."""
 
-    def __init__(self, classes: Sequence[_Class], ratio: float) -> None:
-        self.classes, self.ratio = classes, ratio
-        falls = [c.energy - ratio * c.cost * np.arange(len(c.energy)) for c in classes]
-        self.losses = [fall.max() - fall for fall in falls]
-        self.nearest = [np.argsort(loss, kind="stable") for loss in self.losses]
-        self.loss, self.counts, self.trials = np.inf, [0] * len(classes), 0
+    def __init__(self, curves: Sequence[Curve], chosen: list[int], price: float, tie: float) -> None:
+        self.curves, self.chosen, self.price, self.tie = curves, chosen, price, tie
+        reduced = [curve.lost + price * curve.bytes for curve in curves]
+        self.losses = [np.maximum(r - r[o] - tie, 0.0) for r, o in zip(reduced, chosen, strict=True)]
 
     def best(self, budget: float) -> list[int]:
-        """The numbers of directions that lose least against the bound."""
-        self._try([], budget, 0.0)
-        return self.counts
+        """The choice that is the least short of the bound: by its losses, and by the price of what it leaves."""
+        left = budget - sum(c.bytes[o] for c, o in zip(self.curves, self.chosen, strict=True))
+        near = {m: np.flatnonzero(loss < self.price * left) for m, loss in enumerate(self.losses)}
+        open_ = sorted(
+            (m for m in near if len(near[m]) > 1), key=lambda m: -self.curves[m].bytes[self.curves[m].least]
+        )
+        open_ = open_[-DEPTH:]  # the last ones, which have the finest steps, are tried the most
+        left += sum(self.curves[m].bytes[self.chosen[m]] for m in open_)
+        self.levels = [self._level(m, near[m]) for m in open_]
+        self.path, self.picks = [0] * len(open_), [self.chosen[m] for m in open_]
+        self.short, self.trials = np.inf, 0
+        self._try(0, left, 0.0)
+        choice = list(self.chosen)
+        for m, option in zip(open_, self.picks, strict=True):
+            choice[m] = option
+        return choice
 
-    def _try(self, chosen: list[int], left: float, loss: float) -> None:
-        at = len(chosen)
-        cost, losses = self.classes[at].cost, self.losses[at]
-        if at == len(self.classes) - 1:  # as many of the cheapest as fit: each of them adds energy
-            n = min(int(left // cost), len(losses) - 1)
-            total = loss + losses[n] + self.ratio * (left - n * cost)
-            if total < self.loss:
-                self.loss, self.counts = total, [*chosen, n]
+    def _level(self, m: int, options: npt.NDArray[np.int64]) -> list[tuple[float, float, int]]:
+        """Loss, bytes and number of a matrix's options, nearest first, of equal ones the largest."""
+        by_size = options[np.lexsort((self.curves[m].lost[options], self.curves[m].bytes[options]))]
+        lost = self.curves[m].lost[by_size]
+        gains = np.concatenate([[True], lost[1:] < np.minimum.accumulate(lost)[:-1]])  # no bytes for nothing
+        options = by_size[gains]
+        losses, sizes = self.losses[m][options], self.curves[m].bytes[options]
+        order = np.lexsort((-sizes, losses))
+        return list(zip(losses[order].tolist(), sizes[order].tolist(), options[order].tolist(), strict=True))
+
+    def _try(self, at: int, left: float, loss: float) -> None:
+        if at == len(self.levels):
+            short = loss + self.price * left
+            if short < self.short:
+                self.short, self.picks = short, list(self.path)
             return
-        for n in self.nearest[at]:
-            if loss + losses[n] >= self.loss or self.trials >= TRIALS:
+        for own, size, option in self.levels[at]:
+            if loss + own >= self.short or self.trials >= TRIALS:
                 return
             self.trials += 1
-            if n * cost <= left:
-                self._try([*chosen, int(n)], left - n * cost, loss + losses[n])
-
-
-def _flat(energies: Sequence[Array], costs: Sequence[int]) -> tuple[Array, Array, Array]:
-    """Energy, cost and matrix of each direction that has any energy."""
-    owner = np.concatenate([np.full(len(e), m) for m, e in enumerate(energies)] or [np.zeros(0, dtype=int)])
-    energy = np.concatenate([np.asarray(e, dtype=np.float64) for e in energies] or [np.zeros(0)])
-    kept = energy > 0
-    return energy[kept], np.asarray(costs, dtype=np.float64)[owner[kept].astype(int)], owner[kept]
-
-
-def _counts(owner: Array, taken: Array, matrices: int) -> list[int]:
-    return [int(n) for n in np.bincount(owner[taken].astype(int), minlength=matrices)]
+            if size <= left:
+                self.path[at] = option
+                self._try(at + 1, left - size, loss + own)

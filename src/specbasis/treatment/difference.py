@@ -1,112 +1,121 @@
-"""A finetune extracted as a difference of few bits, which `specbasis.checkpoint.open_tuned` reads."""
+"""A finetune extracted as its difference from the base, which `specbasis.checkpoint.open_tuned` reads.
+
+In few bits, or as the tensors that are not the base's.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Sequence
 from functools import partial
-from math import isnan
 from pathlib import Path
-from typing import Any
 
+import torch
 from torch import Tensor
 
-from specbasis.checkpoint import Checkpoint, weights_sha256
 from specbasis.checkpoint.delta import FORMAT, RECORD, WEIGHTS, expanded
 from specbasis.checkpoint.entry import Entry
-from specbasis.checkpoint.writer import stored_bytes, write_safetensors
-from specbasis.core.errors import InputError
+from specbasis.checkpoint.writer import stored_bytes
+from specbasis.core.dtypes import FORMATS
 from specbasis.core.svd import decompose, half_svd
-from specbasis.jobs.progress import Progress, Report
+from specbasis.treatment.form import Choice, Form, made_together, unusable
 from specbasis.treatment.lora import base_address
-from specbasis.treatment.options import ExtractOptions
-from specbasis.treatment.quantised import Curve, changed_rows, quantised, shared_out
+from specbasis.treatment.quantised import changed_rows, curve, quantised, setting
 from specbasis.treatment.updates import Update
 
 
-class Difference:
-    """What goes into the folder: directions and bits of each matrix, and all the rest whole."""
+class Difference(Form):
+    """Directions and bits of each matrix, and all the rest whole; an option is one of `quantised.setting`."""
 
-    def __init__(
-        self,
-        base: Checkpoint,
-        tuned: Checkpoint,
-        changes: list[Update],
-        options: ExtractOptions,
-        progress: Report,
-    ) -> None:
-        self.base, self.tuned, self.progress = base, tuned, progress
-        self.names = {c.name: c.counterpart for c in changes if c.counterpart}
-        changed = [c for c in changes if c.reason or c.is_changed]
-        usable = [c for c in changed if not c.reason and not isnan(c.squares[0])]
+    WEIGHTS = WEIGHTS
+
+    def sort(self, changed: Sequence[Update]) -> None:
+        """Matrices are stored in few bits, all other changes as they are."""
+        self.left_out = [(c, unusable(c)) for c in changed if unusable(c)]
+        usable = [c for c in changed if not unusable(c)]
         self.matrices = [c for c in usable if c.is_matrix]
-        others = [c for c in usable if not c.is_matrix]
-        self.carried = others if options.carry else []
-        self.left_out = [(c, c.reason or "holds NaN or Inf") for c in changed if c not in usable]
-        self.left_out += [] if options.carry else [(c, "not asked for (carry)") for c in others]
-        self.lines: list[dict[str, Any]] = []
-        self._share_out(options)
+        self.carry([c for c in usable if not c.is_matrix])
+        known = {c.name for c in self.changes}  # whole numbers, such as positions, are none of them
+        self.rest = [n for n, entry in self.tuned.entries.items() if n not in known and entry.dtype in FORMATS]
 
-    def _share_out(self, options: ExtractOptions) -> None:
-        curves, self.rows = [], {}
-        for done, change in enumerate(self.matrices):
-            self.progress(Progress(done, len(self.matrices), f"singular values of {change.name}"))
+    def carry(self, others: Sequence[Update]) -> None:
+        """Store changes as they are, or leave them out where that is asked for."""
+        self.carried = list(others) if self.options.carry else []
+        self.left_out += [] if self.options.carry else [(c, "not asked for (carry)") for c in others]
+
+    def chosen(self) -> Choice:
+        """Directions and bits of each matrix, at one price of a byte."""
+        curves = []
+        self.rows: list[Tensor | None] = []
+        for change in self.counted("singular values of "):
             delta = change.delta()
-            self.rows[change.name] = rows = changed_rows(delta)
-            stored = delta if rows is None else delta[rows.long()]
-            spectrum = half_svd(stored, 0, name=change.name).spectrum
-            curves.append(Curve(spectrum.square().cpu().numpy(), (len(stored), stored.shape[1])))
-        carried = sum(stored_bytes(c.name, self.tuned.entries[c.name]) for c in self.carried)
-        places = sum(4 * len(rows) for rows in self.rows.values() if rows is not None)
-        budget = None if options.budget is None else options.budget - carried - places
-        if budget is not None and budget < 0:
-            raise InputError(
-                f"got size = {options.size}; what is carried whole takes {carried + places:,} bytes: want more, or "
-                "leave out what is no matrix (--no-carry)"
-            )
-        self.plan = dict(
-            zip((c.name for c in self.matrices), shared_out(curves, budget, options.energy or 1.0), strict=True)
-        )
+            self.rows.append(changed_rows(delta))
+            stored = delta if self.rows[-1] is None else delta[self.rows[-1].long()]
+            if self.cache is None:
+                spectrum = half_svd(stored, 0, name=change.name).spectrum
+            else:
+                spectrum = self.cache.decompose(stored, name=change.name).spectrum
+            curves.append(curve(spectrum.square().cpu().numpy(), (len(stored), stored.shape[1])))
+        return self.spread(curves)
 
-    def write(self, folder: Path, base: object) -> None:
-        """The parts of every matrix, one in memory at a time, and the record that says how to read them."""
+    def entries(self, choice: Choice) -> dict[str, Entry]:
+        """Parts of the matrices, and what is stored as it is."""
         entries: dict[str, Entry] = {}
-        for done, change in enumerate(self.matrices):
-            entries |= self._entries(change, Progress(done, len(self.matrices), change.name))
-        entries |= {c.name: self.tuned.entries[c.name] for c in self.carried}
+        for change, rows, option in zip(self.matrices, self.rows, choice, strict=True):
+            if option:
+                entries |= self._parts(change, rows, *self._setting(change, rows, option))
+        return entries | {name: self.tuned.entries[name] for name in self.whole}
+
+    @property
+    def whole(self) -> list[str]:
+        """Names of what is stored as it is."""
+        return [*(c.name for c in self.carried), *self.rest]
+
+    def texts(self, choice: Choice) -> dict[str, str]:
+        """The record that says how to read the file."""
+        chosen = zip(self.matrices, self.rows, choice, strict=True)
+        matrices = {
+            c.name: {
+                "shape": list(c.matrix_shape),
+                "bits": self._setting(c, rows, option)[1],
+                "transposed": c.is_transposed,
+            }
+            for c, rows, option in chosen
+            if option
+        }
+        return {RECORD: self.record(matrices)}
+
+    def record(self, matrices: object) -> str:
+        """The record, with what it says of the matrices."""
+        whole = self.whole
         record = {
             "delta": FORMAT,
-            "base_model_name_or_path": base_address(base).get("pretrained_model_name_or_path"),
-            "base_sha256": weights_sha256(self.base),
-            "base_names": self.names,
-            "matrices": {
-                c.name: {
-                    "shape": list(c.matrix_shape),
-                    "bits": self.plan[c.name][1],
-                    "transposed": c.is_transposed,
-                }
-                for c in self.matrices
-                if any(self.plan[c.name])
-            },
-            "whole": [c.name for c in self.carried],
+            "base_model_name_or_path": base_address(self.address).get("pretrained_model_name_or_path"),
+            "base_sha256": self.base_sha256,
+            "base_names": {c.name: c.counterpart for c in self.changes if c.counterpart and c.name not in whole},
+            "matrices": matrices,
+            "whole": whole,
             "config": dict(self.tuned.config),
         }
-        with (folder / WEIGHTS).open("wb") as stream:
-            tensors = ((name, entry.load()) for name, entry in entries.items())
-            write_safetensors(stream, entries, tensors, metadata={"base_sha256": str(record["base_sha256"])})
-        (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        self.stored = sum(stored_bytes(name, entry) for name, entry in entries.items())
+        return json.dumps(record, indent=1) + "\n"
 
-    def _entries(self, change: Update, at: Progress) -> dict[str, Entry]:
-        """The parts of one matrix, by their shapes; they are computed when the first of them is written."""
-        (rank, bits), rows = self.plan[change.name], self.rows[change.name]
+    def write(self, folder: Path) -> None:
+        """See `Form.write`; matrices of which nothing is stored get their lines."""
+        for change, option in zip(self.matrices, self.choice, strict=True):
+            if not option:
+                self.note(change, rank=0, bits=0, bytes=0, share=0.0)
+        super().write(folder)
+
+    def _setting(self, change: Update, rows: Tensor | None, option: int) -> tuple[int, int]:
         out, width = change.matrix_shape
-        out = out if rows is None else len(rows)
+        return setting(option, min(out if rows is None else len(rows), width))
+
+    def _parts(self, change: Update, rows: Tensor | None, rank: int, bits: int) -> dict[str, Entry]:
+        """The parts of one matrix, by their shapes."""
+        out, width = change.matrix_shape
         shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
-        if not rank and not bits:
-            self._note(change, {}, 0)
-            return {}
         if rows is not None:
+            out = len(rows)
             shapes["rows"] = ("int32", (out,))
         if rank:
             for side, length in (("left", out), ("right", width)):
@@ -115,54 +124,71 @@ class Difference:
         if bits:
             shapes["scale"] = ("float32", (out,))
             shapes["codes"] = ("uint8", (-(-out * width * bits // 8),))
-        parts = _Parts(self, change, at)
-        return {
-            f"{change.name}|{part}": Entry(shape, dtype, partial(parts.take, part, last=part == list(shapes)[-1]))
-            for part, (dtype, shape) in shapes.items()
-        }
+        named = {f"{change.name}|{part}": about for part, about in shapes.items()}
+        return made_together(named, partial(self._made, change, rows, rank, bits))
 
-    def made(self, change: Update) -> dict[str, Tensor]:
-        """The parts of one matrix."""
-        (rank, bits), rows = self.plan[change.name], self.rows[change.name]
-        delta = change.delta()
+    def _made(self, change: Update, rows: Tensor | None, rank: int, bits: int) -> dict[str, Tensor]:
+        """The parts of one matrix, and a line on what they hold, measured on what was rounded."""
+        self.tell(change)
+        delta, svd = change.delta(), None
         chosen = delta if rows is None else delta[rows.long()]
-        svd = decompose(chosen, min(rank, *chosen.shape), name=change.name) if rank else None
+        if rank and self.cache is not None:
+            svd = self.cache.decompose(chosen, name=change.name).truncate(rank)
+        elif rank:
+            svd = decompose(chosen, rank, name=change.name)
         parts = quantised(chosen.float(), rows, svd, bits)
-        self._note(change, parts, float((expanded(parts, bits, change.matrix_shape) - delta).square().sum()))
-        return parts
-
-    def _note(self, change: Update, parts: Mapping[str, Tensor], lost: float) -> None:
-        """What of one matrix is in the file, measured on what was rounded."""
-        (rank, bits), (out, width) = self.plan[change.name], change.matrix_shape
-        total = change.squares[0]
-        self.lines.append(
-            {
-                "name": change.name,
-                "role": change.role,
-                "block": change.block,
-                "shape": [out, width],
-                "rank": rank,
-                "bits": bits,
-                "bytes": sum(part.numel() * part.element_size() for part in parts.values()),
-                "squares": total,
-                "share": max(0.0, 1 - lost / total) if parts else 0.0,
-            }
-        )
+        lost = float((expanded(parts, bits, change.matrix_shape) - delta).square().sum())
+        size = sum(part.numel() * part.element_size() for part in parts.values())
+        self.note(change, rank=rank, bits=bits, bytes=size, share=max(0.0, 1 - lost / change.squares[0]))
+        return {f"{change.name}|{part}": tensor for part, tensor in parts.items()}
 
 
-class _Parts:
-    """The parts of one matrix while they are written."""
+class Dense(Difference):
+    """The tensors that are not the base's, bit for bit, in the finetune's formats."""
 
-    def __init__(self, difference: Difference, change: Update, at: Progress) -> None:
-        self.difference, self.change, self.at = difference, change, at
-        self.held: dict[str, Tensor] = {}
+    def sort(self, changed: Sequence[Update]) -> None:
+        """Whatever has another bit is stored; what is in no format that can be written is left out."""
+        names, known = {c.name: c.counterpart for c in self.changes}, {c.name for c in changed}
+        stored = [c for c in changed if self.tuned.entries[c.name].dtype in FORMATS]
+        self.left_out = [(c, unusable(c)) for c in changed if c not in stored]
+        self.matrices = [c for c in stored if c.is_matrix and not unusable(c)]
+        self.carry([c for c in stored if c not in self.matrices])
+        self.rest = [
+            name
+            for name, entry in self.tuned.entries.items()
+            if name not in known
+            and entry.dtype in FORMATS
+            and not _is_same(entry, self.base.entries.get(names.get(name, "")))
+        ]
 
-    def take(self, part: str, *, last: bool) -> Tensor:
-        """A part; the first computes all, the last lets go of them."""
-        if not self.held:
-            self.difference.progress(self.at)
-            self.held = self.difference.made(self.change)
-        tensor = self.held[part]
-        if last:
-            self.held = {}
-        return tensor
+    def chosen(self) -> Choice:
+        """All of every matrix."""
+        return [1] * len(self.matrices)
+
+    @property
+    def whole(self) -> list[str]:
+        """Names of all that is stored."""
+        return [*(c.name for c in self.matrices), *super().whole]
+
+    def entries(self, choice: Choice) -> dict[str, Entry]:
+        """All tensors, in the order of the finetune's file."""
+        whole = set(self.whole)
+        return {name: entry for name, entry in self.tuned.entries.items() if name in whole}
+
+    def texts(self, choice: Choice) -> dict[str, str]:
+        """See `Difference.texts`."""
+        return {RECORD: self.record({})}
+
+    def write(self, folder: Path) -> None:
+        """See `Form.write`."""
+        for change in self.matrices:
+            size = stored_bytes(change.name, self.tuned.entries[change.name])
+            self.note(change, rank=min(change.matrix_shape), whole=True, bytes=size, share=1.0)
+        super().write(folder)
+
+
+def _is_same(own: Entry, theirs: Entry | None) -> bool:
+    """Whether two tensors are equal to the bit."""
+    if theirs is None or (own.dtype, own.shape) != (theirs.dtype, theirs.shape):
+        return False
+    return own is theirs or torch.equal(*(e.load().contiguous().flatten().view(torch.uint8) for e in (own, theirs)))

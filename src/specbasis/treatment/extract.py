@@ -1,33 +1,29 @@
-"""A finished finetune made small: as a LoRA, or as a difference of few bits; nothing is dropped in silence."""
+"""A finished finetune made small: as a LoRA, as cores, or as a difference; nothing is dropped in silence."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from math import isnan
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from torch import Tensor
-
-from specbasis.checkpoint import Checkpoint, open_checkpoint, open_tuned
+from specbasis.checkpoint import open_checkpoint, open_tuned
 from specbasis.checkpoint.atomic import clear_beside, whole, writing
-from specbasis.checkpoint.digest import sealed
 from specbasis.checkpoint.writer import stored_bytes, want_new
 from specbasis.core.dtypes import FORMATS
 from specbasis.core.options import takes
 from specbasis.core.text import shareable
 from specbasis.interventions.evaluators.kit import Judge
-from specbasis.jobs.folder import environment, plain
+from specbasis.jobs.folder import environment, locked
 from specbasis.jobs.progress import Report, silent
-from specbasis.treatment.difference import Difference
-from specbasis.treatment.extraction import RECORD, Extraction
+from specbasis.treatment.cores import Cores
+from specbasis.treatment.difference import Dense, Difference
+from specbasis.treatment.form import Form, Source
 from specbasis.treatment.judged import judge_pair, judge_treated
 from specbasis.treatment.low_rank import LowRank
 from specbasis.treatment.options import ExtractOptions
-from specbasis.treatment.updates import differing, share
-
-Source = str | Path | Mapping[str, Tensor]
+from specbasis.treatment.treated import Treated, written_record
+from specbasis.treatment.updates import Update, differing, share
 
 
 @takes(ExtractOptions)
@@ -41,7 +37,7 @@ def extract(
     progress: Report | None = None,
     **keywords: Any,
 ) -> Extraction:
-    """Write a finetune as a LoRA adapter that PEFT loads without specbasis, or as a difference of few bits.
+    """Write a finetune as a LoRA adapter that PEFT loads without specbasis, or in another form.
 
     For every matrix delta = tuned − base ≈ B A with B = U √S, A = √S Vh of its leading triplets: the best
     approximation of each rank (Eckart & Young). Scaling is 1. Nothing is dropped in silence: biases, norms, new
@@ -51,7 +47,12 @@ def extract(
 
     As ``delta``, each matrix is stored as a few directions of 8 bits and what is left in 1, 2 or 4 bits an entry
     (`specbasis.checkpoint.delta`), directions and bits chosen at one price of a byte for all matrices; the folder
-    is read wherever a finetune is.
+    is read wherever a finetune is. As ``dense``, what differs from the base is stored as it is, in the same folder.
+    As ``spectral``, each matrix is the leading k × k core Uᵀ delta V in the singular vectors of its base, which are
+    not stored but decomposed again: for finetunes that were trained so, and beside a LoRA of as many bytes.
+
+    Where so many ranks are wanted that the factors of a matrix would take more bytes than the matrix, it is stored
+    whole; ``rank`` alone gives every matrix what it says.
 
     One matrix and its factors are in memory at a time; the files of either model are read three times, the
     finetune's once with ``rank``.
@@ -68,7 +69,7 @@ def extract(
 
     Raises:
         InputError: a source cannot be read, the two are no base and finetune, nothing differs, the size holds
-            nothing, or ``out`` exists.
+            nothing, or ``out`` exists or is being written by another run.
 
     Source: Eckart & Young 1936; as LoRA extraction: thomwolf, peft #312 (2023), mergekit-extract-lora.
     Directions and bits together: Yao et al. 2024 (LQER, Delta-CoMe); Liu et al. 2024 (BitDelta).
@@ -78,53 +79,83 @@ def extract(
     pretrained = open_checkpoint(base)
     finetuned = open_tuned(tuned, pretrained)
     report = progress or silent
-    changes = differing(pretrained, finetuned, report)
-    scores = judge_pair(pretrained, finetuned, judge) if judge is not None else {}
-    form = FORMS[chosen.form](pretrained, finetuned, changes, chosen, report)
-    clear_beside(out)
-    with writing(out), whole(out) as temporary:
-        temporary.mkdir()
-        form.write(temporary, base)
-        record = {**_record(pretrained, finetuned, form, chosen), **environment(("transformers", "peft"))}
-        if judge is not None:
-            treated, sources = open_tuned(temporary, pretrained), (finetuned.source, pretrained.source)
-            record["scores"] = judge_treated(scores, treated, judge, sources)
-        record = sealed(plain(record))
-        (temporary / RECORD).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    with locked(out, beside=True):
+        want_new(out)
+        changes = differing(pretrained, finetuned, report)
+        scores = judge_pair(pretrained, finetuned, judge) if judge is not None else {}
+        form = FORMS[chosen.form](pretrained, finetuned, changes, chosen, report, base)
+        clear_beside(out)
+        with writing(out), whole(out) as temporary:
+            temporary.mkdir()
+            form.write(temporary)
+            record = {**_record(form, temporary), **environment(("transformers", "peft"))}
+            if judge is not None:
+                treated, sources = open_tuned(temporary, pretrained), (finetuned.source, pretrained.source)
+                record["scores"] = judge_treated(scores, treated, judge, sources)
+            record = written_record(temporary / Extraction.RECORD, record)
     return Extraction(out, record)
 
 
-FORMS: dict[str, Callable[..., LowRank | Difference]] = {"lora": LowRank, "delta": Difference}
+FORMS: dict[str, type[Form]] = {"lora": LowRank, "spectral": Cores, "delta": Difference, "dense": Dense}
 """What a finetune can be extracted as."""
 
 
-def _record(
-    base: Checkpoint, tuned: Checkpoint, form: LowRank | Difference, options: ExtractOptions
-) -> dict[str, Any]:
+def _record(form: Form, folder: Path) -> dict[str, Any]:
     """What of the finetune is in the folder; see `Extraction`."""
-    left = [(c, reason, 0.0 if c.reason or isnan(c.squares[0]) else c.squares[0]) for c, reason in form.left_out]
-    carried = sum(c.squares[0] for c in form.carried)
+    tuned = form.tuned
+    left = [(c, reason, _squares(c)) for c, reason in form.left_out]
+    carried = sum(_squares(c) for c in form.carried)
     total = sum(line["squares"] for line in form.lines) + carried + sum(squares for _, _, squares in left)
     held = sum(line["share"] * line["squares"] for line in form.lines) + carried
     return {
-        "base": shareable(base.source),
+        "base": shareable(form.base.source),
         "tuned": shareable(tuned.source),
-        "options": options.config(),
+        "options": form.options.config(),
         "matrices": form.lines,
-        "carried": [{"name": c.name, "share_of_update": share(c.squares[0], total)} for c in form.carried],
+        "carried": [{"name": c.name, "share_of_update": share(_squares(c), total)} for c in form.carried],
         "left_out": [
             {"name": c.name, "reason": reason, "share_of_update": share(squares, total) if squares else None}
             for c, reason, squares in left
         ],
-        "notes": [
-            f"{c.name} has {c.shape[0]} rows, the base's {base.entries[c.shorter].shape[0]}: give the model as "
-            "many before the adapter is loaded (resize_token_embeddings, num_labels)"
+        "notes": form.notes
+        + [
+            f"{c.name} has {c.shape[0]} rows, the base's {form.base.entries[c.shorter].shape[0]}: give the model "
+            "as many before the adapter is loaded (resize_token_embeddings, num_labels)"
             for c in form.carried
-            if c.shorter and options.form == "lora"
+            if c.shorter and isinstance(form, LowRank)
         ],
         "total": {
             "share": share(held, total),
-            "bytes": form.stored,
+            "bytes": sum(file.stat().st_size for file in folder.iterdir()),
             "tuned_bytes": sum(stored_bytes(n, e) for n, e in tuned.entries.items() if e.dtype in FORMATS),
         },
     }
+
+
+def _squares(change: Update) -> float:
+    """‖delta‖²; 0 where its numbers are none."""
+    return 0.0 if change.reason or isnan(change.squares[0]) else change.squares[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Extraction(Treated):
+    """What `extract` wrote.
+
+    Attributes:
+        folder: the adapter's, or the difference's.
+        record: what of the finetune it holds: ``matrices``, ``carried``, ``left_out``, ``notes``, ``total``,
+            ``scores``.
+    """
+
+    RECORD: ClassVar[str] = "specbasis_extract.json"
+
+    @property
+    def matrices(self) -> list[dict[str, Any]]:
+        """One line for each matrix.
+
+        name, role, block, shape, rank, bytes; squares, ‖delta‖²; and shares of it: share, what is kept; chance,
+        what random directions would hold; share_of_entries, what the largest entries hold in as many bytes;
+        share_of_signs, what one bit an entry holds; share_of_lora, beside a core, what a LoRA of as many bytes
+        holds. Entries and signs are None for an update that is not formed. whole: the matrix itself is stored.
+        """
+        return list(self.record["matrices"])

@@ -108,17 +108,3 @@ def score(model: Checkpoint, judge: Judge, tokenizers: Iterable[str]) -> Scores:
 def value_of(score: Sample | float) -> float:
     """The metric itself."""
     return score.value if isinstance(score, Sample) else score
-
-
-def told(scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A sentence for each metric, for a terminal."""
-    return [
-        f"{metric}: base {values['base']:.4f}, finetune {values['tuned']:.4f}, written {values['treated']:.4f}"
-        + (
-            f" (change {values['change']:+.4f} [{values['change_low']:+.4f}, {values['change_high']:+.4f}], "
-            f"{values['examples']} examples)"
-            if "examples" in values
-            else ""
-        )
-        for metric, values in scores.items()
-    ]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +10,8 @@ import torch
 from torch import Tensor
 
 from specbasis.checkpoint.adapter_file import PREFIX
-from specbasis.checkpoint.entry import Entry
 from specbasis.checkpoint.places import transformers_address
+from specbasis.core.dtypes import name_of
 from specbasis.core.errors import InputError
 from specbasis.core.svd import SVD
 from specbasis.treatment.modules import Holder
@@ -92,56 +90,41 @@ def configuration(
     }
 
 
-@dataclass(eq=False)
-class Factors:
-    """The two factors of one matrix as entries of the file; decomposed when the first of them is written.
+def factor_shapes(
+    holder: Holder, shape: tuple[int, ...], matrix_shape: tuple[int, int], rank: int
+) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the two factors in the file: A and then B, of an embedding Bᵀ and then Aᵀ.
 
-    Attributes:
+    Args:
         holder: the module that they are of.
         shape: of the parameter, as stored.
         matrix_shape: (out, in).
         rank: of the factors.
-        dtype: that they are stored in.
-        decompose: gives at most so many triplets of the update.
     """
+    out, width = matrix_shape
+    module = f"{PREFIX}{holder.module}"
+    if holder.kind == "Embedding":  # PEFT counts the axes of an embedding the other way round
+        return {f"{module}.lora_embedding_A": (rank, out), f"{module}.lora_embedding_B": (width, rank)}
+    first: tuple[int, ...] = (rank, width)
+    second: tuple[int, ...] = (out, rank)
+    if holder.kind.startswith("Conv") and holder.kind != "Conv1D":
+        kernel = shape[2:]
+        first, second = (rank, shape[1], *kernel), (out, rank, *(1 for _ in kernel))
+    return {f"{module}.lora_A.weight": first, f"{module}.lora_B.weight": second}
 
-    holder: Holder
-    shape: tuple[int, ...]
-    matrix_shape: tuple[int, int]
-    rank: int
-    dtype: str
-    decompose: Callable[[], SVD]
 
-    def entries(self) -> dict[str, Entry]:
-        """Names in the file → shapes, and how the tensors are made: A and then B."""
-        out, width = self.matrix_shape
-        module = f"{PREFIX}{self.holder.module}"
-        names = (f"{module}.lora_A.weight", f"{module}.lora_B.weight")
-        shapes: tuple[tuple[int, ...], ...] = ((self.rank, width), (out, self.rank))
-        if self.holder.kind == "Embedding":  # PEFT counts the axes of an embedding the other way round
-            names = (f"{module}.lora_embedding_A", f"{module}.lora_embedding_B")
-            shapes = ((self.rank, out), (width, self.rank))
-        elif self.holder.kind.startswith("Conv") and self.holder.kind != "Conv1D":
-            kernel = self.shape[2:]
-            shapes = ((self.rank, self.shape[1], *kernel), (out, self.rank, *(1 for _ in kernel)))
-        return {
-            name: Entry(shape, self.dtype, partial(self._tensor, i, shape))
-            for i, (name, shape) in enumerate(zip(names, shapes, strict=True))
-        }
+def factors(svd: SVD, rank: int, dtype: torch.dtype, name: str) -> tuple[Tensor, Tensor]:
+    """B = U √S and A = √S Vh in a format; of a product of fewer columns zeros make up the rank.
 
-    def _tensor(self, which: int, shape: tuple[int, ...]) -> Tensor:
-        if which == 0:
-            svd = self.decompose()
-            root, lacking = svd.S.sqrt(), self.rank - len(svd.S)  # of a product of fewer columns
-            A = torch.nn.functional.pad(root[:, None] * svd.Vh, (0, 0, 0, lacking))
-            B = torch.nn.functional.pad(svd.U * root, (0, lacking))
-            self._halves = (B.mT, A.mT) if self.holder.kind == "Embedding" else (A, B)
-        tensor = self._halves[which].reshape(shape).to(getattr(torch, self.dtype)).contiguous()
-        if not bool(torch.isfinite(tensor).all()):
-            raise InputError(
-                f"{self.holder.module}: its factors do not fit into {self.dtype}, whose numbers are too small for "
-                "them; want another dtype (--dtype)"
-            )
-        if which == 1:
-            del self._halves  # the next matrix is to have the memory
-        return tensor
+    Raises:
+        InputError: the format cannot hold them.
+    """
+    root, lacking = svd.S.sqrt(), rank - len(svd.S)
+    B = torch.nn.functional.pad(svd.U * root, (0, lacking)).to(dtype)
+    A = torch.nn.functional.pad(root[:, None] * svd.Vh, (0, 0, 0, lacking)).to(dtype)
+    if not bool(torch.isfinite(A).all() and torch.isfinite(B).all()):
+        raise InputError(
+            f"{name}: its factors do not fit into {name_of(dtype)}, whose numbers are too small for them; want "
+            "another dtype (--dtype)"
+        )
+    return B, A

@@ -3,77 +3,58 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
-from math import isnan
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from specbasis.checkpoint import Checkpoint, weights_sha256
 from specbasis.checkpoint.adapter_file import CONFIG, PREFIX, WEIGHTS
 from specbasis.checkpoint.entry import Entry
-from specbasis.checkpoint.writer import safetensors_header, stored_bytes, write_safetensors
+from specbasis.checkpoint.writer import stored_bytes
 from specbasis.core.dtypes import FORMATS
-from specbasis.core.errors import InputError
-from specbasis.core.svd import SVD
-from specbasis.jobs.cache import Cache
-from specbasis.jobs.progress import Progress, Report
-from specbasis.treatment.budget import ranks_for, ranks_within
-from specbasis.treatment.lora import HEADS, Factors, configuration, task_of
-from specbasis.treatment.modules import holders
-from specbasis.treatment.options import ExtractOptions
+from specbasis.treatment.budget import Curve
+from specbasis.treatment.form import Choice, Form, among, made_together, unusable
+from specbasis.treatment.lora import HEADS, configuration, factor_shapes, factors, task_of
+from specbasis.treatment.modules import Holder, holders
 from specbasis.treatment.updates import Update, share
 
-Source = str | Path | Mapping[str, Tensor]
 
+class LowRank(Form):
+    """What goes into the adapter: ranks of the matrices, modules that are stored whole, biases.
 
-@dataclass(eq=False)
-class LowRank:
-    """What goes into the adapter: ranks of the matrices, modules that are stored whole, biases."""
+    An option of a matrix is its rank; the one beyond the most that it may have is the matrix itself.
+    """
 
-    base: Checkpoint
-    tuned: Checkpoint
-    changes: list[Update]
-    options: ExtractOptions
-    progress: Report
-    low_rank: list[Update] = field(default_factory=list)
-    carried: list[Update] = field(default_factory=list)
-    left_out: list[tuple[Update, str]] = field(default_factory=list)
-    ranks: dict[str, int] = field(default_factory=dict)
-    lines: list[dict[str, Any]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.cache = Cache(Path(self.options.cache)) if self.options.cache else None
-        embeddings = frozenset(c.name for c in self.changes if c.role == "embedding")
-        self.holders, self.model_class = holders(self.tuned, embeddings)
-        changed = [c for c in self.changes if c.reason or c.is_changed]
-        self._sort(changed)
-        self._spread()
+    WEIGHTS = WEIGHTS
+    takes_biases = True
+    """Whether the file may hold a bias of a module that is not stored whole."""
 
     # --- what goes where ------------------------------------------------------------------------------------------
 
-    def _sort(self, changed: list[Update]) -> None:
+    def sort(self, changed: Sequence[Update]) -> None:
         """Put every change among the low-rank ones, those that are carried whole, or those that are left out."""
-        whole_modules = self._whole_modules(changed)
+        embeddings = frozenset(c.name for c in changed if c.role == "embedding")
+        self.holders, self.model_class = holders(self.tuned, embeddings)
+        self.whole_modules = self._whole_modules(changed)
+        adapted = {self.holders[c.name].module for c in changed if self._is_low_rank(c)}
         for change in changed:
             holder = self.holders[change.name]
-            if change.reason:
-                self.left_out.append((change, change.reason))
-            elif isnan(change.squares[0]):
-                self.left_out.append((change, "holds NaN or Inf"))
-            elif not _within(holder.module, whole_modules) and self._is_low_rank(change):
-                self.low_rank.append(change)
+            is_whole = _within(holder.module, self.whole_modules)
+            if reason := unusable(change):
+                self.left_out.append((change, reason))
+            elif not is_whole and self._is_low_rank(change):
+                self.matrices.append(change)
             elif not self.options.carry:
                 self.left_out.append((change, "not asked for (carry)"))
+            elif not is_whole and holder.module in adapted and not self.takes_biases:
+                self.left_out.append((change, "the bias of an adapted layer, which this form cannot hold"))
             elif holder.module or holder.leaf == "bias":
                 self.carried.append(change)
             else:
                 self.left_out.append((change, "a parameter of the model itself, which no adapter holds"))
-        self.whole_modules = whole_modules if self.options.carry else set()
 
     def _is_low_rank(self, change: Update) -> bool:
         holder = self.holders[change.name]
@@ -82,12 +63,16 @@ class LowRank:
         # ends with it.
         return (
             change.is_matrix
-            and bool(holder.kind)
+            and self.takes(holder)
             and (not holder.twins or self.tuned.entries[change.name].factors is not None)
             and holder.module not in self._tails
         )
 
-    def _whole_modules(self, changed: list[Update]) -> set[str]:
+    def takes(self, holder: Holder) -> bool:
+        """Whether a module takes an update of this form."""
+        return bool(holder.kind)
+
+    def _whole_modules(self, changed: Sequence[Update]) -> set[str]:
         """The modules that are stored whole.
 
         The outermost of those with a change that is neither low-rank nor a bias, the heads of the task, and what
@@ -95,16 +80,22 @@ class LowRank:
         """
         if not self.options.carry:
             return set()
+        adapted = {self.holders[c.name].module for c in changed if self._is_low_rank(c)}
         modules = {
             module
             for change in changed
-            if not change.reason and not self._is_low_rank(change) and self.holders[change.name].leaf != "bias"
+            if not change.reason and not self._is_low_rank(change) and not self._is_bias(change, adapted)
             for module in self._places(change.name)
             if module
         }
         modules = {m for m in modules if not _within(m, modules - {m})}
         endings = (*modules, *HEADS.get(self.task or "", ()))
         return {m for m in self.modules if m.endswith(endings)} if endings else set()
+
+    def _is_bias(self, change: Update, adapted: set[str]) -> bool:
+        """Whether a change is a bias that is stored by itself, or cannot be stored."""
+        holder = self.holders[change.name]
+        return holder.leaf == "bias" and (self.takes_biases or holder.module in adapted)
 
     def _places(self, name: str) -> tuple[str, ...]:
         """The modules that a parameter is stored for: of an adapter the one that it names alone."""
@@ -130,129 +121,164 @@ class LowRank:
 
     # --- how many ranks -------------------------------------------------------------------------------------------
 
-    def _spread(self) -> None:
-        most = [min(*c.matrix_shape, self.options.max_rank or min(c.matrix_shape)) for c in self.low_rank]
+    def chosen(self) -> Choice:
+        """The rank of each matrix: one for all, or as size or share want it, at most as many as pay."""
+        self.most = [min(*c.matrix_shape, self.options.max_rank or min(c.matrix_shape)) for c in self.matrices]
+        pays = [self._bytes_whole(c) // self.cost(c) for c in self.matrices]
         if self.options.rank is not None:
-            ranks = [min(self.options.rank, m) for m in most]
-        else:
-            energies = []
-            for done, (change, m) in enumerate(zip(self.low_rank, most, strict=True)):
-                self.progress(Progress(done, len(most), f"singular values of {change.name}"))
-                energies.append(change.spectrum(self.cache)[:m].square().cpu().numpy())
-            costs = [self._cost(change) for change in self.low_rank]
-            budget = self.options.budget
-            if budget is None:
-                ranks = ranks_for(energies, costs, self.options.energy or 1.0)
-            else:
-                ranks = ranks_within(energies, costs, self._left_of(budget, costs))
-        self.ranks = {c.name: rank for c, rank in zip(self.low_rank, ranks, strict=True)}
-
-    def _left_of(self, budget: int, costs: list[int]) -> int:
-        """What a budget leaves for the factors when names and shapes are told and the rest is carried."""
-        full = {c.name: min(c.matrix_shape) for c in self.low_rank}
-        header = len(safetensors_header(self._entries(full), self._metadata))
-        carried = sum(stored_bytes(name, entry) for name, entry in self._whole().items())
-        least = header + carried + min(costs, default=0)
-        if budget < least:
-            hint = ", or leave out what is no matrix (--no-carry)" if carried else ""
-            raise InputError(
-                f"got size = {self.options.size}; names and shapes take {header:,} bytes, what is carried whole "
-                f"{carried:,}, one direction of the smallest matrix {min(costs, default=0):,}: want {least:,} "
-                f"bytes at least{hint}"
+            ranks = [min(self.options.rank, most) for most in self.most]
+            larger = [c.name for c, rank, most in zip(self.matrices, ranks, pays, strict=True) if rank > most]
+            if larger:
+                self.notes.append(
+                    f"a LoRA of rank {self.options.rank} takes more bytes than the matrix: {among(larger)}"
+                )
+            return ranks
+        self.most = [min(most, pay) for most, pay in zip(self.most, pays, strict=True)]
+        curves = [
+            self.curve(change, most)
+            for change, most in zip(self.counted("singular values of "), self.most, strict=True)
+        ]
+        choice = self.spread(curves)
+        whole = [c.name for c, rank, most in zip(self.matrices, choice, self.most, strict=True) if rank > most]
+        if whole:
+            self.notes.append(
+                f"stored whole ({len(whole)} of {len(choice)} matrices, modules_to_save), since a LoRA that holds "
+                f"as much takes more bytes than the matrix: {among(whole)}; for servers that take factors alone: "
+                "--max-rank or --no-carry"
             )
-        return budget - header - carried
+        self.tell_share(curves, choice)
+        return choice
 
-    def _cost(self, change: Update) -> int:
+    def tell_share(self, curves: Sequence[Curve], choice: Choice) -> None:
+        """Note where the share that was asked for is not reached."""
+        total = sum(curve.total for curve in curves)
+        kept = 1 - sum(c.lost[o] for c, o in zip(curves, choice, strict=True)) / total if total else 1.0
+        if self.options.energy is not None and kept < self.options.energy * (1 - 1e-9):
+            self.notes.append(
+                f"{kept:.2%} of the squared updates of the matrices is what this form holds at most; "
+                f"{self.options.energy:.2%} was asked for"
+            )
+
+    def curve(self, change: Update, most: int) -> Curve:
+        """What a matrix costs and loses at each rank that pays, and whole where it may be."""
+        squares = change.spectrum(self.cache).square().cpu().numpy()
+        whole = self._bytes_whole(change) if self._may_be_whole(change) else None
+        return Curve.of_directions(squares, self.cost(change), most, whole)
+
+    def _may_be_whole(self, change: Update) -> bool:
+        """Whether the module can be stored whole: asked for, and the only one that its name means."""
+        holder = self.holders[change.name]
+        is_wanted = self.options.carry and self.options.max_rank is None
+        return is_wanted and holder.is_module and not holder.twins and holder.module in self._unique
+
+    @cached_property
+    def _unique(self) -> set[str]:
+        """The paths that no other path ends with."""
+        backwards = sorted(module[::-1] for module in self.modules)
+        following = [*backwards[1:], ""]
+        return {m[::-1] for m, after in zip(backwards, following, strict=True) if not after.startswith(m)}
+
+    def _bytes_whole(self, change: Update) -> int:
+        return stored_bytes(change.name, self.tuned.entries[change.name])
+
+    def cost(self, change: Update) -> int:
         """Bytes of one direction of a matrix."""
         return sum(change.matrix_shape) * FORMATS[self.options.dtype].bytes
 
-    # --- the file -------------------------------------------------------------------------------------------------
+    # --- the files ------------------------------------------------------------------------------------------------
 
-    def write(self, folder: Path, base: Source) -> None:
-        """The adapter's weights and configuration, one matrix in memory at a time."""
-        entries = self._entries(self.ranks)
-        with (folder / WEIGHTS).open("wb") as stream:
-            tensors = ((name, entry.load()) for name, entry in entries.items())
-            write_safetensors(stream, entries, tensors, self._metadata)
-            self.stored = stream.tell()
-        self.lines += [_line(c, None, 0, self.options.dtype) for c in self.low_rank if not self.ranks[c.name]]
-        config = configuration(
-            {self.holders[name].module: rank for name, rank in self.ranks.items()},
-            self.whole_modules,
+    def entries(self, choice: Choice) -> dict[str, Entry]:
+        """Factors of the matrices, and what is stored as it is."""
+        entries: dict[str, Entry] = {}
+        for change, rank, most in zip(self.matrices, choice, self.most, strict=True):
+            if 0 < rank <= most:
+                entries |= self.parts(change, rank)
+        return entries | self._whole(choice)
+
+    def write(self, folder: Path) -> None:
+        """See `Form.write`; matrices of no rank, and whole ones, get their lines."""
+        for change, rank, most in zip(self.matrices, self.choice, self.most, strict=True):
+            if rank == 0:
+                self.note(change, rank=0, bytes=0, share=0.0, **self.beside(change, 0, 0))
+            elif rank > most:
+                size, full = self._bytes_whole(change), min(change.matrix_shape)
+                self.note(change, rank=full, whole=True, bytes=size, share=1.0, **self.beside(change, full, size))
+        super().write(folder)
+
+    def parts(self, change: Update, rank: int) -> dict[str, Entry]:
+        """The tensors of one matrix."""
+        shapes = factor_shapes(self.holders[change.name], change.shape, change.matrix_shape, rank)
+        formats = {name: (self.options.dtype, shape) for name, shape in shapes.items()}
+        return made_together(formats, partial(self._factors, change, rank, shapes))
+
+    def _factors(self, change: Update, rank: int, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+        self.tell(change)
+        svd = change.decompose(rank, self.cache)
+        B, A = factors(svd, rank, getattr(torch, self.options.dtype), change.name)
+        size = rank * self.cost(change)
+        self.note(change, rank=rank, bytes=size, share=change.held(B, A), **self.beside(change, rank, size))
+        halves = (B.mT, A.mT) if self.holders[change.name].kind == "Embedding" else (A, B)
+        stored = zip(shapes.items(), halves, strict=True)
+        return {name: half.reshape(shape).contiguous() for (name, shape), half in stored}
+
+    def beside(self, change: Update, rank: int, size: int) -> dict[str, float | None]:
+        """What random directions hold of a matrix, and, in so many bytes, its largest entries; and its signs."""
+        shares: dict[str, float | None] = {"chance": rank / min(change.matrix_shape)}
+        if change.factors() is not None:  # an update that is not formed
+            return {**shares, "share_of_entries": None, "share_of_signs": None}
+        delta, total = change.delta(torch.float32).abs().flatten(), change.squares[0]
+        count = min(len(delta), size // (FORMATS[self.options.dtype].bytes + 4))
+        return {
+            **shares,
+            "share_of_entries": share(float(delta.topk(count).values.double().square().sum()), total),
+            "share_of_signs": share(float(delta.double().sum()) ** 2 / len(delta), total),
+        }
+
+    def texts(self, choice: Choice) -> dict[str, str]:
+        """The configurations: of the adapter, and of the model where it has one."""
+        texts = {CONFIG: json.dumps(self.configuration(choice), indent=2, sort_keys=True) + "\n"}
+        if self.tuned.config:
+            texts["config.json"] = json.dumps(dict(self.tuned.config), indent=2) + "\n"
+        return texts
+
+    def configuration(self, choice: Choice) -> dict[str, Any]:
+        """PEFT's configuration of the adapter."""
+        return configuration(
+            self.ranks(choice),
+            self._stored_whole(choice),
             task=self.task,
-            base=base,
-            is_in_out=any(self.holders[c.name].kind == "Conv1D" for c in self.low_rank),
+            base=self.address,
+            is_in_out=any(self.holders[c.name].kind == "Conv1D" for c in self.matrices),
             has_biases=any(self.holders[c.name].leaf == "bias" for c in self.carried),
         )
-        (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        if self.tuned.config:
-            text = json.dumps(dict(self.tuned.config), indent=2) + "\n"
-            (folder / "config.json").write_text(text, encoding="utf-8")
 
-    def _entries(self, ranks: Mapping[str, int]) -> dict[str, Entry]:
-        """All tensors of the file when the matrices get these ranks."""
-        entries: dict[str, Entry] = {}
-        for done, change in enumerate(self.low_rank):
-            if rank := ranks[change.name]:
-                decompose = partial(self._decompose, change, Progress(done, len(self.low_rank), change.name))
-                holder = self.holders[change.name]
-                factors = Factors(holder, change.shape, change.matrix_shape, rank, self.options.dtype, decompose)
-                entries |= factors.entries()
-        return entries | self._whole()
+    def ranks(self, choice: Choice) -> dict[str, int]:
+        """Module → rank, of those that have factors."""
+        chosen = zip(self.matrices, choice, self.most, strict=True)
+        return {self.holders[c.name].module: rank for c, rank, most in chosen if 0 < rank <= most}
 
-    @cached_property
-    def _metadata(self) -> dict[str, str]:
-        return {"base_sha256": weights_sha256(self.base)}
+    def _stored_whole(self, choice: Choice) -> set[str]:
+        """The modules that are stored whole, those of matrices for which no rank pays among them."""
+        chosen = zip(self.matrices, choice, self.most, strict=True)
+        own = {self.holders[c.name].module for c, rank, most in chosen if rank > most}
+        return self.whole_modules | own
 
-    def _decompose(self, change: Update, at: Progress) -> SVD:
-        self.progress(at)
-        rank = self.ranks[change.name]
-        svd = change.decompose(rank, self.cache)
-        self.lines.append(_line(change, svd, rank, self.options.dtype))
-        return svd
-
-    def _whole(self) -> dict[str, Entry]:
+    def _whole(self, choice: Choice) -> dict[str, Entry]:
         """Name in the file → what is stored as it is: biases, and all parameters of the modules that are whole."""
-        adapted = {self.holders[c.name].module for c in self.low_rank}
-        biases = {c.name for c in self.carried}
+        adapted = {self.holders[c.name].module for c in self.matrices}
+        whole, biases = self._stored_whole(choice), {c.name for c in self.carried}
         stored: dict[str, Entry] = {}
         instead = {c.name: self.base.entries.get(c.counterpart) for c, _ in self.left_out}
         for name, own in self.tuned.entries.items():
             holder, entry = self.holders[name], instead.get(name, own)
             if entry is None:
                 continue
-            modules = [m for m in self._places(name) if _within(m, self.whole_modules)]
+            modules = [m for m in self._places(name) if _within(m, whole)]
             if not modules and name in biases:
                 modules = [f"{holder.module}.base_layer" if holder.module in adapted else holder.module]
             for module in modules:
                 stored[f"{PREFIX}{module}.{holder.leaf}".replace("..", ".")] = entry
         return stored
-
-
-def _line(change: Update, svd: SVD | None, rank: int, dtype: str) -> dict[str, Any]:
-    """What of one matrix is in the file, beside what as many bytes could hold otherwise."""
-    out, width = change.matrix_shape
-    total, size = change.squares[0], rank * (out + width) * FORMATS[dtype].bytes
-    line = {
-        "name": change.name,
-        "role": change.role,
-        "block": change.block,
-        "shape": [out, width],
-        "rank": rank,
-        "bytes": size,
-        "squares": total,
-        "share": 0.0 if svd is None else share(float(svd.S.square().sum()), total),
-        "chance": min(1.0, rank / min(out, width)),
-        "share_of_entries": None,
-        "share_of_signs": None,
-    }
-    if change.factors() is None:
-        delta = change.delta(torch.float32).abs().flatten()
-        count = min(len(delta), size // (FORMATS[dtype].bytes + 4))
-        largest = delta.topk(count).values.double()
-        line["share_of_entries"] = share(float(largest.square().sum()), total)
-        line["share_of_signs"] = share(float(delta.double().sum()) ** 2 / len(delta), total)
-    return line
 
 
 def _within(module: str, modules: set[str]) -> bool:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from specbasis.checkpoint import Entry, open_checkpoint
 from specbasis.checkpoint.atomic import whole, writing
-from specbasis.checkpoint.digest import digest, sealed
+from specbasis.checkpoint.digest import digest
 from specbasis.checkpoint.writer import want_new, write_model
 from specbasis.core.columns import generator_of
 from specbasis.core.dtypes import name_of, widened
@@ -22,66 +21,26 @@ from specbasis.core.errors import InputError, unknown
 from specbasis.core.options import takes
 from specbasis.core.text import shareable
 from specbasis.interventions.evaluators.kit import Judge
-from specbasis.jobs.folder import environment, plain
+from specbasis.jobs.folder import environment, locked, plain
 from specbasis.jobs.progress import Progress, Report, silent
-from specbasis.treatment.extraction import read_record
 from specbasis.treatment.finetunes import MERGED, Finetunes, Source
 from specbasis.treatment.judged import judge_merged
 from specbasis.treatment.methods import Delta, merged
 from specbasis.treatment.options import MergeOptions
-
-if TYPE_CHECKING:
-    from specbasis.figures.table import Table
-
-RECORD = "specbasis_merge.json"
-"""Beside the merged model: what it is made of, parameter by parameter."""
+from specbasis.treatment.treated import Treated, written_record
 
 
 @dataclass(frozen=True, eq=False)
-class Merging:
+class Merging(Treated):
     """Finetunes, merged or mapped.
 
     Attributes:
+        folder: the merged model's; None of a map.
         record: ``parameters``, one for each that any finetune changed, as `Finetunes.line` has them, of a merge the
             finetune "merged" among the others; ``left_out``; ``scores``, as `judged.judge_merged` has them.
-        folder: the merged model's; None of a map.
     """
 
-    record: dict[str, Any]
-    folder: Path | None = None
-
-    @classmethod
-    def load(cls, folder: str | Path) -> Merging:
-        """Read again what an earlier `merge` wrote.
-
-        Raises:
-            InputError: there is no such folder, or its record is not what was written.
-        """
-        return cls(read_record(Path(folder, RECORD)), Path(folder))
-
-    @property
-    def table(self) -> Table:
-        """How the updates stand to each other, by role."""
-        # A value knows no view: these are the only late imports of a room further down.
-        from specbasis.figures.treatment import merging_table
-
-        return merging_table(self)
-
-    @property
-    def scores(self) -> Table | None:
-        """Every task's metric of single finetunes, their mean and the merged model; None where none was judged."""
-        from specbasis.figures.treatment import scores_table
-
-        return scores_table(self) if "scores" in self.record else None
-
-    def report(self, path: str | Path | None = None) -> Path:
-        """Draw cosines and conflicts by block; returns the picture's path, `merge.png` in the folder by default."""
-        from specbasis.figures.treatment import write_merging_figure
-
-        return write_merging_figure(self, path)[0]
-
-    def _repr_html_(self) -> str:
-        return "".join(table.html(inline=True) for table in (self.scores, self.table) if table)
+    RECORD: ClassVar[str] = "specbasis_merge.json"
 
 
 @takes(MergeOptions)
@@ -120,45 +79,67 @@ def merge(
             a name is not known; or ``out`` holds anything.
     """
     chosen, tell, judges = MergeOptions.of(options, keywords), progress or silent, judge or {}
-    if out is not None:
-        want_new(Path(out))
-    elif judges:
-        raise InputError(
-            "got tasks to judge and nothing to write; want a new folder, or no tasks for the map alone"
-        )
+    if out is None:
+        if judges:
+            raise InputError(
+                "got tasks to judge and nothing to write; want a new folder, or no tasks for the map alone"
+            )
+        return Merging(None, _mapped(_opened(base, tuned, chosen.head, tell), chosen, tell))
+    out = Path(out)
+    want_new(out)
+    with locked(out, beside=True):
+        want_new(out)
+        finetunes = _opened(base, tuned, chosen.head, tell, *judges)
+        with writing(out), whole(out) as temporary:
+            return Merging(out, _written(finetunes, chosen, judges, tell, temporary))
+
+
+def _opened(
+    base: Source, tuned: Sequence[Source] | Mapping[str, Source], head: str, tell: Report, *judged: str
+) -> Finetunes:
+    """The finetunes, among which those that options name have to be."""
     finetunes = Finetunes.open(base, tuned, tell)
-    for label in (*judges, *filter(None, [chosen.head])):
+    for label in (*judged, *filter(None, [head])):
         if label not in finetunes.tuned:
             raise unknown("finetune", label, finetunes.tuned)
+    return finetunes
+
+
+def _mapped(finetunes: Finetunes, options: MergeOptions, tell: Report) -> dict[str, Any]:
+    """The record of a map: how the updates stand to each other."""
     lines: list[dict[str, Any]] = []
-    record = {
+    for name in finetunes.changed:
+        tell(Progress(len(lines), len(finetunes.changed), name))
+        lines.append(finetunes.line(name, finetunes.deltas(name), options.ranks))
+    record: dict[str, Any] = plain({**_about(finetunes, options), "parameters": lines, **environment()})
+    return record
+
+
+def _written(
+    finetunes: Finetunes, options: MergeOptions, judges: Mapping[str, Judge], tell: Report, folder: Path
+) -> dict[str, Any]:
+    """The record of a merge, when the model and it are in a folder."""
+    lines: list[dict[str, Any]] = []
+    write_model(finetunes.model(lambda name: _entry(finetunes, name, options, tell, lines), options.head), folder)
+    record = {**_about(finetunes, options), "parameters": lines}
+    if judges:
+        written = open_checkpoint(folder).entries
+        record["scores"] = judge_merged(
+            finetunes,
+            lambda name: _entry(finetunes, name, MergeOptions(), tell),
+            lambda name: written[finetunes.name(name, options.head)],
+            judges,
+        )
+    return written_record(folder / Merging.RECORD, record | environment(("transformers",) if judges else ()))
+
+
+def _about(finetunes: Finetunes, options: MergeOptions) -> dict[str, Any]:
+    return {
         "base": shareable(finetunes.base.source),
         "tuned": {label: shareable(checkpoint.source) for label, checkpoint in finetunes.tuned.items()},
-        "options": chosen.config(),
+        "options": options.config(),
         "left_out": list(finetunes.left_out),
-        "parameters": lines,
-        **environment(("transformers",) if judges else ()),
     }
-    if out is None:
-        for name in finetunes.changed:
-            tell(Progress(len(lines), len(finetunes.changed), name))
-            lines.append(finetunes.line(name, finetunes.deltas(name), chosen.ranks))
-        return Merging(plain(record))
-    with writing(Path(out)), whole(Path(out)) as temporary:
-        write_model(
-            finetunes.model(lambda name: _entry(finetunes, name, chosen, tell, lines), chosen.head), temporary
-        )
-        if judges:
-            written = open_checkpoint(temporary).entries
-            record["scores"] = judge_merged(
-                finetunes,
-                lambda name: _entry(finetunes, name, MergeOptions(), tell),
-                lambda name: written[finetunes.name(name, chosen.head)],
-                judges,
-            )
-        text = json.dumps(sealed(plain(record)), indent=1, ensure_ascii=False) + "\n"
-        (temporary / RECORD).write_text(text, encoding="utf-8")
-    return Merging.load(out)
 
 
 def _entry(

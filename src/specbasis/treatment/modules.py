@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -25,12 +25,15 @@ class Holder:
         leaf: the parameter's name in it.
         kind: the one of `LOW_RANK` that it is; empty where a low-rank update cannot be put on it.
         twins: paths of other modules that hold the same numbers under the same leaf.
+        is_module: False where the live model is known and has its numbers in another module: experts that
+            transformers stacks, whose LoRAs PEFT turns into one of the stack.
     """
 
     module: str
     leaf: str
     kind: str
     twins: tuple[str, ...] = ()
+    is_module: bool = True
 
 
 def holders(checkpoint: Checkpoint, embeddings: frozenset[str]) -> tuple[dict[str, Holder], str]:
@@ -58,7 +61,7 @@ def holders(checkpoint: Checkpoint, embeddings: frozenset[str]) -> tuple[dict[st
         by_name[name] = (
             _held(model, known, places[id(parameters[known])])
             if known
-            else _by_shape(name, checkpoint, name in embeddings)
+            else replace(_by_shape(name, checkpoint, name in embeddings), is_module=False)
         )
     return by_name, type(model).__name__
 

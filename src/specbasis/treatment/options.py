@@ -9,7 +9,15 @@ from specbasis.core.errors import InputError
 from specbasis.core.grammar import parse_bytes
 from specbasis.core.options import ADVANCED, Options, option
 
-FORMS = ("lora", "delta")
+HOW_LARGE = ("rank", "energy", "size")
+FORMS = {
+    "lora": (*HOW_LARGE, "max_rank", "dtype"),
+    "spectral": (*HOW_LARGE, "max_rank"),
+    "delta": ("energy", "size"),
+    "dense": (),
+}
+"""What a finetune can be extracted as, and what of the options says how large that is."""
+
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -21,11 +29,15 @@ class ExtractOptions(Options):
     (`treatment.budget`).
     """
 
-    rank: int | None = option(None, "this rank for every matrix", least=1)
+    rank: int | None = option(None, "this rank for every matrix, or this size of every core", least=1)
     energy: float | None = option(None, "share of the squared update that is kept; default: 0.99", least=0)
-    size: str | int | None = option(None, "bytes of the file, e.g. 24MB", metavar="BYTES")
+    size: str | int | None = option(None, "bytes of the folder, e.g. 24MB", metavar="BYTES")
     form: str = option(
-        "lora", "lora: PEFT's folder; delta: few bits an entry, read by specbasis", flag="--as", choices=FORMS
+        "lora",
+        "lora: PEFT's folder; spectral: cores in the base's own basis, for PEFT with specbasis; read by specbasis "
+        "alone: delta, few bits an entry; dense, what is changed, bit for bit",
+        flag="--as",
+        choices=tuple(FORMS),
     )
     max_rank: int | None = option(None, "no matrix more than this; servers often take 64", panel=ADVANCED, least=1)
     dtype: str = option("float32", "of the stored factors", panel=ADVANCED, choices=DTYPES)
@@ -38,21 +50,24 @@ class ExtractOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given = [name for name in ("rank", "energy", "size") if getattr(self, name) is not None]
+        given = [name for name in HOW_LARGE if getattr(self, name) is not None]
         if len(given) > 1:
             raise InputError(f"got {' and '.join(given)}; want one of rank, energy and size")
-        if not given:
+        set_ = [*given, *(["max_rank"] if self.max_rank else []), *(["dtype"] if self.dtype != "float32" else [])]
+        wrong = [name for name in set_ if name not in FORMS[self.form]]
+        if wrong:
+            takes = ", ".join(FORMS[self.form]) or "none, since it holds all"
+            raise InputError(f"got {' and '.join(wrong)} with --as {self.form}, which takes of these: {takes}")
+        if not given and self.form != "dense":
             object.__setattr__(self, "energy", 0.99)
         if self.energy is not None and not 0 < self.energy <= 1:
             raise InputError(f"got energy = {self.energy}; want a share above 0 and at most 1")
-        if self.form == "delta" and (self.rank or self.max_rank or self.dtype != "float32"):
-            raise InputError("a delta shares out bits, not ranks; give size or energy, without rank and dtype")
         if self.budget is not None and self.budget < 1:
             raise InputError(f"got size = {self.size}; want more than nothing, such as '24MB'")
 
     @property
     def budget(self) -> int | None:
-        """Bytes of the file."""
+        """Bytes of the folder."""
         return parse_bytes(self.size) if isinstance(self.size, str) else self.size
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -13,6 +10,7 @@ from torch import Tensor
 from specbasis.checkpoint.delta import expanded, packed
 from specbasis.core.statistics import Array
 from specbasis.core.svd import SVD
+from specbasis.treatment.budget import Curve, left_of
 
 DISTORTION = {0: 1.0, 1: 0.3634, 2: 0.1188, 4: 0.01154}
 """Bits an entry → share of the square that the best uniform quantiser of normal numbers loses. Source: Max 1960."""
@@ -27,63 +25,26 @@ FEW_ROWS = 0.5
 """Where fewer rows than this share changed, such as tokens that were seen, only they are stored."""
 
 
-@dataclass(frozen=True, eq=False)
-class Curve:
-    """What a matrix costs and loses at each number of directions and of bits.
+def curve(squares: Array, shape: tuple[int, int]) -> Curve:
+    """What a matrix costs and loses at each number of bits and directions; see `setting`.
 
-    Attributes:
+    The loss is predicted: the error of 8 bits a direction is left out, since what is left corrects it.
+
+    Args:
         squares: of the singular values of its update, descending.
         shape: (rows that changed, in).
     """
-
-    squares: Array
-    shape: tuple[int, int]
-
-    def bytes(self, bits: int) -> Array:
-        """At 0, 1, … directions."""
-        out, width = self.shape
-        ranks = np.arange(len(self.squares) + 1)
-        left = -(-out * width * bits // 8) + SCALE * out if bits else 0
-        return np.asarray(ranks * (out + width + 2 * SCALE) + left, dtype=np.float64)
-
-    def lost(self, bits: int) -> Array:
-        """Of the square, predicted: the error of 8 bits a direction is left out, since what is left corrects it."""
-        tail = self.squares.sum() - np.concatenate([[0.0], np.cumsum(self.squares)])
-        return np.asarray(np.clip(tail, 0.0, None) * DISTORTION[bits])
-
-    def best(self, price: float) -> tuple[int, int, float, float]:
-        """Directions, bits, bytes and loss at which lost + price · bytes is least."""
-        costs = {bits: self.lost(bits) + price * self.bytes(bits) for bits in DISTORTION}
-        bits = min(costs, key=lambda b: costs[b].min())
-        rank = int(costs[bits].argmin())
-        return rank, bits, float(self.bytes(bits)[rank]), float(self.lost(bits)[rank])
+    out, width = shape
+    directions, left = np.arange(len(squares) + 1) * (out + width + 2 * SCALE), left_of(squares)
+    sizes = [directions + (-(-out * width * bits // 8) + SCALE * out if bits else 0) for bits in DISTORTION]
+    return Curve(
+        np.concatenate(sizes).astype(np.float64), np.concatenate([left * lost for lost in DISTORTION.values()])
+    )
 
 
-def shared_out(curves: Sequence[Curve], budget: float | None, share: float) -> list[tuple[int, int]]:
-    """Directions and bits of each matrix: one price of a byte for all of them, found by bisection.
-
-    The choice is the best of its size: less lost at no more bytes would be less lost + price · bytes.
-
-    Args:
-        curves: of the matrices.
-        budget: bytes; None to keep ``share`` instead.
-        share: of the square of all updates.
-    """
-    total = sum(float(curve.squares.sum()) for curve in curves)
-    low, high = -40.0, 10.0  # of log10(price / total)
-
-    def chosen(exponent: float) -> list[tuple[int, int, float, float]]:
-        return [curve.best(total * 10**exponent) for curve in curves]
-
-    def is_enough(found: list[tuple[int, int, float, float]]) -> bool:
-        if budget is not None:
-            return sum(one[2] for one in found) <= budget
-        return sum(one[3] for one in found) > (1 - share) * total
-
-    for _ in range(80):  # until the ends are one price
-        middle = (low + high) / 2
-        low, high = (low, middle) if is_enough(chosen(middle)) else (middle, high)
-    return [(rank, bits) for rank, bits, _, _ in chosen(high if budget is not None else low)]
+def setting(option: int, ranks: int) -> tuple[int, int]:
+    """Directions and bits of an option of a `curve` of so many ranks."""
+    return option % (ranks + 1), list(DISTORTION)[option // (ranks + 1)]
 
 
 def changed_rows(delta: Float[Tensor, "out in"]) -> Tensor | None:

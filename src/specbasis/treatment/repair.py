@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import isnan
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -17,39 +18,46 @@ from specbasis.core.errors import InputError
 from specbasis.core.grammar import parse_bytes
 from specbasis.core.options import takes
 from specbasis.core.statistics import bootstrap, percentile_interval
+from specbasis.core.text import shareable
 from specbasis.interventions.evaluators import describe, judge
 from specbasis.interventions.evaluators.kit import Judge
 from specbasis.interventions.samples import Sample
 from specbasis.jobs.cache import Cache
 from specbasis.jobs.cost import cache_folder
-from specbasis.jobs.experiments import Row, run_experiments
-from specbasis.jobs.folder import WHERE_USED, write_json
+from specbasis.jobs.experiments import Row, read_experiments, run_experiments
+from specbasis.jobs.folder import WHERE_USED, locked
 from specbasis.jobs.progress import Report
 from specbasis.treatment.judged import score
 from specbasis.treatment.options import RepairOptions
 from specbasis.treatment.points import INTERPOLATION, Ways, grid
+from specbasis.treatment.treated import Treated, written_record
 
-MODEL, RECORD = "model", "repair.json"
-"""In the folder of the rows: the repaired model, and what was chosen and why."""
+MODEL = "model"
+"""In the folder of the rows: the repaired model."""
 
 HALVES = ("choice", "report")
 """The examples with even numbers choose the point, those with odd numbers say what it is worth."""
 
 
 @dataclass(frozen=True, eq=False)
-class Repair:
+class Repair(Treated):
     """What `repair` found.
 
     Attributes:
         folder: rows, record, and the repaired model in `model` if there is one.
+        record: the chosen point, the best interpolation beside it, and the sentence.
         rows: one for each point; ``keep`` and ``recover`` are the metrics, ``back`` the share of what was forgotten
             that came back, each of both halves of the examples (``choice.…`` and ``report.…``) with its interval.
-        record: the chosen point, the best interpolation beside it, and the sentence.
     """
 
+    RECORD: ClassVar[str] = "repair.json"
     folder: Path
-    rows: tuple[Row, ...]
-    record: dict[str, Any]
+    rows: tuple[Row, ...] = ()
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Repair:
+        """See `Treated.load`."""
+        return replace(super().load(folder), rows=tuple(read_experiments(folder)))
 
     @property
     def sentence(self) -> str:
@@ -125,16 +133,21 @@ def repair(
         uses=WHERE_USED,
         progress=progress,
     )
-    ends: list[dict[str, Any]] = [{"way": "tuned"}, {"way": "base"}]
-    rows = run(ends)
-    if _anything_forgotten(rows):
-        rows = run([*ends, *grid()])
-    record = conclude(rows, chosen.tolerance / 100)
-    point = record["chosen"]
-    if point and not (out / MODEL).exists():
-        write_model(bench.ways.at(point)[0], out / MODEL)
-    write_json(out / RECORD, record)
-    return Repair(out, tuple(rows), record)
+    with locked(out, beside=True):
+        ends: list[dict[str, Any]] = [{"way": "tuned"}, {"way": "base"}]
+        rows = run(ends)
+        if _anything_forgotten(rows):
+            rows = run([*ends, *grid()])
+        record = {
+            "base": shareable(pretrained.source),
+            "tuned": shareable(finetuned.source),
+            **conclude(rows, chosen.tolerance / 100),
+        }
+        point = record["chosen"]
+        if point and not (out / MODEL).exists():
+            write_model(bench.ways.at(point)[0], out / MODEL)
+        record = written_record(out / Repair.RECORD, record)
+    return Repair(out, record, tuple(rows))
 
 
 def recovery(text: str, base: str | Path, limit: int | None = None) -> Judge:
@@ -283,7 +296,9 @@ def _anything_forgotten(rows: Sequence[Row]) -> bool:
     """
     for row in rows:
         if row.error is not None:
-            raise InputError(f"{row.experiment['way']}: {row.error}; the same command tries it again")
+            # Of an input that is wrong the message says what to do; anything else may pass.
+            again = "; the same command tries it again" if re.match(r"\w*(Error|Exception): ", row.error) else ""
+            raise InputError(f"{row.experiment['way']}: {row.error}{again}")
     first = rows[0].values
     return bool(first["choice.forgotten_low"] > 0 and first["report.forgotten"] > 0)
 

@@ -98,8 +98,7 @@ class Update:
         if theirs is self.tuned.entries[self.name]:
             return 0.0, math.inf
         if (factors := self.factors()) is not None:
-            B, A = (factor.double() for factor in factors)
-            return float(((B.mT @ B) * (A @ A.mT)).sum().clamp(min=0)), math.inf
+            return square_of(*factors), math.inf
         T = self.tuned[self.name].double()
         size = float(T.square().sum())
         largest = float(T.abs().max()) if T.numel() else 0.0
@@ -131,7 +130,7 @@ class Update:
             NonFiniteError: it holds NaN or Inf.
         """
         if self.is_matrix:
-            pair = self.read(self.tuned, self.name), self._base_matrix()
+            pair = self.read(self.tuned, self.name), self.base_matrix()
         else:
             pair = self.tuned[self.name], self.base[self.counterpart]
         delta = (pair[0].double() - pair[1].double()).to(dtype)
@@ -159,16 +158,26 @@ class Update:
             return svd.truncate(min(ranks, len(svd.S)))
         if cache is not None:
             return cache.decompose(self.delta(), name=self.name).truncate(ranks)
-        return decompose(self.read(self.tuned, self.name), ranks, minus=self._base_matrix(), name=self.name)
+        return decompose(self.read(self.tuned, self.name), ranks, minus=self.base_matrix(), name=self.name)
 
     def spectrum(self, cache: Cache | None = None) -> Float[Tensor, " short"]:
         """All singular values of the update; without a cache at half of the price of the vectors."""
         if cache is not None or self.factors() is not None:
             return self.decompose(min(self.matrix_shape), cache).spectrum
         T = self.read(self.tuned, self.name)
-        return half_svd(T, 0, minus=self._base_matrix(), name=self.name).spectrum
+        return half_svd(T, 0, minus=self.base_matrix(), name=self.name).spectrum
 
-    def _base_matrix(self) -> Tensor:
+    def held(self, B: Float[Tensor, "out r"], A: Float[Tensor, "r in"]) -> float:
+        """The share of ‖delta‖² that a product holds: 1 − ‖delta − B A‖² / ‖delta‖²."""
+        B, A, factors = B.double(), A.double(), self.factors()
+        if factors is None:
+            lost = float((self.delta() - B @ A).square().sum())
+        else:
+            lost = square_of(torch.cat([factors[0].double(), B], 1), torch.cat([factors[1].double(), -A]))
+        return max(0.0, 1 - lost / self.squares[0])
+
+    def base_matrix(self) -> Float[Tensor, "out in"]:
+        """The base's matrix."""
         return self.read(self.base, self.counterpart)
 
 
@@ -261,6 +270,12 @@ def differing(base: Checkpoint, tuned: Checkpoint, report: Report = silent) -> l
         raise InputError(f"{tuned.source}: every number is the base's; nothing differs from {base.source}")
     refuse_another_base(base, tuned, changes)
     return changes
+
+
+def square_of(B: Float[Tensor, "out r"], A: Float[Tensor, "r in"]) -> float:
+    """‖B A‖² of a product that is not formed."""
+    B, A = B.double(), A.double()
+    return float(((B.mT @ B) * (A @ A.mT)).sum().clamp(min=0))
 
 
 def share(part: float, total: float) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from specbasis.comparison.comparison import Comparison
@@ -47,16 +47,8 @@ def render(comparison: Comparison, pairs: list[Pair]) -> bytes:
     limit = int(np.clip(MOST_POINTS // max(1, points), 32, MOST_RANKS))
     plotly = (files("specbasis.figures.page") / "plotly.js.gz").read_bytes()
     script = _asset("page.js")
-    environment = Environment(
-        loader=PackageLoader("specbasis.figures.page", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["breakable"] = _breakable
     about = [_about(pair.label, comparison) for pair in pairs]
-    text = environment.get_template("page.html").render(
+    text = _template("page.html").render(
         manifest=manifest,
         manifest_text=json.dumps(manifest, indent=1, ensure_ascii=False),
         pairs=about,
@@ -73,6 +65,23 @@ def render(comparison: Comparison, pairs: list[Pair]) -> bytes:
         data=[Markup(_json(_data(pair, limit))) for pair in pairs],
     )
     return text.encode("utf-8", "replace")
+
+
+def render_treatment(**about: Any) -> str:
+    """The page of what a treatment made: no script, one picture inside; see `figures.treatment.write_page`."""
+    return _template("treatment.html").render(style=Markup(_asset("page.css")), **about)
+
+
+def _template(name: str) -> Template:
+    environment = Environment(
+        loader=PackageLoader("specbasis.figures.page", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["breakable"] = _breakable
+    return environment.get_template(name)
 
 
 def _columns(manifest: dict[str, Any], pairs: list[Pair]) -> list[tuple[str, str, str, str]]:

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from specbasis.adapter.layouts import CONV1D, LINEAR, layout_of
-from specbasis.adapter.proof import Proof, empty_proof, prove, settled_basis
 from specbasis.adapter.state import Frozen
+from specbasis.checkpoint.proof import Proof, empty_proof, prove, settled_basis
 from specbasis.core.errors import InputError
 from specbasis.core.svd import SVD, decompose
 from specbasis.finetuning.methods.kit import CHILD, Added, additions, joined
@@ -19,7 +19,7 @@ class Update(Added):
     """A linear update of a frozen weight: W' = W + D, applied as y + D x without forming D.
 
     The frozen singular vectors are not saved: they are computed from the base weight again, and a sketch in the
-    saved tensors proves that they are the trained ones (`specbasis.adapter.proof`).
+    saved tensors proves that they are the trained ones (`specbasis.checkpoint.proof`).
     """
 
     def __init__(self, layer: nn.Module, ranks: int, name: str) -> None:

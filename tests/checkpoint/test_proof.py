@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specbasis.adapter import proof as proofs
-from specbasis.adapter.proof import COLUMNS, TOLERANCE, align, check_stored, prove, sketch, weight_digest
+from specbasis.checkpoint import proof as proofs
+from specbasis.checkpoint.proof import COLUMNS, TOLERANCE, align, check_stored, prove, sketch, weight_digest
 from specbasis.core.errors import InputError
 from specbasis.core.svd import SVD, decompose
 from tests.adapter.helpers import matrix

@@ -1,0 +1,84 @@
+"""What a treatment made: a folder, and beside what is in it the record of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from specbasis.checkpoint.digest import proven, sealed
+from specbasis.checkpoint.regular import read_json
+from specbasis.core.errors import InputError
+from specbasis.jobs.folder import plain, write_json
+
+if TYPE_CHECKING:
+    from specbasis.figures.table import Table
+
+
+@dataclass(frozen=True, eq=False)
+class Treated:
+    """What a treatment made.
+
+    Attributes:
+        folder: where it is; None where nothing was written.
+        record: what it is and how it came about, as JSON has it.
+    """
+
+    folder: Path | None
+    record: dict[str, Any]
+
+    RECORD: ClassVar[str] = ""
+    """Name of the record's file."""
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """Read again what an earlier call wrote.
+
+        Raises:
+            InputError: there is no such folder, or its record is not what was written.
+        """
+        path = Path(folder, cls.RECORD)
+        try:
+            return cls(Path(folder), proven(read_json(path)))
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"{path}: no record of {cls.__name__.lower()} ({error}); want a folder that it wrote"
+            ) from error
+
+    @property
+    def table(self) -> Table:
+        """What came of it, in numbers."""
+        # A value knows no view: these are the only late imports of a room further down.
+        from specbasis.figures.treatment import tables
+
+        return tables(self)[0]
+
+    @property
+    def scores(self) -> Table | None:
+        """The metrics of its tasks; None where none was judged."""
+        from specbasis.figures.treatment import tables
+
+        return next(iter(tables(self)[1:]), None)
+
+    def report(self, path: str | Path | None = None) -> Path:
+        """Write the page, by default `report.html` in the folder, and return its path.
+
+        Raises:
+            InputError: the libraries of the extra ``report`` are missing, or the path cannot be written.
+        """
+        from specbasis.figures.treatment import write_page
+
+        return write_page(self, Path(path) if path else (self.folder or Path()) / "report.html")
+
+    def _repr_html_(self) -> str:
+        from specbasis.figures.treatment import tables
+
+        return "".join(table.html(inline=True) for table in tables(self))
+
+
+def written_record(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Write a record with its seal; returns it as it is read again."""
+    kept: dict[str, Any] = sealed(plain(record))
+    write_json(path, kept)
+    return kept
