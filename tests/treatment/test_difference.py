@@ -192,7 +192,7 @@ def test_cached_decompositions_are_used_and_give_the_same(models, tmp_path: Path
     entries = len(list((tmp_path / "cache").iterdir()))
     assert entries
     for name in ("decompose", "half_svd"):
-        monkeypatch.setattr(f"specbasis.treatment.difference.{name}", lambda *_, **__: pytest.fail("decomposed"))
+        monkeypatch.setattr(f"specbasis.treatment.updates.{name}", lambda *_, **__: pytest.fail("decomposed"))
     monkeypatch.setattr("specbasis.jobs.cache.decompose", lambda *_, **__: pytest.fail("decomposed again"))
     second = extracted(models, tmp_path / "second", energy=0.95, cache=tmp_path / "cache")
     assert len(list((tmp_path / "cache").iterdir())) == entries

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -226,6 +227,7 @@ def test_a_process_without_specbasis_loads_the_folder(tmp_path):
         torch.save((function(base), function(tuned)), tmp_path / name / "want.pt")
     code = """
 import sys
+import warnings
 sys.modules["specbasis"] = None
 import torch, transformers, peft
 for name, kind in (("bert", "SequenceClassification"), ("llama tied", "CausalLM")):
@@ -526,6 +528,65 @@ def test_the_least_size_that_a_refusal_names_is_enough(berts, tmp_path):
     least = int(str(refusal.value).partition("want ")[2].partition(" bytes")[0].replace(",", ""))
     extraction = extract(berts / "base", berts / "tuned", tmp_path / "out", size=least)
     assert sum(line["rank"] for line in extraction.matrices) >= 1
+
+
+def test_what_is_carried_arrives_beside_matrices_of_no_rank_of_some_and_stored_whole(tmp_path):
+    base, tuned = pair(tmp_path, bert)
+    shaken(tuned, size=1.0, only="output.dense.weight").save_pretrained(tmp_path / "tuned")
+    wanted = open_checkpoint(tmp_path / "tuned")
+    seen = set()
+    for size in ("32kB", "34kB", "36kB", "45kB"):
+        extraction = extract(tmp_path / "base", tmp_path / "tuned", tmp_path / size, size=size)
+        kinds = {"whole" if line.get("whole") else bool(line["rank"]) for line in extraction.matrices}
+        seen |= kinds
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            merged = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / size).merge_and_unload()
+        state = merged.state_dict()
+        for name in (item["name"] for item in extraction.record["carried"]):
+            assert torch.equal(state[name], wanted[name]), (size, name)
+        for line in extraction.matrices:
+            if line.get("whole"):
+                assert torch.equal(state[line["name"]], wanted[line["name"]])
+    assert seen == {True, False, "whole"}
+
+
+def test_a_rank_that_does_not_pay_is_told_and_by_rank_alone_given(berts, tmp_path):
+    asked = extract(berts / "base", berts / "tuned", tmp_path / "asked", rank=64)
+    assert all(line["rank"] == min(line["shape"]) and "whole" not in line for line in asked.matrices)
+    assert any("a LoRA of rank 64 takes more bytes than the matrix" in note for note in asked.record["notes"])
+    spread = extract(berts / "base", berts / "tuned", tmp_path / "spread", energy=0.999)
+    for line in spread.matrices:
+        out, width = line["shape"]
+        if line.get("whole"):
+            assert (line["bytes"], line["share"]) == (4 * out * width, 1.0)
+        else:
+            assert line["rank"] <= out * width // (out + width)
+    assert any("takes more bytes than the matrix" in note for note in spread.record["notes"])
+    assert spread.record["total"]["bytes"] < asked.record["total"]["bytes"]
+    capped = extract(berts / "base", berts / "tuned", tmp_path / "capped", energy=0.999, carry=False)
+    assert not any(line.get("whole") for line in capped.matrices)
+    assert any("99.90% was asked for" in note for note in capped.record["notes"])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_the_share_is_that_of_the_factors_as_they_are_stored(dtype, berts, tmp_path):
+    extraction = extract(berts / "base", berts / "tuned", tmp_path / "out", rank=8, dtype=dtype)
+    factors, by_name = load_file(tmp_path / "out/adapter_model.safetensors"), deltas(berts)
+    compared = 0
+    for line in extraction.matrices:
+        key = f"base_model.model.{line['name'].removesuffix('.weight')}.lora_"
+        if f"{key}A.weight" in factors:
+            delta = by_name[line["name"]]
+            product = factors[f"{key}B.weight"].double() @ factors[f"{key}A.weight"].double()
+            share = 1 - float((delta - product).square().sum() / delta.square().sum())
+            assert line["share"] == pytest.approx(share, abs=1e-12)
+            best = torch.linalg.svdvals(delta).square()
+            # Rounding costs what it costs: an unrounded share would be the best one to the last digit.
+            gap = float(best[:8].sum() / best.sum()) - line["share"]
+            assert gap > 1e-7 if dtype == "bfloat16" else gap > -1e-12
+            compared += 1
+    assert compared > 8
 
 
 def test_a_size_that_biases_alone_do_not_fit_into(tmp_path):

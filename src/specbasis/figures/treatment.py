@@ -5,11 +5,10 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from math import hypot, nan, prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,28 +21,23 @@ from specbasis.figures.kit import Axes, Figure
 from specbasis.figures.table import Column, Table
 from specbasis.treatment.extract import Extraction
 from specbasis.treatment.finetunes import MERGED
+from specbasis.treatment.form import among
 from specbasis.treatment.merge import Merging
 from specbasis.treatment.repair import Repair
 from specbasis.treatment.treated import Treated
 
 
-@dataclass(frozen=True)
-class View:
-    """How what a treatment made is shown.
-
-    Attributes:
-        verb: of the command; its picture has this name.
-        tables: in all; the first one is `Treated.table`.
-        matrices: one line for each matrix; None where there is none.
-        sentences: what is said below the tables.
-        figure: the picture; None where there is nothing to draw.
+class View(NamedTuple):
+    """How what a treatment made is shown: the verb of the command, which its picture is called, and what makes the
+    tables, the lines on single matrices, the sentences below them, and the picture, if there is anything to draw.
     """
 
     verb: str
     tables: Callable[[Any], tuple[Table, ...]]
-    matrices: Callable[[Any], Table | None]
+    lines: Callable[[Any], list[dict[str, Any]]]
     sentences: Callable[[Any], list[str]]
-    figure: Callable[[Any], Callable[[], Figure] | None]
+    figure: Callable[[Any], Figure]
+    drawn: Callable[[Any], Any]
 
 
 def view(treated: Treated) -> View:
@@ -66,10 +60,9 @@ def write_page(treated: Treated, path: Path) -> Path:
     from specbasis.figures.page import render_treatment
 
     shown, picture = view(treated), ""
-    if make := shown.figure(treated):
-        pictures = [path.with_name(f"{shown.verb}.{form}") for form in ("png", "svg")]
-        kit.write_figure(pictures[0], make)
-        picture = "data:image/svg+xml;base64," + base64.b64encode(pictures[1].read_bytes()).decode("ascii")
+    if shown.drawn(treated):
+        _, vector = kit.write_figure(path.with_name(f"{shown.verb}.png"), partial(shown.figure, treated))
+        picture = "data:image/svg+xml;base64," + base64.b64encode(vector.read_bytes()).decode("ascii")
     record = {**dict.fromkeys(("notes", "carried", "left_out"), ()), **treated.record}
     manifest = {key: value for key, value in record.items() if key not in LISTED}
     tuned = record["tuned"]
@@ -78,13 +71,19 @@ def write_page(treated: Treated, path: Path) -> Path:
         record=record,
         tuned=list(tuned.values()) if isinstance(tuned, Mapping) else [tuned],
         tables=shown.tables(treated),
-        matrices=shown.matrices(treated),
+        matrices=Table.of([_cells(line) for line in shown.lines(treated)], ".3g").filled(),
         sentences=shown.sentences(treated),
         picture=picture,
         manifest=json.dumps(manifest, indent=1, ensure_ascii=False),
     )
     write_whole(path, text)
     return path
+
+
+def _cells(line: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a line fits into cells."""
+    shape = {"shape": " × ".join(map(str, line["shape"]))}
+    return {name: value for name, value in {**line, **shape}.items() if not isinstance(value, list | dict)}
 
 
 LISTED = ("matrices", "parameters", "carried", "left_out", "notes", "scores", "sha256")
@@ -102,7 +101,7 @@ SHARES = (
 OF_LINES = ("share", "chance", "share_of_entries", "share_of_signs", "share_of_lora")
 """The shares in the lines of an extraction, in the order of the columns."""
 
-ROLE_COLUMNS = (
+COLUMNS = (
     Column("role", title="what the matrices do in their block", words=True),
     Column("matrices", title="number of matrices", narrow="n"),
     Column("whole", title="of these stored as they are"),
@@ -111,44 +110,25 @@ ROLE_COLUMNS = (
     Column("MB", ".2f", "stored, millions of bytes"),
     *SHARES,
 )
-MATRIX_COLUMNS = (
-    Column("matrix", words=True),
-    Column("role", words=True),
-    Column("shape", words=True),
-    Column("rank"),
-    Column("whole", words=True),
-    Column("bits"),
-    Column("kB", ".1f"),
-    *SHARES,
-)
 
 
 def _extraction_tables(extraction: Extraction) -> tuple[Table, ...]:
     """What is kept, by role, weighted with the size of the update, and in all; and the scores."""
-    lines = extraction.matrices
-    roles = sorted({line["role"] for line in lines}, key=lambda role: (_place(role), role))
-    rows = [_row(role or "other", [line for line in lines if line["role"] == role]) for role in roles]
-    kept = Table(ROLE_COLUMNS, (*rows, _row("all", lines)), total=True).filled()
-    scores = extraction.record.get("scores", {})
-    records = [{"metric": metric, **values} for metric, values in scores.items()]
+    kept = Table(COLUMNS, _by_role(extraction.matrices, _row), total=True).filled()
+    records = [{"metric": metric, **values} for metric, values in extraction.record.get("scores", {}).items()]
     return (kept, Table.of(records, ".4f")) if records else (kept,)
 
 
-def _extraction_matrices(extraction: Extraction) -> Table:
-    rows = (
-        (
-            line["name"],
-            line["role"] or "other",
-            " × ".join(map(str, line["shape"])),
-            line["rank"],
-            "yes" if line.get("whole") else None,
-            line.get("bits"),
-            line["bytes"] / 1e3,
-            *(line.get(name) for name in OF_LINES),
-        )
-        for line in extraction.matrices
-    )
-    return Table(MATRIX_COLUMNS, tuple(rows)).filled()
+def _by_role(
+    lines: Sequence[Mapping[str, Any]], row: Callable[..., tuple[Any, ...]]
+) -> tuple[tuple[Any, ...], ...]:
+    """A row for the lines of each role, and the last one for all."""
+    own = {role: [line for line in lines if line["role"] == role] for role in _roles(lines)}
+    return (*(row(role or "other", members) for role, members in own.items()), row("all", lines))
+
+
+def _roles(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    return sorted({line["role"] for line in lines}, key=lambda role: (_place(role), role))
 
 
 def _extraction_sentences(extraction: Extraction) -> list[str]:
@@ -159,8 +139,7 @@ def _extraction_sentences(extraction: Extraction) -> list[str]:
         f"{total['tuned_bytes'] / 1e6:.3g} MB"
     ]
     if without:
-        more = f" and {len(without) - 1} more" if len(without) > 1 else ""
-        said.append(f"nothing kept of {without[0]}{more}: less for the bytes than in the others")
+        said.append(f"nothing kept of {among(without)}: less for the bytes than in the others")
     if carried:
         share = sum(item["share_of_update"] for item in carried)
         said.append(f"carried whole: {len(carried)} parameters, new or no matrices ({share:.2%} of the update)")
@@ -206,7 +185,7 @@ def _by_block(lines: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> 
     figure, axes = kit.panels(
         1, 2, (4.6, 2.9), f"{number_of(len(lines), 'matrix')} of the finetune", between=0.7, below=1.1
     )
-    roles = sorted({line["role"] for line in lines}, key=lambda role: (_place(role), role))
+    roles = _roles(lines)
     for (name, title), ax in zip(titles.items(), axes[0], strict=True):
         for i, role in enumerate(roles):
             own = [line for line in lines if line["role"] == role]
@@ -241,19 +220,18 @@ OUTCOME = (
 
 def _merging_tables(merging: Merging) -> tuple[Table, ...]:
     """How the updates stand to each other, by role, the last line over all parameters; and the scores."""
-    lines = merging.record["parameters"]
-    roles = sorted({line["role"] for line in lines}, key=lambda role: (_place(role), role))
-    rows = [_standing(role, [line for line in lines if line["role"] == role]) for role in roles]
     columns = (*PAIRS, *(OUTCOME if merging.folder else DIRECTIONS))
-    cells = (tuple(row[column.name] for column in columns) for row in (*rows, _standing("all", lines)))
-    table = Table(columns, tuple(cells), total=True)
+
+    def row(role: str, lines: Sequence[Mapping[str, Any]]) -> tuple[Any, ...]:
+        standing = _standing(role, lines)
+        return tuple(standing[column.name] for column in columns)
+
+    table = Table(columns, _by_role(merging.record["parameters"], row), total=True)
     return (table, _scores_table(merging)) if "scores" in merging.record else (table,)
 
 
-def _merging_matrices(merging: Merging) -> Table:
-    columns = (Column("parameter", words=True), *PAIRS, *(OUTCOME if merging.folder else DIRECTIONS))
-    rows = [{"parameter": line["name"], **_standing(line["role"], [line])} for line in merging.record["parameters"]]
-    return Table(columns, tuple(tuple(row[column.name] for column in columns) for row in rows))
+def _merging_lines(merging: Merging) -> list[dict[str, Any]]:
+    return [{**line, **_standing(line["role"], [line])} for line in merging.record["parameters"]]
 
 
 def _merging_sentences(merging: Merging) -> list[str]:
@@ -310,9 +288,8 @@ def _scores_table(merging: Merging) -> Table:
 
 def _merging_figure(merging: Merging) -> Figure:
     """Cosine and conflicts of the updates by block, a line for each role."""
-    lines = [{**line, **_standing(line["role"], [line])} for line in merging.record["parameters"]]
     titles = {"cosine": "cosine of two updates", "conflicts": "share of entries that are in conflict"}
-    return _by_block(lines, titles)[0]
+    return _by_block(_merging_lines(merging), titles)[0]
 
 
 # --- repair -------------------------------------------------------------------------------------------------------
@@ -365,22 +342,18 @@ VIEWS: dict[type[Treated], View] = {
     Extraction: View(
         "extract",
         _extraction_tables,
-        _extraction_matrices,
+        lambda extraction: extraction.matrices,
         _extraction_sentences,
-        lambda extraction: partial(_extraction_figure, extraction) if extraction.matrices else None,
+        _extraction_figure,
+        lambda extraction: extraction.matrices,
     ),
-    Merging: View(
-        "merge",
-        _merging_tables,
-        _merging_matrices,
-        _merging_sentences,
-        lambda merging: partial(_merging_figure, merging),
-    ),
+    Merging: View("merge", _merging_tables, _merging_lines, _merging_sentences, _merging_figure, lambda _: True),
     Repair: View(
         "repair",
         _repair_tables,
-        lambda _: None,
+        lambda _: [],
         lambda repair: [repair.sentence],
-        lambda repair: partial(_frontier, repair) if any("amount" in r.experiment for r in repair.rows) else None,
+        _frontier,
+        lambda repair: any("amount" in row.experiment for row in repair.rows),
     ),
 }

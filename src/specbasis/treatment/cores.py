@@ -14,13 +14,12 @@ from specbasis.checkpoint.entry import Entry
 from specbasis.checkpoint.proof import COLUMNS, TOLERANCE, prove
 from specbasis.core.errors import InputError
 from specbasis.core.extras import require
-from specbasis.core.svd import SVD, decompose
 from specbasis.treatment.budget import Curve
 from specbasis.treatment.form import Choice, made_together
 from specbasis.treatment.lora import base_address
 from specbasis.treatment.low_rank import LowRank
 from specbasis.treatment.modules import Holder
-from specbasis.treatment.updates import Update, share
+from specbasis.treatment.updates import Update, leading, share
 
 ORIGIN = 10
 """Whole numbers of 8 bytes that say what a basis is of."""
@@ -48,9 +47,10 @@ class Cores(LowRank):
                 f"{self.tuned.source}: no linear layer of it differs from the base's; want another form (--as)"
             )
         self.most, curves = [], []
-        for change in self.counted("basis of "):
-            wanted = min(self.options.rank or min(change.matrix_shape), self.options.max_rank or 1 << 62)
-            basis = self._basis(change, wanted)
+        for change in self.matrices:
+            short = min(change.matrix_shape)
+            wanted = min(short, self.options.rank or short, self.options.max_rank or short)
+            basis = leading(self.tell(change, "basis of ").base_matrix(), wanted, self.cache, change.name)
             self.most.append(int((basis.bound <= TOLERANCE / 8).long().cumprod(0).sum()))
             curves.append(_curve(basis.core(change.delta()), change.squares[0], self.most[-1]))
         choice = list(self.most) if self.options.rank else self.spread(curves)
@@ -61,12 +61,6 @@ class Cores(LowRank):
         """See `LowRank.takes`: linear layers alone."""
         return holder.kind in ("Linear", "Conv1D") and holder.is_module
 
-    def _basis(self, change: Update, ranks: int) -> SVD:
-        W, ranks = change.base_matrix(), min(ranks, *change.matrix_shape)
-        if self.cache is not None:
-            return self.cache.decompose(W, name=change.name).truncate(ranks)
-        return decompose(W, ranks, name=change.name)
-
     def parts(self, change: Update, rank: int) -> dict[str, Entry]:
         """The core of one matrix, and the proof of its basis."""
         module = f"{PREFIX}{self.holders[change.name].module}"
@@ -76,14 +70,12 @@ class Cores(LowRank):
         return made_together(formats, partial(self._made, change, rank))
 
     def _made(self, change: Update, rank: int) -> dict[str, Tensor]:
-        self.tell(change)
-        basis, module = self._basis(change, rank), self.holders[change.name].module
-        exact = basis.core(change.delta())
-        M, proof = exact.float(), prove(basis, (0, rank), change.base_matrix())
-        held = float((2 * exact * M - M.double().square()).sum())
-        size = int(_bytes(np.array(rank)))
-        own = self.beside(change, rank, size)
-        self.note(change, rank=rank, bytes=size, share=share(held, change.squares[0]), **own)
+        W, module = self.tell(change).base_matrix(), self.holders[change.name].module
+        basis = leading(W, rank, self.cache, change.name)
+        exact, proof = basis.core(change.delta()), prove(basis, (0, rank), W)
+        M, size = exact.float(), int(_bytes(np.array(rank)))
+        held = share(float((2 * exact * M - M.double().square()).sum()), change.squares[0])
+        self.note(change, rank=rank, bytes=size, share=held, **self.beside(change, rank, size))
         parts = {"M": M, **{part: getattr(proof, part) for part in PROOF}}
         self.digests[module] = values_digest(parts)
         return {f"{PREFIX}{module}.spectral_{part}": tensor.contiguous() for part, tensor in parts.items()}

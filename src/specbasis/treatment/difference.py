@@ -17,11 +17,10 @@ from specbasis.checkpoint.delta import FORMAT, RECORD, WEIGHTS, expanded
 from specbasis.checkpoint.entry import Entry
 from specbasis.checkpoint.writer import stored_bytes
 from specbasis.core.dtypes import FORMATS
-from specbasis.core.svd import decompose, half_svd
 from specbasis.treatment.form import Choice, Form, made_together, unusable
 from specbasis.treatment.lora import base_address
 from specbasis.treatment.quantised import changed_rows, curve, quantised, setting
-from specbasis.treatment.updates import Update
+from specbasis.treatment.updates import Update, leading, spectrum_of
 
 
 class Difference(Form):
@@ -47,15 +46,12 @@ class Difference(Form):
         """Directions and bits of each matrix, at one price of a byte."""
         curves = []
         self.rows: list[Tensor | None] = []
-        for change in self.counted("singular values of "):
-            delta = change.delta()
+        for change in self.matrices:
+            delta = self.tell(change, "singular values of ").delta()
             self.rows.append(changed_rows(delta))
             stored = delta if self.rows[-1] is None else delta[self.rows[-1].long()]
-            if self.cache is None:
-                spectrum = half_svd(stored, 0, name=change.name).spectrum
-            else:
-                spectrum = self.cache.decompose(stored, name=change.name).spectrum
-            curves.append(curve(spectrum.square().cpu().numpy(), (len(stored), stored.shape[1])))
+            squares = spectrum_of(stored, self.cache, change.name).square().cpu().numpy()
+            curves.append(curve(squares, (len(stored), stored.shape[1])))
         return self.spread(curves)
 
     def entries(self, choice: Choice) -> dict[str, Entry]:
@@ -130,12 +126,9 @@ class Difference(Form):
     def _made(self, change: Update, rows: Tensor | None, rank: int, bits: int) -> dict[str, Tensor]:
         """The parts of one matrix, and a line on what they hold, measured on what was rounded."""
         self.tell(change)
-        delta, svd = change.delta(), None
+        delta = change.delta()
         chosen = delta if rows is None else delta[rows.long()]
-        if rank and self.cache is not None:
-            svd = self.cache.decompose(chosen, name=change.name).truncate(rank)
-        elif rank:
-            svd = decompose(chosen, rank, name=change.name)
+        svd = leading(chosen, rank, self.cache, change.name) if rank else None
         parts = quantised(chosen.float(), rows, svd, bits)
         lost = float((expanded(parts, bits, change.matrix_shape) - delta).square().sum())
         size = sum(part.numel() * part.element_size() for part in parts.values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from math import isnan
 from pathlib import Path
@@ -33,11 +33,6 @@ class Form(ABC):
     """One way to store a finetune.
 
     Attributes:
-        base: the pretrained checkpoint.
-        tuned: the finetune.
-        changes: every parameter of it.
-        options: what is asked for.
-        progress: called as work goes on.
         address: what the user calls the base.
         matrices: the changes of which something is chosen.
         carried: those that are stored as they are.
@@ -151,15 +146,10 @@ class Form(ABC):
 
     # --- what the forms have in common ----------------------------------------------------------------------------
 
-    def tell(self, change: Update, what: str = "") -> None:
-        """Tell which matrix is under way."""
+    def tell(self, change: Update, what: str = "") -> Update:
+        """Tell which matrix is under way; returns it."""
         self.progress(Progress(self.matrices.index(change), len(self.matrices), f"{what}{change.name}"))
-
-    def counted(self, what: str) -> Iterator[Update]:
-        """The matrices, one after the other, told as work goes on."""
-        for change in self.matrices:
-            self.tell(change, what)
-            yield change
+        return change
 
     def note(self, change: Update, **own: Any) -> None:
         """A line on a matrix."""

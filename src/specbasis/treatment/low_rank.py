@@ -134,10 +134,7 @@ class LowRank(Form):
                 )
             return ranks
         self.most = [min(most, pay) for most, pay in zip(self.most, pays, strict=True)]
-        curves = [
-            self.curve(change, most)
-            for change, most in zip(self.counted("singular values of "), self.most, strict=True)
-        ]
+        curves = [self.curve(c, most) for c, most in zip(self.matrices, self.most, strict=True)]
         choice = self.spread(curves)
         whole = [c.name for c, rank, most in zip(self.matrices, choice, self.most, strict=True) if rank > most]
         if whole:
@@ -161,7 +158,7 @@ class LowRank(Form):
 
     def curve(self, change: Update, most: int) -> Curve:
         """What a matrix costs and loses at each rank that pays, and whole where it may be."""
-        squares = change.spectrum(self.cache).square().cpu().numpy()
+        squares = self.tell(change, "singular values of ").spectrum(self.cache).square().cpu().numpy()
         whole = self._bytes_whole(change) if self._may_be_whole(change) else None
         return Curve.of_directions(squares, self.cost(change), most, whole)
 
@@ -260,13 +257,11 @@ class LowRank(Form):
     def _stored_whole(self, choice: Choice) -> set[str]:
         """The modules that are stored whole, those of matrices for which no rank pays among them."""
         chosen = zip(self.matrices, choice, self.most, strict=True)
-        own = {self.holders[c.name].module for c, rank, most in chosen if rank > most}
-        return self.whole_modules | own
+        return self.whole_modules | {self.holders[c.name].module for c, rank, most in chosen if rank > most}
 
     def _whole(self, choice: Choice) -> dict[str, Entry]:
         """Name in the file → what is stored as it is: biases, and all parameters of the modules that are whole."""
-        adapted = {self.holders[c.name].module for c in self.matrices}
-        whole, biases = self._stored_whole(choice), {c.name for c in self.carried}
+        adapted, whole, biases = self.ranks(choice), self._stored_whole(choice), {c.name for c in self.carried}
         stored: dict[str, Entry] = {}
         instead = {c.name: self.base.entries.get(c.counterpart) for c, _ in self.left_out}
         for name, own in self.tuned.entries.items():

@@ -157,7 +157,7 @@ class Update:
             svd = low_rank_svd(*factors, name=self.name)
             return svd.truncate(min(ranks, len(svd.S)))
         if cache is not None:
-            return cache.decompose(self.delta(), name=self.name).truncate(ranks)
+            return leading(self.delta(), ranks, cache, self.name)
         return decompose(self.read(self.tuned, self.name), ranks, minus=self.base_matrix(), name=self.name)
 
     def spectrum(self, cache: Cache | None = None) -> Float[Tensor, " short"]:
@@ -270,6 +270,18 @@ def differing(base: Checkpoint, tuned: Checkpoint, report: Report = silent) -> l
         raise InputError(f"{tuned.source}: every number is the base's; nothing differs from {base.source}")
     refuse_another_base(base, tuned, changes)
     return changes
+
+
+def leading(X: Float[Tensor, "out in"], ranks: int, cache: Cache | None, name: str) -> SVD:
+    """The leading triplets of a matrix, from the cache where there is one."""
+    if cache is None:
+        return decompose(X, ranks, name=name)
+    return cache.decompose(X, name=name).truncate(ranks)
+
+
+def spectrum_of(X: Float[Tensor, "out in"], cache: Cache | None, name: str) -> Float[Tensor, " short"]:
+    """All singular values of a matrix; without a cache at half of the price of the vectors."""
+    return (half_svd(X, 0, name=name) if cache is None else cache.decompose(X, name=name)).spectrum
 
 
 def square_of(B: Float[Tensor, "out r"], A: Float[Tensor, "r in"]) -> float:
