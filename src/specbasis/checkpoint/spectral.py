@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from specbasis.checkpoint.adapter_file import PROOF, AdapterFile
+from specbasis.checkpoint.adapter_file import BASIS, PROOF, AdapterFile
 from specbasis.checkpoint.entry import Entry
 from specbasis.checkpoint.proof import Proof, align, weight_digest
 from specbasis.core.errors import InputError
 from specbasis.core.svd import half_svd
-
-Parts = Mapping[str, Entry]
 
 
 def spectral_factors(file: AdapterFile, weight: Callable[[str], Tensor]) -> dict[str, dict[str, Entry]]:
@@ -31,13 +28,11 @@ def spectral_factors(file: AdapterFile, weight: Callable[[str], Tensor]) -> dict
     Raises:
         InputError: there is no basis, and it is not the base's.
     """
-    again = lru_cache(maxsize=1)(partial(_decomposed, file, weight))  # A and B are read one after the other
+    basis = lru_cache(maxsize=1)(partial(_basis, file, weight))  # A and B are read one after the other
     factors = {}
     for module, parts in file.modules.items():
-        r = parts["M"].shape[0]
-        if {"U", "Vh"} <= parts.keys():
-            read = partial(_stored, parts)
-            sizes = (parts["U"].shape[0], parts["Vh"].shape[1])
+        if set(BASIS) <= parts.keys():
+            out, width = parts["U"].shape[0], parts["Vh"].shape[1]
         elif str(file.config.get("basis", "pretrained")) != "pretrained":
             raise InputError(
                 f"{file.source}: a spectral adapter saved without its basis, which is not the base's own; save it "
@@ -45,12 +40,12 @@ def spectral_factors(file: AdapterFile, weight: Callable[[str], Tensor]) -> dict
             )
         else:
             file.require(PROOF)
-            read = partial(again, module)
-            sizes = _proof(parts).shape
-        C = partial(_core, parts, is_scaled=str(file.config.get("scale")) == "sigma")
+            out, width = _proof(parts).shape
+        r = parts["M"].shape[0]
+        left = partial(_left, parts, partial(basis, module), is_scaled=str(file.config.get("scale")) == "sigma")
         factors[module] = {
-            "A": Entry((r, sizes[1]), "float32", partial(_factor, read, C, 1)),
-            "B": Entry((sizes[0], r), "float32", partial(_factor, read, C, 0)),
+            "A": Entry((r, width), "float32", lambda module=module: basis(module)[1]),
+            "B": Entry((out, r), "float32", left),
         }
     return factors
 
@@ -62,30 +57,22 @@ def oriented(W: Float[Tensor, "a b"], proof: Proof) -> tuple[Float[Tensor, "out 
     return (W.mT, True) if turned else (W, False)
 
 
-def _proof(parts: Parts) -> Proof:
+def _proof(parts: Mapping[str, Entry]) -> Proof:
     return Proof(*(parts[part].load() for part in PROOF))
 
 
-def _stored(parts: Parts) -> tuple[Tensor, Tensor]:
-    return parts["U"].load(), parts["Vh"].load()
-
-
-def _decomposed(file: AdapterFile, weight: Callable[[str], Tensor], module: str) -> tuple[Tensor, Tensor]:
-    proof, name = _proof(file.modules[module]), f"{file.source}: {module}"
+def _basis(file: AdapterFile, weight: Callable[[str], Tensor], module: str) -> tuple[Tensor, Tensor]:
+    """U and Vh of one matrix, stored or proven."""
+    parts, name = file.modules[module], f"{file.source}: {module}"
+    if set(BASIS) <= parts.keys():
+        return parts["U"].load(), parts["Vh"].load()
+    proof = _proof(parts)
     W, _ = oriented(weight(module).flatten(1), proof)
-    if tuple(W.shape) != proof.shape:
-        raise InputError(f"{name}: was trained on a weight of {proof.shape}, the base's is {tuple(W.shape)}")
     k, m = proof.interval
-    basis = align(proof, half_svd(W, m, name=name, implied=True).interval(k, m), W, name)
-    return basis.U, basis.Vh
+    svd = align(proof, half_svd(W, m, name=name, implied=True).interval(k, min(m, *W.shape)), W, name)
+    return svd.U, svd.Vh
 
 
-def _core(parts: Parts, *, is_scaled: bool) -> Tensor:
-    M: Tensor = parts["M"].load().double()
-    return parts["S"].load().double()[:, None] * M if is_scaled else M
-
-
-def _factor(read: Callable[[], tuple[Tensor, Tensor]], core: Callable[[], Tensor], which: int) -> Tensor:
-    """B = U C, or A = Vh."""
-    U, Vh = read()
-    return Vh.double() if which else torch.matmul(U.double(), core())
+def _left(parts: Mapping[str, Entry], basis: Callable[[], tuple[Tensor, Tensor]], *, is_scaled: bool) -> Tensor:
+    C: Tensor = parts["M"].load().double()
+    return basis()[0].double() @ (parts["S"].load().double()[:, None] * C if is_scaled else C)

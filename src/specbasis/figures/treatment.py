@@ -82,7 +82,7 @@ def write_page(treated: Treated, path: Path) -> Path:
 
 def _cells(line: Mapping[str, Any]) -> dict[str, Any]:
     """What of a line fits into cells."""
-    shape = {"shape": " × ".join(map(str, line["shape"]))}
+    shape = {"shape": " × ".join(map(str, line["shape"]))} if "shape" in line else {}
     return {name: value for name, value in {**line, **shape}.items() if not isinstance(value, list | dict)}
 
 
@@ -236,7 +236,7 @@ def _merging_lines(merging: Merging) -> list[dict[str, Any]]:
 
 def _merging_sentences(merging: Merging) -> list[str]:
     return [
-        f"{name}: merged − mean {task['change']:+.4f} [{task['change_low']:+.4f}, {task['change_high']:+.4f}], "
+        f"merged − mean on {name}: {task['change']:+.4f} [{task['change_low']:+.4f}, {task['change_high']:+.4f}], "
         f"{task['examples']} examples"
         for name, task in merging.record.get("scores", {"tasks": {}})["tasks"].items()
         if task["change_low"] is not None
@@ -351,7 +351,7 @@ VIEWS: dict[type[Treated], View] = {
     Repair: View(
         "repair",
         _repair_tables,
-        lambda _: [],
+        lambda repair: [{**row.experiment, **row.values} for row in repair.rows],
         lambda repair: [repair.sentence],
         _frontier,
         lambda repair: any("amount" in row.experiment for row in repair.rows),
