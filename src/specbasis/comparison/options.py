@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from specbasis.measures.measure import Measure
 
 
-ALWAYS = ("weight_cosine_z_limit",)
+ALWAYS = (
+    "weight_cosine_z_limit", "rounding_noise_base", "rounding_noise_tuned", "beyond_rounding", "p_quantised",
+)  # fmt: skip
 """What version 0.1 did not have and is taken whatever is asked for: the folders that it began go on."""
 
 
