@@ -156,20 +156,13 @@ def _row(role: str, lines: Sequence[Mapping[str, Any]]) -> tuple[Any, ...]:
     parts = [line for line in lines if not line.get("whole")]
     spans = (_span([line[name] for line in parts if name in line]) for name in ("rank", "bits"))
     size = sum(line["bytes"] for line in lines) / 1e6
-    return (role, len(lines), whole or None, *spans, size, *(_mean(lines, name) for name in OF_LINES))
+    shares = (_weighted((line.get(name), line["squares"]) for line in lines) for name in OF_LINES)
+    return (role, len(lines), whole or None, *spans, size, *shares)
 
 
 def _span(numbers: Sequence[int]) -> str:
     ends = sorted({min(numbers), max(numbers)}) if numbers else []
     return " … ".join(map(str, ends))
-
-
-def _mean(lines: Sequence[Mapping[str, Any]], name: str) -> float | None:
-    """Mean weighted with the squared size of the update; None where a matrix has no such figure."""
-    if not lines or any(line.get(name) is None for line in lines):
-        return None
-    weights = np.array([line["squares"] for line in lines])
-    return float(np.average([line[name] for line in lines], weights=weights if weights.sum() else None))
 
 
 def _extraction_figure(extraction: Extraction) -> Figure:

@@ -99,55 +99,45 @@ def shared_out(curves: Sequence[Curve], budget: float | None, share: float = 1.0
         low, high = (low, middle) if fits(chosen(middle)) else (middle, high)
     if budget is None:
         return chosen(low)
-    return _Search(curves, chosen(high), total * 10**high, TIE * total).best(budget)
+    return _filled(curves, chosen(high), total * 10**high, budget, TIE * total)
 
 
-class _Search:
-    """Branch and bound over the options that could do better than those of one price."""
+def _filled(curves: Sequence[Curve], chosen: Sequence[int], price: float, budget: float, tie: float) -> list[int]:
+    """The choice that is the least short of the bound: by its losses, and by the price of what it leaves.
 
-    def __init__(self, curves: Sequence[Curve], chosen: list[int], price: float, tie: float) -> None:
-        self.curves, self.chosen, self.price, self.tie = curves, chosen, price, tie
-        reduced = [curve.lost + price * curve.bytes for curve in curves]
-        self.losses = [np.maximum(r - r[o] - tie, 0.0) for r, o in zip(reduced, chosen, strict=True)]
+    Branch and bound over the options that could do better than those of one price.
+    """
+    losses = [c.lost + price * c.bytes for c in curves]
+    losses = [np.maximum(loss - loss[o] - tie, 0.0) for loss, o in zip(losses, chosen, strict=True)]
+    left = budget - sum(float(c.bytes[o]) for c, o in zip(curves, chosen, strict=True))
+    near = {m: np.flatnonzero(loss < price * left) for m, loss in enumerate(losses)}
+    steps = {m: curves[m].bytes[curves[m].least] for m in near if len(near[m]) > 1}
+    tried = sorted(steps, key=lambda m: -steps[m])[-DEPTH:]  # those with the finest steps last, and most
+    levels = [_level(curves[m], losses[m], near[m]) for m in tried]
+    path, best, trials = [0] * len(tried), (np.inf, [chosen[m] for m in tried]), 0
 
-    def best(self, budget: float) -> list[int]:
-        """The choice that is the least short of the bound: by its losses, and by the price of what it leaves."""
-        left = budget - sum(c.bytes[o] for c, o in zip(self.curves, self.chosen, strict=True))
-        near = {m: np.flatnonzero(loss < self.price * left) for m, loss in enumerate(self.losses)}
-        open_ = sorted(
-            (m for m in near if len(near[m]) > 1), key=lambda m: -self.curves[m].bytes[self.curves[m].least]
-        )
-        open_ = open_[-DEPTH:]  # the last ones, which have the finest steps, are tried the most
-        left += sum(self.curves[m].bytes[self.chosen[m]] for m in open_)
-        self.levels = [self._level(m, near[m]) for m in open_]
-        self.path, self.picks = [0] * len(open_), [self.chosen[m] for m in open_]
-        self.short, self.trials = np.inf, 0
-        self._try(0, left, 0.0)
-        choice = list(self.chosen)
-        for m, option in zip(open_, self.picks, strict=True):
-            choice[m] = option
-        return choice
-
-    def _level(self, m: int, options: npt.NDArray[np.int64]) -> list[tuple[float, float, int]]:
-        """Loss, bytes and number of a matrix's options, nearest first, of equal ones the largest."""
-        by_size = options[np.lexsort((self.curves[m].lost[options], self.curves[m].bytes[options]))]
-        lost = self.curves[m].lost[by_size]
-        gains = np.concatenate([[True], lost[1:] < np.minimum.accumulate(lost)[:-1]])  # no bytes for nothing
-        options = by_size[gains]
-        losses, sizes = self.losses[m][options], self.curves[m].bytes[options]
-        order = np.lexsort((-sizes, losses))
-        return list(zip(losses[order].tolist(), sizes[order].tolist(), options[order].tolist(), strict=True))
-
-    def _try(self, at: int, left: float, loss: float) -> None:
-        if at == len(self.levels):
-            short = loss + self.price * left
-            if short < self.short:
-                self.short, self.picks = short, list(self.path)
+    def visit(at: int, left: float, lost: float) -> None:
+        nonlocal best, trials
+        if at == len(levels):
+            best = min(best, (lost + price * left, list(path)))
             return
-        for own, size, option in self.levels[at]:
-            if loss + own >= self.short or self.trials >= TRIALS:
+        for own, size, option in levels[at]:
+            if lost + own >= best[0] or trials >= TRIALS:
                 return
-            self.trials += 1
+            trials += 1
             if size <= left:
-                self.path[at] = option
-                self._try(at + 1, left - size, loss + own)
+                path[at] = option
+                visit(at + 1, left - size, lost + own)
+
+    visit(0, left + sum(float(curves[m].bytes[chosen[m]]) for m in tried), 0.0)
+    return list((dict(enumerate(chosen)) | dict(zip(tried, best[1], strict=True))).values())
+
+
+def _level(curve: Curve, losses: Array, options: npt.NDArray[np.int64]) -> list[tuple[float, float, int]]:
+    """Loss, bytes and number of a matrix's options, nearest first, of equal ones the largest."""
+    by_size = options[np.lexsort((curve.lost[options], curve.bytes[options]))]
+    lost = curve.lost[by_size]
+    options = by_size[np.concatenate([[True], lost[1:] < np.minimum.accumulate(lost)[:-1]])]  # no bytes for nothing
+    near, sizes = losses[options], curve.bytes[options]
+    order = np.lexsort((-sizes, near))
+    return list(zip(near[order].tolist(), sizes[order].tolist(), options[order].tolist(), strict=True))

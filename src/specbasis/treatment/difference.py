@@ -69,31 +69,26 @@ class Difference(Form):
 
     def texts(self, choice: Choice) -> dict[str, str]:
         """The record that says how to read the file."""
-        chosen = zip(self.matrices, self.rows, choice, strict=True)
-        matrices = {
-            c.name: {
-                "shape": list(c.matrix_shape),
-                "bits": self._setting(c, rows, option)[1],
-                "transposed": c.is_transposed,
-            }
-            for c, rows, option in chosen
-            if option
-        }
-        return {RECORD: self.record(matrices)}
-
-    def record(self, matrices: object) -> str:
-        """The record, with what it says of the matrices."""
         whole = self.whole
+        chosen = zip(self.matrices, self.rows, choice, strict=True)
         record = {
             "delta": FORMAT,
             "base_model_name_or_path": base_address(self.address).get("pretrained_model_name_or_path"),
             "base_sha256": self.base_sha256,
             "base_names": {c.name: c.counterpart for c in self.changes if c.counterpart and c.name not in whole},
-            "matrices": matrices,
+            "matrices": {
+                c.name: {
+                    "shape": list(c.matrix_shape),
+                    "bits": self._setting(c, rows, option)[1],
+                    "transposed": c.is_transposed,
+                }
+                for c, rows, option in chosen
+                if option
+            },
             "whole": whole,
             "config": dict(self.tuned.config),
         }
-        return json.dumps(record, indent=1) + "\n"
+        return {RECORD: json.dumps(record, indent=1) + "\n"}
 
     def write(self, folder: Path) -> None:
         """See `Form.write`; matrices of which nothing is stored get their lines."""
@@ -144,8 +139,9 @@ class Dense(Difference):
         names, known = {c.name: c.counterpart for c in self.changes}, {c.name for c in changed}
         stored = [c for c in changed if self.tuned.entries[c.name].dtype in FORMATS]
         self.left_out = [(c, unusable(c)) for c in changed if c not in stored]
-        self.matrices = [c for c in stored if c.is_matrix and not unusable(c)]
-        self.carry([c for c in stored if c not in self.matrices])
+        self.whole_matrices = [c for c in stored if c.is_matrix and not unusable(c)]
+        self.carry([c for c in stored if c not in self.whole_matrices])
+        self.carried += self.whole_matrices
         self.rest = [
             name
             for name, entry in self.tuned.entries.items()
@@ -154,30 +150,12 @@ class Dense(Difference):
             and not _is_same(entry, self.base.entries.get(names.get(name, "")))
         ]
 
-    def chosen(self) -> Choice:
-        """All of every matrix."""
-        return [1] * len(self.matrices)
-
-    @property
-    def whole(self) -> list[str]:
-        """Names of all that is stored."""
-        return [*(c.name for c in self.matrices), *super().whole]
-
-    def entries(self, choice: Choice) -> dict[str, Entry]:
-        """All tensors, in the order of the finetune's file."""
-        whole = set(self.whole)
-        return {name: entry for name, entry in self.tuned.entries.items() if name in whole}
-
-    def texts(self, choice: Choice) -> dict[str, str]:
-        """See `Difference.texts`."""
-        return {RECORD: self.record({})}
-
     def write(self, folder: Path) -> None:
-        """See `Form.write`."""
-        for change in self.matrices:
+        """See `Form.write`; the matrices get their lines."""
+        super().write(folder)
+        for change in self.whole_matrices:
             size = stored_bytes(change.name, self.tuned.entries[change.name])
             self.note(change, rank=min(change.matrix_shape), whole=True, bytes=size, share=1.0)
-        super().write(folder)
 
 
 def _is_same(own: Entry, theirs: Entry | None) -> bool:

@@ -104,7 +104,9 @@ def _record(form: Form, folder: Path) -> dict[str, Any]:
     """What of the finetune is in the folder; see `Extraction`."""
     tuned = form.tuned
     left = [(c, reason, _squares(c)) for c, reason in form.left_out]
-    carried = sum(_squares(c) for c in form.carried)
+    lined = {line["name"] for line in form.lines}
+    others = [c for c in form.carried if c.name not in lined]
+    carried = sum(_squares(c) for c in others)
     total = sum(line["squares"] for line in form.lines) + carried + sum(squares for _, _, squares in left)
     held = sum(line["share"] * line["squares"] for line in form.lines) + carried
     return {
@@ -112,7 +114,7 @@ def _record(form: Form, folder: Path) -> dict[str, Any]:
         "tuned": shareable(tuned.source),
         "options": form.options.config(),
         "matrices": form.lines,
-        "carried": [{"name": c.name, "share_of_update": share(_squares(c), total)} for c in form.carried],
+        "carried": [{"name": c.name, "share_of_update": share(_squares(c), total)} for c in others],
         "left_out": [
             {"name": c.name, "reason": reason, "share_of_update": share(squares, total) if squares else None}
             for c, reason, squares in left
