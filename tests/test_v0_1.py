@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import specbasis
+from specbasis.comparison.options import NEW
 
 OLD = Path(__file__).parent / "fixtures/v0_1"
 
@@ -33,8 +34,8 @@ def same_rows(recorded, now):
     order = ["pair", "matrix", "measure", "index"]
     words = dict.fromkeys(order[:3], str)
     recorded, now = (rows.to_pandas().astype(words).sort_values(order).reset_index() for rows in (recorded, now))
-    # Since then every matrix is tested for its order: what is new is beside what was there.
-    now = now[~now["measure"].isin({"weight_cosine_z", "weight_cosine_z_limit"})].reset_index(drop=True)
+    # What is new since then is beside what was there.
+    now = now[~now["measure"].isin({"weight_cosine_z", *NEW})].reset_index(drop=True)
     for name in ("pair", "matrix", "measure", "index", "block", "role", "out_features", "in_features"):
         assert recorded[name].astype(str).tolist() == now[name].astype(str).tolist(), name
     clear = recorded["resolved"].map(lambda resolved: resolved is not False).to_numpy()

@@ -139,6 +139,13 @@ def test_matrices_that_are_stored_in_out_are_put_back_so(tmp_path: Path) -> None
         torch.testing.assert_close(tensors[name], tensor, atol=2e-3, rtol=0)
 
 
+def test_a_base_of_other_files_is_named(models, tmp_path: Path) -> None:
+    extracted(models, tmp_path / "out")
+    other = write(tmp_path / "other.safetensors", {name: W + 0.1 for name, W in BASE.items()})
+    notes = [open_tuned(tmp_path / "out", open_checkpoint(path)).notes for path in (models[0], other)]
+    assert [any("other files" in note for note in of_one) for of_one in notes] == [False, True]
+
+
 def test_a_base_of_another_shape_is_refused(models, tmp_path: Path) -> None:
     extracted(models, tmp_path / "out")
     with pytest.raises(InputError, match="give the base that it was extracted from"):

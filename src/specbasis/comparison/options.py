@@ -25,6 +25,9 @@ ALWAYS = (
 )  # fmt: skip
 """What version 0.1 did not have and is taken whatever is asked for: the folders that it began go on."""
 
+NEW = (*ALWAYS, "explained_variance_delta", "effective_rank_delta")
+"""What version 0.1 did not have, where no measure is asked for by name."""
+
 
 @dataclass(frozen=True)
 class Options(Selection):
@@ -199,10 +202,12 @@ class Options(Selection):
         config = super().config()
         for later in ("transposed", "layout", "quick"):  # which version 0.1 did not have
             config = config if config[later] else {name: value for name, value in config.items() if name != later}
+        new = ALWAYS if self.patterns else NEW
         return {
             **config,
+            **({} if self.quick else {"approximate": False}),  # which it had in place of quick
             "ranks": self.leading,
             "cached": self.cache is not None,
-            "measures": [measure.name for measure in self.taken if measure.name not in ALWAYS],
+            "measures": [measure.name for measure in self.taken if measure.name not in new],
             "own": {function.__name__: digest(function) for function in self.own},
         }
