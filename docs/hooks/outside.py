@@ -7,6 +7,7 @@ from pathlib import Path
 from posixpath import join, normpath, relpath
 
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
@@ -29,7 +30,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         for link in LINK.finditer(FENCE.sub("", file.content_string)):
             path = _outside(file.src_uri, link["target"])
             if path and not (root / path).exists():
-                raise FileNotFoundError(f"docs/{file.src_uri} links to {link['target']}, and there is no such file")
+                raise PluginError(f"docs/{file.src_uri} links to {link['target']}, and there is no such file")
             if path and (root / path).is_file() and path != "README.md":
                 name = f"{FOLDER}/{path}" + (".txt" if path.endswith(".md") else "")  # a page would need a place
                 if name not in files.src_uris:
