@@ -763,3 +763,16 @@ def test_factors_that_their_format_cannot_hold_are_refused(tmp_path):
     with pytest.raises(InputError, match="do not fit into float16"):
         extract(base, tuned, tmp_path / "out", rank=2, dtype="float16")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_folder_that_a_command_runs_in_is_no_new_one(tmp_path: Path, monkeypatch) -> None:
+    state = bert_state(width=16)
+    base, tuned = (
+        write(tmp_path / "base.safetensors", state),
+        write(tmp_path / "tuned.safetensors", finetuned(state)),
+    )
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    for out in (".", "../empty", "/"):
+        with pytest.raises(InputError, match="want a new one|exists already"):
+            extract(base, tuned, out, rank=1)

@@ -61,11 +61,13 @@ def write_model(
 
 
 def want_new(folder: Path) -> None:
-    """Refuse a folder that holds anything.
+    """Refuse a folder that holds anything, and the one that the command runs in: a folder is put there whole.
 
     Raises:
-        InputError: it does, or is no folder.
+        InputError: it does, is that one, or is no folder.
     """
+    if folder.resolve() in (Path.cwd(), Path(folder.anchor or "/")):
+        raise InputError(f"{folder}: is the folder that this runs in; want a new one, such as {folder / 'out'}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: exists already; want a new folder")
 
