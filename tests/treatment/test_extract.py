@@ -765,7 +765,7 @@ def test_factors_that_their_format_cannot_hold_are_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_folder_that_a_command_runs_in_is_no_new_one(tmp_path: Path, monkeypatch) -> None:
+def test_the_folder_that_a_command_runs_in_is_no_new_one(tmp_path, monkeypatch):
     state = bert_state(width=16)
     base, tuned = (
         write(tmp_path / "base.safetensors", state),
@@ -774,5 +774,5 @@ def test_the_folder_that_a_command_runs_in_is_no_new_one(tmp_path: Path, monkeyp
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
     for out in (".", "../empty", "/"):
-        with pytest.raises(InputError, match="want a new one|exists already"):
+        with pytest.raises(InputError, match=r"want a new one|exists already"):
             extract(base, tuned, out, rank=1)
