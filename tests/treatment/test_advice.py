@@ -51,3 +51,11 @@ def test_no_lora_is_advised_of_an_adapter(tmp_path: Path) -> None:
     comparison = specbasis.compare(base, tmp_path / "lora")
     assert comparison.verdicts["lora"].kind == "finetuned"
     assert next_steps(comparison, "lora") == []
+
+
+def test_no_lora_is_advised_that_is_as_large_as_its_matrices() -> None:
+    base = {"layer.weight": torch.randn(16, 16, generator=torch.Generator().manual_seed(0))}
+    comparison = specbasis.compare(base, finetuned(base, 0.1))
+    (label,) = comparison.pairs
+    assert low_rank_size(comparison.rows, label, 8) is None  # 8 · (16 + 16) numbers
+    assert low_rank_size(comparison.rows, label, 7) is not None

@@ -18,7 +18,7 @@ from specbasis.comparison.population import Population
 from specbasis.comparison.verdict import named_parts
 from specbasis.core.grammar import human_bytes
 from specbasis.core.text import number_of
-from specbasis.figures.summary import SEVERITIES, by_reason, over_all_ranks, summary_table
+from specbasis.figures.summary import SEVERITIES, by_reason, no_problems, over_all_ranks, summary_table
 from specbasis.figures.table import Column, Table, number
 from specbasis.interventions.grid import read_grid
 from specbasis.interventions.stage import BASELINE
@@ -52,7 +52,7 @@ def print_comparison(comparison: Comparison) -> None:
         for finding in comparison.findings[pair]:
             line(f"{SEVERITIES[finding.severity]} {finding.sentence}")
         if not any(finding.severity == "problem" for finding in comparison.findings[pair]):
-            line("no problems found")
+            line(no_problems(comparison.manifest["measures"]))
         line("")
     alike: dict[str, list[dict[str, str]]] = {}
     for failure in comparison.failed:  # what befell many matrices is one line

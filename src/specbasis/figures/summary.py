@@ -52,6 +52,13 @@ def summary_table(lines: Sequence[RoleSummary], title: str = "") -> Table:
     return Table(COLUMNS, tuple(rows), title, total=True)
 
 
+def no_problems(measures: Iterable[Mapping[str, Any]]) -> str:
+    """What is said where no problem was found: all that could be, or only what some measures tell."""
+    if "intruders_left" in {measure["name"] for measure in measures}:
+        return "no problems found"
+    return "no problems found among what was measured; intruders, for one, were not looked for"
+
+
 def over_all_ranks(line: RoleSummary) -> str:
     """What was left out of the means of alignments, in words; empty where nothing was."""
     out, left = [], []

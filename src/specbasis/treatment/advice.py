@@ -53,7 +53,10 @@ def next_steps(comparison: Comparison, label: str, given: Iterable[str] = ()) ->
 
 
 def low_rank_size(rows: pa.Table, label: str, rank: int = RANK) -> tuple[float, int] | None:
-    """The share of Σ ‖delta‖² that one rank for every matrix holds, and its bytes; None without their values."""
+    """The share of Σ ‖delta‖² that one rank for every matrix holds, and its bytes.
+
+    None without their values, and where the factors would take as many bytes as the matrices.
+    """
     of_pair = pc.equal(rows["pair"].cast(pa.string()), label)
     own, norms = (
         rows.filter(pc.and_(of_pair, pc.equal(rows["measure"].cast(pa.string()), name)))
@@ -67,4 +70,7 @@ def low_rank_size(rows: pa.Table, label: str, rank: int = RANK) -> tuple[float, 
     sizes = [first[name].to_numpy().astype(np.int64) for name in ("out_features", "in_features")]
     ranks = np.minimum(rank, np.minimum(*sizes))
     total = float(np.square(norms["value"].to_numpy()).sum())
-    return (float(squares[leading].sum()) / total, int((ranks * sum(sizes)).sum()) * NUMBER) if total else None
+    stored = int((ranks * sum(sizes)).sum())
+    if not total or stored >= int((sizes[0] * sizes[1]).sum()):
+        return None
+    return float(squares[leading].sum()) / total, stored * NUMBER

@@ -24,6 +24,7 @@ from specbasis.figures.summary import (
     VERDICTS,
     by_reason,
     evidence,
+    no_problems,
     over_all_ranks,
     summary_table,
 )
@@ -59,6 +60,7 @@ def render(comparison: Comparison, pairs: list[Pair]) -> bytes:
         plotly=base64.b64encode(plotly).decode("ascii"),
         script=Markup(_inline(script)),
         missing=missing(pairs),
+        no_problems=no_problems(manifest["measures"]),
         hashes=[_hash(gzip.decompress(plotly)), _hash(script.encode())],
         requested=requested(pairs),
         shared=Markup(_json({"table": _columns(manifest, pairs), "marked": MARKED_RANKS})),
