@@ -352,7 +352,7 @@ FACTORS = {
 def test_factors_of_adapters_are_not_compared_as_weights(layout: str, tmp_path: Path) -> None:
     states = [{name: torch.randn(32, 32) for name in FACTORS[layout]} for _ in range(2)]
     paths = [write(tmp_path / f"{i}.safetensors", state) for i, state in enumerate(states)]
-    with pytest.raises(InputError, match="a factor of an adapter that is not merged|the factors of a LoRA"):
+    with pytest.raises(InputError, match=r"a factor of an adapter that is not merged|the factors of a LoRA"):
         specbasis.compare(*paths)
 
 
