@@ -139,10 +139,12 @@ def test_matrices_that_are_stored_in_out_are_put_back_so(tmp_path: Path) -> None
         torch.testing.assert_close(tensors[name], tensor, atol=2e-3, rtol=0)
 
 
-def test_a_base_of_other_files_is_named(models, tmp_path: Path) -> None:
-    extracted(models, tmp_path / "out")
+@pytest.mark.parametrize("form", ["delta", "lora"])
+def test_a_base_of_other_files_is_named(models, tmp_path: Path, form: str) -> None:
+    extract(*models, tmp_path / "out", form=form)
     other = write(tmp_path / "other.safetensors", {name: W + 0.1 for name, W in BASE.items()})
-    notes = [open_tuned(tmp_path / "out", open_checkpoint(path)).notes for path in (models[0], other)]
+    pairs = [specbasis.compare(path, tmp_path / "out").manifest["pairs"]["out"] for path in (models[0], other)]
+    notes = [pair["notes"] for pair in pairs]
     assert [any("other files" in note for note in of_one) for of_one in notes] == [False, True]
 
 

@@ -79,7 +79,7 @@ def _open(place: Place, key: str, stream: bool) -> Checkpoint:
     if is_adapter(place):
         return alone(open_adapter(place, _own_base(place, CONFIG, stream)))
     if is_delta(place):
-        return alone(open_delta(place, _own_base(place, RECORD, stream), weights_sha256))
+        return alone(open_delta(place, _own_base(place, RECORD, stream)))
     return open_place(place, key)
 
 
@@ -117,7 +117,7 @@ def open_tuned(source: str | Path | Mapping[str, Tensor], base: Checkpoint, *, s
     if is_adapter(place) and base.under is None:
         return open_adapter(place, base)
     if is_delta(place) and base.under is None:
-        return open_delta(place, base, weights_sha256)
+        return open_delta(place, base)
     return _open(place, key, stream)
 
 

@@ -10,7 +10,7 @@ Every other changed parameter is stored whole. `open_delta` gives back the finet
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from math import prod
@@ -68,13 +68,8 @@ def expanded(parts: Mapping[str, Tensor], bits: int, shape: tuple[int, int]) -> 
     return torch.zeros(shape).index_copy_(0, rows.long(), delta)
 
 
-def open_delta(place: Place, base: Checkpoint, weights_sha256: Callable[[Checkpoint], str]) -> Checkpoint:
-    """The finetune that a difference makes of its base; a note names a base of other files than it was made from.
-
-    Args:
-        place: the folder.
-        base: the base.
-        weights_sha256: the digest of a checkpoint's files.
+def open_delta(place: Place, base: Checkpoint) -> Checkpoint:
+    """The finetune that a difference makes of its base.
 
     Raises:
         InputError: the folder is damaged, or the base lacks a matrix of the same shape.
@@ -106,15 +101,10 @@ def open_delta(place: Place, base: Checkpoint, weights_sha256: Callable[[Checkpo
         raise InputError(f"{place.source}: {WEIGHTS} lacks {missing[0]}; extract it again")
     entries |= {name: stored[name] for name in kept}
     held = f"{number_of(len(matrices), 'matrix')}, {number_of(len(kept), 'parameter')} stored whole"
-    notes = [f"difference from {base.source}: {held}"]
-    if stated and stated != weights_sha256(base):
-        notes.append(
-            f"it was made from other files than those of {base.source} (their SHA-256 is {stated[:12]}…): only "
-            "where these hold the same numbers is this the finetune"
-        )
+    note = f"difference from {base.source}: {held}"
     return replace(
         base, source=place.source, entries=entries, files=files, digests=digests, config=config, under=base,
-        revision=place.revision, notes=tuple(notes),
+        revision=place.revision, made_from=stated, notes=(note,),
     )  # fmt: skip
 
 

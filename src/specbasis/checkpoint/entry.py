@@ -69,6 +69,7 @@ class Checkpoint(Mapping[str, Tensor]):
             kept in git itself, ``git-sha1:…``. Empty for files on disk.
         notes: what a person should know about how it was read, one sentence each.
         under: of an adapter: the model that it changes; None for a model of its own.
+        made_from: of an adapter: the SHA-256 of the weights that it says it was made from; empty where none.
     """
 
     source: str
@@ -79,6 +80,7 @@ class Checkpoint(Mapping[str, Tensor]):
     digests: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     under: Checkpoint | None = None
+    made_from: str = ""
 
     def __getitem__(self, name: str) -> Tensor:
         with reading(self.source):

@@ -28,6 +28,7 @@ from torch import Tensor
 from specbasis.checkpoint.adapter_file import CONFIG, AdapterFile, read_adapter
 from specbasis.checkpoint.choice import read_config
 from specbasis.checkpoint.entry import Checkpoint, Entry
+from specbasis.checkpoint.formats.safetensors import base_sha256
 from specbasis.checkpoint.live_names import adapted_class, live_names, without_memory
 from specbasis.checkpoint.names import alignments
 from specbasis.checkpoint.places import Place
@@ -96,6 +97,7 @@ def open_adapter(place: Place, base: Checkpoint) -> Checkpoint:
         digests=file.digests,
         revision=file.revision,
         under=base,
+        made_from=next((base_sha256(path) for path in file.files if path.suffix == ".safetensors"), ""),
         notes=(
             f"{_KINDS[file.kind]} adapter on {base.source}: {len(modules)} modules adapted, "
             f"{len(file.saved)} tensors replaced",

@@ -12,7 +12,7 @@ from specbasis.architecture.cut import laid_out
 from specbasis.architecture.family import STRUCTURAL
 from specbasis.architecture.key import ROLES
 from specbasis.architecture.pair import MatrixPair, Pairing, pair
-from specbasis.checkpoint import Checkpoint, open_checkpoint, open_tuned
+from specbasis.checkpoint import Checkpoint, open_checkpoint, open_tuned, weights_sha256
 from specbasis.checkpoint.entry import watched
 from specbasis.comparison.options import Options
 from specbasis.comparison.task import Source, Task, sharing
@@ -20,6 +20,7 @@ from specbasis.core.attention_heads import head_count
 from specbasis.core.errors import InputError
 from specbasis.core.grammar import labelled
 from specbasis.core.svd import ALGORITHM
+from specbasis.core.text import shareable
 from specbasis.jobs import results as store
 from specbasis.jobs.folder import environment
 from specbasis.jobs.provenance import provenances
@@ -129,7 +130,7 @@ class Matched:
                 base=base,
                 pairs=kept.get("pairs", {})
                 | {
-                    label: _about(pairing, by_label[label], self.options, base.get("notes", ()))
+                    label: _about(pairing, by_label[label], self.options, self._notes(label, base))
                     for label, pairing in self.pairings.items()
                 },
                 measures=[{"name": m.name, "title": m.title, "source": m.source} for m in shown],
@@ -138,6 +139,19 @@ class Matched:
             )
             results.write_manifest()
             yield results
+
+    def _notes(self, label: str, base: Mapping[str, Any]) -> list[str]:
+        """What the base's files say, and whether an adapter says that it was made from others."""
+        notes = [f"base: {note}" for note in base.get("notes", ())]
+        tuned = self.tuned[label]
+        if tuned.under is not None and tuned.made_from:
+            own = base["sha256"] if tuned.under is self.base else weights_sha256(tuned.under)
+            if tuned.made_from != own:
+                notes.append(
+                    f"it was made from other files than those of {shareable(tuned.under.source)} (their SHA-256 is "
+                    f"{tuned.made_from[:12]}…): only where these hold the same numbers is this the finetune"
+                )
+        return notes
 
 
 def _check_heads(base: Checkpoint, pairings: Mapping[str, Pairing], options: Options) -> None:
@@ -154,7 +168,7 @@ def _check_heads(base: Checkpoint, pairings: Mapping[str, Pairing], options: Opt
 
 
 def _about(
-    pairing: Pairing, provenance: dict[str, Any], options: Options, of_base: Iterable[str]
+    pairing: Pairing, provenance: dict[str, Any], options: Options, of_files: Iterable[str]
 ) -> dict[str, Any]:
     """What the manifest says of one pair."""
     return {
@@ -166,7 +180,7 @@ def _about(
             *([f"no architecture file matches: {STRUCTURAL.title}"] if pairing.family is STRUCTURAL else []),
             *options.notes(m.key for m in pairing.matched),
             *pairing.notes,
-            *(f"base: {note}" for note in of_base),
+            *of_files,
             *provenance.get("notes", ()),
         ],
     }

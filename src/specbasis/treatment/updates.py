@@ -18,7 +18,6 @@ from specbasis.architecture.pair import aligned
 from specbasis.architecture.recognise import model_map
 from specbasis.checkpoint import Checkpoint, weights_sha256
 from specbasis.checkpoint.entry import Entry
-from specbasis.checkpoint.formats.safetensors import base_sha256
 from specbasis.checkpoint.names import stripped
 from specbasis.core.errors import InputError, NonFiniteError
 from specbasis.core.low_rank import low_rank_svd
@@ -208,11 +207,10 @@ def refuse_another_base(base: Checkpoint, tuned: Checkpoint, changes: Iterable[U
     Raises:
         InputError: it is one.
     """
-    stated = next((base_sha256(path) for path in tuned.files if path.suffix == ".safetensors"), "")
-    if tuned.under is not None and stated and stated != weights_sha256(base):
+    if tuned.made_from and tuned.made_from != weights_sha256(base):
         raise InputError(
-            f"{tuned.source}: was made from other weights than {base.source} (their SHA-256 is {stated[:12]}…); "
-            "want the base that it was made from"
+            f"{tuned.source}: was made from other weights than {base.source} (their SHA-256 is "
+            f"{tuned.made_from[:12]}…); want the base that it was made from"
         )
     changes = list(changes)
     lacking = [c for c in changes if len(c.shape) > 1 and not (c.counterpart or c.shorter)]
