@@ -8,7 +8,7 @@ import torch
 
 from specbasis import NonFiniteError, decompose
 from specbasis.core import krylov
-from specbasis.core.krylov import QUICK, approximate_svd, quick_flops, quick_svd
+from specbasis.core.krylov import QUICK, approximate_svd, quick_cost, quick_svd
 from specbasis.core.spectrum import effective_rank, explained_variance
 from specbasis.core.svd import half_svd
 from tests.helpers.matrices import (
@@ -83,7 +83,7 @@ def weights(shape, kind, seed=0):
 )
 def test_a_quick_certificate_is_true_of_every_rank(shape, kind, dtype):
     W = weights(shape, kind).to(dtype)
-    assert quick_flops(*sorted(shape), 16) is not None  # the iteration, not the exact way
+    assert quick_cost(*sorted(shape), 16) is not None  # the iteration, not the exact way
     d = quick_svd(W, 16)
     off, S = sines(d, W, 16)
     resolved = (d.bound <= QUICK).numpy()
@@ -122,7 +122,7 @@ def test_equal_values_are_never_resolved():
 
 def test_what_is_not_worth_an_iteration_is_taken_exactly_and_told_alike():
     W = gaussian(90, 120)
-    assert quick_flops(90, 120, 16) is None
+    assert quick_cost(90, 120, 16) is None
     d, exact = quick_svd(W, 16), decompose(W, 16)
     torch.testing.assert_close(d.S, exact.S, rtol=1e-12, atol=0)
     assert len(d.spectrum) == 17

@@ -131,7 +131,7 @@ def quick_svd(
     n, m = A.shape
     k, wide = min(ranks, n), W.shape[0] <= W.shape[1]
     width = _width(k)
-    if not A.scale or quick_flops(n, m, k) is None:
+    if not A.scale or quick_cost(n, m, k) is None:
         return _leading(half_svd(W, k, minus=minus, name=name, device=device, implied=False), k)
     single, error = _single(A)
 
@@ -156,13 +156,18 @@ def quick_svd(
     return HalfSVD(A, X, S[:k], 0, Y, S[: k + 1], errors, residual[:k], gap, wide, X[:, :0], density)
 
 
-def quick_flops(n: int, m: int, k: int) -> float | None:
-    """What `quick_svd` costs for k ranks of a matrix with sides n ≤ m, in flops in float64; None: the exact way."""
+def quick_cost(n: int, m: int, k: int) -> tuple[float, int] | None:
+    """What `quick_svd` costs for k ranks of a matrix with sides n ≤ m; None: the exact way.
+
+    Flops in float64, and bytes: the copy in float32, the basis with its image, vectors of both sides of a triple.
+    """
     width = _width(k)
     d = STEPS * width
     # Products in float32 and in float64, orthogonalisation, Ritz vectors; twice, as small products are slower.
     flops = 2.0 * n * m * (d + 4 * width) + 7.0 * n * d**2 + 3.0 * d**4 / width
-    return flops if d <= n and 2 * flops <= _exact(n, m) else None
+    if d > n or 2 * flops > _exact(n, m):
+        return None
+    return flops, 4 * n * m + 16 * n * d + 8 * 3 * (n + m) * k
 
 
 def _width(k: int) -> int:

@@ -40,6 +40,8 @@ class _Ranked:
     S: Tensor
     residual: Tensor
     gap: Tensor
+    density: Density | None = None
+    """What is known of the whole spectrum, where ``spectrum`` is only its head."""
 
     @property
     def relative_gap(self) -> Float[Tensor, " k"]:

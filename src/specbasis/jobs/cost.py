@@ -15,9 +15,8 @@ import torch
 
 from specbasis.checkpoint.regular import read_json
 from specbasis.core.blocks import BLOCK_BYTES
-from specbasis.core.dtypes import FORMATS
 from specbasis.core.errors import InputError
-from specbasis.core.krylov import PROBES, STEPS, quick_flops
+from specbasis.core.krylov import quick_cost
 from specbasis.core.svd import half_svd
 from specbasis.jobs.folder import write_json
 from specbasis.measures.measure import Measure
@@ -82,11 +81,9 @@ def matrix_work(
     n, m = sorted(shape)
     k = min(ranks, n)
     need = needed(measures, k)
-    flops = quick_flops(n, m, k) if quick else None
-    if flops is not None:
+    if quick and (cost := quick_cost(n, m, k)) is not None:
         times = sum(1 if which == "base" else pairs for which, count in need.items() if count is not None)
-        kept = 8 * 3 * (n + m) * k + 16 * n * STEPS * 2 * max(k, PROBES)
-        return Work(times * flops, 0.0, FORMATS["float32"].bytes * n * m + kept + BLOCK_BYTES)
+        return Work(times * cost[0], 0.0, cost[1] + BLOCK_BYTES)
     implied = 2 * k > n
     products = eigen = 0.0
     for which, count in need.items():

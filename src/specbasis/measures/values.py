@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from specbasis.core import spectrum
-from specbasis.core.svd import HalfSVD
 from specbasis.measures.measure import ALL, PAIR, PAPER, Values, measure, scalar
 from specbasis.measures.triple import Decomposition, Triple
 
@@ -124,10 +123,10 @@ def effective_rank(t: Triple, which: str) -> Values:
 
     Where only the leading values are known it is estimated, and the bound is half of a 95 % interval.
     """
-    density = _density(t, which)
-    if density is None:
-        return scalar(spectrum.effective_rank(getattr(t, which).spectrum))
-    return scalar(*density.effective_rank(t.norm(which)))
+    decomposition = getattr(t, which)
+    if decomposition.density is None:
+        return scalar(spectrum.effective_rank(decomposition.spectrum))
+    return scalar(*decomposition.density.effective_rank(t.norm(which)))
 
 
 @of_shape(
@@ -138,15 +137,9 @@ def stable_rank(t: Triple, which: str) -> Values:
     return scalar(spectrum.stable_rank(getattr(t, which).spectrum, _norm(t, which)))
 
 
-def _density(t: Triple, which: str) -> spectrum.Density | None:
-    """What is known of a whole spectrum, where only its leading values were computed."""
-    decomposition = getattr(t, which)
-    return decomposition.density if isinstance(decomposition, HalfSVD) else None
-
-
 def _norm(t: Triple, which: str) -> float | None:
     """The norm of a matrix of whose spectrum only the leading values are known; None: the spectrum has it."""
-    return None if _density(t, which) is None else t.norm(which)
+    return None if getattr(t, which).density is None else t.norm(which)
 
 
 def _change(t: Triple) -> tuple[Tensor, Tensor]:
