@@ -12,7 +12,7 @@ import math
 import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from specbasis.checkpoint.entry import Entry, check_names, no_key, parsing
-from specbasis.checkpoint.formats.grid import grid_entry, integers
+from specbasis.checkpoint.formats.grid import integers
 from specbasis.checkpoint.formats.kit import FileFormat, extra, tensor_of
 from specbasis.core.dtypes import FORMATS, by_code
 from specbasis.core.errors import InputError
@@ -89,9 +89,8 @@ def _entry(gguf: Any, content: mmap, tensor: _Tensor, rows: torch.Tensor | None,
     dtype = by_code(tensor.kind)
     if dtype not in FORMATS and len(tensor.shape) > 1:
         read = partial(_grid, gguf, content, tensor, rows, source)
-        coarse = grid_entry(tensor.shape, dtype, read)
         whole = partial(_whole, gguf, content, tensor, rows, source)
-        return replace(coarse, load=whole, grid=coarse.grid if tensor.kind in _CODES else None)
+        return Entry(tensor.shape, "float32", whole, stored=dtype, grid=read if tensor.kind in _CODES else None)
 
     def load() -> torch.Tensor:
         if dtype not in FORMATS:
