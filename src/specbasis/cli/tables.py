@@ -15,9 +15,8 @@ from specbasis.cli.common import STDERR, STDOUT, line
 from specbasis.comparison.compare import Plan
 from specbasis.comparison.comparison import Comparison
 from specbasis.comparison.population import Population
-from specbasis.comparison.verdict import named_parts
 from specbasis.core.grammar import human_bytes
-from specbasis.core.text import number_of
+from specbasis.core.text import named_parts, number_of
 from specbasis.figures.summary import SEVERITIES, by_reason, no_problems, over_all_ranks, summary_table
 from specbasis.figures.table import Column, Table, number
 from specbasis.interventions.grid import read_grid

@@ -21,14 +21,13 @@ from specbasis.comparison.verdict import (
     RELATED_COSINE,
     Verdict,
     copy_form,
-    named_parts,
     noise_rank,
     rounding,
 )
 from specbasis.core.errors import unknown
 from specbasis.core.intruders import INTRUDER_COSINE, INTRUDER_RANKS
 from specbasis.core.statistics import finite_median
-from specbasis.core.text import number_of
+from specbasis.core.text import named_parts, number_of
 
 __all__ = ["CHECKS", "find", "kinds"]
 

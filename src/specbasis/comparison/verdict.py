@@ -13,6 +13,7 @@ from specbasis.comparison.facts import Fact, Facts
 from specbasis.core.dtypes import BY_PRECISION
 from specbasis.core.entries import EXACT_SIDE, LEAST_SIDE, PROBES
 from specbasis.core.statistics import finite_median
+from specbasis.core.text import named_parts
 
 LEVEL = 1e-3
 """Chance that any matrix of a pair is taken for related where none is: the level of the test, family-wise."""
@@ -355,13 +356,6 @@ def _evidence(changed: list[Fact]) -> str:
         + ("" if math.isnan(top10) else f", top-10 alignment {top10:.3f} (chance {_median(changed, 'chance'):.3f})")
         + "; medians over matrices"
     )
-
-
-def named_parts(names: Iterable[str], limit: int = 4) -> str:
-    """A few names and how many more there are."""
-    names = list(names)
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
 
 
 def _part(label: str, members: Sequence[Fact]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?(e[+-]?\d+)?", re.ASCII)
@@ -22,6 +23,13 @@ def number_of(n: int, noun: str) -> str:
     """A number of things: "1 matrix", "2 matrices", "3 models"."""
     plural = f"{noun[:-1]}ces" if noun.endswith("ix") else f"{noun}s"
     return f"{n} {noun if n == 1 else plural}"
+
+
+def named_parts(names: Iterable[str], limit: int = 4) -> str:
+    """A few names and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
 
 
 def shareable(text: str) -> str:

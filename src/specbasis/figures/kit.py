@@ -338,7 +338,6 @@ def ending(name: str, length: int) -> str:
     return name if len(name) <= length else "…" + name[1 - length :]
 
 
-def counted(n: int, unit: str = "") -> str:
-    """A number with a thin space between thousands, and its unit in the singular or plural."""
-    number = f"{n:,}".replace(",", " ")
-    return f"{number} {unit}{'' if n == 1 else 's'}" if unit else number
+def counted(n: int) -> str:
+    """A number with spaces between thousands."""
+    return f"{n:,}".replace(",", " ")

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from specbasis.comparison.facts import SIDES
 from specbasis.comparison.summary import RoleSummary
-from specbasis.comparison.verdict import named_parts
-from specbasis.core.text import number_of
+from specbasis.core.text import named_parts, number_of
 from specbasis.figures.table import Column, Table, number
 
 if TYPE_CHECKING:

@@ -15,13 +15,12 @@ import numpy as np
 from specbasis.architecture.key import ROLES
 from specbasis.checkpoint.atomic import write_whole
 from specbasis.core.extras import require
-from specbasis.core.text import number_of
+from specbasis.core.text import named_parts, number_of
 from specbasis.figures import kit
 from specbasis.figures.kit import Axes, Figure
 from specbasis.figures.table import Column, Table
 from specbasis.treatment.extract import Extraction
 from specbasis.treatment.finetunes import MERGED
-from specbasis.treatment.form import among
 from specbasis.treatment.merge import Merging
 from specbasis.treatment.repair import Repair
 from specbasis.treatment.treated import Treated
@@ -139,7 +138,7 @@ def _extraction_sentences(extraction: Extraction) -> list[str]:
         f"{total['tuned_bytes'] / 1e6:.3g} MB"
     ]
     if without:
-        said.append(f"nothing kept of {among(without)}: less for the bytes than in the others")
+        said.append(f"nothing kept of {named_parts(without, 1)}: less for the bytes than in the others")
     if carried:
         share = sum(item["share_of_update"] for item in carried)
         said.append(f"carried whole: {len(carried)} parameters, new or no matrices ({share:.2%} of the update)")

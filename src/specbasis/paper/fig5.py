@@ -10,6 +10,7 @@ from pathlib import Path
 from specbasis.checkpoint.atomic import write_whole
 from specbasis.core.errors import InputError
 from specbasis.core.statistics import mean_and_spread
+from specbasis.core.text import number_of
 from specbasis.figures import kit
 from specbasis.figures.kit import Figure
 from specbasis.figures.table import Column, Table
@@ -163,7 +164,7 @@ def _figure(plan: Panel, points: Sequence[tuple[Point, Mapping[int, Run]]]) -> F
     metric = metric_of(plan)
     ax.set(xlabel=plan.axis, ylabel=f"{metric} (%)" if len(metric) < 30 else "mean correlation (%)")
     counts = sorted({len(values) for values in scores if values})
-    seeds = kit.counted(counts[0], "seed") if len(counts) == 1 else f"{counts[0]}–{counts[-1]} seeds"
+    seeds = number_of(counts[0], "seed") if len(counts) == 1 else f"{counts[0]}–{counts[-1]} seeds"
     title = f"{plan.name}: {GLUE[plan.options.task].title}, {base_name(plan.options.base)}"
     ax.set_title(f"{title}\nbars: standard deviation, {seeds}", fontsize=8, fontweight="normal")
     return figure

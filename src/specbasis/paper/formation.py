@@ -13,6 +13,7 @@ import numpy as np
 from specbasis.checkpoint.atomic import write_whole
 from specbasis.core.errors import InputError
 from specbasis.core.statistics import student_interval
+from specbasis.core.text import number_of
 from specbasis.figures import kit
 from specbasis.figures.kit import COLORS, Axes, Figure
 from specbasis.figures.tracking import between_checkpoints
@@ -106,7 +107,7 @@ def fig4(grid: Grid) -> Figure:
     largest = sizes[-1]
     runs = grid.of("pretrain", images=largest[0], steps=largest[1])
     tables = [np.mean([matrix["between"] for matrix in row.values["ffn"].values()], axis=0) for row in runs]
-    title = f"A  pretraining on {kit.counted(largest[0])} images ({kit.counted(len(runs), 'seed')})"
+    title = f"A  pretraining on {kit.counted(largest[0])} images ({number_of(len(runs), 'seed')})"
     between_checkpoints(figure, axes[0], np.mean(tables, axis=0), runs[0].values["steps"], title)
     for ax, letter, task in ((axes[1], "B", "true_labels"), (axes[2], "C", "same_task")):
         _after(ax, grid, task, [sizes[0], sizes[-1]], GROUPS[0])
@@ -193,7 +194,7 @@ def _line(ax: Axes, rows: Sequence[Row], group: str, color: str, title: str, das
     x = rows[0].values["steps"]
     ends = np.array([student_interval([float(curve[t]) for curve in seeds]) for t in range(len(x))])
     mean, low, high = ends[:, 0], ends[:, 1].clip(0, 1), ends[:, 2].clip(0, 1)
-    look = {"color": color, "dash": dash, "label": f"{title} ({kit.counted(len(seeds), 'seed')})"}
+    look = {"color": color, "dash": dash, "label": f"{title} ({number_of(len(seeds), 'seed')})"}
     kit.band(ax, x, low, mean, high, width=1.4, alpha=0.12, marker="o", ms=2.5, **look)
 
 

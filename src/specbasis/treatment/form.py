@@ -187,8 +187,3 @@ def made_together(
 def unusable(change: Update) -> str:
     """Why a change cannot be decomposed; empty where it can."""
     return change.reason or ("holds NaN or Inf" if isnan(change.squares[0]) else "")
-
-
-def among(names: Sequence[str]) -> str:
-    """The first of several names, and how many more there are."""
-    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")

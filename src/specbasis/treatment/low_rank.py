@@ -15,8 +15,9 @@ from specbasis.checkpoint.adapter_file import CONFIG, PREFIX, WEIGHTS
 from specbasis.checkpoint.entry import Entry
 from specbasis.checkpoint.writer import stored_bytes
 from specbasis.core.dtypes import FORMATS
+from specbasis.core.text import named_parts
 from specbasis.treatment.budget import Curve
-from specbasis.treatment.form import Choice, Form, among, made_together, unusable
+from specbasis.treatment.form import Choice, Form, made_together, unusable
 from specbasis.treatment.lora import HEADS, configuration, factor_shapes, factors, task_of
 from specbasis.treatment.modules import Holder, holders
 from specbasis.treatment.updates import Update, share
@@ -130,7 +131,7 @@ class LowRank(Form):
             larger = [c.name for c, rank, most in zip(self.matrices, ranks, pays, strict=True) if rank > most]
             if larger:
                 self.notes.append(
-                    f"a LoRA of rank {self.options.rank} takes more bytes than the matrix: {among(larger)}"
+                    f"a LoRA of rank {self.options.rank} takes more bytes than the matrix: {named_parts(larger, 1)}"
                 )
             return ranks
         self.most = [min(most, pay) for most, pay in zip(self.most, pays, strict=True)]
@@ -140,8 +141,8 @@ class LowRank(Form):
         if whole:
             self.notes.append(
                 f"stored whole ({len(whole)} of {len(choice)} matrices, modules_to_save), since a LoRA that holds "
-                f"as much takes more bytes than the matrix: {among(whole)}; for servers that take factors alone: "
-                "--max-rank or --no-carry"
+                f"as much takes more bytes than the matrix: {named_parts(whole, 1)}; for servers that take factors "
+                "alone: --max-rank or --no-carry"
             )
         self.tell_share(curves, choice)
         return choice

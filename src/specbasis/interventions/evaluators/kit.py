@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from specbasis.checkpoint.places import transformers_address
-from specbasis.comparison.verdict import named_parts
 from specbasis.core.errors import InputError
 from specbasis.core.extras import quiet
+from specbasis.core.text import named_parts
 from specbasis.finetuning.base import let_pad, loading, longest_input
 from specbasis.interventions.samples import Sample
 
