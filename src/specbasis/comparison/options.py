@@ -205,7 +205,7 @@ class Options(Selection):
         new = ALWAYS if self.patterns else NEW
         return {
             **config,
-            **({} if self.quick else {"approximate": False}),  # which it had in place of quick
+            "approximate": False,  # which it had in place of quick
             "ranks": self.leading,
             "cached": self.cache is not None,
             "measures": [measure.name for measure in self.taken if measure.name not in new],
