@@ -581,6 +581,16 @@ def test_truncated_files_are_refused(tmp_path, form, share):
     refused(path, "truncated or corrupted|neither a safetensors|needs code .torch.BF")
 
 
+def test_an_older_file_that_ends_within_a_name_is_truncated(tmp_path):
+    torch.save(tensors(), tmp_path / "whole.pt", _use_new_zipfile_serialization=False)
+    content = (tmp_path / "whole.pt").read_bytes()
+    name = b"ctorch._utils\n_rebuild_tensor_v2\n"
+    start = content.index(name)
+    for length in range(1, len(name)):
+        (tmp_path / "a.pt").write_bytes(content[: start + length])
+        refused(tmp_path / "a.pt", "truncated or corrupted")
+
+
 def test_an_archive_over_several_disks(tmp_path):
     torch.save(tensors(), tmp_path / "a.pt")
     content = bytearray((tmp_path / "a.pt").read_bytes())

@@ -40,12 +40,25 @@ def _torch_load(path: Path, source: str) -> Any:
                 return torch.load(file, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             name = re.search(r"GLOBAL ([\w.]+)", str(error))
+            if name and name.group(1) == _cut_name(path):
+                raise ValueError("it ends within a name") from error
             detail = name.group(1) if name else first_line(ValueError(str(error).rpartition("error:")[2]))
             needs = "needs" if name else "is corrupted or needs"
             raise InputError(
                 f"{source}: {shown(path.name)} {needs} code ({detail}) to be unpickled, which is refused; if you "
                 "trust it, load it with torch and write its tensors with safetensors.torch.save_file"
             ) from error
+
+
+def _cut_name(path: Path) -> str:
+    """The name that torch makes of one within which a file ends: of a cut line it drops the last character."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 200))
+        cut = re.search(rb"c([\w.]*)(\n?)([\w.]*)\Z", file.read())
+    if cut is None:
+        return ""
+    module, end, name = (part.decode("ascii", "replace") for part in cut.groups())
+    return f"{module if end else module[:-1]}.{name[:-1]}"
 
 
 class _Bounded(BufferedReader):
