@@ -101,7 +101,8 @@ def main(options: list[str]) -> int:
             subprocess.run([*fetch, "--no-binary", ":all:", f"peft=={version}", "-d", place], check=True)
             given = next(Path(place).glob("peft-*.tar.gz"))
         with tarfile.open(given) as archive:
-            archive.extractall(place, filter="data")
+            archive.extraction_filter = getattr(tarfile, "data_filter", None)  # which Python has since 3.11.4
+            archive.extractall(place)
         if importlib.util.find_spec("diffusers") is None:  # their helpers name a class of it
             install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", f"{place}/more"]
             subprocess.run([*install, "diffusers", "importlib_metadata", "zipp"], check=True)
