@@ -81,7 +81,11 @@ class MatrixRef:
         which may be mapped from a file that can be cut off (`checkpoint.formats.file_entries`).
         """
         part = self._part(checkpoint[self.parameter])
-        return (part if self.expert is None else part.clone()).flatten(0, -2)
+        if self.expert is not None:
+            from specbasis.checkpoint.mapped import copied  # it needs torch
+
+            part = copied(part, self.parameter)
+        return part.flatten(0, -2)
 
     def grid(self, checkpoint: Checkpoint) -> Grid | None:
         """The matrix with its levels where it is stored quantised, and they are known; None elsewhere."""

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from specbasis.checkpoint.entry import Entry, json_object, no_key, shown, watched
 from specbasis.checkpoint.formats.kit import FileFormat
+from specbasis.checkpoint.mapped import copied
 from specbasis.checkpoint.regular import read_bytes, regular
 from specbasis.core.errors import InputError
 
@@ -72,7 +73,7 @@ def file_entries(path: Path, source: str, key: str = "") -> Mapping[str, Entry]:
     form = next((form for form in formats() if form.opens(path, head)), None)
     if form is not None:
         entries = form.entries(path, source, key)
-        return {name: _guarded(entry, check) for name, entry in entries.items()}
+        return {stored: _guarded(entry, check, stored) for stored, entry in entries.items()}
     no_key(key, source)
     raise InputError(
         f"{source}: {name} is neither a safetensors nor a torch file (it begins with {head[:4]!r}); "
@@ -80,22 +81,23 @@ def file_entries(path: Path, source: str, key: str = "") -> Mapping[str, Entry]:
     )
 
 
-def _guarded(entry: Entry, check: Callable[[], None]) -> Entry:
+def _guarded(entry: Entry, check: Callable[[], None], name: str) -> Entry:
     grid = None if entry.grid is None else partial(_checked, entry.grid, check)
-    return replace(entry, load=partial(_copied, entry.load, check), grid=grid)
+    return replace(entry, load=partial(_copied, entry.load, check, name), grid=grid)
 
 
 def _checked(read: Callable[[], _T], check: Callable[[], None]) -> _T:
     check()
-    result = read()
-    check()
-    return result
+    try:
+        return read()
+    finally:
+        check()  # also where reading failed: a file that changed is why
 
 
-def _copied(load: Callable[[], Tensor], check: Callable[[], None]) -> Tensor:
+def _copied(load: Callable[[], Tensor], check: Callable[[], None], name: str) -> Tensor:
     def copy() -> Tensor:
         tensor = load()
-        return tensor if tensor.ndim == 3 or tensor.layout is not torch.strided else tensor.clone()
+        return tensor if tensor.ndim == 3 or tensor.layout is not torch.strided else copied(tensor, name)
 
     return _checked(copy, check)
 

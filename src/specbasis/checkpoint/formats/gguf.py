@@ -73,29 +73,28 @@ class _Tensor:
 
 
 def entries(path: Path, source: str, key: str = "") -> dict[str, Entry]:
-    """The tensors of a GGUF file, memory-mapped, in (out, in) order, their rows in that of Hugging Face."""
+    """The tensors of a GGUF file, in (out, in) order, their rows in that of Hugging Face."""
     no_key(key, source)
     gguf = extra("gguf", source)
     with parsing(path.name, source):
         with path.open("rb") as file:
-            content = mmap(file.fileno(), 0, access=ACCESS_READ)
-        header = _Header(content, gguf)
+            header = _Header(mmap(file.fileno(), 0, access=ACCESS_READ), gguf)
         tensors = header.tensors()
         check_names((tensor.name for tensor in tensors), source)
-        return {t.name: _entry(gguf, content, t, _rows(t, header.settings), source) for t in tensors}
+        return {t.name: _entry(gguf, path, t, _rows(t, header.settings), source) for t in tensors}
 
 
-def _entry(gguf: Any, content: mmap, tensor: _Tensor, rows: torch.Tensor | None, source: str) -> Entry:
+def _entry(gguf: Any, path: Path, tensor: _Tensor, rows: torch.Tensor | None, source: str) -> Entry:
     dtype = by_code(tensor.kind)
     if dtype not in FORMATS and len(tensor.shape) > 1:
-        read = partial(_grid, gguf, content, tensor, rows, source)
-        whole = partial(_whole, gguf, content, tensor, rows, source)
+        read = partial(_grid, gguf, path, tensor, rows, source)
+        whole = partial(_whole, gguf, path, tensor, rows, source)
         return Entry(tensor.shape, "float32", whole, stored=dtype, grid=read if tensor.kind in _CODES else None)
 
     def load() -> torch.Tensor:
         if dtype not in FORMATS:
             raise InputError(f"{source}: {tensor.name!r} is stored as {dtype}, not in floating point")
-        values = tensor_of(content[tensor.start : tensor.stop], dtype, tensor.shape)
+        values = tensor_of(_content(path, tensor), dtype, tensor.shape)
         return values if rows is None else values[rows]
 
     return Entry(tensor.shape, dtype, load)
@@ -119,15 +118,22 @@ def _rows(tensor: _Tensor, settings: Mapping[str, Any]) -> torch.Tensor | None:
 _QUERY_OR_KEY = re.compile(r"\.attn_([qk])\.(weight|bias)$")
 
 
-def _whole(gguf: Any, content: mmap, tensor: _Tensor, rows: torch.Tensor | None, source: str) -> torch.Tensor:
-    values = _dequantised(gguf, _blocks(gguf, content, tensor), tensor, source)
+def _whole(gguf: Any, path: Path, tensor: _Tensor, rows: torch.Tensor | None, source: str) -> torch.Tensor:
+    values = _dequantised(gguf, _blocks(gguf, path, tensor), tensor, source)
     return values if rows is None else values[rows]
 
 
-def _blocks(gguf: Any, content: mmap, tensor: _Tensor) -> np.ndarray:
+def _content(path: Path, tensor: _Tensor) -> bytes:
+    """The bytes of a tensor: read, not mapped, as a mapped file that is cut off ends the process."""
+    with path.open("rb") as file:
+        file.seek(tensor.start)
+        return file.read(tensor.stop - tensor.start)
+
+
+def _blocks(gguf: Any, path: Path, tensor: _Tensor) -> np.ndarray:
     """The bytes of a quantised tensor, a block a row."""
     _, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[tensor.kind]]
-    return np.frombuffer(content[tensor.start : tensor.stop], np.uint8).reshape(-1, size)
+    return np.frombuffer(_content(path, tensor), np.uint8).reshape(-1, size)
 
 
 def _dequantised(gguf: Any, blocks: np.ndarray, tensor: _Tensor, source: str) -> torch.Tensor:
@@ -140,9 +146,9 @@ def _dequantised(gguf: Any, blocks: np.ndarray, tensor: _Tensor, source: str) ->
     return torch.from_numpy(values).reshape(tensor.shape)
 
 
-def _grid(gguf: Any, content: mmap, tensor: _Tensor, rows: torch.Tensor | None, source: str) -> Grid:
+def _grid(gguf: Any, path: Path, tensor: _Tensor, rows: torch.Tensor | None, source: str) -> Grid:
     """A quantised tensor with its levels: what its blocks would stand for with the least and the greatest codes."""
-    blocks = _blocks(gguf, content, tensor)
+    blocks = _blocks(gguf, path, tensor)
     start, stop, levels = _CODES[tensor.kind]
     numbers = [_dequantised(gguf, blocks, tensor, source)]
     for byte in (0x80, 0x7F) if tensor.kind == "Q8_0" else (0x00, 0xFF):
