@@ -53,6 +53,20 @@ def test_source_archive_is_small_and_builds_the_wheel(built: tuple[Path, Path], 
     assert set(zipfile.ZipFile(again).namelist()) == set(zipfile.ZipFile(built[0]).namelist())
 
 
+def test_the_wheel_lists_the_requirements_that_a_clone_does(built: tuple[Path, Path], tmp_path: Path) -> None:
+    code = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from packaging.utils import canonicalize_name
+from specbasis.core.extras import PURPOSES, requirements
+for extra in ("", *PURPOSES):
+    print(extra, sorted({(canonicalize_name(r.name), str(r.specifier)) for r in requirements(extra)}))
+"""
+    wheel, clone = (run(sys.executable, "-c", code, place, cwd=tmp_path) for place in (built[0], ROOT / "src"))
+    assert "('torch', '>=2.6')" in wheel
+    assert wheel == clone
+
+
 @pytest.mark.slow
 def test_wheel_runs_in_an_environment_of_its_own(built: tuple[Path, Path], tmp_path: Path) -> None:
     venv.create(tmp_path / "venv", with_pip=True)

@@ -131,7 +131,7 @@ def test_commands_and_flags_exist(page: Path) -> None:
             if words[0] != "specbasis":
                 continue
             flags = {word.split("=")[0] for word in words if word.startswith("--")}
-            assert flags <= known_flags(words) | {"--help", "--version"}, words
+            assert flags <= known_flags(words) | {"--help", "--version", "--quiet"}, words
 
 
 def test_verbs_in_the_text_exist() -> None:

@@ -1,13 +1,19 @@
 """The command line speaks one language: panels, shared flags, nearest names, no large library too early."""
 
+import os
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
 
-from specbasis.cli import app
+from specbasis.cli import app, common
+from specbasis.jobs.progress import Progress
+from tests.cli.conftest import Run
+from tests.pico import bert_state, finetuned, write
 
 LARGE = {"torch", "scipy.stats", "transformers", "peft", "matplotlib", "pyarrow", "datasets"}
 
@@ -101,3 +107,68 @@ def test_a_name_that_does_not_exist_is_answered_with_the_nearest(
     assert error.startswith("error: ")
     assert said in error
     assert len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("verb", ["", *verbs()])
+def test_help_has_a_short_form_everywhere(specbasis: Run, verb: str) -> None:
+    assert specbasis(*verb.split(), "-h") == specbasis(*verb.split(), "--help")
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Path, Path]:
+    state = bert_state()
+    write(tmp_path / "base.safetensors", state)
+    write(tmp_path / "tuned.safetensors", finetuned(state))
+    return tmp_path / "base.safetensors", tmp_path / "tuned.safetensors"
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_quiet_leaves_results_and_errors(
+    specbasis: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pair: tuple[Path, Path], behind: bool
+) -> None:
+    for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS"):
+        monkeypatch.setenv(name, "0")  # and restored when the test ends
+    words = ["compare", *pair, "--out", tmp_path / "out", "--quick", "--no-report"]
+    told = specbasis(*words)
+    quiet = specbasis(*words, "--quiet") if behind else specbasis("--quiet", *words)
+    assert "note: quick: " in told.stdout
+    assert [line for line in told.stdout.splitlines() if not line.startswith("note: ")] == quiet.stdout.splitlines()
+    assert os.environ["TQDM_DISABLE"] == "1"
+    failed = specbasis("compare", "--quiet", pair[0], tmp_path / "missing", "--out", tmp_path / "new")
+    assert failed.returncode == 2
+    assert failed.stderr.startswith("error: ")
+    assert "note: quick: " in specbasis(*words).stdout  # one run's flag is not the next one's
+
+
+def test_quiet_behind_two_dashes_is_a_name(specbasis: Run) -> None:
+    assert "--quiet" in specbasis("inspect", "--", "--quiet").stderr
+
+
+@pytest.mark.parametrize("is_quiet", [False, True])
+def test_quiet_leaves_out_the_lines_of_progress(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], is_quiet: bool
+) -> None:
+    monkeypatch.setattr(common.ASIDE, "quiet", is_quiet)
+    with common.progress_by_run() as tell:
+        tell(Progress(1, 4, "the first"))
+    assert capsys.readouterr().err == ("" if is_quiet else "1 of 4: the first\n")
+
+
+def entry_point(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command as its script runs it, below a shell."""
+    code = "import sys; sys.argv[0] = 'specbasis'; from specbasis.cli import main; main()"
+    line = shlex.join([sys.executable, "-c", code, *arguments]) + "; exit $?"
+    return subprocess.run(
+        ["bash", "-c", line], capture_output=True, text=True, env={**os.environ, **environment}, check=False
+    )
+
+
+def test_the_shell_completes_verbs_and_flags(tmp_path: Path) -> None:
+    shown = entry_point("--show-completion", "bash")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert "complete -o default -F _specbasis_completion specbasis" in shown.stdout
+    asked = {"_SPECBASIS_COMPLETE": "complete_bash", "COMP_WORDS": "specbasis compare --ran", "COMP_CWORD": "2"}
+    assert entry_point(**asked).stdout.split() == ["--ranks"]
+    installed = entry_point("--install-completion", HOME=str(tmp_path))
+    assert installed.returncode == 0
+    assert "specbasis" in (tmp_path / ".bashrc").read_text(encoding="utf-8")

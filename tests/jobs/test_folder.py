@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from specbasis.core.errors import InputError
-from specbasis.jobs.folder import ALWAYS, WHERE_USED, Kind, environment, locked, opened, refuse_another
+from specbasis.jobs.environment import ALWAYS, WHERE_USED, environment
+from specbasis.jobs.folder import Kind, locked, opened, refuse_another
 
 MADE = Kind("thing", version=("format", 1), keys=("config", "pairs"))
 

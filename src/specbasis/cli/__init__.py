@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import tempfile
 import traceback
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 import specbasis
 from specbasis.cli.adapter import adapter_app
-from specbasis.cli.common import STDERR, STDOUT, discard, line, prepare_streams
+from specbasis.cli.common import ASIDE, STDERR, STDOUT, discard, line, prepare_streams
 from specbasis.cli.compare import compare, inspect, list_findings, list_measures, report, spectra
+from specbasis.cli.doctor import doctor
 from specbasis.cli.finetune import finetune, list_methods
 from specbasis.cli.flags import flags
 from specbasis.cli.intervene import edit, intervene, list_kinds
@@ -43,13 +46,25 @@ VERBS = (
     which_base,
     flags(pretrain),
     flags(track),
+    doctor,
 )
 GROUPS = {"zoo": zoo_app, "adapter": adapter_app, "reproduce": reproduce_app, "db": db_app}
 
+
+class _Verbs(TyperGroup):
+    """The verbs; `--quiet` stands behind one as well as in front of it."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        end = args.index("--") if "--" in args else len(args)
+        others = [word for word in args[:end] if word != "--quiet"]
+        return super().parse_args(ctx, ["--quiet"] * (len(others) < end) + others + args[end:])
+
+
 app = typer.Typer(
     help="What finetuning changes in the singular vectors and values of a model's weights.",
+    cls=_Verbs,
+    context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 for verb in VERBS:
@@ -72,7 +87,13 @@ CLOSED_PIPE = 141
 
 
 @app.callback(invoke_without_command=True)
-def _version(version: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
+def _common(
+    version: Annotated[bool, typer.Option("--version", help="print the version")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="no progress and no notes, for any verb")] = False,
+) -> None:
+    ASIDE.quiet = quiet
+    if quiet:  # bars of other libraries, which read this as they are imported
+        os.environ.update(TQDM_DISABLE="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
     if version:
         STDOUT.print(specbasis.__version__)
         raise typer.Exit
@@ -104,7 +125,9 @@ def _run() -> int:
         return code if isinstance(code, int) else 0
     except KeyboardInterrupt:
         return 130
-    except SystemExit:  # what typer makes of a closed pipe where it prints itself; the verbs return their codes
+    except SystemExit as stop:  # the verbs return their codes: this is typer, which prints itself
+        if not isinstance(stop.__context__, OSError):  # shell completion
+            return 2 if stop.code else 0
         discard(sys.stdout)
         return CLOSED_PIPE
     except (_USAGE, typer.Abort) as error:

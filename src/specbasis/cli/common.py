@@ -33,6 +33,8 @@ class _Console(Console):
 
 STDOUT = _Console()
 STDERR = _Console(stderr=True)
+ASIDE = _Console(stderr=True)
+"""For progress; ``--quiet`` makes it quiet, and with it the notes."""
 
 
 def prepare_streams() -> None:
@@ -68,6 +70,12 @@ def line(text: str, *, console: Console = STDOUT, style: str = "") -> None:
         discard(console.file)  # nobody is left to be told
 
 
+def note(text: str, *, console: Console = STDOUT) -> None:
+    """Print what a reader of the results should know, unless ``--quiet`` is given."""
+    if not ASIDE.quiet:
+        line(f"note: {text}", console=console)
+
+
 def document(content: Any) -> None:
     """Print one JSON document and nothing else."""
     text = dumps(content, indent=1, ensure_ascii=False)
@@ -79,7 +87,7 @@ def document(content: Any) -> None:
 @contextmanager
 def progress() -> Iterator[Callable[[Progress], None]]:
     """A bar with the time left, where there is a terminal."""
-    if not STDERR.is_terminal:  # where older versions of rich would end it with an empty line
+    if not ASIDE.is_terminal or ASIDE.quiet:  # where older versions of rich would end it with an empty line
         yield lambda _: None
         return
     from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
@@ -87,7 +95,7 @@ def progress() -> Iterator[Callable[[Progress], None]]:
 
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn())
     percent = TextColumn("{task.percentage:>3.0f}%")
-    with Bar(*columns, percent, TimeRemainingColumn(), console=STDERR, transient=True) as bar:
+    with Bar(*columns, percent, TimeRemainingColumn(), console=ASIDE, transient=True) as bar:
         task = bar.add_task("reading", total=None)
         yield lambda p: bar.update(task, completed=p.done, total=p.total, description=p.name[-60:])
 
@@ -99,8 +107,8 @@ def progress_by_run() -> Iterator[Callable[[Progress], None]]:
 
         def tell(now: Progress) -> None:
             bar(now)
-            if not STDERR.is_terminal:
-                line(f"{now.done:g} of {now.total:g}: {now.name}", console=STDERR)
+            if not ASIDE.is_terminal:
+                line(f"{now.done:g} of {now.total:g}: {now.name}", console=ASIDE)
 
         yield tell
 

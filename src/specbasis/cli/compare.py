@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import specbasis
-from specbasis.cli.common import STDERR, STDOUT, document, line, progress
+from specbasis.cli.common import STDERR, STDOUT, document, line, note, progress
 from specbasis.cli.flags import BASE, MODEL, OUT, STREAM
 from specbasis.comparison.options import Options as CompareOptions
 from specbasis.core.errors import MissingExtra
@@ -177,4 +177,4 @@ def write_page(comparison: Comparison, *, quiet: bool = False) -> None:
     try:
         line(f"page: {comparison.report()}", console=STDERR if quiet else STDOUT)
     except MissingExtra as error:
-        line(f"note: no page: {error}", console=STDERR)
+        note(f"no page: {error}", console=STDERR)

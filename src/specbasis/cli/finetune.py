@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import specbasis
-from specbasis.cli.common import STDERR, line
+from specbasis.cli.common import ASIDE, line, note
 from specbasis.cli.flags import BASE, OUT, listing
 from specbasis.finetuning.options import FinetuneOptions
 
@@ -43,7 +43,7 @@ def finetune(base: BASE, out: OUT, task: TASK, options: FinetuneOptions, method:
     from specbasis.finetuning.costs import EpochLines
     from specbasis.finetuning.train import is_main_process
 
-    told = [] if STDERR.is_terminal else [EpochLines(lambda text: line(text, console=STDERR))]
+    told = [] if ASIDE.is_terminal else [EpochLines(lambda text: line(text, console=ASIDE))]
     finetuned = specbasis.finetune(base, task, method, out=out, callbacks=told, **vars(options))
 
     if not is_main_process():
@@ -63,6 +63,6 @@ def finetune(base: BASE, out: OUT, task: TASK, options: FinetuneOptions, method:
     line(forgetting(metrics))
     counts = metrics["parameters"]
     line(f"parameters: {counts['adapter']:,} method, {counts['head']:,} head and pooler, {counts['total']:,} all")
-    for note in metrics["notes"]:
-        line(f"note: {note}")
+    for said in metrics["notes"]:
+        note(said)
     line(f"run: {finetuned.folder}")

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from specbasis.architecture.selection import Selection
-from specbasis.cli.common import exit_on_failures, line, progress
+from specbasis.cli.common import exit_on_failures, line, note, progress
 from specbasis.cli.flags import BASE, OUT
 from specbasis.core.errors import InputError
 from specbasis.core.grammar import numbers, words
@@ -50,8 +50,8 @@ def edit(
             progress=tell,
         )
     edited = read_json(written / RECORD)["matrices"]
-    for note in options.notes(MatrixKey(m["block"], m["role"], m["name"]) for m in edited):
-        line(f"note: {note}", style="yellow")
+    for said in options.notes(MatrixKey(m["block"], m["role"], m["name"]) for m in edited):
+        note(said)
     line(f"edited model: {written}")
 
 
@@ -88,8 +88,8 @@ def intervene(
     print_grid(out)
     roles = dict.fromkeys(role for group in options.roles for role in group.split("+") if role)
     asked = Selection(tuple(roles), tuple(block for group in options.blocks for block in numbers(group)))
-    for note in asked.notes(ref.key for ref in model_map(open_checkpoint(base)).matrices):
-        line(f"note: {note}", style="yellow")
+    for said in asked.notes(ref.key for ref in model_map(open_checkpoint(base)).matrices):
+        note(said)
     if report:
         from specbasis.figures.interventions import write_figures
 

@@ -11,7 +11,7 @@ from typing import Any
 from specbasis.architecture.key import ROLES, MatrixRef
 from specbasis.architecture.recognise import coverage, model_map
 from specbasis.checkpoint import Checkpoint
-from specbasis.cli.common import STDERR, STDOUT, line
+from specbasis.cli.common import STDERR, STDOUT, line, note
 from specbasis.comparison.compare import Plan
 from specbasis.comparison.comparison import Comparison
 from specbasis.comparison.population import Population
@@ -43,8 +43,8 @@ def print_comparison(comparison: Comparison) -> None:
                 "own measures: means over matrices, of the leading 10 ranks where they have ranks",
                 style="italic dim",
             )
-        for note in about["notes"]:
-            line(f"note: {note}")
+        for said in about["notes"]:
+            note(said)
         for reason, names in by_reason(comparison.skipped[pair]).items():
             line(f"not compared: {len(names)}, {reason}: {named_parts(names, 2)}")
         line(comparison.verdicts[pair].sentence, style="bold")
@@ -108,8 +108,8 @@ def print_model(name: str, checkpoint: Checkpoint) -> None:
         rows.append((stack, role, len(members), len(blocks) or None, size, share))
     STDOUT.print(Table(columns, tuple(rows)).terminal())
     line(f"{covered.named:.1%} of {covered.total:,} matrix parameters have a named role")
-    for note in (*checkpoint.notes, *mapped.notes):
-        line(f"note: {note}")
+    for said in (*checkpoint.notes, *mapped.notes):
+        note(said)
     if mapped.unnamed:
         line(f"no pattern names: {named_parts(mapped.unnamed, 6)}")
     skipped = [{"name": s.name, "side": "both", "reason": s.reason} for s in mapped.skipped]

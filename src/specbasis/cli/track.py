@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from specbasis.cli.common import line, progress
+from specbasis.cli.common import line, note, progress
 from specbasis.cli.flags import OUT
 from specbasis.core.text import number_of
 from specbasis.tracking.options import TrackOptions
@@ -35,8 +35,8 @@ def track(run: RUN, out: OUT, options: TrackOptions) -> None:
     )
     for source in about["passed_over"]:
         line(f"passed over: {source['source']}: {source['reason']}", style="yellow")
-    for note in about["notes"]:
-        line(f"note: {note}", style="yellow")
+    for said in about["notes"]:
+        note(said)
     for failure in about["failed"]:
         line(f"failed: {failure['checkpoint']}: {failure['error']}", style="yellow")
     for path in write_track_figure(tracking):

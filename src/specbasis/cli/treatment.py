@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from specbasis.cli.common import STDERR, STDOUT, document, line, progress
+from specbasis.cli.common import STDERR, STDOUT, document, line, note, progress
 from specbasis.cli.flags import BASE, JSON, OUT
 from specbasis.core.errors import InputError, MissingExtra
 from specbasis.core.grammar import labelled, words
@@ -97,7 +97,7 @@ def _tell(treated: Treated, columns: str = "") -> None:
         try:
             line(f"page: {treated.report()}")
         except MissingExtra as error:
-            line(f"note: no page: {error}", console=STDERR)
+            note(f"no page: {error}", console=STDERR)
 
 
 def repair(

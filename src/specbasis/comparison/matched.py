@@ -22,7 +22,7 @@ from specbasis.core.grammar import labelled
 from specbasis.core.svd import ALGORITHM
 from specbasis.core.text import shareable
 from specbasis.jobs import results as store
-from specbasis.jobs.folder import environment
+from specbasis.jobs.environment import environment
 from specbasis.jobs.provenance import provenances
 from specbasis.jobs.results import Results
 

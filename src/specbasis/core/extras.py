@@ -8,19 +8,38 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from specbasis.core.errors import MissingExtra
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 EXTRAS = {
     **dict.fromkeys(("jinja2", "matplotlib", "pandas"), "report"),
     **dict.fromkeys(("accelerate", "datasets", "sklearn", "transformers"), "finetune"),
-    **dict.fromkeys(("packaging", "peft"), "peft"),
+    "peft": "peft",
     **dict.fromkeys(("anarci", "anarcii"), "numbering"),
     **dict.fromkeys(("PIL", "mlxtend"), "pretrain"),
     **{"gguf": "gguf", "huggingface_hub": "hub", "lm_eval": "harness", "onnx": "onnx"},
     **{"powerlaw": "spectra", "ray": "ray"},
 }
 """Library → the smallest extra of the package that installs it."""
+
+PURPOSES = {
+    "report": "the page, the figures, tables of pandas",
+    "hub": "models of the Hub and of timm",
+    "peft": "the spectral adapter in PEFT, and folders of adapters",
+    "finetune": "finetuning, and judges that run a model of transformers",
+    "onnx": "ONNX files",
+    "gguf": "GGUF files",
+    "spectra": "heavy tails of a model's spectra",
+    "ray": "a comparison on several machines",
+    "harness": "lm-evaluation-harness as the judge of an intervention",
+    "numbering": "antibody numbering, the models of the examples",
+    "pretrain": "pretraining the paper's masked autoencoder",
+}
+"""Extra → what it is for; those that are left out build and test specbasis itself."""
 
 
 def require(*libraries: str, purpose: str, extra: str = "") -> ModuleType:
@@ -58,6 +77,31 @@ def command(extra: str) -> str:
     if source is None:
         return f'pip install ".[{extra}]" in a clone of specbasis'
     return f'pip install "{source}[{extra}]"'
+
+
+def requirements(extra: str = "") -> Iterator[Requirement]:
+    """What an extra of this package lists, and the extras that it stands on; without one, what every verb needs.
+
+    Of a clone its pyproject.toml counts: what was noted when it was installed may be of an older state.
+    """
+    import tomllib
+    from importlib import metadata
+
+    from packaging.requirements import Requirement
+
+    project = Path(__file__).parents[3] / "pyproject.toml"
+    if project.is_file():
+        listed = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
+        texts = listed["optional-dependencies"].get(extra, []) if extra else listed["dependencies"]
+    else:  # as in a wheel: 'ray>=2.40; extra == "ray"'
+        of_all = [text.replace('"', "'").partition(";") for text in metadata.requires("specbasis") or []]
+        texts = [text for text, _, marker in of_all if (f"extra == '{extra}'" in marker if extra else not marker)]
+    for requirement in map(Requirement, texts):
+        if requirement.name == "specbasis":
+            for other in sorted(requirement.extras):
+                yield from requirements(other)
+        else:
+            yield requirement
 
 
 def _source() -> Path | None:

@@ -32,7 +32,8 @@ from specbasis.finetuning.options import FinetuneOptions, Placement, Protocol, S
 from specbasis.finetuning.sources import load_task
 from specbasis.finetuning.tables import lines
 from specbasis.finetuning.tasks import Split, Task, TaskData, selection_size, subset
-from specbasis.jobs.folder import WHERE_USED, Folder, Kind, environment, opened, plain, refuse_another, write_json
+from specbasis.jobs.environment import WHERE_USED, environment
+from specbasis.jobs.folder import Folder, Kind, opened, plain, refuse_another, write_json
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback

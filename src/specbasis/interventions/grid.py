@@ -16,8 +16,8 @@ from specbasis.interventions.stage import BASE, BASELINE, STAGES, Setting, Subje
 from specbasis.interventions.whole import whole_models
 from specbasis.jobs.cache import Cache
 from specbasis.jobs.cost import cache_folder
+from specbasis.jobs.environment import WHERE_USED
 from specbasis.jobs.experiments import GRID, Row, read_experiments, run_experiments
-from specbasis.jobs.folder import WHERE_USED
 from specbasis.jobs.progress import Report, silent
 
 CONTROLS = ("random", "zero")

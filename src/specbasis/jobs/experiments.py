@@ -20,7 +20,8 @@ from specbasis.checkpoint.atomic import writing
 from specbasis.checkpoint.digest import proven, sealed
 from specbasis.checkpoint.regular import parse_json, read_bytes
 from specbasis.core.errors import InputError, told
-from specbasis.jobs.folder import ALWAYS, Folder, Kind, environment, opened, plain
+from specbasis.jobs.environment import ALWAYS, environment
+from specbasis.jobs.folder import Folder, Kind, opened, plain
 from specbasis.jobs.progress import Progress, Report, silent
 
 GRID = Kind("grid", version=("cells", 1), keys=("config", "runs"), form={"runs": [{"versions": {}}]})

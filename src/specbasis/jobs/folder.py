@@ -9,18 +9,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import platform
 import re
-import subprocess
-import sys
 import textwrap
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import UnionType
 from typing import Any
@@ -30,23 +24,9 @@ from specbasis.checkpoint.digest import proven, sealed
 from specbasis.checkpoint.regular import read_json
 from specbasis.core.brief import brief
 from specbasis.core.errors import InputError
-from specbasis.core.text import shareable
 
 LOCK = ".lock"
 """File that the process holds which writes in a folder; it stays behind, and then says nothing."""
-
-ALWAYS = ("specbasis", "torch", "numpy", "scipy", "pyarrow", "safetensors")
-"""Packages whose versions every manifest has."""
-
-WHERE_USED = {
-    "transformers": "transformers",
-    "peft": "peft",
-    "tokenizers": "tokenizers",
-    "accelerate": "accelerate",
-    "datasets": "datasets",
-    "sklearn": "scikit-learn",
-}
-"""Modules whose packages' versions a manifest has if the module is loaded, or is said to be used."""
 
 
 @dataclass(frozen=True)
@@ -325,45 +305,3 @@ def plain(value: Any) -> Any:
 def write_json(path: Path, value: Any) -> None:
     """Write plain data as JSON, whole or not at all."""
     write_whole(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-
-# --- what a manifest says about where it was made -----------------------------------------------------------------
-
-
-def environment(uses: Iterable[str] = ()) -> dict[str, Any]:
-    """Time, versions, commit, machine and command, for a manifest.
-
-    Args:
-        uses: modules of `WHERE_USED` that the run is going to load.
-    """
-    modules = {name for name in WHERE_USED if name in sys.modules} | set(uses)
-    packages = (*ALWAYS, *(package for name, package in WHERE_USED.items() if name in modules))
-    return {
-        "written": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in packages},
-        "commit": _commit(),
-        "machine": {
-            "platform": platform.platform(),
-            "processors": os.cpu_count(),
-        },
-        "command": [Path(sys.argv[0]).name, *map(shareable, sys.argv[1:])],
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    """The commit of this package where it runs from its own git checkout."""
-    checkout = Path(__file__).resolve().parents[3]
-    if not (checkout / ".git").exists():
-        return None
-    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None

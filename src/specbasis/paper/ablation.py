@@ -28,8 +28,8 @@ from specbasis.finetuning.metrics import Predictions
 from specbasis.finetuning.options import require_libraries
 from specbasis.finetuning.sources import load_task
 from specbasis.finetuning.tasks import GLUE, Split
+from specbasis.jobs.environment import WHERE_USED
 from specbasis.jobs.experiments import Row, run_experiments
-from specbasis.jobs.folder import WHERE_USED
 from specbasis.jobs.progress import Progress
 from specbasis.paper.cores import Basis, Experiment, Recipe, score, train
 from specbasis.paper.encoder import Encoder, Examples, encode, frozen_means, load_encoder, mean_gradients

@@ -34,8 +34,8 @@ from specbasis.finetuning.options import require_libraries
 from specbasis.finetuning.runs import finetune, load
 from specbasis.finetuning.sources import load_task
 from specbasis.finetuning.tasks import Split
+from specbasis.jobs.environment import WHERE_USED
 from specbasis.jobs.experiments import Row, run_experiments
-from specbasis.jobs.folder import WHERE_USED
 from specbasis.jobs.progress import Progress
 from specbasis.paper.differences import resampled
 from specbasis.paper.encoder import portions

@@ -20,8 +20,8 @@ from specbasis.finetuning.methods import METHODS
 from specbasis.finetuning.options import FinetuneOptions, require_libraries
 from specbasis.finetuning.sources import load_task
 from specbasis.finetuning.tasks import Split, TaskData, subset
+from specbasis.jobs.environment import WHERE_USED
 from specbasis.jobs.experiments import Row, read_experiments, run_experiments
-from specbasis.jobs.folder import WHERE_USED
 from specbasis.jobs.progress import Report
 from specbasis.paper.options import GlueOptions
 

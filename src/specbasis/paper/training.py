@@ -24,7 +24,8 @@ from specbasis.checkpoint import open_checkpoint, sha256
 from specbasis.checkpoint.atomic import whole, write_whole, writing
 from specbasis.core.blocks import device_named
 from specbasis.core.errors import InputError
-from specbasis.jobs.folder import Folder, Kind, environment, opened
+from specbasis.jobs.environment import environment
+from specbasis.jobs.folder import Folder, Kind, opened
 from specbasis.jobs.progress import Progress, Report, silent
 from specbasis.paper.images import Images
 from specbasis.paper.mae import (

@@ -24,7 +24,8 @@ from specbasis.core.svd import ALGORITHM
 from specbasis.jobs import engine as engines
 from specbasis.jobs import results as store
 from specbasis.jobs.cost import Work, matrix_work
-from specbasis.jobs.folder import environment, refuse_another
+from specbasis.jobs.environment import environment
+from specbasis.jobs.folder import refuse_another
 from specbasis.jobs.progress import Report
 from specbasis.jobs.provenance import provenances
 from specbasis.jobs.results import COMPARISON, Figures, Results, rows_of

@@ -14,7 +14,8 @@ from specbasis.core.dtypes import FORMATS
 from specbasis.core.options import takes
 from specbasis.core.text import shareable
 from specbasis.interventions.evaluators.kit import Judge
-from specbasis.jobs.folder import environment, locked
+from specbasis.jobs.environment import environment
+from specbasis.jobs.folder import locked
 from specbasis.jobs.progress import Report, silent
 from specbasis.treatment.cores import Cores
 from specbasis.treatment.difference import Dense, Difference

@@ -21,7 +21,8 @@ from specbasis.core.errors import InputError, unknown
 from specbasis.core.options import takes
 from specbasis.core.text import shareable
 from specbasis.interventions.evaluators.kit import Judge
-from specbasis.jobs.folder import environment, locked, plain
+from specbasis.jobs.environment import environment
+from specbasis.jobs.folder import locked, plain
 from specbasis.jobs.progress import Progress, Report, silent
 from specbasis.treatment.finetunes import MERGED, Finetunes, Source
 from specbasis.treatment.judged import judge_merged

@@ -24,8 +24,9 @@ from specbasis.interventions.evaluators.kit import Judge
 from specbasis.interventions.samples import Sample
 from specbasis.jobs.cache import Cache
 from specbasis.jobs.cost import cache_folder
+from specbasis.jobs.environment import WHERE_USED
 from specbasis.jobs.experiments import Row, read_experiments, run_experiments
-from specbasis.jobs.folder import WHERE_USED, locked
+from specbasis.jobs.folder import locked
 from specbasis.jobs.progress import Report
 from specbasis.treatment.judged import score
 from specbasis.treatment.options import RepairOptions

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from specbasis.cli.common import STDERR, STDOUT, exit_on_failures, line, progress, progress_by_run
+from specbasis.cli.common import STDERR, STDOUT, exit_on_failures, line, note, progress, progress_by_run
 from specbasis.cli.flags import COLUMN, NO_RUN, OUT, SCORES, flags
 from specbasis.cli.population import modalities
 from specbasis.cli.reproduce.contents import add_verbs
@@ -129,8 +129,8 @@ def _from_rows(
         sources = [comparison]
     known = read_scores(scores, column)[0] if scores else None
     drawn = reproduce(figure, sources, out, modality=modality, scores=known, independent=independent)
-    for note in drawn.notes:
-        line(f"note: {note}", console=STDERR)
+    for said in drawn.notes:
+        note(said, console=STDERR)
     for file in drawn.files:
         line(str(file))
 
@@ -230,8 +230,8 @@ def pretrain(out: OUT, options: PretrainOptions) -> None:
     from specbasis.paper.training import train
 
     opened = open_images(options.data)
-    for note in opened.train.notes + opened.test.notes:
-        line(f"passed over: {note}", console=STDERR)
+    for reason in opened.train.notes + opened.test.notes:
+        line(f"passed over: {reason}", console=STDERR)
     images = opened.train.sample(len(opened.train) if options.images is None else options.images, options.seed)
     if options.shuffle_labels:
         images = images.shuffled_labels(options.seed)
