@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from specbasis.checkpoint.atomic import clear, whole, write_whole
+from specbasis.checkpoint.atomic import clear, clear_beside, whole, write_whole
 from specbasis.core.errors import InputError
 
 
@@ -50,3 +50,20 @@ def test_a_kill_between_the_two_moves_of_a_folder_is_mended(tmp_path: Path) -> N
     (tmp_path / f".other.{os.getppid()}.tmp").mkdir()
     clear(tmp_path.iterdir())
     assert {path.name for path in tmp_path.rglob("*")} == {"folder", "old", f".other.{os.getppid()}.tmp"}
+
+
+def test_what_is_written_inside_another_is_one_thing_and_a_kill_leaves_nothing_for_the_next(tmp_path: Path) -> None:
+    inner = (
+        "import os\nfrom pathlib import Path\nfrom specbasis.checkpoint.atomic import whole, write_whole\n"
+        "with whole(Path('out')) as folder:\n    with whole(folder) as nested:\n        nested.mkdir()\n"
+        "        write_whole(nested / 'file', lambda path: (path.write_text('half'), os.kill(os.getpid(), 9)))\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", inner], cwd=tmp_path, capture_output=True)
+    assert killed.returncode == -9
+    assert len(list(tmp_path.iterdir())) == 1
+    clear_beside(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    with whole(tmp_path / "out") as folder, whole(folder) as nested:
+        nested.mkdir()
+        write_whole(nested / "file", "text")
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["out", "out/file"]

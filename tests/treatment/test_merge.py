@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -332,6 +334,23 @@ def test_a_run_that_stops_half_way_leaves_nothing(family, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         specbasis.merge(base, paths, tmp_path / "new/out", progress=stop)
     assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_killed_half_way_nothing_looks_complete_and_the_same_command_leaves_nothing_else(family, tmp_path):
+    base, paths, *_ = family
+    where = tmp_path / "new"
+    where.mkdir()
+    code = (
+        "import os, sys, specbasis\n"
+        "def stop(now):\n    if now.done == 5 and not now.name.startswith('reading'): os.kill(os.getpid(), 9)\n"
+        "specbasis.merge(sys.argv[1], sys.argv[2:], 'out', progress=stop)"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, base, *paths], cwd=where, capture_output=True)
+    assert killed.returncode == -9
+    assert not (where / "out").exists()
+    assert [path.name for path in where.iterdir() if path.name.startswith(".out.")]
+    specbasis.merge(base, paths, where / "out")
+    assert [path.name for path in where.iterdir()] == ["out"]
 
 
 def test_one_matrix_and_its_updates_are_in_memory_at_a_time(family, tmp_path, monkeypatch):

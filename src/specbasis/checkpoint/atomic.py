@@ -21,11 +21,15 @@ def whole(path: Path) -> Iterator[Path]:
     """A path beside ``path`` at which to write a file or a folder, which becomes ``path`` when the block ends.
 
     It takes the place of what was there. If the block raises, or the process is killed, what was there stays;
-    `clear` removes what a kill leaves. A file is flushed to the disk before it takes its name.
+    `clear` removes what a kill leaves, one thing however deep such blocks are in each other. A file is flushed to
+    the disk before it takes its name.
 
     Raises:
         OSError: the system refuses it; `writing` makes one line of that.
     """
+    if is_temporary(path):  # inside such a block: whoever makes it whole removes it as well
+        yield path
+        return
     temporary, aside = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

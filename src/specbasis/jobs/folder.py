@@ -19,7 +19,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any
 
-from specbasis.checkpoint.atomic import clear, is_temporary, write_whole, writing
+from specbasis.checkpoint.atomic import clear, clear_beside, is_temporary, write_whole, writing
 from specbasis.checkpoint.digest import proven, sealed
 from specbasis.checkpoint.regular import read_json
 from specbasis.core.brief import brief
@@ -204,7 +204,8 @@ def locked(folder: Path, *, wait: bool = False, beside: bool = False) -> Iterato
     Args:
         folder: which.
         wait: wait while another process is there.
-        beside: for a folder that is to appear whole: the lock stands beside it, and is gone when the block ends.
+        beside: for a folder that is to appear whole: the lock stands beside it, and is gone when the block ends;
+            what killed processes left of the folder goes first.
 
     Raises:
         InputError: another process is there, and is not waited for; or the folder cannot be written.
@@ -225,6 +226,8 @@ def locked(folder: Path, *, wait: bool = False, beside: bool = False) -> Iterato
         except NotImplementedError:
             warnings.warn(f"{folder}: this file system has no locks; let one process at a time write", stacklevel=4)
     try:
+        if beside:
+            clear_beside(here)
         yield
     finally:
         if beside:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from specbasis.checkpoint import open_checkpoint, open_tuned
-from specbasis.checkpoint.atomic import clear_beside, whole, writing
+from specbasis.checkpoint.atomic import whole, writing
 from specbasis.checkpoint.writer import stored_bytes, want_new
 from specbasis.core.dtypes import FORMATS
 from specbasis.core.options import takes
@@ -85,7 +85,6 @@ def extract(
         changes = differing(pretrained, finetuned, report)
         scores = judge_pair(pretrained, finetuned, judge) if judge is not None else {}
         form = FORMS[chosen.form](pretrained, finetuned, changes, chosen, report, base)
-        clear_beside(out)
         with writing(out), whole(out) as temporary:
             temporary.mkdir()
             form.write(temporary)
