@@ -134,8 +134,10 @@ def test_the_gradients_are_those_of_the_whole_model(base):
     found = mean_gradients(encoder, examples, examples.labels)
     weights = {f"{name}.weight": m.weight.detach().clone().requires_grad_() for name, m in encoder.matrices.items()}
     x = features(encoder, weights, data.inputs)
-    head = LogisticRegression(max_iter=2000).fit(x.detach().double().numpy(), examples.labels.numpy())
-    logit = x @ torch.tensor(head.coef_[0]).float() + float(head.intercept_[0])
+    frozen = x.detach()
+    z = (x - frozen.mean(0)) / (frozen - frozen.mean(0)).square().mean().sqrt()
+    head = LogisticRegression(tol=1e-8).fit(z.detach().double().numpy(), examples.labels.numpy())
+    logit = z @ torch.tensor(head.coef_[0]).float() + float(head.intercept_[0])
     functional.binary_cross_entropy_with_logits(logit, examples.labels.float()).backward()
     for name, G in found.items():
         expected = weights[f"{name}.weight"].grad

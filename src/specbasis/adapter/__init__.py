@@ -10,17 +10,26 @@ from typing import TYPE_CHECKING
 from specbasis.core.lazy import lazily
 
 if TYPE_CHECKING:
+    from specbasis.adapter.gradients import initialize_gradient_basis
     from specbasis.adapter.layer import SpectralLinear
     from specbasis.adapter.peft_bridge import SpectralModel
     from specbasis.adapter.peft_config import SpectralConfig
     from specbasis.adapter.task_heads import ParameterCounts, parameter_counts
 
-__all__ = ["ParameterCounts", "SpectralConfig", "SpectralLinear", "SpectralModel", "parameter_counts"]
+__all__ = [
+    "ParameterCounts",
+    "SpectralConfig",
+    "SpectralLinear",
+    "SpectralModel",
+    "initialize_gradient_basis",
+    "parameter_counts",
+]
 
 __getattr__ = lazily(
     __name__,
     {
         "SpectralLinear": "layer",
+        "initialize_gradient_basis": "gradients",
         **dict.fromkeys(("SpectralConfig", "SpectralModel"), "peft_bridge"),
         **dict.fromkeys(("ParameterCounts", "parameter_counts"), "task_heads"),
     },

@@ -16,7 +16,7 @@ from specbasis.adapter import functional
 from specbasis.adapter.bases import basis_of, check_interval
 from specbasis.adapter.layouts import innermost, layout_of
 from specbasis.adapter.state import PARTS, Adapter, Cores, Frozen
-from specbasis.checkpoint.adapter_file import AGAIN, BASIS, PROOF, values_digest
+from specbasis.checkpoint.adapter_file import AGAIN, BASIS, FROM_DATA, PROOF, sealed_parts, values_digest
 from specbasis.checkpoint.proof import Proof, empty_proof, prove, settled_basis
 from specbasis.core.errors import InputError
 from specbasis.core.svd import SVD
@@ -128,6 +128,7 @@ class AdaptedLayer(nn.Module):
         """Add an adapter with its core at zero.
 
         Costs one decomposition of the weight, unless another adapter of this layer has the same basis and interval.
+        A basis from data is left empty; `settle_in` brings it.
 
         Args:
             adapter_name: a new name.
@@ -161,7 +162,7 @@ class AdaptedLayer(nn.Module):
         if from_file or self.spectral_M[adapter_name].is_meta:
             adapter.expect()
             adapter.awaited.add("M")
-        elif not (later or weight.is_meta):
+        elif not (later or weight.is_meta or adapter.basis in FROM_DATA):
             self.settle(adapter_name)
 
     def cast_core(self, adapter_name: str, dtype: torch.dtype) -> None:
@@ -192,11 +193,23 @@ class AdaptedLayer(nn.Module):
             self._compute(adapter_name)
             self._start(adapter_name)
 
+    def settle_in(self, adapter_name: str, basis: SVD) -> None:
+        """Give an adapter whose core is zero a basis that was made from data."""
+        proof = prove(basis, self.adapters[adapter_name].interval, self.weight_matrix())
+        self._settled(adapter_name, basis.U, basis.Vh, proof, exact=True)
+        self._start(adapter_name)
+
+    def settle_as(self, adapter_name: str, other: str) -> None:
+        """Give a new adapter the very basis of another one."""
+        self.settle(other)
+        U, Vh, exact = self.spectral_U[other], self.spectral_Vh[other], self.adapters[other].exact
+        self._settled(adapter_name, U, Vh, self.proof(other), exact=exact)
+
     def _compute(self, name: str) -> None:
         """Give a new adapter its basis, that of another adapter of this layer or a computed one."""
-        twin = self._twin(name)
+        twin = None if self.adapters[name].basis in FROM_DATA else self._twin(name)
         if twin is not None and self.adapters[twin].exact:
-            self._settled(name, self.spectral_U[twin], self.spectral_Vh[twin], self.proof(twin), exact=True)
+            self.settle_as(name, twin)
             return
         W, basis = self.weight_matrix(), self._basis(name)
         proof = prove(basis, self.adapters[name].interval, W)
@@ -218,7 +231,7 @@ class AdaptedLayer(nn.Module):
                 f"configuration says [{adapter.interval[0]}, {adapter.interval[1]}); the folder mixes two "
                 "adapters: save it again"
             )
-        parts = {"M": self.spectral_M[name], **{part: getattr(proof, part) for part in PROOF}}
+        parts = {part: getattr(self, f"spectral_{part}")[name] for part in sealed_parts(adapter.basis)}
         rounded = parts["M"].dtype != torch.float32  # on request, after the file was proven
         if (
             adapter.seal is not None
@@ -358,6 +371,7 @@ def find_bases(layers: Iterable[AdaptedLayer], adapter_name: str) -> None:
         layer
         for layer in layers
         if adapter_name in layer.adapters and not layer.adapters[adapter_name].settled
+        if layer.adapters[adapter_name].basis not in FROM_DATA
         if not (layer.stored_weight().is_meta or layer.spectral_M[adapter_name].is_meta)
     ]
     threads = torch.get_num_threads()

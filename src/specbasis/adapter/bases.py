@@ -13,12 +13,13 @@ from torch import Tensor
 
 from specbasis.adapter.layouts import LINEAR, Layout
 from specbasis.checkpoint import Checkpoint, open_checkpoint
+from specbasis.checkpoint.adapter_file import FROM_DATA
 from specbasis.checkpoint.atomic import write_whole
 from specbasis.checkpoint.digest import digest
 from specbasis.checkpoint.names import namesakes
 from specbasis.checkpoint.proof import weight_digest
 from specbasis.core.errors import InputError
-from specbasis.core.svd import SVD, decompose, half_svd
+from specbasis.core.svd import FLOOR, SVD, decompose, half_svd
 from specbasis.jobs.cache import Cache
 
 
@@ -64,6 +65,11 @@ def basis_of(
     """
     if basis.startswith("from:"):
         return _foreign_basis(basis.removeprefix("from:"), W, interval, name, layout)
+    if basis in FROM_DATA:
+        raise InputError(
+            f"{name}: its basis = {basis!r} is made from examples, and has not been yet: call "
+            "specbasis.adapter.initialize_gradient_basis(model, dataloader) before the adapter is used"
+        )
     if basis != "pretrained":
         return control_basis(W, interval, basis, name)
     if file and Path(file).exists():
@@ -87,8 +93,8 @@ def control_basis(W: Float[Tensor, "out in"], interval: tuple[int, int], basis: 
     kind, _, seed = basis.partition(":")
     if kind not in ("random", "shuffled") or not (seed or "0").isdecimal():
         raise InputError(
-            f"{name}: got basis = {basis!r}; want 'pretrained', 'random', 'shuffled' (both also with ':SEED') or "
-            "'from:PATH'"
+            f"{name}: got basis = {basis!r}; want 'pretrained', 'gradient', 'random', 'shuffled' (the last two "
+            "also with ':SEED') or 'from:PATH'"
         )
     half = half_svd(W, min(W.shape) if kind == "shuffled" else m, name=name, implied=True)
     svd = half.interval(k, m)
@@ -103,6 +109,31 @@ def control_basis(W: Float[Tensor, "out in"], interval: tuple[int, int], basis: 
         )
         Vh = V.mT.contiguous()
     return dataclasses.replace(svd, U=U, Vh=Vh)
+
+
+def gradient_basis(
+    G: Float[Tensor, "out in"], W: Float[Tensor, "out in"], interval: tuple[int, int], name: str
+) -> SVD:
+    """Singular vectors of a loss gradient G on ranks [k, m), with the singular values of W there as their scale.
+
+    Raises:
+        InputError: the gradient is zero or not finite, or has fewer than m directions: the vectors are anything.
+    """
+    k, m = interval
+    of_gradient = decompose(G, ranks=m, name=f"the gradient of {name}")
+    rank = int((of_gradient.S > FLOOR * of_gradient.S[0]).sum())
+    if rank == 0:
+        raise InputError(
+            f"{name}: its gradient over these examples is zero, so it has no directions; leave this module out of "
+            "target_modules, or give examples whose loss depends on it"
+        )
+    if rank < m:
+        raise InputError(
+            f"{name}: its gradient over these examples has {rank} directions, and interval [{k}, {m}) wants {m}; "
+            "give more examples, or lower the rank"
+        )
+    own = half_svd(W, m, name=name, implied=True).interval(k, m)
+    return dataclasses.replace(own, U=of_gradient.U[:, k:m], Vh=of_gradient.Vh[k:m])
 
 
 def _foreign_basis(path: str, W: Tensor, interval: tuple[int, int], name: str, layout: Layout) -> SVD:

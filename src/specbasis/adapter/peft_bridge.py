@@ -38,7 +38,7 @@ from specbasis.adapter.peft_layer import SpectralLayer, adapted_layer
 from specbasis.adapter.peft_resolve import all_linear, check_targets, feed_forward, resolve, tell_small_layers
 from specbasis.adapter.rest import fingerprints, is_dense, rest_of, warn_of_another_base
 from specbasis.adapter.state import Seal
-from specbasis.checkpoint.adapter_file import PREFIX, seal
+from specbasis.checkpoint.adapter_file import FROM_DATA, PREFIX, seal
 from specbasis.core.errors import InputError
 
 NEEDS_PEFT = "0.21"
@@ -145,7 +145,14 @@ class SpectralModel(BaseTuner):
         state_dict: dict[str, Tensor],
         **kwargs: Any,
     ) -> dict[str, Tensor]:
-        """The tensors of the adapter's file, which PEFT is about to write; the configuration gets their seal."""
+        """The tensors of the adapter's file, which PEFT is about to write; the configuration gets their seal.
+
+        Raises:
+            InputError: the adapter waits for a basis from data.
+        """
+        for layer in model.modules() if config.basis in FROM_DATA else ():
+            if isinstance(layer, SpectralLayer) and adapter_name in layer.adapters:
+                layer.settle(adapter_name)
         stored: dict[str, Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, **kwargs
         )
@@ -274,6 +281,8 @@ class SpectralModel(BaseTuner):
         self.inject_adapter(self.model, adapter_name)
         with torch.no_grad():
             for name, layer in layers.items():
+                if configs[0].basis in FROM_DATA:
+                    layer.settle_as(adapter_name, next(name for name in adapters if name in layer.adapters))
                 for weight, adapter in zip(weights, adapters, strict=True):
                     if adapter in layer.adapters:
                         layer.settle(adapter)
@@ -301,7 +310,13 @@ def _relative_signs(layer: SpectralLayer, new: str, old: str, start: int, stop: 
 
 def _union(layer: SpectralLayer, adapters: list[str], basis: str) -> tuple[int, int]:
     """The smallest interval that holds those of a layer's adapters."""
-    intervals = {layer.adapters[name].interval for name in adapters if name in layer.adapters}
+    first, *others = (name for name in adapters if name in layer.adapters)
+    intervals = {layer.adapters[name].interval for name in (first, *others)}
+    if basis in FROM_DATA and not all(layer._same_proof(first, other) for other in others):
+        raise InputError(
+            f"{layer.module_name}: adapters with bases from other data are in other vectors: their coefficients "
+            "cannot be added; add the adapters' exported LoRA instead"
+        )
     if basis.startswith("random") and len(intervals) > 1:
         raise InputError(
             "random bases on different intervals are different vectors: their coefficients cannot be added"

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from peft import PeftConfig, PeftType
 
+from specbasis.checkpoint.adapter_file import FROM_DATA
 from specbasis.core.errors import InputError
 from specbasis.core.patterns import Matcher
 
@@ -40,9 +41,10 @@ class SpectralConfig(PeftConfig):
         layers_to_transform: PEFT's name for ``blocks_to_transform``; give one of the two.
         layers_pattern: name of the list of blocks, where a module's name holds several numbers.
         scale: "none", or "sigma" for coefficients in units of the singular values (LoRA-XS, PSOFT with free R).
-        basis: "pretrained" singular vectors; "from:PATH", the singular vectors of the same matrix in another
-            checkpoint; or a control, with ":SEED" behind it if wanted: "random" orthonormal vectors, or "shuffled",
-            right singular vectors paired with left ones of other ranks.
+        basis: "pretrained" singular vectors; "gradient", those of the loss gradient over some batches, which
+            `initialize_gradient_basis` is given; "from:PATH", those of the same matrix in another checkpoint; or a
+            control, with ":SEED" behind it if wanted: "random" orthonormal vectors, or "shuffled", right singular
+            vectors paired with left ones of other ranks.
         init: "zero" (the model starts bit-equal to its base) or "normal" (small random coefficients).
         dropout: share of input features dropped on the adapter's path in training.
         save_basis: put U and Vh into the adapter file. Without, loading decomposes the base again and refuses if
@@ -99,11 +101,14 @@ class SpectralConfig(PeftConfig):
         self.choose_blocks(next(iter(chosen), None))
         if isinstance(self.target_modules, (list, set, tuple)):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # PEFT's own form
-        if not re.fullmatch(r"pretrained|(random|shuffled)(:\d+)?|from:.+", self.basis):
-            raise InputError(f"got basis = {self.basis!r}; want 'pretrained', 'random', 'shuffled' or 'from:PATH'")
-        if self.basis.startswith("from:") and not self.save_basis:
+        if not re.fullmatch(r"pretrained|gradient|(random|shuffled)(:\d+)?|from:.+", self.basis):
             raise InputError(
-                f"got basis = {self.basis!r} with save_basis = False; want save_basis = True: a path is no proof"
+                f"got basis = {self.basis!r}; want 'pretrained', 'gradient', 'random', 'shuffled' or 'from:PATH'"
+            )
+        if (self.basis in FROM_DATA or self.basis.startswith("from:")) and not self.save_basis:
+            raise InputError(
+                f"got basis = {self.basis!r} with save_basis = False; want save_basis = True: the base alone does "
+                "not give these vectors again"
             )
         if self.target_parameters:
             raise InputError(

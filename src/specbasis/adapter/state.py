@@ -42,7 +42,7 @@ class Adapter:
     Attributes:
         interval: ranks [k, m), 0-based.
         scale: "none", or "sigma" for coefficients in units of the singular values.
-        basis: "pretrained", "random", "shuffled" (the last two also with ":SEED"), or "from:PATH".
+        basis: "pretrained", "gradient", "random", "shuffled" (the last two also with ":SEED"), or "from:PATH".
         keep_basis: whether U and Vh are part of the state dict.
         init: how the core of a new adapter starts: "zero", or "normal".
         dropout: share of input features dropped on the adapter's path in training.

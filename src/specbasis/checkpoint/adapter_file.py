@@ -31,6 +31,9 @@ PREFIX = "base_model.model."
 BASIS, PROOF = ("U", "Vh"), ("origin", "S", "sketch_U", "sketch_V")
 """Parts of an adapted matrix in a spectral adapter besides M: what it may leave out, and what it may not."""
 
+FROM_DATA = ("gradient",)
+"""Kinds of basis that examples made. Nothing but the file tells their vectors, so its seal covers them."""
+
 SETTINGS = ("scale", "basis")
 """Fields of a spectral configuration that decide what the coefficients mean."""
 
@@ -89,7 +92,8 @@ class AdapterFile:
     def prove(self) -> None:
         """Refuse a spectral adapter that is not what was saved, by the seal in its configuration.
 
-        U and Vh are not part of it: the sketch proves them. Files of version 0.1 have none.
+        U and Vh are part of it where the basis is one of `FROM_DATA`; else the sketch and the base prove them.
+        Files of version 0.1 have no seal.
 
         Raises:
             InputError: a setting, the coefficients of a layer or a module saved whole differ, or are gone.
@@ -97,8 +101,9 @@ class AdapterFile:
         recorded = checked_seal(self.config, self.source)
         if recorded is None:
             return
+        under_seal = sealed_parts(self.config.get("basis"))
         layers = {
-            module: {part: entry for part, entry in parts.items() if part not in BASIS}
+            module: {part: entry for part, entry in parts.items() if part in under_seal}
             for module, parts in self.modules.items()
         }
         whole = {name: {name: self.saved[name]} for name in recorded["saved"] if name in self.saved}
@@ -159,7 +164,7 @@ def seal(
     layers: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in tensors.items():
         match = _PART.match(name.removeprefix(PREFIX))
-        if match is not None and match["spectral"] not in BASIS:
+        if match is not None and match["spectral"] in sealed_parts(config.basis):
             layers[match["module"]][match["spectral"]] = tensor
     return {
         **{name: getattr(config, name) for name in SETTINGS},
@@ -167,6 +172,11 @@ def seal(
         "saved": {name: values_digest({name: tensor}) for name, tensor in saved.items()},
         "base": dict(base),
     }
+
+
+def sealed_parts(basis: str | None) -> tuple[str, ...]:
+    """Parts of an adapted matrix that its digest in the seal covers, for a kind of basis."""
+    return ("M", *PROOF, *(BASIS if basis in FROM_DATA else ()))
 
 
 def values_digest(tensors: Mapping[str, Tensor]) -> str:

@@ -171,7 +171,7 @@ def _check(name: str, value: Any, rule: Rule, kind: Any) -> None:
         wanted = without_none(kind)
         noun = NOUNS.get(get_origin(wanted) or wanted, "another value")
         raise InputError(f"got {name} = {value!r}; want {noun}{least}")
-    if rule.choices:
+    if rule.choices and value is not None:
         check_choice(name, value, rule.choices)
 
 

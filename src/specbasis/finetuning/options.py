@@ -25,6 +25,7 @@ def require_libraries() -> None:
 
 PRECISIONS = ("float32", "bf16", "fp16")
 SELECTIONS = ("last", "best")
+BASES = ("pretrained", "gradient", "random", "shuffled")
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,15 @@ class Placement(Options):
     blocks: tuple[int, ...] | None = option(
         None, "blocks to adapt, e.g. 10:12; default: the method's own", panel=ADVANCED
     )
+    basis: str | None = option(
+        None,
+        "frozen vectors of the spectral methods: pretrained, gradient, random, shuffled; default: the method's own",
+        panel=ADVANCED,
+        choices=BASES,
+    )
+    basis_examples: int | None = option(
+        None, "training examples that a gradient basis is made from; default: 1024", panel=ADVANCED, least=1
+    )
     roles: tuple[str, ...] | None = option(None, "roles of the matrices that are adapted", panel=PYTHON)
     target_modules: tuple[str, ...] | None = option(None, "names of the adapted modules", panel=PYTHON)
     checkpoint: str | Path | None = option(None, "model whose singular vectors are used", panel=ADVANCED)
@@ -96,6 +106,10 @@ class Placement(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.basis_examples is not None and self.basis != "gradient":
+            raise InputError(
+                f"got basis_examples = {self.basis_examples} with basis = {self.basis!r}; want basis = 'gradient'"
+            )
         if isinstance(self.checkpoint, Path):
             object.__setattr__(self, "checkpoint", str(self.checkpoint))
 

@@ -47,6 +47,8 @@ BASE_MODEL = "base"
 """Where the whole model is that was trained, if what was given as the base is an adapter on another one."""
 LOGS = "runs"
 """Where transformers puts TensorBoard's files, below its own output."""
+GRADIENT_EXAMPLES = 1024
+"""Training examples that a gradient basis is made from by default. Larger: less noise, and a longer start."""
 HELD_BACK = 128
 """How many held-back texts are taken where the user gives none."""
 
@@ -193,9 +195,12 @@ def resolved(options: FinetuneOptions, method: str, data: TaskData) -> tuple[Fin
         options, epochs=options.epochs or epochs, learning_rate=options.learning_rate or rate
     )
     selection = selection_size(len(data.train)) if options.select == "best" else None
-    if len(data.selection) or not (selection or options.examples):
-        return options, data
-    return options, subset(data, examples=options.examples, selection=selection)
+    if not len(data.selection) and (selection or options.examples):
+        data = subset(data, examples=options.examples, selection=selection)
+    if options.basis == "gradient":
+        count = min(options.basis_examples or GRADIENT_EXAMPLES, len(data.train))
+        options = dataclasses.replace(options, basis_examples=count)
+    return options, data
 
 
 def load(folder: str | Path, base: str | Path | None = None) -> tuple[Any, Any]:

@@ -13,12 +13,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from specbasis.adapter import initialize_gradient_basis
 from specbasis.checkpoint import open_checkpoint
 from specbasis.checkpoint.regular import read_json
 from specbasis.core.errors import InputError
@@ -77,6 +80,7 @@ def train(run: Run, folder: Path, callbacks: Sequence[TrainerCallback] = ()) -> 
             base = load_base(run.base, data.task, max_length=options.max_length, scratch=run.scratch)
             run.unchanged()
             attached = attach(base.model, run.method, options.part(Placement), seed=options.seed)
+            _give_basis(attached, base, run)
             watch = Stopwatch()
             with _trainer(run, base, attached, folder) as trainer:
                 for callback in (watch, *attached.callbacks, *callbacks):
@@ -122,6 +126,19 @@ def train(run: Run, folder: Path, callbacks: Sequence[TrainerCallback] = ()) -> 
     }
 
 
+def _give_basis(attached: Attached, base: Base, run: Run) -> None:
+    """Make a basis that wants examples from some of train's, chosen by the seed."""
+    if attached.request.options.get("basis") != "gradient":
+        return
+    split = run.data.train
+    order = np.random.default_rng(run.options.seed).permutation(len(split))[: run.options.basis_examples]
+    by_length = sorted(order.tolist(), key=lambda i: (sum(map(len, split.inputs[i])), i))  # less padding
+    examples = base.encode(split.take(by_length))
+    size = 4 * run.options.batch_size
+    batches: DataLoader[Any] = DataLoader(examples, size, collate_fn=base.collator())  # type: ignore[arg-type]
+    initialize_gradient_basis(attached.model.to(PartialState().device), batches)
+
+
 @functools.lru_cache(maxsize=4)
 def _pretraining(base: str, task: Task, texts: tuple[str, ...]) -> tuple[Pretraining, float | None]:
     """The pretraining loss of a base, and its value before any training: the same for every run on it."""
@@ -132,8 +149,6 @@ def _pretraining(base: str, task: Task, texts: tuple[str, ...]) -> tuple[Pretrai
 
 def is_main_process() -> bool:
     """Whether this process writes: the only one, or the first of those that ``accelerate launch`` started."""
-    from accelerate import PartialState
-
     return bool(PartialState().is_main_process)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from specbasis.adapter.gradients import converged_head, summed_gradients
 from specbasis.core.errors import InputError
 from specbasis.finetuning.base import load_base
 from specbasis.finetuning.methods.sites import FEED_FORWARD, sites
@@ -181,20 +182,12 @@ def mean_gradients(encoder: Encoder, examples: Examples, labels: Tensor) -> dict
     Raises:
         InputError: a regression: its head would be a ridge regression, which nothing asks for yet.
     """
-    from sklearn.linear_model import LogisticRegression
-
     if encoder.task.regression:
         raise InputError("gradients of a regression are not taken; want a classification")
-    matrices = encoder.matrices
-    weights = {name: linear.weight.requires_grad_(True) for name, linear in matrices.items()}
-    try:
+
+    def loss() -> Iterator[Tensor]:
         features = _means(encoder, examples, np.arange(len(examples)))
-        head = LogisticRegression(max_iter=2000).fit(features.detach().double().cpu().numpy(), labels.cpu().numpy())
-        slope = torch.tensor(head.coef_[0], dtype=features.dtype, device=features.device)
-        logit = features @ slope + float(head.intercept_[0])
-        loss = F.binary_cross_entropy_with_logits(logit, labels.to(logit.dtype))
-        gradients = torch.autograd.grad(loss, list(weights.values()))
-    finally:
-        for weight in weights.values():
-            weight.requires_grad_(False)
-    return dict(zip(weights, gradients, strict=True))
+        weight, bias = converged_head(features, labels, len(encoder.task.labels))
+        yield F.cross_entropy(features @ weight.to(features).mT + bias.to(features), labels)
+
+    return summed_gradients(encoder.matrices, loss())

@@ -151,11 +151,12 @@ def _request(model: nn.Module, method: str | Method, where: Placement, seed: int
     method = method_named(method)
     sites = method.sites(model, where)
     width, ranks = method.sized(sites, where)
-    if (where.checkpoint is None) == bool(method.options.get("basis") == "from"):
+    options = {**method.options, **where.options, **({"basis": where.basis} if where.basis else {})}
+    if (where.checkpoint is None) == bool(options.get("basis") == "from"):
         wanted = "want the checkpoint of a model" if where.checkpoint is None else "leave checkpoint out"
         raise InputError(f"{method.name}: got checkpoint = {where.checkpoint!r}; {wanted}")
     assert not isinstance(where.checkpoint, Path)
-    return Request(method, width, ranks, sites, seed, where.checkpoint, {**method.options, **where.options})
+    return Request(method, width, ranks, sites, seed, where.checkpoint, options)
 
 
 def _attached(model: nn.Module, request: Request, build: Callable[[tuple[str, ...]], nn.Module]) -> Attached:
