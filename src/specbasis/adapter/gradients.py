@@ -15,14 +15,15 @@ Ponkshe et al. 2024 (LoRA-SB, arXiv 2411.19557). Deviations: converged head; the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import find_batch_size, send_to_device
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch.nn import functional as F  # noqa: N812
 
 from specbasis.adapter.adapted import AdaptedLayer
 from specbasis.adapter.bases import gradient_basis
@@ -32,20 +33,12 @@ from specbasis.checkpoint.adapter_file import FROM_DATA
 from specbasis.core.errors import InputError
 from specbasis.core.extras import require
 
-Forward = Callable[[nn.Module, Any], Tensor]
-
-
-def batch_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """The loss of transformers' models, which take their labels with the inputs."""
-    loss: Tensor = model(**batch).loss
-    return loss
-
 
 def initialize_gradient_basis(
     model: nn.Module,
     dataloader: Iterable[Any],
     *,
-    forward_fn: Forward = batch_loss,
+    forward_fn: Callable[[nn.Module, Any], Tensor] = lambda model, batch: model(**batch).loss,
     adapter_name: str = "default",
     fit_head: bool = True,
 ) -> nn.Module:
@@ -59,7 +52,7 @@ def initialize_gradient_basis(
     Args:
         model: with the adapter in it.
         dataloader: batches, kept as a list; of mappings to tensors if ``forward_fn`` is the default.
-        forward_fn: the mean loss of a batch's examples.
+        forward_fn: the mean loss of a batch's examples; by default that of transformers' models.
         adapter_name: which adapter.
         fit_head: where a batch has one label an example and the model one output a class, converge the last linear
             layer of the head on the frozen features first, and put it back afterwards: logistic regression, or
@@ -91,7 +84,7 @@ def initialize_gradient_basis(
     if not batches:
         raise InputError("got no batches; want some hundred examples of the task to take a gradient of")
     with _as_base(model), _converged(model, batches) if fit_head else nullcontext(), torch.enable_grad():
-        losses = (_examples(batch) * forward_fn(model, batch) for batch in _placed(batches, model))
+        losses = (find_batch_size(batch) * forward_fn(model, _placed(batch, model)) for batch in batches)
         sums = summed_gradients({name: innermost(layer) for name, layer in layers.items()}, losses)
     for name, layer in layers.items():
         G, W = layer.layout.matrix(sums.pop(name)), layer.weight_matrix()
@@ -181,45 +174,35 @@ def converged_head(
 @contextmanager
 def _as_base(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode, without its spectral adapters."""
-    training = [module for module in model.modules() if module.training]
-    layers = [(m, m._disable_adapters) for m in model.modules() if isinstance(m, AdaptedLayer)]
+    training = [(module, module.training) for module in model.modules()]
+    disabled = [(m, m._disable_adapters) for m in model.modules() if isinstance(m, AdaptedLayer)]
     model.eval()
+    for layer, _ in disabled:
+        layer._disable_adapters = True
     try:
-        for layer, _ in layers:
-            layer._disable_adapters = True
         yield
     finally:
-        for layer, disabled in layers:
-            layer._disable_adapters = disabled
-        for module in training:
-            module.training = True
+        for layer, before in disabled:
+            layer._disable_adapters = before
+        for module, mode in training:
+            module.training = mode
 
 
 @contextmanager
 def _converged(model: nn.Module, batches: list[Any]) -> Iterator[None]:
-    """The model with the last layer of its task head fitted to the frozen features, where it has such a head."""
+    """The model as if the last layer of its task head, where it has one, were fitted to the frozen features."""
     labels = [batch["labels"] for batch in batches if isinstance(batch, Mapping) and "labels" in batch]
     is_plain = len(labels) == len(batches) and all(part.ndim == 1 for part in labels)
     head = _last_linear(model, batches[0]) if is_plain else None
     if head is None:
         yield
         return
-    handle = head.register_forward_hook(lambda layer, inputs, output: inputs[0])  # the model puts out its features
-    try:
-        with torch.no_grad():
-            features = torch.cat([_outputs(model, batch) for batch in _placed(batches, model)])
-    finally:
-        handle.remove()
-    weight, bias = converged_head(features, torch.cat(labels), head.out_features, bias=head.bias is not None)
-    fitted = [(head.weight, weight)] if head.bias is None else [(head.weight, weight), (head.bias, bias)]
-    before = [parameter.detach().clone() for parameter, _ in fitted]
-    try:
-        for parameter, values in fitted:
-            parameter.data.copy_(values)
+    with torch.no_grad(), head.register_forward_hook(lambda layer, inputs, _: inputs[0]):
+        features = torch.cat([_logits(model, batch) for batch in batches])
+    fitted = converged_head(features, torch.cat(labels), head.out_features, bias=head.bias is not None)
+    weight, bias = (part.to(features) for part in fitted)
+    with head.register_forward_hook(lambda layer, inputs, _: F.linear(inputs[0], weight, bias)):
         yield
-    finally:
-        for (parameter, _), values in zip(fitted, before, strict=True):
-            parameter.data.copy_(values)
 
 
 @torch.no_grad()
@@ -230,17 +213,15 @@ def _last_linear(model: nn.Module, batch: Any) -> nn.Linear | None:
         InputError: it is not a linear layer.
     """
     called: list[nn.Linear] = []
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    handles = [module.register_forward_hook(lambda layer, *_: called.append(layer)) for module in linear]
-    try:
-        outputs = _outputs(model, next(_placed([batch], model)))
-    finally:
-        for handle in handles:
-            handle.remove()
-    if outputs.ndim != 2:
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                stack.enter_context(module.register_forward_hook(lambda layer, *_: called.append(layer)))
+        logits = _logits(model, batch)
+    if logits is None or logits.ndim != 2:
         return None
     for layer in reversed(called):
-        if layer.out_features == outputs.shape[1]:
+        if layer.out_features == logits.shape[1]:
             return layer
     raise InputError(
         f"{type(model).__name__}: its task head does not end in a linear layer, so none can be fitted; "
@@ -248,20 +229,11 @@ def _last_linear(model: nn.Module, batch: Any) -> nn.Linear | None:
     )
 
 
-def _outputs(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """The model's logits without its loss."""
-    outputs: Tensor = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
-    return outputs
+def _logits(model: nn.Module, batch: Mapping[str, Any]) -> Any:
+    """What the model puts out for a batch, without its loss; None where it has no logits."""
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    return getattr(model(**_placed(inputs, model)), "logits", None)
 
 
-def _placed(batches: Iterable[Any], model: nn.Module) -> Iterator[Any]:
-    """Batches on the model's device."""
-    device = next(model.parameters()).device
-    for batch in batches:
-        plain = dict(batch) if isinstance(batch, Mapping) else batch
-        yield pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), plain)
-
-
-def _examples(batch: Any) -> int:
-    """How many examples a batch holds: what its mean loss counts for in the sum."""
-    return next((len(leaf) for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim), 1)
+def _placed(batch: Any, model: nn.Module) -> Any:
+    return send_to_device(batch, next(model.parameters()).device)
