@@ -16,6 +16,7 @@ from specbasis.core.options import ADVANCED, Options, option
 from specbasis.treatment.options import ExtractOptions, MergeOptions, RepairOptions
 
 if TYPE_CHECKING:
+    from specbasis.finetuning.tasks import TaskData
     from specbasis.interventions.evaluators import Judge
     from specbasis.treatment.treated import Treated
 
@@ -43,6 +44,23 @@ class Examples(Options):
         folder = None if self.data_dir is None else str(self.data_dir)
         return judge(task, data_dir=folder, limit=self.limit, text=words(self.text), label=self.label)
 
+    def training(self, task: str, judged: str) -> TaskData:
+        """The examples of a task to train on, which are none of those to be judged by.
+
+        Raises:
+            InputError: there is no such task, or it is the table that judges.
+        """
+        from specbasis.finetuning.sources import load_task
+
+        form, _, argument = task.partition(":")
+        if form not in ("glue", "table") or not argument:
+            raise InputError(f"got --heal {task}; want glue:TASK or table:FILE")
+        if form == "table" and task == judged:
+            raise InputError(f"got --heal and --judge {task}; want examples to judge by that it is not trained on")
+        if form == "glue":
+            return load_task(argument, data_dir=self.data_dir)
+        return load_task(argument, text=words(self.text), label=self.label)
+
 
 def extract(
     base: BASE,
@@ -54,6 +72,10 @@ def extract(
         str,
         typer.Option("--judge", metavar="TASK", help="judge base, finetune and result: glue:sst2, table:FILE …"),
     ] = "",
+    heal: Annotated[
+        str,
+        typer.Option("--heal", metavar="TASK", help="train the LoRA for some --steps on glue:sst2, table:FILE …"),
+    ] = "",
     strict: Annotated[bool, typer.Option("--strict", help="exit code 2 where anything is left out")] = False,
     json: Annotated[bool, typer.Option("--json", help="print one JSON document, nothing else")] = False,
 ) -> None:
@@ -61,8 +83,9 @@ def extract(
     from specbasis.treatment.extract import extract as run
 
     evaluator = examples.evaluator(judge) if judge else None
+    trained = examples.training(heal, judge) if heal else None
     with progress() as tell:
-        extraction = run(base, tuned, out, options, judge=evaluator, progress=tell)
+        extraction = run(base, tuned, out, options, judge=evaluator, heal=trained, progress=tell)
     if json:
         document({"folder": str(extraction.folder), **extraction.record})
     else:

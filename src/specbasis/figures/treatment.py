@@ -142,6 +142,12 @@ def _extraction_sentences(extraction: Extraction) -> list[str]:
     if carried:
         share = sum(item["share_of_update"] for item in carried)
         said.append(f"carried whole: {len(carried)} parameters, new or no matrices ({share:.2%} of the update)")
+    if healed := extraction.record.get("healed"):
+        first, last = healed["loss"]
+        said.append(
+            f"healed: {number_of(healed['steps'], 'step')} on {healed['task']} from there, training loss "
+            f"{first:.4f} to {last:.4f}; the shares are those before"
+        )
     return said
 
 
@@ -174,9 +180,7 @@ def _extraction_figure(extraction: Extraction) -> Figure:
 def _by_block(lines: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> tuple[Figure, Sequence[Axes]]:
     """Two figures of each matrix by block, a line for each role."""
     lines = [line for line in lines if line["block"] is not None] or lines
-    figure, axes = kit.panels(
-        1, 2, (4.6, 2.9), f"{number_of(len(lines), 'matrix')} of the finetune", between=0.7, below=1.1
-    )
+    figure, axes = kit.panels(1, 2, (4.6, 2.9), number_of(len(lines), "matrix"), between=0.7, below=1.1)
     roles = _roles(lines)
     for (name, title), ax in zip(titles.items(), axes[0], strict=True):
         for i, role in enumerate(roles):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isnan
 from pathlib import Path
@@ -9,10 +10,13 @@ from typing import Any, ClassVar
 
 from specbasis.checkpoint import open_checkpoint, open_tuned
 from specbasis.checkpoint.atomic import whole, writing
+from specbasis.checkpoint.places import transformers_address
 from specbasis.checkpoint.writer import stored_bytes, want_new
 from specbasis.core.dtypes import FORMATS
+from specbasis.core.errors import InputError
 from specbasis.core.options import takes
 from specbasis.core.text import shareable
+from specbasis.finetuning.tasks import TaskData
 from specbasis.interventions.evaluators.kit import Judge
 from specbasis.jobs.environment import environment
 from specbasis.jobs.folder import locked
@@ -20,7 +24,8 @@ from specbasis.jobs.progress import Report, silent
 from specbasis.treatment.cores import Cores
 from specbasis.treatment.difference import Dense, Difference
 from specbasis.treatment.form import Form, Source
-from specbasis.treatment.judged import judge_pair, judge_treated
+from specbasis.treatment.heal import heal as healed
+from specbasis.treatment.judged import Scores, judge_pair, judge_treated
 from specbasis.treatment.low_rank import LowRank
 from specbasis.treatment.options import ExtractOptions
 from specbasis.treatment.treated import Treated, written_record
@@ -35,6 +40,7 @@ def extract(
     options: ExtractOptions | None = None,
     *,
     judge: Judge | None = None,
+    heal: TaskData | None = None,
     progress: Report | None = None,
     **keywords: Any,
 ) -> Extraction:
@@ -65,6 +71,8 @@ def extract(
         options: all options as one value; or each as a keyword.
         judge: from a model to its metrics, such as `specbasis.interventions.evaluators.judge` makes: then base,
             finetune and what is written are judged.
+        heal: a task, as `specbasis.finetuning.load_task` reads one: the LoRA is trained on its training examples
+            for ``steps``, and judged before and after. The shares in the record are those before.
         progress: called as work goes on.
         **keywords: the fields of `ExtractOptions`, below.
 
@@ -76,6 +84,10 @@ def extract(
     Directions and bits together: Yao et al. 2024 (LQER, Delta-CoMe); Liu et al. 2024 (BitDelta).
     """
     chosen, out = ExtractOptions.of(options, keywords), Path(out)
+    if heal is not None:
+        if chosen.form != "lora" or isinstance(base, Mapping):
+            raise InputError("got a task to heal on; want --as lora, and a base that transformers loads")
+        transformers_address(base)  # raises where it loads none
     want_new(out)
     pretrained = open_checkpoint(base)
     finetuned = open_tuned(tuned, pretrained)
@@ -88,16 +100,38 @@ def extract(
         with writing(out), whole(out) as temporary:
             temporary.mkdir()
             form.write(temporary)
-            record = {**_record(form, temporary), **environment(("transformers", "peft"))}
-            if judge is not None:
-                treated, sources = open_tuned(temporary, pretrained), (finetuned.source, pretrained.source)
-                record["scores"] = judge_treated(scores, treated, judge, sources)
+            tested = _tested(form, temporary, base, chosen, scores, judge, heal)
+            record = {**_record(form, temporary), **environment(("transformers", "peft")), **tested}
             record = written_record(temporary / Extraction.RECORD, record)
     return Extraction(out, record)
 
 
 FORMS: dict[str, type[Form]] = {"lora": LowRank, "spectral": Cores, "delta": Difference, "dense": Dense}
 """What a finetune can be extracted as."""
+
+
+def _tested(
+    form: Form,
+    folder: Path,
+    base: Any,
+    options: ExtractOptions,
+    scores: Mapping[str, Scores],
+    judge: Judge | None,
+    heal: TaskData | None,
+) -> dict[str, Any]:
+    """The scores of what was written, and how it was healed, with its scores after that."""
+
+    def judged() -> dict[str, Any]:
+        if judge is None:
+            return {}
+        return judge_treated(scores, open_tuned(folder, form.base), judge, (form.tuned.source, form.base.source))
+
+    tested: dict[str, Any] = {"scores": judged()} if judge is not None else {}
+    if heal is not None:
+        tested["healed"] = healed(folder, base, heal, options)
+        after = {f"{metric}, healed": values for metric, values in judged().items()}
+        tested |= {"scores": tested["scores"] | after} if after else {}
+    return tested
 
 
 def _record(form: Form, folder: Path) -> dict[str, Any]:
@@ -146,7 +180,7 @@ class Extraction(Treated):
     Attributes:
         folder: the adapter's, or the difference's.
         record: what of the finetune it holds: ``matrices``, ``carried``, ``left_out``, ``notes``, ``total``,
-            ``scores``.
+            ``scores``; ``healed``, see `heal.heal`.
     """
 
     RECORD: ClassVar[str] = "specbasis_extract.json"

@@ -44,6 +44,9 @@ class ExtractOptions(Options):
     carry: bool = option(
         True, "also what no low-rank update can hold: biases, norms, a new head, new tokens", panel=ADVANCED
     )
+    steps: int = option(100, "of --heal", panel=ADVANCED, least=1)
+    learning_rate: float = option(1e-4, "of --heal", panel=ADVANCED, least=0)
+    seed: int = option(42, "of --heal", panel=ADVANCED, least=0)
     cache: str | Path | None = option(
         None, "folder in which decompositions are kept and found again", panel=ADVANCED, decides=False
     )
