@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from specbasis.architecture.key import MatrixKey, MatrixRef
 from specbasis.checkpoint import open_checkpoint
 from specbasis.core.errors import InputError
 from tests.checkpoint.test_formats import save_gguf
@@ -299,6 +300,95 @@ def test_mlx(tmp_path, bits):
     check_nearest(checkpoint, "a.weight", W, T.reshape(W.shape))
     with pytest.raises(InputError, match="gives no bits and group_size"):
         folder_of(tmp_path / "m", tensors)
+
+
+AO = ("int8 rows", "float8 rows", "int4 in groups", "int4 rows")
+
+
+@pytest.mark.parametrize("kind", AO)
+def test_torchao_as_it_is_flattened_for_safetensors(tmp_path, kind):
+    ao = pytest.importorskip("torchao.quantization")
+    support = pytest.importorskip("torchao.prototype.safetensors.safetensors_support")
+    granularity = pytest.importorskip("torchao.quantization.granularity")
+    config = {
+        "int8 rows": lambda: ao.Int8WeightOnlyConfig(version=2),
+        "float8 rows": lambda: ao.Float8WeightOnlyConfig(),
+        "int4 in groups": lambda: ao.IntxWeightOnlyConfig(torch.int4, granularity.PerGroup(32), version=2),
+        "int4 rows": lambda: ao.IntxWeightOnlyConfig(torch.int4, granularity.PerAxis(0), version=2),
+    }[kind]()
+    model = torch.nn.Sequential(torch.nn.Linear(512, 64, bias=False))
+    model[0].weight.data = matrix()
+    ao.quantize_(model, config)
+    T = model[0].weight.dequantize()
+    tensors, _ = support.flatten_tensor_state_dict(model.state_dict())
+    checkpoint = folder_of(tmp_path / "m", tensors, quantization_config={"quant_method": "torchao"})
+    assert list(checkpoint) == ["0.weight"]
+    torch.testing.assert_close(checkpoint["0.weight"], T.float(), rtol=1e-6, atol=0)
+    check_nearest(checkpoint, "0.weight", matrix(), checkpoint["0.weight"])
+
+
+def test_torchao_in_a_packing_of_its_own_is_refused(tmp_path):
+    tensors = {"0._weight_qdata": torch.zeros(64, 256, dtype=torch.uint8), "0._weight_scale": torch.ones(16, 64)}
+    with pytest.raises(InputError, match=r"quantised by 'torchao', which is not read here .*dequantize"):
+        folder_of(tmp_path / "m", tensors, quantization_config={"quant_method": "torchao"})
+
+
+@pytest.mark.parametrize("method", ["modelopt", "compressed-tensors"])
+def test_nvfp4(tmp_path, method):
+    nvfp4 = pytest.importorskip("torchao.prototype.mx_formats.nvfp4_tensor")
+    W = matrix()
+    of_all = nvfp4.per_tensor_amax_to_scale(W.abs().max())
+    q = nvfp4.NVFP4Tensor.to_nvfp4(W, per_tensor_scale=of_all, is_swizzled_scales=False)
+    tensors = {"a.weight": q.qdata, "a.weight_scale": q.scale, "a.weight_scale_2": of_all}
+    if method == "compressed-tensors":
+        tensors = {"a.weight_packed": q.qdata, "a.weight_scale": q.scale, "a.weight_global_scale": 1 / of_all}
+    checkpoint = folder_of(tmp_path / "m", tensors, quantization_config={"quant_method": method})
+    assert list(checkpoint) == ["a.weight"]
+    assert checkpoint.entries["a.weight"].stored == "nvfp4"
+    torch.testing.assert_close(checkpoint["a.weight"], q.dequantize(torch.float32), rtol=1e-6, atol=0)
+    check_nearest(checkpoint, "a.weight", W, checkpoint["a.weight"])
+
+
+def mxfp4(W):
+    """Codes and scales of blocks of 32 along the last axis, each number rounded to the nearest level."""
+    levels = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    parts = W.reshape(*W.shape[:-1], -1, 32)
+    exponent = (torch.log2(parts.abs().amax(-1)).ceil() - 2).clamp(-127, 127)
+    scaled = parts / torch.exp2(exponent)[..., None]
+    codes = (scaled.abs()[..., None] - levels).abs().argmin(-1) + 8 * (scaled < 0)
+    packed = codes[..., 0::2] + 16 * codes[..., 1::2]
+    return {"_blocks": packed.to(torch.uint8), "_scales": (exponent + 127).to(torch.uint8)}
+
+
+def test_mxfp4_is_read_as_transformers_does_a_stack_and_each_of_its_matrices(tmp_path):
+    convert = pytest.importorskip("transformers.integrations.mxfp4").convert_moe_packed_tensors
+    W = matrix(3 * 64, 96).reshape(3, 64, 96)
+    name = "model.layers.0.mlp.experts.down_proj"
+    packed = mxfp4(W)
+    checkpoint = folder_of(
+        tmp_path / "m",
+        {name + leaf: part for leaf, part in packed.items()},
+        quantization_config={"quant_method": "mxfp4"},
+    )
+    assert list(checkpoint) == [name]
+    T = convert(packed["_blocks"], packed["_scales"], dtype=torch.float32)
+    assert checkpoint.entries[name].shape == tuple(T.shape) == (3, 96, 64)
+    check_nearest(checkpoint, name, W.mT, T)
+    for i in range(3):
+        ref = MatrixRef(MatrixKey(0, "ffn.down", name), name, (64, 96), transposed=True, expert=i)
+        assert torch.equal(ref.read(checkpoint), T[i].mT)
+        grid = ref.grid(checkpoint)
+        assert torch.equal(grid.values, T[i].mT)
+
+
+@pytest.mark.parametrize(
+    "broken", [{"_scales": (3, 64, 2)}, {"_blocks": (3, 64, 3, 15)}, {"_blocks": (2, 3, 64, 3, 16)}]
+)
+def test_mxfp4_that_does_not_fit_together_is_refused(tmp_path, broken):
+    parts = mxfp4(matrix(3 * 64, 96).reshape(3, 64, 96))
+    parts |= {leaf: torch.zeros(shape, dtype=torch.uint8) for leaf, shape in broken.items()}
+    with pytest.raises(InputError, match=r"w_blocks is truncated or corrupted"):
+        folder_of(tmp_path / "m", {"w" + leaf: part for leaf, part in parts.items()})
 
 
 def test_scales_in_another_shard_are_found(tmp_path):

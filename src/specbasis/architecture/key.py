@@ -80,17 +80,18 @@ class MatrixRef:
         A view of the stored tensor, except where it is gathered from several groups of rows, or is one of a stack,
         which may be mapped from a file that can be cut off (`checkpoint.formats.file_entries`).
         """
-        part = self._part(checkpoint[self.parameter])
-        if self.expert is not None:
-            from specbasis.checkpoint.mapped import copied  # it needs torch
+        if self.expert is None:
+            return self._part(checkpoint[self.parameter]).flatten(0, -2)
+        from specbasis.checkpoint.mapped import copied  # it needs torch
 
-            part = copied(part, self.parameter)
-        return part.flatten(0, -2)
+        member = getattr(checkpoint, "member", None)  # of a checkpoint; a plain mapping has tensors alone
+        stored = member(self.parameter, self.expert) if member else checkpoint[self.parameter][self.expert]
+        return copied(self._cut(stored), self.parameter).flatten(0, -2)
 
     def grid(self, checkpoint: Checkpoint) -> Grid | None:
         """The matrix with its levels where it is stored quantised, and they are known; None elsewhere."""
-        grid = checkpoint.grid(self.parameter)
-        return None if grid is None else grid.part(lambda X: self._part(X).flatten(0, -2))
+        grid = checkpoint.grid(self.parameter, self.expert)
+        return None if grid is None else grid.part(lambda X: self._cut(X).flatten(0, -2))
 
     def delta_factors(self, checkpoint: Checkpoint) -> tuple[Tensor, Tensor] | None:
         """Factors (B, A) of a low-rank update of this matrix, (out, r) and (r, in); None where there is none.
@@ -123,7 +124,9 @@ class MatrixRef:
 
     def _part(self, stored: Tensor) -> Tensor:
         """A view of the stored tensor as (out, in), or as (groups, out / groups, in)."""
-        W = stored if self.expert is None else stored[self.expert]
+        return self._cut(stored if self.expert is None else stored[self.expert])
+
+    def _cut(self, W: Tensor) -> Tensor:
         W = W.flatten(0, -2) if self.kernel else W.flatten(1)
         W = W.mT if self.transposed else W
         W = W if self.columns is None else W[:, slice(*self.columns)]

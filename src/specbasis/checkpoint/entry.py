@@ -37,6 +37,7 @@ class Entry:
         stored: of a quantised tensor, which is read as the float32 numbers that it stands for: its format, such as
             ``q4_k`` or ``nf4``; empty where the tensor is stored as ``dtype`` says.
         grid: of a quantised tensor, reads it with its levels; None where these are not known.
+        member: of a quantised stack of matrices, reads the one at a place along the first axis, with its levels.
     """
 
     shape: tuple[int, ...]
@@ -47,6 +48,7 @@ class Entry:
     layout: str = ""
     stored: str = ""
     grid: Callable[[], Grid] | None = field(default=None, repr=False, compare=False)
+    member: Callable[[int], Grid] | None = field(default=None, repr=False, compare=False)
 
     @property
     def is_float(self) -> bool:
@@ -105,11 +107,21 @@ class Checkpoint(Mapping[str, Tensor]):
         with reading(self.source):
             return None if factors is None else factors()
 
-    def grid(self, name: str) -> Grid | None:
-        """A quantised tensor with its levels; None where it is none, or they are not known."""
-        read = self.entries[name].grid
+    def member(self, name: str, place: int) -> Tensor:
+        """One matrix of a stack; of a quantised one the others are not computed."""
+        entry = self.entries[name]
         with reading(self.source):
-            return None if read is None else read()
+            return entry.load()[place] if entry.member is None else entry.member(place).values
+
+    def grid(self, name: str, place: int | None = None) -> Grid | None:
+        """A quantised tensor, or one matrix of a stack, with its levels; None where it is none, or they are not
+        known.
+        """
+        entry = self.entries[name]
+        with reading(self.source):
+            if place is None or entry.grid is None:
+                return None if entry.grid is None else entry.grid()
+            return entry.grid().part(lambda X: X[place]) if entry.member is None else entry.member(place)
 
     def select(self, names: Iterable[str]) -> Checkpoint:
         """The same checkpoint with these names only."""

@@ -97,7 +97,8 @@ def _checked(read: Callable[[], _T], check: Callable[[], None]) -> _T:
 def _copied(load: Callable[[], Tensor], check: Callable[[], None], name: str) -> Tensor:
     def copy() -> Tensor:
         tensor = load()
-        return tensor if tensor.ndim == 3 or tensor.layout is not torch.strided else copied(tensor, name)
+        is_stack = tensor.ndim == 3 or (tensor.ndim == 4 and tensor.dtype == torch.uint8)  # the second of blocks
+        return tensor if is_stack or tensor.layout is not torch.strided else copied(tensor, name)
 
     return _checked(copy, check)
 

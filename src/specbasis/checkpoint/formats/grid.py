@@ -2,13 +2,99 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from specbasis.checkpoint.entry import Entry
+from specbasis.checkpoint.mapped import copied
 from specbasis.core.quantised import Grid, Noise
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The tensors of one quantised matrix.
+
+    Attributes:
+        stem: what their names have in common.
+        leaf: the rest of the name of the one that holds the codes.
+        entries: the rest of a name → the tensor.
+        settings: what config.json says of the quantisation.
+    """
+
+    stem: str
+    leaf: str
+    entries: Mapping[str, Entry]
+    settings: Mapping[str, Any]
+
+    @property
+    def codes(self) -> Entry:
+        """The tensor that holds the codes."""
+        return self.entries[self.leaf]
+
+    def shape(self, leaf: str, axes: int) -> tuple[int, ...]:
+        """Shape of a tensor beside the codes.
+
+        Raises:
+            ValueError: it has another number of axes.
+        """
+        shape = self.entries[leaf].shape
+        want(len(shape) == axes, f"{leaf} has shape {shape}")
+        return shape
+
+    @property
+    def stacked(self) -> int:
+        """How many matrices of one shape the tensors hold, along the first axis of each; 0 of one matrix."""
+        firsts = {entry.shape[0] if len(entry.shape) > 2 else 0 for entry in self.entries.values()}
+        return firsts.pop() if len(firsts) == 1 else 0
+
+    def member(self, place: int) -> Parts:
+        """The tensors of one matrix of a stack, which alone are copied from a mapped file."""
+
+        def one(entry: Entry) -> Entry:
+            return Entry(entry.shape[1:], entry.dtype, lambda: copied(entry.load()[place], self.stem))
+
+        return replace(self, entries={leaf: one(entry) for leaf, entry in self.entries.items()})
+
+    def read(self, leaf: str) -> Tensor | None:
+        """A tensor beside the codes, where there is one."""
+        return self.entries[leaf].load() if leaf in self.entries else None
+
+
+def want(holds: bool, otherwise: str) -> None:
+    """Refuse tensors that do not fit together."""
+    if not holds:
+        raise ValueError(otherwise)
+
+
+Build = Callable[[Parts], tuple[tuple[int, ...], str, Callable[[], Grid]]]
+"""From the parts of a matrix: its shape, what its format is called, and how it is read."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A way to store a quantised matrix.
+
+    Attributes:
+        leaf: how the name of its codes ends.
+        dtypes: in which these are stored.
+        needs: ends of the names of the tensors beside them, behind the same stem.
+        also: ends of those that may be there.
+        name: what the matrix is called behind the stem.
+        build: makes it.
+        in_stacks: whether ``build`` takes the tensors of one of a stack of matrices, and those of all.
+    """
+
+    leaf: str
+    dtypes: tuple[str, ...]
+    needs: tuple[str, ...]
+    also: tuple[str, ...]
+    name: str
+    build: Build
+    in_stacks: bool = False
 
 
 def grid_entry(shape: tuple[int, ...], stored: str, read: Callable[[], Grid]) -> Entry:
@@ -41,6 +127,6 @@ def unpacked(words: Tensor, bits: int) -> Tensor:
 def rounding_share(entry: Entry) -> float:
     """Size of rounding to a quantised tensor's numbers, as a share of theirs."""
     assert entry.grid is not None
-    grid, noise = entry.grid(), Noise()
+    grid, noise = entry.grid() if entry.member is None else entry.member(0), Noise()
     noise.add(grid.values, *grid.cells()[:2])
     return noise.share

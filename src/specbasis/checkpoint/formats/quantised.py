@@ -1,94 +1,24 @@
 """Quantised matrices that a checkpoint stores in several tensors: packed codes, and scales and zeros beside them.
 
-`FAMILIES` is the table: which tensors signal a family, and the function that gives the matrix back. A matrix is
-read when it is asked for; the tensors beside it vanish from the names.
+`packings.FAMILIES` is the table: which tensors signal a family, and the function that gives the matrix back. A
+matrix is read when it is asked for; the tensors beside it vanish from the names.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from specbasis.checkpoint.entry import Entry, json_object, parsing, shown
-from specbasis.checkpoint.formats.grid import grid_entry, integers, unpacked
-from specbasis.core.dtypes import FORMATS
+from specbasis.checkpoint.entry import Entry, parsing, shown
+from specbasis.checkpoint.formats.grid import Family, Parts, grid_entry, want
+from specbasis.checkpoint.formats.packings import FAMILIES
 from specbasis.core.errors import InputError
-from specbasis.core.quantised import HALF, Grid
+from specbasis.core.quantised import Grid
 
-READ = ("bitsandbytes", "gptq", "awq", "compressed-tensors", "fp8", "fbgemm_fp8", "modelopt", "mxfp4", "")
+READ = ("bitsandbytes", "gptq", "awq", "compressed-tensors", "fp8", "fbgemm_fp8", "modelopt", "")
 """quant_method of config.json whose tensors are read here, or whose floating-point tensors are weights."""
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The tensors of one quantised matrix.
-
-    Attributes:
-        stem: what their names have in common.
-        leaf: the rest of the name of the one that holds the codes.
-        entries: the rest of a name → the tensor.
-        settings: what config.json says of the quantisation.
-    """
-
-    stem: str
-    leaf: str
-    entries: Mapping[str, Entry]
-    settings: Mapping[str, Any]
-
-    @property
-    def codes(self) -> Entry:
-        """The tensor that holds the codes."""
-        return self.entries[self.leaf]
-
-    def shape(self, leaf: str, axes: int) -> tuple[int, ...]:
-        """Shape of a tensor beside the codes.
-
-        Raises:
-            ValueError: it has another number of axes.
-        """
-        shape = self.entries[leaf].shape
-        want(len(shape) == axes, f"{leaf} has shape {shape}")
-        return shape
-
-    def read(self, leaf: str) -> Tensor | None:
-        """A tensor beside the codes, where there is one."""
-        return self.entries[leaf].load() if leaf in self.entries else None
-
-
-def want(holds: bool, otherwise: str) -> None:
-    """Refuse tensors that do not fit together."""
-    if not holds:
-        raise ValueError(otherwise)
-
-
-Build = Callable[[Parts], tuple[tuple[int, ...], str, Callable[[], Grid]]]
-"""From the parts of a matrix: its shape, what its format is called, and how it is read."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """A way to store a quantised matrix.
-
-    Attributes:
-        leaf: how the name of its codes ends.
-        dtypes: in which these are stored.
-        needs: ends of the names of the tensors beside them, behind the same stem.
-        also: ends of those that may be there.
-        name: what the matrix is called behind the stem.
-        build: makes it.
-    """
-
-    leaf: str
-    dtypes: tuple[str, ...]
-    needs: tuple[str, ...]
-    also: tuple[str, ...]
-    name: str
-    build: Build
 
 
 def dequantised(entries: Mapping[str, Entry], config: Mapping[str, Any], source: str) -> dict[str, Entry]:
@@ -109,7 +39,10 @@ def dequantised(entries: Mapping[str, Entry], config: Mapping[str, Any], source:
         with parsing(name, source):
             want(whole == name or whole not in entries, f"{whole} is there as well")
             shape, stored, read = family.build(parts)
-        result[name] = grid_entry(shape, stored, _reader(read, name, shape, source))
+        entry = grid_entry(shape, stored, _reader(read, name, shape, source))
+        if parts.stacked and family.in_stacks:
+            entry = replace(entry, member=partial(_member, family, parts, name, shape[1:], source))
+        result[name] = entry
         beside |= {stem + leaf for leaf in leaves} - {name}
     method = str(settings.get("quant_method", ""))
     left = [n for n, e in result.items() if n not in beside and len(e.shape) > 1 and not e.is_float]
@@ -135,6 +68,13 @@ def _families(entries: Mapping[str, Entry]) -> Iterator[tuple[str, Family]]:
                 break
 
 
+def _member(family: Family, parts: Parts, name: str, shape: tuple[int, ...], source: str, place: int) -> Grid:
+    """One matrix of a stack."""
+    with parsing(name, source):
+        *_, read = family.build(parts.member(place))
+    return _reader(read, name, shape, source)()
+
+
 def _reader(read: Callable[[], Grid], name: str, shape: tuple[int, ...], source: str) -> Callable[[], Grid]:
     def checked() -> Grid:
         with parsing(name, source):
@@ -143,255 +83,3 @@ def _reader(read: Callable[[], Grid], name: str, shape: tuple[int, ...], source:
             return grid
 
     return checked
-
-
-# --- the families -------------------------------------------------------------------------------------------------
-
-
-def _gptq_or_awq(parts: Parts) -> tuple[tuple[int, ...], str, Callable[[], Grid]]:
-    """GPTQ packs the codes of (in, out) along in, AWQ along out, eight columns in an order of their own.
-
-    scale · (code − zero); GPTQ's first version stores the zeros less 1. Source: AutoGPTQ, AutoAWQ (GEMM).
-    """
-    (rows, columns), (groups, out) = parts.shape(".qweight", 2), parts.shape(".scales", 2)
-    zeros = parts.shape(".qzeros", 2)[1] if ".qzeros" in parts.entries else 0
-    bits = int(parts.settings.get("bits", 0) or (zeros * 32 // max(out, 1)))
-    want(bits in (2, 3, 4, 8), f"{bits} bits; want 2, 3, 4 or 8")
-    awq = columns != out
-    width = rows if awq else rows * 32 // bits
-    want(columns * 32 == out * bits if awq else columns == out, f"codes {(rows, columns)}, scales {(groups, out)}")
-    there = not zeros or parts.shape(".qzeros", 2) == (groups, out * bits // 32)
-    want(there, f"zeros {parts.shape('.qzeros', 2) if zeros else ''}, scales {(groups, out)}")
-    want(
-        not awq or (bits == 4 and parts.settings.get("version", "gemm") == "gemm"),
-        "AWQ of 4 bits and version gemm is read",
-    )
-    index = parts.entries.get(".g_idx")
-    want(index is None or index.shape == (width,), "g_idx does not fit")
-    size = -(-width // groups) if groups else 0
-    want(groups > 0 and -(-width // size) == groups, f"{groups} groups of {width}")
-    v2 = awq or parts.settings.get("checkpoint_format") == "gptq_v2"
-
-    def read() -> Grid:
-        codes, scales, zero = (parts.read(leaf) for leaf in (".qweight", ".scales", ".qzeros"))
-        assert codes is not None
-        assert scales is not None
-        codes = _in_order(unpacked(codes, bits)).mT if awq else unpacked(codes.mT.contiguous(), bits)
-        middle = torch.full((groups, out), float(2 ** (bits - 1)))
-        if zero is not None:
-            middle = unpacked(zero, bits)
-            middle = (_in_order(middle) if awq else middle).to(torch.int16)
-            middle = (middle if v2 else (middle + 1) & ((1 << bits) - 1)).float()
-        order = parts.read(".g_idx") if index is not None else torch.arange(width) // size
-        assert order is not None
-        return _shifted(codes, scales.mT[:, order.long()], middle.mT[:, order.long()], integers(bits))
-
-    return (out, width), f"{'awq' if awq else 'gptq'} int{bits}", read
-
-
-def _in_order(codes: Tensor) -> Tensor:
-    """AWQ's columns in their order: the codes of a word are those of columns 0, 2, 4, 6, 1, 3, 5, 7."""
-    words = codes.reshape(*codes.shape[:-1], -1, 8)
-    return words[..., [0, 4, 1, 5, 2, 6, 3, 7]].flatten(-2)
-
-
-def _ordered(levels: Tensor) -> Tensor:
-    """Levels in rising order, each once."""
-    rising: Tensor = torch.unique(levels)
-    return rising
-
-
-def _shifted(codes: Tensor, scale: Tensor, zero: Tensor | float, levels: Tensor) -> Grid:
-    """Numbers scale · (level − zero), of codes that count the levels from the lowest."""
-    scale = scale.float()
-    return Grid(scale * (levels[codes.long()] - zero), scale, -scale * zero, levels, torch.tensor(HALF))
-
-
-def _packed(parts: Parts) -> tuple[tuple[int, ...], str, Callable[[], Grid]]:
-    """compressed-tensors: codes of (out, in) along in, from −2^(bits − 1); scales a group or a row.
-
-    Source: compressed-tensors, pack-quantized.
-    """
-    (out, words), (_, groups) = parts.shape(".weight_packed", 2), parts.shape(".weight_scale", 2)
-    size = parts.entries[".weight_shape"].load()
-    want(size.numel() == 2, "weight_shape is no pair")
-    width = int(size.flatten()[1])
-    bits = next((bits for bits in (4, 8, 2) if -(-width * bits // 32) == words), 0)
-    want(bits > 0 and int(size.flatten()[0]) == out, f"{words} words for {size.tolist()}; want 2, 4 or 8 bits")
-    want(0 < groups <= width and parts.entries[".weight_scale"].shape[0] == out, "scales do not fit")
-    span = -(-width // groups)
-
-    def read() -> Grid:
-        codes, scale, zero = (parts.read(f".weight_{leaf}") for leaf in ("packed", "scale", "zero_point"))
-        assert codes is not None
-        assert scale is not None
-        order = parts.read(".weight_g_idx")
-        order = torch.arange(width) // span if order is None else order.long()
-        middle: Tensor | float = 0.0
-        if zero is not None:
-            if zero.dtype == torch.int32:
-                zero = unpacked(zero.mT.contiguous(), bits).mT[:out].float() - 2 ** (bits - 1)
-            middle = zero.float()[:, order]
-        return _shifted(
-            unpacked(codes, bits)[:, :width], scale[:, order], middle, integers(bits, -(2 ** (bits - 1)))
-        )
-
-    return (out, width), f"int{bits}", read
-
-
-def _scaled(parts: Parts) -> tuple[tuple[int, ...], str, Callable[[], Grid]]:
-    """Numbers times a scale: of the whole, a row, a group or a block of 128 × 128.
-
-    Source: compressed-tensors, float-quantized and int-quantized; DeepSeek-V3, where weight_scale_inv is a factor.
-    """
-    codes, leaf = parts.codes, "_scale_inv" if "_scale_inv" in parts.entries else "_scale"
-    block = parts.settings.get("weight_block_size")
-    beside = [
-        _repeats(parts.entries[x].shape, codes.shape, block) for x in (leaf, "_zero_point") if x in parts.entries
-    ]
-
-    def read() -> Grid:
-        X, scale, zero = codes.load(), parts.read(leaf), parts.read("_zero_point")
-        assert scale is not None
-        scale = _spread(scale.float(), codes.shape, beside[0])
-        middle = 0.0 if zero is None else _spread(zero.float(), codes.shape, beside[1])
-        form = FORMATS.get(parts.entries[leaf].dtype)
-        slack = torch.tensor(max(HALF, form.step / 2 if form else 0.0))  # of a scale in its format
-        if X.dtype == torch.int8:
-            return Grid(scale * (X.float() - middle), scale, -scale * middle, integers(8, -128), slack)
-        every = torch.arange(256, dtype=torch.uint8).view(X.dtype).float()
-        return Grid(scale * X.float(), scale, torch.zeros(()), _ordered(every[every.isfinite()]), slack)
-
-    return codes.shape, f"scaled {codes.dtype}", read
-
-
-def _repeats(scale: tuple[int, ...], shape: tuple[int, ...], block: Any) -> tuple[int, ...]:
-    """How often each scale counts along each axis; empty of a single scale."""
-    if math.prod(scale) == 1:
-        return ()
-    full = scale if len(scale) == len(shape) else (*scale, *(1,) * (len(shape) - len(scale)))
-    want(len(full) == len(shape) and 0 not in full and 0 not in shape, f"scales {scale} for {shape}")
-    sizes = (
-        block if isinstance(block, Sequence) and all(isinstance(b, int) and b > 0 for b in block) else (128, 128)
-    )
-    repeats = []
-    for axis, (count, size) in enumerate(zip(full, shape, strict=True)):
-        wide = sizes[axis - len(shape)] if len(shape) - axis <= len(sizes) else 128
-        wide = size if count == 1 else wide if -(-size // wide) == count else size // count
-        want(wide > 0 and -(-size // wide) == count, f"scales {scale} for {shape}")
-        repeats.append(wide)
-    return tuple(repeats)
-
-
-def _spread(scale: Tensor, shape: tuple[int, ...], repeats: tuple[int, ...]) -> Tensor:
-    """Scales as many as there are numbers along each axis, or one."""
-    if not repeats:
-        return scale.reshape(())
-    scale = scale.reshape(*scale.shape, *(1,) * (len(shape) - scale.ndim))
-    for axis, (size, wide) in enumerate(zip(shape, repeats, strict=True)):
-        scale = scale if scale.shape[axis] == 1 else scale.repeat_interleave(wide, axis).narrow(axis, 0, size)
-    return scale
-
-
-def _int8_rows(parts: Parts) -> tuple[tuple[int, ...], str, Callable[[], Grid]]:
-    """bitsandbytes, LLM.int8: rows of whole numbers, of which 127 is the row's largest size."""
-    shape = parts.codes.shape
-    want(len(shape) == 2 and parts.entries[".SCB"].shape == shape[:1], "SCB does not fit")
-
-    def read() -> Grid:
-        largest, form = parts.read(".SCB"), parts.read(".weight_format")
-        assert largest is not None
-        want(form is None or int(form) == 0, "stored in an order of a GPU; save it with a newer bitsandbytes")
-        scale = largest.float()[:, None] / 127
-        return Grid(
-            scale * parts.codes.load().float(), scale, torch.zeros(()), integers(8, -128), torch.tensor(HALF)
-        )
-
-    return shape, "bitsandbytes int8", read
-
-
-def _four_bits(parts: Parts) -> tuple[tuple[int, ...], str, Callable[[], Grid]]:
-    """The NF4 and FP4 of bitsandbytes: two codes a byte, the higher half first, times the largest size in a block.
-
-    Source: Dettmers et al. 2023, QLoRA; with double quantisation these sizes are quantised themselves.
-    """
-    state = next((leaf for leaf in parts.entries if ".quant_state." in leaf), "")
-    want(bool(state), "its quant_state is missing")
-    about = json_object(bytes(parts.entries[state].load().flatten().tolist()))
-    shape, size = tuple(about["shape"]), about["blocksize"]
-    whole = [*shape, size, about.get("nested_blocksize", 1)]
-    want(all(type(n) is int and n > 0 for n in whole), "its quant_state holds no sizes")
-    count = math.prod(shape)
-    want(-(-count // 2) == math.prod(parts.codes.shape), f"{parts.codes.shape} bytes for {shape}")
-    want(math.prod(parts.entries[".weight.absmax"].shape) == -(-count // size), "absmax does not fit")
-    offset = float(about.get("nested_offset", 0.0))
-
-    def read() -> Grid:
-        levels, largest = parts.read(".weight.quant_map"), parts.read(".weight.absmax")
-        assert levels is not None
-        assert largest is not None
-        levels, slack = levels.float().flatten(), torch.tensor(HALF)
-        if ".weight.nested_absmax" in parts.entries:
-            inner, steps = parts.read(".weight.nested_absmax"), parts.read(".weight.nested_quant_map")
-            assert inner is not None
-            assert steps is not None
-            inner = _in_blocks(inner.float(), about["nested_blocksize"], largest.shape)
-            gaps = steps.float().diff().abs()
-            gap = torch.maximum(torch.cat([gaps[:1], gaps]), torch.cat([gaps, gaps[-1:]]))
-            code = largest.long()
-            largest = steps.float()[code] * inner + offset
-            slack = HALF + gap[code] / 2 * inner / largest.abs()
-            slack = _in_blocks(slack, size, shape)
-        packed = parts.codes.load().flatten()
-        codes = torch.stack([packed >> 4, packed & 15], 1).flatten()[:count].long()
-        scale = _in_blocks(largest.float(), size, shape)
-        return Grid(levels[codes].reshape(shape) * scale, scale, torch.zeros(()), _ordered(levels), slack)
-
-    return shape, "nf4" if state.endswith("nf4") else "fp4", read
-
-
-def _in_blocks(values: Tensor, size: int, shape: tuple[int, ...]) -> Tensor:
-    """A value for each block of so many numbers, as one for each number."""
-    count = math.prod(shape)
-    return values.flatten().repeat_interleave(min(size, count))[:count].reshape(shape)
-
-
-def _mlx(parts: Parts) -> tuple[tuple[int, ...], str, Callable[[], Grid]]:
-    """MLX: scale · code + bias, of groups along in; the lowest bits of a word first."""
-    shape, groups = parts.codes.shape, parts.entries[".scales"].shape
-    said = parts.settings.get(parts.stem, parts.settings)
-    size, bits = (said.get(key, 0) if isinstance(said, Mapping) else 0 for key in ("group_size", "bits"))
-    want(bits in (2, 3, 4, 5, 6, 8) and type(size) is int and size > 0, "config.json gives no bits and group_size")
-    width = shape[-1] * 32 // bits
-    want(
-        groups == parts.entries[".biases"].shape == (*shape[:-1], width // size) and not width % size,
-        "scales do not fit",
-    )
-
-    def read() -> Grid:
-        scale, shift = (parts.read(leaf) for leaf in (".scales", ".biases"))
-        assert scale is not None
-        assert shift is not None
-        scale, shift = (X.float().repeat_interleave(size, -1) for X in (scale, shift))
-        codes = unpacked(parts.codes.load(), bits).float()
-        return Grid(scale * codes + shift, scale, shift, integers(bits), torch.tensor(HALF))
-
-    return (*shape[:-1], width), f"mlx int{bits}", read
-
-
-_FLOAT8 = tuple(name for name in FORMATS if name.startswith("float8"))
-_STATES = (".weight.quant_state.bitsandbytes__nf4", ".weight.quant_state.bitsandbytes__fp4")
-_BLOCKS = (".weight.absmax", ".weight.quant_map")
-_NESTED = (".weight.nested_absmax", ".weight.nested_quant_map")
-_BESIDE = (".weight_zero_point", ".weight_g_idx")
-
-FAMILIES = (
-    Family(".qweight", ("int32",), (".scales",), (".qzeros", ".g_idx"), ".weight", _gptq_or_awq),
-    Family(".weight_packed", ("int32",), (".weight_scale", ".weight_shape"), _BESIDE, ".weight", _packed),
-    Family(".weight", ("uint8",), _BLOCKS, (*_NESTED, *_STATES), ".weight", _four_bits),
-    Family(".weight", ("int8",), (".SCB",), (".weight_format",), ".weight", _int8_rows),
-    Family(".weight", ("uint32",), (".scales", ".biases"), (), ".weight", _mlx),
-    Family("", _FLOAT8, ("_scale_inv",), (), "", _scaled),
-    Family("", (*_FLOAT8, "int8"), ("_scale",), ("_zero_point",), "", _scaled),
-)
-"""The first whose tensors are there is taken."""
