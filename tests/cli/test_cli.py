@@ -1,17 +1,21 @@
 """The command line as a stranger uses it: a subprocess, its output, its exit code."""
 
+import gc
 import json
 import os
 import pickle
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
 
 from specbasis import cli
+from specbasis.cli.compare import FORMATS
 from tests.cli.conftest import Run
 from tests.helpers.patience import PATIENCE
 from tests.pico import bert_state, finetuned, write
@@ -59,7 +63,10 @@ def test_compare_prints_a_table_and_a_verdict(specbasis: Run, folder: Path, tmp_
     assert done.returncode == 0, done.stderr
     assert "attention.query" in done.stdout
     assert "finetuned from this base: 14 of 14 matrices" in done.stdout
-    assert max(map(len, done.stdout.split("not compared")[0].splitlines())) <= 80
+    headline, *lines = done.stdout.split("not compared")[0].splitlines()
+    assert headline.startswith("Moderate finetune of this base. 14 of 14 matrices moved by 4.9%; ")
+    assert any(line.startswith("ffn.up            ▅▅▅▅") for line in lines)
+    assert max(map(len, lines)) <= 80
     again = specbasis("report", tmp_path / "out")
     assert again.stdout == done.stdout.replace(f"{base} {tuned}", "BASE TUNED")  # results hold no path of ours
 
@@ -199,6 +206,73 @@ def test_json_is_all_there_is_on_stdout_and_findings_decide_the_exit_code(
     unknown = specbasis("compare", *arguments, "--fail-on", "nonsense", cwd=folder)
     assert unknown.returncode == 2
     assert "no finding 'nonsense'; did you mean" in unknown.stderr
+
+
+@pytest.mark.parametrize("name", FORMATS[1:])
+def test_a_document_is_all_there_is_on_stdout(specbasis: Run, folder: Path, tmp_path: Path, name: str) -> None:
+    arguments = ("compare", "base.safetensors", "base.safetensors", "--out", tmp_path / "out")
+    for kind, code in {"zeros": 0, "frozen": 1}.items():
+        page = ("--report",) if (name, code) == ("markdown", 0) else ("--no-report",)
+        done = specbasis(*arguments, "--format", name, "--fail-on", kind, *page, cwd=folder)
+        assert done.returncode == code, done.stderr
+        assert [line.split(":")[0] for line in done.stderr.splitlines()] == (
+            ["failed on base"] if code else ["page"] * (page == ("--report",))
+        )
+        if name in ("json", "sarif"):
+            assert {"json": "pairs", "sarif": "runs"}[name] in json.loads(done.stdout)
+        elif name == "junit":
+            assert ElementTree.fromstring(done.stdout).get("failures") == str(code)
+        else:
+            assert done.stdout.startswith("## specbasis")
+            assert ("**Stops** at `frozen` in base." in done.stdout) is bool(code)
+        assert specbasis("report", tmp_path / "out", "--format", name, "--fail-on", kind).returncode == code
+    assert (tmp_path / "out" / "report.html").exists() is (name == "markdown")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--format", "sarrif"), "did you mean sarif?"),
+        (("--format", "xml"), "want one of text, json, markdown, sarif, junit"),
+        (("--format", "json", "--dry-run"), "a plan is printed as text"),
+        (("--format", "junit", "--json"), "want one of the two"),
+    ],
+)
+def test_formats_that_cannot_be_meant(specbasis: Run, folder: Path, options: tuple[str, ...], said: str) -> None:
+    done = specbasis("compare", "base.safetensors", "tuned.safetensors", "--out", "never", *options, cwd=folder)
+    assert (done.returncode, said in done.stderr, len(done.stderr.splitlines())) == (2, True, 1), done.stderr
+    assert done.stdout == ""
+    assert not (folder / "never").exists()
+
+
+def test_a_finding_that_could_not_be_found_is_no_silent_pass(specbasis: Run, folder: Path, tmp_path: Path) -> None:
+    arguments = (
+        "base.safetensors",
+        "tuned.safetensors",
+        "--quick",
+        "--fail-on",
+        "intruders,zeros",
+        "--format",
+        "junit",
+    )
+    done = specbasis("compare", *arguments, cwd=folder)
+    assert done.returncode == 0
+    assert done.stderr == "warning: tuned: --fail-on intruders: what it reads was not measured\n"
+    assert ElementTree.fromstring(done.stdout).find(".//testcase[@name='intruders']/skipped") is not None
+
+
+def test_without_a_folder_nothing_is_kept(
+    specbasis: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    before = sorted(folder.iterdir())
+    done = specbasis("compare", "base.safetensors", "tuned.safetensors", cwd=folder)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("Moderate finetune of this base. ")
+    assert sorted(folder.iterdir()) == before
+    gc.collect()
+    assert not list((tmp_path / "temporary").iterdir())
 
 
 @pytest.mark.parametrize(

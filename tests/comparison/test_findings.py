@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import specbasis
-from specbasis.comparison.check import Found, Judged, check
+from specbasis.comparison.check import THRESHOLDS, Found, Judged, check, thresholds
 from specbasis.comparison.facts import Facts
 from specbasis.comparison.findings import CHECKS, find, kinds
 from specbasis.core.errors import InputError
@@ -97,6 +97,28 @@ def test_unknown_findings_are_refused_by_name() -> None:
     assert kinds(["frozen"]) == ("frozen",)
     with pytest.raises(InputError, match=r"no finding 'nonsense'; .*there is: failed, wrong-base"):
         kinds(["frozen", "nonsense"])
+
+
+def test_a_changed_threshold_is_another_version() -> None:
+    """Whoever changes what decides gives the thresholds another name, and this table with it."""
+    limits = {kind: check["threshold"] for kind, check in thresholds()["checks"].items()}
+    assert THRESHOLDS == "findings-1"
+    origin = {"weight_cosine": 0.05, "kept_cosine": 0.5, "level": 1e-3}
+    tail = {"floor": 4.0, "share": 0.25, "side": 32, "fall": 3.0}
+    assert {kind: limit for kind, limit in limits.items() if limit} == {
+        "wrong-base": origin,
+        "foreign-parts": origin,
+        "reordered": {"kept": 0.9, "lost": 0.3, "side": 8},
+        "intruders": {"count": 1, "cosine": 0.5, "leading": 10},
+        "rank-collapse": {"ratio": 0.8},
+        "storage-rounding": {"factor": 1.5},
+        "outlier-layer": {"robust_z": 5.0, "factor": 3.0, "members": 5},
+        "noise": {"ratio": 0.8, "share": 0.5, "side": 32},
+        "pruned": {"share": 0.01},
+        "barely-moved": {"relative_update": 1e-3},
+        "low-rank": tail,
+        "below-rounding": tail,
+    }
 
 
 def test_a_check_that_is_added_is_told_wherever_findings_are() -> None:

@@ -31,10 +31,12 @@ def test_a_command_that_is_told_works_when_it_is_pasted(tmp_path: Path) -> None:
     comparison = specbasis.compare(base, tuned, tmp_path / "out")
     (label,) = comparison.pairs
     (step,) = next_steps(comparison, label, [str(base), str(tuned)])
-    assert f"{low_rank_size(comparison.rows, label)[0]:.0%} of the squared update" in step  # type: ignore[index]
-    words = shlex.split(step.partition(": ")[2])
+    assert f"{low_rank_size(comparison.rows, label)[0]:.0%} of the squared update" in step.reason  # type: ignore[index]
+    words = shlex.split(step.command)
     assert words[:4] == ["specbasis", "extract", str(base), str(tuned)]
-    assert "specbasis extract BASE TUNED " in next_steps(comparison, label)[0]  # of shared results, no path of ours
+    assert (
+        "specbasis extract BASE TUNED " in next_steps(comparison, label)[0].command
+    )  # of shared results, no path of ours
 
 
 def test_a_pair_that_is_no_finetune_is_advised_nothing() -> None:

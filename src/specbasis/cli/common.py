@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from specbasis.jobs.experiments import Row
     from specbasis.jobs.progress import Progress
 
-PLAIN = {"×": "x", "–": "-", "…": "...", "‖": "|", "≥": ">=", "≤": "<=", "Δ": "d", "→": "->", "±": "+-"}
+PLAIN = {"×": "x", "–": "-", "…": "...", "‖": "|", "≥": ">=", "≤": "<=", "Δ": "d", "→": "->", "±": "+-",
+         "·": ".", **{sign: str(i) for i, sign in enumerate("▁▂▃▄▅▆▇█", 1)}}  # fmt: skip
 """How the signs of tables and sentences are written where a terminal has none of them."""
 
 
@@ -77,11 +78,11 @@ def note(text: str, *, console: Console = STDOUT) -> None:
 
 
 def document(content: Any) -> None:
-    """Print one JSON document and nothing else."""
-    text = dumps(content, indent=1, ensure_ascii=False)
-    if not STDOUT.encoding.startswith("utf") or printable(text) != text:
+    """Print one document and nothing else: a text, or content as JSON."""
+    text = content if isinstance(content, str) else dumps(content, indent=1, ensure_ascii=False)
+    if not isinstance(content, str) and (not STDOUT.encoding.startswith("utf") or printable(text) != text):
         text = dumps(content, indent=1)
-    STDOUT.out(text, highlight=False)
+    STDOUT.out(printable(text), highlight=False)
 
 
 @contextmanager

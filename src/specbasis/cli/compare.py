@@ -11,29 +11,38 @@ import typer
 
 import specbasis
 from specbasis.cli.common import STDERR, STDOUT, document, line, note, progress
-from specbasis.cli.flags import BASE, MODEL, OUT, STREAM
+from specbasis.cli.flags import BASE, MODEL, STREAM
 from specbasis.comparison.options import Options as CompareOptions
-from specbasis.core.errors import MissingExtra
+from specbasis.core.errors import InputError, MissingExtra
 from specbasis.core.grammar import labelled
-from specbasis.core.options import Options, option
+from specbasis.core.options import ADVANCED, Options, option
 
 if TYPE_CHECKING:
     from specbasis.checkpoint import Checkpoint
     from specbasis.comparison.comparison import Comparison
 
 ADAPTED = Annotated[str, typer.Option("--base", help="of an adapter: its base, if not the one that it names")]
+KEPT = Annotated[Path | None, typer.Option("--out", help="folder of results; the same command continues it")]
 TUNED = Annotated[list[str], typer.Argument(metavar="[NAME=]TUNED...", help="one or several finetunes of it")]
+
+
+FORMATS = ("text", "json", "markdown", "sarif", "junit")
 
 
 @dataclass(frozen=True)
 class Output(Options):
     """How a comparison is told."""
 
-    json: bool = option(False, "print verdicts, findings and summaries as one JSON document, nothing else")
+    format: str = option("text", "text; or one document alone: json, markdown, sarif, junit", choices=FORMATS)
+    json: bool = option(False, "short for --format json", panel=ADVANCED)
     fail_on: tuple[str, ...] = option((), "exit code 1 where one of these is found", metavar="FINDINGS")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.json:
+            if self.format not in ("text", "json"):
+                raise InputError(f"got --json with --format {self.format}; want one of the two")
+            object.__setattr__(self, "format", "json")
         if self.fail_on:
             from specbasis.comparison.findings import kinds
 
@@ -50,12 +59,14 @@ class OutputAndPage(Output):
 def compare(
     base: BASE,
     tuned: TUNED,
-    out: OUT,
     options: CompareOptions,
     output: OutputAndPage,
+    out: KEPT = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan; compute and write nothing")] = False,
 ) -> None:
     """Measure what finetuning changed in every weight matrix; write rows, tables, findings and a page.
+
+    Without --out what is found is printed, and nothing is kept.
 
     Exit codes: 0 done; 1 a finding that --fail-on names; 2 an input that cannot be used, or a matrix that failed.
     """
@@ -63,18 +74,27 @@ def compare(
         from specbasis.cli.tables import print_plan
         from specbasis.comparison.compare import plan
 
+        if output.format != "text":
+            raise InputError(
+                f"got --dry-run with --format {output.format}; a plan is printed as text: leave one out"
+            )
         print_plan(plan(base, tuned, out, options))
         return
     with progress() as tell:
         comparison = specbasis.compare(base, tuned, out, options, progress=tell)
-    _tell(comparison, output, page=output.report, given=[base, *(labelled(word)[1] for word in tuned)])
+    _tell(
+        comparison,
+        output,
+        page=output.report and out is not None,
+        given=[base, *(labelled(word)[1] for word in tuned)],
+    )
 
 
 def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="a folder that compare wrote")], output: Output
 ) -> None:
     """Print tables and findings of a comparison again, and rebuild its page and figures from the rows alone."""
-    _tell(specbasis.load(folder), output, page=not output.json)
+    _tell(specbasis.load(folder), output, page=output.format == "text")
 
 
 def inspect(model: MODEL, base: ADAPTED = "", stream: STREAM = False) -> None:
@@ -147,25 +167,26 @@ def list_findings() -> None:
 def _tell(comparison: Comparison, output: Output, *, page: bool, given: Sequence[str] = ()) -> None:
     """Print what was found and write the page; end with the exit code that it comes to."""
     from specbasis.cli.tables import print_comparison
+    from specbasis.comparison.check import unlooked
+    from specbasis.figures.documents import DOCUMENTS, failing
     from specbasis.treatment.advice import next_steps
 
-    if output.json:
-        document(comparison.summary())
+    if output.format != "text":
+        document(DOCUMENTS[output.format](comparison, given, output.fail_on))
     else:
         print_comparison(comparison)
         for label in comparison.pairs:
             for step in next_steps(comparison, label, given):
-                line(step if len(comparison.pairs) == 1 else f"{label}: {step}")
+                line(step.reason if len(comparison.pairs) == 1 else f"{label}: {step.reason}")
+                line(f"  {step.command}")
     if page:
-        write_page(comparison, quiet=output.json)
-    hits = [
-        f"{label}: {finding.sentence}"
-        for label, findings in comparison.findings.items()
-        for finding in findings
-        if finding.kind in output.fail_on
-    ]
-    for hit in hits:
-        line(f"failed on {hit}", console=STDERR, style="red")
+        write_page(comparison, quiet=output.format != "text")
+    for label, facts in comparison.facts.items():
+        for kind in [check.kind for check in unlooked(facts) if check.kind in output.fail_on]:
+            line(f"warning: {label}: --fail-on {kind}: what it reads was not measured", console=STDERR)
+    hits = failing(comparison, output.fail_on)
+    for label, finding in hits:
+        line(f"failed on {label}: {finding.sentence}", console=STDERR, style="red")
     if comparison.failed:
         raise typer.Exit(2)
     if hits:

@@ -17,7 +17,8 @@ from specbasis.comparison.comparison import Comparison
 from specbasis.comparison.population import Population
 from specbasis.core.grammar import human_bytes
 from specbasis.core.text import named_parts, number_of
-from specbasis.figures.summary import SEVERITIES, by_reason, no_problems, over_all_ranks, summary_table
+from specbasis.figures.strip import layers
+from specbasis.figures.summary import SEVERITIES, by_reason, headline, no_problems, over_all_ranks, summary_table
 from specbasis.figures.table import Column, Table, number
 from specbasis.interventions.grid import read_grid
 from specbasis.interventions.stage import BASELINE
@@ -26,9 +27,14 @@ from specbasis.jobs.experiments import Row
 
 
 def print_comparison(comparison: Comparison) -> None:
-    """Print each pair's table, notes, verdict and findings, and what failed."""
+    """Print each pair's headline, layers, table, notes, verdict and findings, and what failed."""
     for pair in comparison.pairs:
         about = comparison.manifest["pairs"][pair]
+        name = f"{pair}: " if len(comparison.pairs) > 1 else ""
+        line(name + headline(comparison, pair), style="bold")
+        if (strip := layers(comparison.facts[pair], STDOUT.width)) is not None:
+            STDOUT.print(strip, soft_wrap=True)
+        line("")
         STDOUT.print(summary_table(comparison.summaries[pair], pair).terminal())
         # Not the table's caption, which would wrap at the width of a narrow table.
         line(
@@ -51,7 +57,7 @@ def print_comparison(comparison: Comparison) -> None:
         for finding in comparison.findings[pair]:
             line(f"{SEVERITIES[finding.severity]} {finding.sentence}")
         if not any(finding.severity == "problem" for finding in comparison.findings[pair]):
-            line(no_problems(comparison.manifest["measures"]))
+            line(no_problems(comparison.facts[pair]))
         line("")
     alike: dict[str, list[dict[str, str]]] = {}
     for failure in comparison.failed:  # what befell many matrices is one line

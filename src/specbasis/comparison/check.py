@@ -6,10 +6,13 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 from specbasis.comparison.facts import Fact, Facts
 from specbasis.comparison.verdict import Verdict
+
+THRESHOLDS = "findings-1"
+"""Name and version of all checks and their thresholds together: a change of any of them makes it another."""
 
 Severity = Literal["problem", "note"]
 Found = tuple[str, Iterable[str], dict[str, float]]
@@ -74,6 +77,7 @@ class Check:
         kind: its name.
         about: what it looks for.
         severity: that of what it finds.
+        needs: measures that it reads, of those that a comparison can leave out.
         threshold: figures that decide.
         find: what it finds in a pair; None where there is nothing to say.
     """
@@ -81,8 +85,15 @@ class Check:
     kind: str
     about: str
     severity: Severity
+    needs: tuple[str, ...]
     threshold: Mapping[str, float]
     find: Callable[[Judged, Mapping[str, float]], Found | None]
+
+
+def thresholds() -> dict[str, Any]:
+    """Name and version of the checks and their thresholds, and of each check what decides, as data."""
+    checks = {c.kind: {"severity": c.severity, "about": c.about, "threshold": dict(c.threshold)} for c in CHECKS}
+    return {"version": THRESHOLDS, "checks": checks}
 
 
 _Function = Callable[[Judged, Mapping[str, float]], Found | None]
@@ -91,11 +102,18 @@ CHECKS: list[Check] = []
 """All checks, in the order in which their findings are told."""
 
 
-def check(kind: str, about: str, severity: Severity, **threshold: float) -> Callable[[_Function], _Function]:
+def unlooked(facts: Facts) -> list[Check]:
+    """The checks for which nothing was measured in a pair: that they found nothing says nothing."""
+    return [check for check in CHECKS if not facts.measures.issuperset(check.needs)]
+
+
+def check(
+    kind: str, about: str, severity: Severity, *needs: str, **threshold: float
+) -> Callable[[_Function], _Function]:
     """Make a function a check; see `Check` for what it is given and returns."""
 
     def register(function: _Function) -> _Function:
-        CHECKS.append(Check(kind, about, severity, threshold, function))
+        CHECKS.append(Check(kind, about, severity, needs, threshold, function))
         return function
 
     return register

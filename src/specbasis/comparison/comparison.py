@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from specbasis.comparison.check import Finding
+from specbasis.comparison.check import Finding, thresholds
 from specbasis.comparison.facts import Facts, by_pair
 from specbasis.comparison.findings import find
 from specbasis.comparison.summary import RoleSummary, own_means, summarise
@@ -113,9 +113,9 @@ class Comparison:
     def summary(self) -> dict[str, Any]:
         """Verdicts, findings and summaries as plain data for JSON; null for what is not a finite number.
 
-        Keys: base, folder, failed, and pairs, which has for each label verdict, findings and summaries with the
-        fields of `Verdict`, `Finding` and `RoleSummary`, not_compared (name, side, reason, size), and own, the
-        user's own measures by role.
+        Keys: thresholds (as of `specbasis.comparison.check.thresholds`), base, folder, failed, and pairs, which has
+        for each label verdict, findings and summaries with the fields of `Verdict`, `Finding` and `RoleSummary`,
+        not_compared (name, side, reason, size), and own, the user's own measures by role.
         """
         pairs = {
             label: {
@@ -129,7 +129,7 @@ class Comparison:
             for label in self.pairs
         }
         whole = {"base": self.manifest["base"]["source"], "folder": str(self.folder), "failed": self.failed}
-        content: dict[str, Any] = plain(whole | {"pairs": pairs})
+        content: dict[str, Any] = plain({"thresholds": thresholds()} | whole | {"pairs": pairs})
         return content
 
     def report(self, path: str | Path | None = None) -> Path:

@@ -43,6 +43,11 @@ class Facts:
     skipped: Sequence[Mapping[str, Any]] = ()
 
     @cached_property
+    def measures(self) -> set[str]:
+        """Names of the measures that some matrix has."""
+        return set(self.rows["measure"].unique().to_pylist())
+
+    @cached_property
     def uncompared(self) -> list[str]:
         """Matrices of either side that are not in the rows: without a partner, unreadable, or failed.
 

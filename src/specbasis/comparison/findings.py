@@ -31,6 +31,10 @@ from specbasis.core.text import named_parts, number_of
 
 __all__ = ["CHECKS", "find", "kinds"]
 
+_VALUES = "singular_value_delta"
+_ORIGIN = {"weight_cosine": RELATED_COSINE, "kept_cosine": KEPT_COSINE, "level": LEVEL}
+_CUT = {"floor": 4.0, "share": 0.25, "side": 32, "fall": 3.0}
+
 
 def find(facts: Facts, verdict: Verdict) -> list[Finding]:
     """All findings of a pair, problems first, in the order of `CHECKS`."""
@@ -57,6 +61,10 @@ def kinds(words: Sequence[str]) -> tuple[str, ...]:
     return tuple(words)
 
 
+def _both(measure: str, sides: Sequence[str] = ("base", "tuned")) -> list[str]:
+    return [f"{measure}_{side}" for side in sides]
+
+
 # --- the checks -------------------------------------------------------------------------------------------------
 
 
@@ -72,14 +80,7 @@ def _failed(pair: Judged, _: Mapping[str, float]) -> Found | None:
     )
 
 
-@check(
-    "wrong-base",
-    "weights that do not come from base",
-    "problem",
-    weight_cosine=RELATED_COSINE,
-    kept_cosine=KEPT_COSINE,
-    level=LEVEL,
-)
+@check("wrong-base", "weights that do not come from base", "problem", **_ORIGIN)
 def _wrong_base(pair: Judged, _: Mapping[str, float]) -> Found | None:
     if pair.verdict.kind != "independent":
         return None
@@ -94,14 +95,7 @@ def _wrong_base(pair: Judged, _: Mapping[str, float]) -> Found | None:
     )
 
 
-@check(
-    "foreign-parts",
-    "parts of a finetune that do not come from base",
-    "problem",
-    weight_cosine=RELATED_COSINE,
-    kept_cosine=KEPT_COSINE,
-    level=LEVEL,
-)
+@check("foreign-parts", "parts of a finetune that do not come from base", "problem", **_ORIGIN)
 def _foreign(pair: Judged, _: Mapping[str, float]) -> Found | None:
     names = pair.verdict.unrelated
     if not names or pair.verdict.kind == "independent":
@@ -110,7 +104,7 @@ def _foreign(pair: Judged, _: Mapping[str, float]) -> Found | None:
     return f"{_count(names)} ({share:.1%} of the parameters) were not finetuned from base", names, {"share": share}
 
 
-@check("zeros", "matrices of nothing but zeros in tuned", "problem")
+@check("zeros", "matrices of nothing but zeros in tuned", "problem", *_both("zero_entries"))
 def _zeros(pair: Judged, _: Mapping[str, float]) -> Found | None:
     lost = [m for m in pair.facts.matrices if m.get("zero_entries_tuned") == 1 and m.get("zero_entries_base") != 1]
     if not lost:
@@ -120,7 +114,15 @@ def _zeros(pair: Judged, _: Mapping[str, float]) -> Found | None:
     return text, [m["matrix"] for m in lost], {"share": share}
 
 
-@check("reordered", "rows or columns in another order", "problem", kept=0.9, lost=0.3, side=8)
+@check(
+    "reordered",
+    "rows or columns in another order",
+    "problem",
+    *_both("alignment", SIDES),
+    kept=0.9,
+    lost=0.3,
+    side=8,
+)
 def _reordered(pair: Judged, threshold: Mapping[str, float]) -> Found | None:
     def sides(m: Fact) -> tuple[float, float]:
         low, high = sorted((m["top10_left"], m["top10_right"]))
@@ -144,6 +146,7 @@ def _reordered(pair: Judged, threshold: Mapping[str, float]) -> Found | None:
     "intruders",
     "leading vectors of tuned that are like none of base",
     "problem",
+    *_both("intruders", SIDES),
     count=1,
     cosine=INTRUDER_COSINE,
     leading=INTRUDER_RANKS,
@@ -163,7 +166,7 @@ def _intruders(pair: Judged, threshold: Mapping[str, float]) -> Found | None:
     )
 
 
-@check("rank-collapse", "a fall of the effective rank", "problem", ratio=0.8)
+@check("rank-collapse", "a fall of the effective rank", "problem", *_both("effective_rank"), ratio=0.8)
 def _collapse(pair: Judged, threshold: Mapping[str, float]) -> Found | None:
     ratio = {
         m["matrix"]: m["effective_rank_tuned"] / m["effective_rank_base"]
@@ -179,7 +182,7 @@ def _collapse(pair: Judged, threshold: Mapping[str, float]) -> Found | None:
     )
 
 
-@check("storage-rounding", "updates no larger than rounding", "problem", factor=1.5)
+@check("storage-rounding", "updates no larger than rounding", "problem", *_both("precision"), factor=1.5)
 def _rounding(pair: Judged, threshold: Mapping[str, float]) -> Found | None:
     # What is seen is update and rounding in quadrature: √2 times the rounding where the two are equal.
     within = [
@@ -239,7 +242,7 @@ def _outliers(pair: Judged, threshold: Mapping[str, float]) -> Found | None:
     )
 
 
-@check("noise", "updates with the spectrum of noise", "problem", ratio=0.8, share=0.5, side=32)
+@check("noise", "updates with the spectrum of noise", "problem", "stable_rank_delta", ratio=0.8, share=0.5, side=32)
 def _noise(pair: Judged, threshold: Mapping[str, float]) -> Found | None:
     """Σσ⁴ and σ₁ would tell more; the stable rank alone separates noise from every real finetune measured."""
     tested = [m for m in pair.having("stable_rank_delta") if min(m["out"], m["in"]) >= threshold["side"]]
@@ -297,7 +300,7 @@ def _stored_quantised(pair: Judged, stored: Sequence[Fact]) -> Found:
     )
 
 
-@check("pruned", "entries that became zero", "note", share=0.01)
+@check("pruned", "entries that became zero", "note", *_both("zero_entries"), share=0.01)
 def _pruned(pair: Judged, threshold: Mapping[str, float]) -> Found | None:
     zeros = {
         m["matrix"]: m["zero_entries_tuned"] - m["zero_entries_base"]
@@ -342,7 +345,7 @@ def _ranks(pair: Judged, threshold: Mapping[str, float], *, cut_off: bool) -> di
     """Matrix → ranks of delta that stand out of the rounding of the weights, whose largest singular value is about
     that: those where the values fall from one rank to the next (cut off), or those where they sink into it.
     """
-    columns = pair.facts.columns(["singular_value_delta"])
+    columns = pair.facts.columns([_VALUES])
     ranks: dict[str, int] = {}
     for m in pair.having("norm_base", "precision_base"):
         S = columns["value"][columns["matrix"] == m["matrix"]]
@@ -366,15 +369,13 @@ def _of_ranks(ranks: Mapping[str, int], words: str) -> Found | None:
     return about, ranks, {"lowest_rank": low, "highest_rank": high}
 
 
-@check(
-    "low-rank", "updates of few ranks, and nothing beyond them", "note", floor=4.0, share=0.25, side=32, fall=3.0
-)
+@check("low-rank", "updates of few ranks, and nothing beyond them", "note", _VALUES, **_CUT)
 def _low_rank(pair: Judged, threshold: Mapping[str, float]) -> Found | None:
     words = ", and none in between: a merged low-rank adapter, or only some of the rows trained"
     return _of_ranks(_ranks(pair, threshold, cut_off=True), words)
 
 
-@check("below-rounding", "updates whose tail is lost in rounding", "note", floor=4.0, share=0.25, side=32, fall=3.0)
+@check("below-rounding", "updates whose tail is lost in rounding", "note", _VALUES, **_CUT)
 def _below(pair: Judged, threshold: Mapping[str, float]) -> Found | None:
     words = ", into which the others sink: what rank it was trained at is not in the stored weights"
     return _of_ranks(_ranks(pair, threshold, cut_off=False), words)

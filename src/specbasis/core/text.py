@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from html import escape
 from typing import Any
 
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?(e[+-]?\d+)?", re.ASCII)
 _ABSOLUTE = re.compile(r"(?<![\w./\\:~…-])(?:[A-Za-z]:)?(?:[/\\][^/\\\s:;,'\"()]+){3,}")
 _WHOLE = re.compile(r"(?:[A-Za-z]:)?[/\\]{1,2}(?:[^/\\:]+[/\\]){2,}[^/\\:]+")
+_ENTITIES = str.maketrans({"|": "&#124;", "@": "<span>@</span>", "#": "<span>#</span>"})
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
@@ -17,6 +19,12 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def markdown(text: str) -> str:
+    """Text of others as one line of Markdown that shows it as it is: no markup, HTML, cell, line, or mention."""
+    line = " ".join(printable(text).split())
+    return re.sub(r"[\\`*_\[\]~$]", r"\\\g<0>", escape(line, quote=False)).translate(_ENTITIES)
 
 
 def number_of(n: int, noun: str) -> str:

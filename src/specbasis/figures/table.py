@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
@@ -131,7 +132,9 @@ class Table:
         """The table as Markdown, with the line that ends it; what would end a cell or its line is escaped."""
         rule = ["---" if i == 0 or column.words else "---:" for i, column in enumerate(self.columns)]
         lines = [[" ".join(filter(None, (c.group, c.name))) for c in self.columns], rule, *self.cells]
-        escaped = ([" ".join(text.replace("|", r"\|").split("\n")) for text in line] for line in lines)
+        # A backslash in front of a bar would take its escape away.
+        pipes = ([re.sub(r"(\\*)\|", r"\1\1\|", text) for text in line] for line in lines)
+        escaped = ([" ".join(text.split("\n")) for text in line] for line in pipes)
         return "".join(f"| {' | '.join(line)} |\n" for line in escaped)
 
     def csv(self, form: str = "") -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -21,8 +22,15 @@ RANK = 16
 NUMBER = FORMATS["float32"].bytes
 
 
-def next_steps(comparison: Comparison, label: str, given: Iterable[str] = ()) -> list[str]:
-    """Sentences that end in a command, for a finetune of its base; none for other pairs, and no LoRA of an adapter.
+class Step(NamedTuple):
+    """What could be done, and the command that does it."""
+
+    reason: str
+    command: str
+
+
+def next_steps(comparison: Comparison, label: str, given: Iterable[str] = ()) -> list[Step]:
+    """What can be done with a finetune of its base; nothing with other pairs, and no LoRA of an adapter.
 
     Args:
         comparison: what was found.
@@ -40,15 +48,11 @@ def next_steps(comparison: Comparison, label: str, given: Iterable[str] = ()) ->
     is_adapter = any(Path(file["path"]).name == CONFIG for file in about[1].get("files", []))
     if size is not None and not is_adapter:
         share, stored = size
-        steps.append(
-            f"a LoRA of rank {RANK} ({stored / 1e6:.3g} MB) would hold {share:.0%} of the squared update: "
-            f"specbasis extract {models} --rank {RANK} --out lora"
-        )
+        reason = f"a LoRA of rank {RANK} ({stored / 1e6:.3g} MB) would hold {share:.0%} of the squared update"
+        steps.append(Step(reason, f"specbasis extract {models} --rank {RANK} --out lora"))
     if any(finding.kind == "intruders" for finding in comparison.findings[label]):
-        steps.append(
-            "leading directions that the base does not have can be damped: "
-            f"specbasis repair {models} --keep TASK --recover TEXTS --out repaired"
-        )
+        reason = "leading directions that the base does not have can be damped"
+        steps.append(Step(reason, f"specbasis repair {models} --keep TASK --recover TEXTS --out repaired"))
     return steps
 
 

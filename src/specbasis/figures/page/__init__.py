@@ -24,6 +24,7 @@ from specbasis.figures.summary import (
     VERDICTS,
     by_reason,
     evidence,
+    headline,
     no_problems,
     over_all_ranks,
     summary_table,
@@ -60,7 +61,6 @@ def render(comparison: Comparison, pairs: list[Pair]) -> bytes:
         plotly=base64.b64encode(plotly).decode("ascii"),
         script=Markup(_inline(script)),
         missing=missing(pairs),
-        no_problems=no_problems(manifest["measures"]),
         hashes=[_hash(gzip.decompress(plotly)), _hash(script.encode())],
         requested=requested(pairs),
         shared=Markup(_json({"table": _columns(manifest, pairs), "marked": MARKED_RANKS})),
@@ -116,7 +116,9 @@ def _about(label: str, comparison: Comparison) -> dict[str, Any]:
     about, summaries = comparison.manifest["pairs"][label], comparison.summaries[label]
     return {
         "label": label,
+        "headline": headline(comparison, label),
         "verdict": comparison.verdicts[label],
+        "no_problems": no_problems(comparison.facts[label]),
         "findings": [{"finding": finding, "evidence": evidence(finding)} for finding in comparison.findings[label]],
         "summary": summaries[-1],
         "table": Markup(summary_table(summaries).html()),

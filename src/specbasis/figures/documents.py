@@ -1,0 +1,226 @@
+"""A comparison as one document for other programs: JSON, Markdown, SARIF 2.1.0 and JUnit XML."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from urllib.parse import quote
+from xml.etree import ElementTree as ET
+
+from specbasis import __version__
+from specbasis.comparison.check import CHECKS, THRESHOLDS, Check, Finding, unlooked
+from specbasis.comparison.comparison import Comparison
+from specbasis.core.text import markdown as escaped
+from specbasis.core.text import printable
+from specbasis.figures.summary import evidence, headline, no_problems, over_all_ranks, summary_table
+from specbasis.figures.table import number
+from specbasis.treatment.advice import next_steps
+
+LEVELS = {"problem": "error", "note": "note"}
+"""Severity → level of SARIF."""
+
+MOST_LOCATIONS = 100
+"""Matrices that a result of SARIF names: as many locations of one as code hosts take."""
+
+
+def failing(comparison: Comparison, kinds: Sequence[str]) -> list[tuple[str, Finding]]:
+    """(pair, finding) of the findings that a pipeline stops at."""
+    return [(pair, f) for pair, findings in comparison.findings.items() for f in findings if f.kind in kinds]
+
+
+def json(comparison: Comparison, given: Sequence[str], fail_on: Sequence[str]) -> dict[str, Any]:
+    """`Comparison.summary`, with each pair's headline and next steps, and what fails."""
+    content = {"specbasis": __version__} | comparison.summary()
+    for label, pair in content["pairs"].items():
+        pair["headline"] = headline(comparison, label)
+        pair["next_steps"] = [step._asdict() for step in next_steps(comparison, label, given)]
+    hits = [{"pair": label, "kind": finding.kind} for label, finding in failing(comparison, fail_on)]
+    return content | {"fail_on": list(fail_on), "failing": hits}
+
+
+# --- Markdown ---------------------------------------------------------------------------------------------------
+
+
+def markdown(comparison: Comparison, given: Sequence[str], fail_on: Sequence[str]) -> str:
+    """A summary for a job or a merge request: of each pair headline, verdict, table, size and findings."""
+    hits = [f"`{f.kind}` in {escaped(label)}" for label, f in failing(comparison, fail_on)]
+    gate = f"**Stops** at {', '.join(hits)}." if hits else f"Passes: none of {_listed(fail_on)} was found."
+    parts = [f"## specbasis: what changed since {escaped(comparison.manifest['base']['source'])}"]
+    parts += [gate] if fail_on else []
+    for label in comparison.pairs:
+        parts += [f"### {escaped(label)}", f"**{escaped(headline(comparison, label))}**"]
+        parts += _pair_markdown(comparison, label, given)
+    parts += [f"- **failed**: {escaped(failure['error'])}" for failure in comparison.failed[:10]]
+    parts.append(f"<sub>specbasis {__version__}, thresholds `{THRESHOLDS}`</sub>")
+    return "\n\n".join(parts)
+
+
+def _pair_markdown(comparison: Comparison, label: str, given: Sequence[str]) -> Iterator[str]:
+    findings, lines = comparison.findings[label], comparison.summaries[label]
+    compared = comparison.facts[label].compared
+    yield summary_table(lines).markdown().rstrip("\n")
+    yield f"Size of the update: ‖Δ‖/‖W‖ {number(lines[-1].relative_update, '.2g')}, mean over matrices; " + (
+        f"{number(compared, '.1%')} of the parameters compared. {escaped(over_all_ranks(lines[-1]))}".rstrip()
+    )
+    told = [f"- **{f.severity}**: {escaped(f.sentence)}; {escaped(evidence(f))}".rstrip("; ") for f in findings]
+    if not any(finding.severity == "problem" for finding in findings):
+        told.append(f"- {escaped(no_problems(comparison.facts[label]))}")
+    yield "\n".join(told)
+    yield f"Verdict: {escaped(comparison.verdicts[label].sentence)}"
+    for note in comparison.manifest["pairs"][label]["notes"]:
+        yield f"Note: {escaped(note)}"
+    for step in next_steps(comparison, label, given):
+        yield f"Next: {escaped(step.reason)}:\n\n{_fenced(step.command)}"
+
+
+def _listed(kinds: Sequence[str]) -> str:
+    return ", ".join(f"`{kind}`" for kind in kinds)
+
+
+def _fenced(command: str) -> str:
+    """A block of code that nothing in the command ends."""
+    line = printable(command).replace("\n", "\\n")
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", line)), default=0))
+    return f"{fence}sh\n{line}\n{fence}"
+
+
+# --- SARIF ------------------------------------------------------------------------------------------------------
+
+
+def sarif(comparison: Comparison, given: Sequence[str], fail_on: Sequence[str]) -> dict[str, Any]:
+    """Findings as results, checks as rules with their thresholds. Source: OASIS SARIF 2.1.0."""
+    order = {check.kind: i for i, check in enumerate(CHECKS)}
+    driver = {
+        "name": "specbasis",
+        "semanticVersion": __version__,
+        "rules": [_rule(check) for check in CHECKS],
+        "properties": {"thresholds": THRESHOLDS, "failOn": list(fail_on)},
+    }
+    failures = [
+        {"level": "error", "message": _message(f"{failure['pair']}: {failure['error']}")}
+        for failure in comparison.failed
+    ]
+    run = {
+        "tool": {"driver": driver},
+        "invocations": [{"executionSuccessful": not failures, "toolExecutionNotifications": failures}],
+        "results": [
+            _result(comparison, label, finding) | {"ruleIndex": order[finding.kind]}
+            for label, findings in comparison.findings.items()
+            for finding in findings
+        ],
+        "properties": {"headlines": {label: headline(comparison, label) for label in comparison.pairs}},
+    }
+    return {"$schema": "https://json.schemastore.org/sarif-2.1.0.json", "version": "2.1.0", "runs": [run]}
+
+
+def _rule(check: Check) -> dict[str, Any]:
+    limits = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in check.threshold.items())
+    return {
+        "id": check.kind,
+        "shortDescription": _message(check.about),
+        "help": _message(f"Looks for {check.about}." + (f" Held against: {limits}." if limits else "")),
+        "defaultConfiguration": {"level": LEVELS[check.severity]},
+        "properties": {"threshold": dict(check.threshold), "thresholds": THRESHOLDS},
+    }
+
+
+def _result(comparison: Comparison, label: str, finding: Finding) -> dict[str, Any]:
+    # A colon in the first part would make it a scheme, which code hosts refuse.
+    place = {
+        "artifactLocation": {
+            "uri": quote(comparison.manifest["pairs"][label]["tuned"]["source"], safe="/", errors="surrogateescape")
+        }
+    }
+    places: list[dict[str, Any]] = [
+        {
+            "physicalLocation": place,
+            "logicalLocations": [{"name": name, "fullyQualifiedName": name, "kind": "matrix"}],
+        }
+        for name in finding.matrices[:MOST_LOCATIONS]
+    ]
+    # Of the pair and the kind alone: the next finetune's finding is the same one, in whatever matrices.
+    mark = hashlib.sha256(f"{label}\0{finding.kind}".encode("utf-8", "surrogateescape")).hexdigest()
+    return {
+        "ruleId": finding.kind,
+        "level": LEVELS[finding.severity],
+        "message": _message(f"{label}: {finding.sentence}"),
+        "locations": places or [{"physicalLocation": place}],
+        "partialFingerprints": {"pairAndKind/v1": mark, "primaryLocationLineHash": f"{mark[:16]}:1"},
+        "properties": {
+            "pair": label,
+            "matrices": len(finding.matrices),
+            "evidence": dict(finding.evidence),
+            "threshold": dict(finding.threshold),
+        },
+    }
+
+
+def _message(text: str) -> dict[str, str]:
+    """Plain text of SARIF, in which braces are placeholders and ``](`` is a link."""
+    return {"text": printable(text).replace("{", "{{").replace("}", "}}").replace("](", "] (")}
+
+
+# --- JUnit ------------------------------------------------------------------------------------------------------
+
+
+def junit(comparison: Comparison, given: Sequence[str], fail_on: Sequence[str]) -> str:
+    """A suite for each pair, a test for each check: failed where it is found and stops a pipeline.
+
+    A finding that does not is in the test's output; a check that nothing was measured for is skipped; matrices that
+    failed are an error. Of ASCII, without a declaration: the same document in UTF-8 and UTF-16.
+    """
+    root = ET.Element("testsuites", name="specbasis")
+    for label in comparison.manifest["pairs"]:
+        failures = [failure["error"] for failure in comparison.failed if failure["pair"] == label]
+        if label in comparison.pairs or failures:
+            suite = ET.SubElement(root, "testsuite", name=printable(label))
+            _fill(suite, comparison, label, failures, fail_on)
+            for name, tag in {
+                "tests": "testcase",
+                "failures": "failure",
+                "errors": "error",
+                "skipped": "skipped",
+            }.items():
+                suite.set(name, str(sum(1 for _ in suite.iter(tag))))
+    for name in ("tests", "failures", "errors"):
+        root.set(name, str(sum(int(suite.get(name, 0)) for suite in root)))
+    ET.indent(root, " ")
+    return bytes(ET.tostring(root, "us-ascii", xml_declaration=False)).decode()
+
+
+def _fill(
+    suite: ET.Element, comparison: Comparison, label: str, failures: list[str], fail_on: Sequence[str]
+) -> None:
+    about = {"base": comparison.manifest["base"]["source"], "thresholds": THRESHOLDS, "specbasis": __version__}
+    about |= {"headline": headline(comparison, label)} if label in comparison.pairs else {}
+    properties = ET.SubElement(suite, "properties")
+    for name, value in about.items():
+        ET.SubElement(properties, "property", name=name, value=printable(value))
+    findings = {finding.kind: finding for finding in comparison.findings.get(label, [])}
+    for check in CHECKS:
+        test = ET.SubElement(suite, "testcase", classname=f"specbasis.{printable(label)}", name=check.kind)
+        finding = findings.get(check.kind)
+        if check.kind == "failed" and failures:
+            error = ET.SubElement(test, "error", type="problem", message=printable(failures[0]))
+            error.text = printable("\n".join(failures))
+        elif finding and check.kind in fail_on:
+            failure = ET.SubElement(test, "failure", type=finding.severity, message=printable(finding.sentence))
+            failure.text = printable("\n".join((evidence(finding), *finding.matrices)))
+        elif finding:
+            ET.SubElement(test, "system-out").text = printable(f"{finding.sentence}\n{evidence(finding)}")
+        elif label not in comparison.pairs or check in unlooked(comparison.facts[label]):
+            ET.SubElement(test, "skipped", message=f"not measured: {', '.join(check.needs) or 'anything'}")
+
+
+DOCUMENTS: dict[str, Callable[[Comparison, Sequence[str], Sequence[str]], str | dict[str, Any]]] = {
+    "json": json,
+    "markdown": markdown,
+    "sarif": sarif,
+    "junit": junit,
+}
+"""Name of a format → what makes the document: as text, or as the content of one in JSON.
+
+It is given the comparison, the sources as the user wrote them, and the kinds of findings that a pipeline stops at.
+"""
