@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from sklearn.metrics import accuracy_score, matthews_corrcoef
 from typer.testing import CliRunner
@@ -15,7 +16,7 @@ from specbasis.finetuning.tasks import GLUE
 from specbasis.jobs.experiments import read_experiments
 from specbasis.paper import ablation
 from specbasis.paper.ablation import BASES, Part, chosen_rates, packed, unpacked
-from specbasis.paper.ablation_page import _scores
+from specbasis.paper.ablation_page import Runs, _scores
 from specbasis.paper.options import AblationOptions
 from tests.finetuning import lab
 
@@ -72,6 +73,42 @@ def test_scores_are_those_of_the_stored_predictions_and_rates_those_of_the_searc
             assert arm["score"] == pytest.approx(oracle(labels, unpacked(arm["predicted"], count)), abs=1e-9)
             assert arm["rate"] == chosen_rates(search)[arm["basis"]]
     assert {a["rate"] for a in rows[1].values["arms"]} == {0.001, 0.02}
+
+
+def test_one_rate_is_not_searched_for_and_another_head_is_another_folder(grid, places):
+    _, words = grid
+    out = places[0] / "first"
+    at = words.index("--out") + 1
+    again = [*words[:at], str(out), *words[at + 1 :], "--tasks", "sst2", "--sizes", "2", "--head", "first"]
+    again += ["--rates", "0.02", "--bases", "leading,random,gradient"]
+    ran = CliRunner().invoke(app, again)
+    assert ran.exit_code == 0, ran.output
+    rows = read_experiments(out)
+    assert [row.experiment["stage"] for row in rows] == ["floor", "runs"]
+    assert {arm["rate"] for arm in rows[1].values["arms"]} == {0.02}
+    text = (out / "basis.md").read_text(encoding="utf-8")
+    assert "| gradient − leading |" in text
+    assert "gradient-shuffled |" not in text
+    assert "0.02!" not in text, "an only rate is at no edge"
+    mixed = CliRunner().invoke(app, [*words, "--head", "first"])
+    assert "without head (now first)" in str(mixed.exception)
+
+
+def test_the_table_of_two_bases_is_their_difference(grid):
+    rows = read_experiments(grid[0])
+    runs = next(row for row in rows if row.experiment["stage"] == "runs")
+    found = Runs(GLUE["sst2"], 2, runs.values)
+    mean, (low, high), p = found.difference("gradient", "leading")
+    scores = {b: np.mean([a["score"] for a in runs.values["arms"] if a["basis"] == b]) for b in BASES}
+    assert mean == pytest.approx(100 * (scores["gradient"] - scores["leading"]))
+    assert low <= mean <= high
+    assert mean == pytest.approx(found.difference("gradient")[0] - found.difference("leading")[0])
+    losses = {b: np.array([a["train_loss"] for a in runs.values["arms"] if a["basis"] == b]) for b in BASES}
+    moved = losses["gradient"] - losses["leading"]
+    mean, (low, high), p = found.loss_difference("gradient", "leading")
+    test = scipy.stats.ttest_rel(losses["gradient"], losses["leading"])
+    interval = test.confidence_interval(0.95)
+    assert (mean, low, high, p) == pytest.approx((moved.mean(), *interval, test.pvalue))
 
 
 def test_nothing_that_is_scored_was_trained_on_or_chosen_on(places, small):

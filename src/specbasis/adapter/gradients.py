@@ -23,7 +23,6 @@ import torch
 from accelerate.utils import find_batch_size, send_to_device
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 
 from specbasis.adapter.adapted import AdaptedLayer
 from specbasis.adapter.bases import gradient_basis
@@ -137,8 +136,8 @@ def _moved(total: Tensor, leaf: Tensor) -> None:
 
 def converged_head(
     features: Float[Tensor, "n d"], labels: Tensor, outputs: int, *, bias: bool = True
-) -> tuple[Float[Tensor, "c d"], Float[Tensor, " c"]]:
-    """Weight and bias of the linear head that fits features best.
+) -> Callable[[Float[Tensor, "m d"]], Float[Tensor, "m c"]]:
+    """The linear head that fits features best, as a function of features, worked out in float64.
 
     Logistic regression on classes, ridge regression where there is one output, with scikit-learn's default penalty
     on features around zero whose mean square is 1: in their own units it would weigh more on small features. A
@@ -167,8 +166,13 @@ def converged_head(
         if len(logistic.classes_) == 2:  # one logit between the two, half on each
             fitted = [torch.cat([-part, part]) / 2 for part in fitted]
         weight[logistic.classes_], intercept[logistic.classes_] = fitted
-    weight /= unit
-    return weight, intercept - weight @ centre
+
+    def head(features: Tensor) -> Tensor:
+        # Features often have most in common: what tells them apart would be lost in float32 products.
+        around, W, b = (part.to(features.device) for part in (centre, weight / unit, intercept))
+        return ((features.double() - around) @ W.mT + b).to(features.dtype)
+
+    return head
 
 
 @contextmanager
@@ -200,8 +204,7 @@ def _converged(model: nn.Module, batches: list[Any]) -> Iterator[None]:
     with torch.no_grad(), head.register_forward_hook(lambda layer, inputs, _: inputs[0]):
         features = torch.cat([_logits(model, batch) for batch in batches])
     fitted = converged_head(features, torch.cat(labels), head.out_features, bias=head.bias is not None)
-    weight, bias = (part.to(features) for part in fitted)
-    with head.register_forward_hook(lambda layer, inputs, _: F.linear(inputs[0], weight, bias)):
+    with head.register_forward_hook(lambda layer, inputs, _: fitted(inputs[0])):
         yield
 
 

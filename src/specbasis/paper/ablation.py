@@ -103,6 +103,7 @@ def config(options: AblationOptions) -> dict[str, Any]:
         "parts": {task: dataclasses.asdict(part) for task, part in PARTS.items()},
         "gradient_examples": GRADIENT_EXAMPLES,
         "held_back": options.held_back,
+        **({"head": options.head} if options.head != "mean" else {}),  # folders of before know the mean alone
     }
 
 
@@ -125,10 +126,13 @@ def run(options: AblationOptions, out: str | Path, progress: Callable[[Progress]
     for task in options.tasks:
         rows.append(one(task=task, stage="floor"))
         for size in options.sizes:
-            rows.append(one(task=task, size=size, stage="search", seeds=list(SEARCH_SEEDS)))
-            if rows[-1].error is None:
+            rates = dict.fromkeys(bases_of(options, task), options.rates[0])
+            if len(options.rates) > 1:
+                rows.append(one(task=task, size=size, stage="search", seeds=list(SEARCH_SEEDS)))
+                if rows[-1].error is not None:
+                    continue
                 rates = chosen_rates(rows[-1])
-                rows.append(one(task=task, size=size, stage="runs", seeds=list(options.seeds), rates=rates))
+            rows.append(one(task=task, size=size, stage="runs", seeds=list(options.seeds), rates=rates))
     return rows
 
 
@@ -240,7 +244,7 @@ class Material:
         held_back = data.train.take(order[second:])
         dev = next(iter(data.dev.values()))
         whole = Split([*dev.inputs, *held_back.inputs], [*dev.labels, *held_back.labels])
-        self.encoder: Encoder = load_encoder(options.base, GLUE[task], options.device)
+        self.encoder: Encoder = load_encoder(options.base, GLUE[task], options.device, head=options.head)
         self.selection = encode(self.encoder, data.train.take(order[:first]))
         self.train = encode(self.encoder, data.train.take(order[first:second]))
         self.held_back = encode(self.encoder, whole.take(range(min(len(whole), options.held_back or len(whole)))))

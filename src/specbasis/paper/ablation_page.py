@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,11 @@ REFERENCE = "random"
 """The basis that the others are compared with: the control of equal size that knows nothing."""
 
 RESAMPLES = 2000
+PAIRS = (("gradient", "leading"), ("gradient", "gradient-shuffled"))
+"""What else is compared: the gradient's basis with the pretrained one, and with its own control."""
+
+Difference = tuple[float, tuple[float, float], float]  # mean, interval, p
+
 MEANING = (
     f"[95 % interval; {RESAMPLES:,} resamples of seeds and of examples together]; * where Holm's adjusted p "
     "over all cells of the table is below 0.05."
@@ -74,12 +79,19 @@ class Runs:
                 scores[basis].append(np.take_along_axis(of_seed.T, drawn, axis=1).mean(1))
         return {basis: np.concatenate(parts) for basis, parts in scores.items()}
 
-    def difference(self, basis: str) -> tuple[float, tuple[float, float], float]:
-        """To `REFERENCE`, in points: mean, interval, and p, twice the share of resamples on the other side of 0."""
-        moved = 100 * (self.resampled[basis] - self.resampled[REFERENCE])
-        mean = 100 * (np.mean(self.each(basis, "score")) - np.mean(self.each(REFERENCE, "score")))
+    def difference(self, basis: str, than: str = REFERENCE) -> Difference:
+        """To another, in points: mean, interval, and p, twice the share of resamples on the other side of 0."""
+        moved = 100 * (self.resampled[basis] - self.resampled[than])
+        mean = 100 * (np.mean(self.each(basis, "score")) - np.mean(self.each(than, "score")))
         below, above = ((1 + (side).sum()) / (1 + len(moved)) for side in (moved <= 0, moved >= 0))
         return float(mean), percentile_interval(moved), float(min(1, 2 * min(below, above)))
+
+    def loss_difference(self, basis: str, than: str = REFERENCE) -> Difference:
+        """Loss on the training set minus that in another: mean, and interval and p of Student's t over seeds."""
+        moved = [a - b for a, b in zip(self.each(basis, "train_loss"), self.each(than, "train_loss"), strict=True)]
+        mean, *interval = student_interval(moved)
+        p = paired_t_test(moved)
+        return mean, (interval[0], interval[1]), 1.0 if p is None else p
 
 
 def _scores(task: Task, classes: Array, labels: Array, weights: Array) -> Array:
@@ -120,26 +132,8 @@ def _task(runs: Sequence[Runs], floor: Mapping[str, Any] | None, rows: Sequence[
     seeds = len(first.each(first.bases[0], "score"))
     names = [basis for basis in BASES if any(basis in run.bases for run in runs)]
     others = [basis for basis in names if basis != REFERENCE]
-    moved = {(basis, run.size): run.difference(basis) for run in runs for basis in others}
-    holm = dict(zip(moved, adjusted([p for *_, p in moved.values()], "holm"), strict=True))
-    losses = {
-        (basis, run.size): [
-            a - b for a, b in zip(run.each(basis, "train_loss"), run.each(REFERENCE, "train_loss"), strict=True)
-        ]
-        for run in runs
-        for basis in others
-    }
-    p_of_losses = [1.0 if (p := paired_t_test(each)) is None else p for each in losses.values()]
-    loss_holm = dict(zip(losses, adjusted(p_of_losses, "holm"), strict=True))
-
-    def points(basis: str, run: Runs) -> str:
-        mean, (low, high), _ = moved[basis, run.size]
-        return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]" + ("*" if holm[basis, run.size] < 0.05 else "")
-
-    def loss(basis: str, run: Runs) -> str:
-        mean, low, high = student_interval(losses[basis, run.size])
-        return f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]" + ("*" if loss_holm[basis, run.size] < 0.05 else "")
-
+    to_random = {basis: (basis, REFERENCE) for basis in others}
+    between = {f"{one} − {other}": (one, other) for one, other in PAIRS if {one, other} <= set(names)}
     stands = "" if floor is None else (
         f" A converged logistic regression on the frozen model's features (C = {floor['C']:g} of "
         f"{', '.join(f'{c:g}' for c in FLOOR_STRENGTHS)}): {100 * floor['score']:.2f}."
@@ -152,32 +146,59 @@ def _task(runs: Sequence[Runs], floor: Mapping[str, Any] | None, rows: Sequence[
         f"deviation over seeds.{stands} Numbers in the cores: {sizes}.",
         _table(names, runs, lambda basis, run: percent(run.each(basis, "score"))),
         f"Score − that in a random basis, in points: mean {MEANING}",
-        _table(others, runs, points),
+        _differences(to_random, runs, Runs.difference, "+.2f"),
         "Loss on the training set − that in a random basis: mean [95 % interval, Student's t]; * likewise.",
-        _table(others, runs, loss),
-        "Learning rates that the search chose; ! where it is the smallest or the largest that was tried.",
+        _differences(to_random, runs, Runs.loss_difference, "+.4f"),
+        "Two bases: the difference of scores in points, then of losses on the training set; * over each table.",
+        _differences(between, runs, Runs.difference, "+.2f"),
+        _differences(between, runs, Runs.loss_difference, "+.4f"),
+        "Learning rates that the search chose, or the one for all; ! the smallest or largest of those tried.",
         _table(names, runs, lambda basis, run: _rate(basis, run, rows)),
         f"‖M‖ over ‖Σ_K‖ of the pretrained matrices, leading basis, median over matrices and seeds: {norms}.",
     ]
 
 
+def _differences(
+    pairs: Mapping[str, tuple[str, str]], runs: Sequence[Runs], take: Callable[..., Difference], form: str
+) -> str:
+    """Differences of named pairs of bases with Holm's mark over all cells of the table."""
+    found = {
+        (name, run.size): take(run, *pair)
+        for name, pair in pairs.items()
+        for run in runs
+        if set(pair) <= set(run.bases)
+    }
+    holm = dict(zip(found, adjusted([p for *_, p in found.values()], "holm"), strict=True))
+
+    def cell(name: str, run: Runs) -> str | None:
+        if (name, run.size) not in found:
+            return None
+        mean, (low, high), _ = found[name, run.size]
+        mark = "*" if holm[name, run.size] < 0.05 else ""
+        return f"{mean:{form}} [{low:{form}}, {high:{form}}]{mark}"
+
+    return _table(list(pairs), runs, cell)
+
+
 def _table(names: Sequence[str], runs: Sequence[Runs], cell: Any) -> str:
     columns = (Column("basis", words=True), *(Column(f"K = {run.size}") for run in runs))
     body = [
-        (name, *(cell(name, run) if name in run.bases else None for run in runs)) for name in names
-    ]  # fmt: skip
+        (name, *(cell(name, run) if name in run.bases or name not in BASES else None for run in runs))
+        for name in names
+    ]
     return Table(columns, tuple(body)).markdown().rstrip("\n")
 
 
 def _rate(basis: str, run: Runs, rows: Sequence[Row]) -> str:
-    search = next(
-        row for row in rows
+    tried = {
+        arm["rate"]
+        for row in rows
         if row.experiment["stage"] == "search" and row.experiment["task"] == run.task.name
-        and row.experiment["size"] == run.size
-    )  # fmt: skip
-    tried = {arm["rate"] for arm in search.values["arms"]}
+        if row.experiment["size"] == run.size
+        for arm in row.values["arms"]
+    }
     rate = run.each(basis, "rate")[0]
-    return f"{rate:g}" + ("!" if rate in (min(tried), max(tried)) else "")
+    return f"{rate:g}" + ("!" if tried and rate in (min(tried), max(tried)) else "")
 
 
 def _norms(run: Runs) -> str:

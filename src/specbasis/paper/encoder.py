@@ -18,6 +18,7 @@ from specbasis.adapter.gradients import converged_head, summed_gradients
 from specbasis.core.errors import InputError
 from specbasis.finetuning.base import load_base
 from specbasis.finetuning.methods.sites import FEED_FORWARD, sites
+from specbasis.finetuning.prefix.narrow import slicing
 from specbasis.finetuning.tasks import Split, Task
 
 MAX_LENGTH = 64
@@ -34,6 +35,7 @@ class Encoder:
         task: what is predicted.
         blocks: the last ones.
         matrices: the modules that are adapted, by name.
+        first: whether the head stands on the pooled first state, as that of `finetune`, and not on the mean of all.
     """
 
     model: nn.Module
@@ -41,6 +43,7 @@ class Encoder:
     task: Task
     blocks: nn.ModuleList
     matrices: Mapping[str, nn.Linear]
+    first: bool = False
 
     @property
     def width(self) -> int:
@@ -76,7 +79,7 @@ class Examples:
         return self.lengths.amax(1).cpu().numpy()
 
 
-def load_encoder(base: str, task: Task, device: str, blocks: int = 2) -> Encoder:
+def load_encoder(base: str, task: Task, device: str, blocks: int = 2, head: str = "mean") -> Encoder:
     """An encoder, without dropout and head, and its last blocks.
 
     Raises:
@@ -89,9 +92,11 @@ def load_encoder(base: str, task: Task, device: str, blocks: int = 2) -> Encoder
         raise InputError(
             f"{base}: got a {type(backbone).__name__}; want an encoder of BERT's kind, whose last blocks train"
         )
+    if head == "first" and getattr(backbone, "pooler", None) is None:
+        raise InputError(f"{base}: has no pooler for a head on the first state; want --head mean")
     chosen = sites(backbone, FEED_FORWARD, tuple(range(-blocks, 0)))
     matrices = {site.name: backbone.get_submodule(site.name) for site in chosen}
-    return Encoder(backbone, loaded.processor, task, stack[-blocks:], matrices)
+    return Encoder(backbone, loaded.processor, task, stack[-blocks:], matrices, head == "first")
 
 
 @torch.no_grad()
@@ -136,12 +141,18 @@ def _below(encoder: Encoder, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def pooled(encoder: Encoder, states: Float[Tensor, "n tokens width"], lengths: Tensor) -> Float[Tensor, "n width"]:
-    """Means of the last hidden states over each text's own tokens, from the states below the last blocks."""
+    """What the head stands on, from the states below the last blocks: means over each text's own tokens, or the
+    pooled first state, for which the last block works on that one alone behind its attention.
+    """
     mask = torch.arange(states.shape[1], device=states.device) < lengths[:, None]
     seen = torch.where(mask, 0.0, torch.finfo(states.dtype).min)[:, None, None, :]
-    for block in encoder.blocks:
-        outputs = block(states, seen)
-        states = outputs if isinstance(outputs, Tensor) else outputs[0]
+    with slicing(encoder.blocks[-1], "attention" if encoder.first else None):
+        for block in encoder.blocks:
+            outputs = block(states, seen)
+            states = outputs if isinstance(outputs, Tensor) else outputs[0]
+    if encoder.first:
+        first: Tensor = encoder.model.pooler(states)  # type: ignore[operator]
+        return first
     weight = mask[:, :, None].to(states.dtype)
     return (states * weight).sum(1) / weight.sum(1)
 
@@ -187,7 +198,6 @@ def mean_gradients(encoder: Encoder, examples: Examples, labels: Tensor) -> dict
 
     def loss() -> Iterator[Tensor]:
         features = _means(encoder, examples, np.arange(len(examples)))
-        weight, bias = converged_head(features, labels, len(encoder.task.labels))
-        yield F.cross_entropy(features @ weight.to(features).mT + bias.to(features), labels)
+        yield F.cross_entropy(converged_head(features, labels, len(encoder.task.labels))(features), labels)
 
     return summed_gradients(encoder.matrices, loss())

