@@ -120,7 +120,7 @@ def test_a_metric_that_is_added_to_the_table_is_scored_resampled_and_shown(monke
     yaml = pytest.importorskip("yaml")
     _, front, body = card.split("---\n", 2)
     assert yaml.safe_load(front) == {
-        "base_model": "…/models/a: b - c #d", "library_name": "specbasis",
+        "library_name": "specbasis",
         "tags": ["specbasis", "lora"], "metrics": ["recall"],
     }  # fmt: skip
     assert body.count("\n# ") == 1

@@ -76,6 +76,9 @@ def test_a_run_learns_and_leaves_everything_that_it_promises(place, tmp_path):
     card = (tmp_path / "run/README.md").read_text()
     assert "# SST-2" in card
     assert "| dev | 1.0000 |" in card
+    assert "model = PeftModel.from_pretrained(base" in card
+    assert "num_labels=2" in card
+    assert "More Information Needed" not in card
     manifest = json.loads((tmp_path / "run/manifest.json").read_text())
     assert manifest["config"]["protocol"]["batch_size"] == 16
     weights_of_base = (place / "base/model.safetensors").read_bytes()

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,19 @@ from torch import Tensor
 
 from specbasis.adapter import functional
 from specbasis.adapter.bases import basis_of, parameter_named
+from specbasis.adapter.card import MODEL_CLASSES, adapter_card, label_count
 from specbasis.adapter.diagnostics import diagnose
-from specbasis.checkpoint import Checkpoint, Entry, open_checkpoint, open_tuned
+from specbasis.checkpoint import (
+    Checkpoint,
+    Entry,
+    open_checkpoint,
+    open_tuned,
+    refuse_other_weights,
+    weights_sha256,
+)
 from specbasis.checkpoint.adapter_file import CONFIG, PREFIX, PROOF, WEIGHTS, adapter_folder, named_base
 from specbasis.checkpoint.atomic import write_whole, writing
+from specbasis.checkpoint.card import CARD
 from specbasis.checkpoint.entry import reading
 from specbasis.checkpoint.places import transformers_address
 from specbasis.checkpoint.proof import Proof, settled_basis, weight_digest
@@ -28,15 +38,6 @@ from specbasis.core.brief import brief
 from specbasis.core.errors import InputError
 from specbasis.core.extras import quiet
 from specbasis.core.svd import SVD, decompose
-
-_TASKS = {
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,7 +174,7 @@ def export_lora(
     if rank is not None and rank < 1:
         raise InputError(f"got rank = {rank}; want at least 1")
     need = base is not None or any(layer.U is None for layer in adapter.layers)
-    checkpoint = open_checkpoint(_base_path(adapter, base)) if need else None
+    checkpoint = open_checkpoint(_base_path(adapter, base)) if need else _base_at_hand(adapter)
     tensors: dict[str, Tensor] = {PREFIX + name: tensor for name, tensor in adapter.whole.items()}
     ranks: dict[str, int] = {}
     transposed = False
@@ -207,9 +208,26 @@ def export_lora(
     output = Path(output)
     if output.exists() and not output.is_dir():
         raise InputError(f"{output}: is a file; want a folder to write to")
-    write_whole(output / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    digest = weights_sha256(checkpoint) if checkpoint else ""
+    metadata = {"format": "pt"} | ({"base_sha256": digest} if digest else {})
+    write_whole(output / WEIGHTS, lambda path: save_file(tensors, path, metadata=metadata))
     write_whole(output / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    if not (output / CARD).exists():
+        write_whole(output / CARD, adapter_card(config, digest, adapter.whole))
     return output
+
+
+def _base_at_hand(adapter: AdapterFolder) -> Checkpoint | None:
+    """The base that an adapter names, where it is on this machine and the trained one still."""
+    name = str(adapter.config.get("base_model_name_or_path") or "")
+    if not name or not Path(name).exists():
+        return None
+    with suppress(InputError):
+        checkpoint = open_checkpoint(name)
+        for layer in adapter.layers:
+            _basis(layer, adapter, checkpoint)
+        return checkpoint
+    return None
 
 
 def _lora_factors(U: Tensor, C: Tensor, Vh: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
@@ -280,22 +298,20 @@ def merge(folder: str | Path, output: str | Path, base: str | Path | None = None
     stored = adapter_folder(folder)
     if stored.kind != "SPECTRAL":
         opened = open_checkpoint(base or named_base(stored.config, str(folder)))
-        return write_model(open_tuned(folder, opened), Path(output))
+        tuned = open_tuned(folder, opened)
+        refuse_other_weights(tuned)
+        return write_model(tuned, Path(output))
     adapter = read_folder(folder)
     address = transformers_address(_base_path(adapter, base))
     mapping = adapter.config.get("auto_mapping") or {}
-    task = _TASKS.get(str(adapter.config.get("task_type")), mapping.get("base_model_class", "AutoModel"))
+    task = MODEL_CLASSES.get(str(adapter.config.get("task_type")), mapping.get("base_model_class", "AutoModel"))
     model_class = getattr(transformers, task, None)
     if model_class is None:
         raise InputError(
             f"{folder}: made for a {task}, which is not a class of transformers; merge it in your own code"
         )
-    labels = [
-        tensor.shape[0]
-        for name, tensor in adapter.whole.items()
-        if name.endswith("weight") and task == _TASKS["SEQ_CLS"] and name.split(".")[0] in ("classifier", "score")
-    ]
-    options = {"num_labels": labels[-1]} if labels else {}
+    labels = label_count(adapter.config, adapter.whole)
+    options = {"num_labels": labels} if labels else {}
     output = Path(output)
     with quiet(), writing(output):
         model = model_class.from_pretrained(**address, dtype="auto", trust_remote_code=False, **options)

@@ -35,6 +35,7 @@ __all__ = [
     "joined_sha256",
     "open_checkpoint",
     "open_tuned",
+    "refuse_other_weights",
     "sha256",
     "weights_sha256",
 ]
@@ -119,6 +120,19 @@ def open_tuned(source: str | Path | Mapping[str, Tensor], base: Checkpoint, *, s
     if is_delta(place) and base.under is None:
         return open_delta(place, base)
     return _open(place, key, stream)
+
+
+def refuse_other_weights(tuned: Checkpoint) -> None:
+    """Refuse an adapter, or a difference, that stands on other weights than it says it was made from.
+
+    Raises:
+        InputError: its file names other weights.
+    """
+    if tuned.under is not None and tuned.made_from and tuned.made_from != weights_sha256(tuned.under):
+        raise InputError(
+            f"{tuned.source}: was made from other weights than {tuned.under.source} (their SHA-256 is "
+            f"{tuned.made_from[:12]}…); want the base that it was made from"
+        )
 
 
 def content_sha256(checkpoint: Checkpoint) -> str:

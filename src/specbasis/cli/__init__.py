@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 
 import specbasis
 from specbasis.cli.adapter import adapter_app
+from specbasis.cli.card import card
 from specbasis.cli.common import ASIDE, STDERR, STDOUT, discard, line, prepare_streams
 from specbasis.cli.compare import compare, inspect, list_findings, list_measures, report, spectra
 from specbasis.cli.doctor import doctor
@@ -32,6 +33,7 @@ from specbasis.core.extras import missing
 VERBS = (
     flags(compare, measures=list_measures, fail_on=list_findings),
     flags(report, fail_on=list_findings),
+    card,
     inspect,
     spectra,
     flags(edit, kind=list_kinds),

@@ -2,36 +2,45 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from specbasis.core.text import printable, shareable
+from specbasis.adapter.card import loading
+from specbasis.checkpoint.adapter_file import CONFIG
+from specbasis.checkpoint.card import front_matter, hub_name, markdown
+from specbasis.checkpoint.regular import read_json
 from specbasis.finetuning.methods import METHODS
 from specbasis.finetuning.metrics import METRICS
 from specbasis.finetuning.tasks import Task
 
 
-def model_card(config: Mapping[str, Any], metrics: Mapping[str, Any], task: Task) -> str:
+def model_card(
+    config: Mapping[str, Any], metrics: Mapping[str, Any], task: Task, folder: Path | None = None
+) -> str:
     """Markdown with the front matter that the Hub reads.
 
     Args:
         config: the run, as its manifest has it.
         metrics: what came out, as `metrics.json` has it.
         task: what is predicted.
+        folder: what was written; where that is an adapter of PEFT's, the card says how it loads it.
     """
+    adapter = read_json(folder / CONFIG) if folder and (folder / CONFIG).is_file() else None
     method = METHODS[config["method"]]
     parameters, protocol = metrics["parameters"], config["protocol"]
     share = 100 * parameters["adapter"] / parameters["total"]
-    base, title = (" ".join(shareable(printable(name)).split()) for name in (config["base"], task.title))
+    base, title = markdown(config["base"]), markdown(task.title)
+    known = hub_name(config["base"])
+    fields = {
+        "base_model": known,
+        "base_model_relation": known and ("adapter" if adapter else "finetune"),
+        "library_name": "peft" if adapter else "specbasis",
+        "tags": ["specbasis", method.name],
+        "metrics": list(task.metrics),
+    }
     lines = [
-        "---",
-        f"base_model: {_yaml(base)}",
-        "library_name: specbasis",
-        f"tags: {_yaml(['specbasis', method.name])}",
-        f"metrics: {_yaml(list(task.metrics))}",
-        "---",
-        "",
+        front_matter(fields),
         f"# {title}: {base} finetuned by {method.title}",
         "",
         f"Trained: {method.trains} ({method.source}).",
@@ -61,15 +70,11 @@ def model_card(config: Mapping[str, Any], metrics: Mapping[str, Any], task: Task
         'model, processor = load("FOLDER")',
         "```",
         "",
+        *(["or with PEFT:", "", loading(adapter, len(task.labels) or 1)] if adapter else []),
     ]
     if metrics["notes"]:
-        lines += ["## Notes", "", *(f"- {' '.join(shareable(note).split())}" for note in metrics["notes"]), ""]
+        lines += ["## Notes", "", *(f"- {markdown(note)}" for note in metrics["notes"]), ""]
     return "\n".join(lines)
-
-
-def _yaml(value: Any) -> str:
-    """A value of the front matter: what JSON writes is YAML, whatever colons and line ends are in it."""
-    return json.dumps(value)
 
 
 def forgetting(metrics: Mapping[str, Any]) -> str:

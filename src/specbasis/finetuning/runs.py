@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from specbasis.checkpoint import Checkpoint, open_checkpoint, sha256, weights_sha256
 from specbasis.checkpoint.atomic import whole, write_whole, writing
+from specbasis.checkpoint.card import CARD
 from specbasis.checkpoint.digest import proven
 from specbasis.checkpoint.entry import watched
 from specbasis.checkpoint.regular import read_json
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from specbasis.finetuning.methods import Attached
 
 RUN = Kind("run")
-METRICS, MANIFEST, CARD, CHECKPOINTS = "metrics.json", "manifest.json", "README.md", "checkpoints"
+METRICS, MANIFEST, CHECKPOINTS = "metrics.json", "manifest.json", "checkpoints"
 PREDICTIONS = "predictions.csv"
 BASE_MODEL = "base"
 """Where the whole model is that was trained, if what was given as the base is an adapter on another one."""
@@ -141,7 +142,7 @@ def finetune(
         metrics = plain(metrics)
         if is_main_process():
             _write_predictions(folder / PREDICTIONS, predictions, training.scored, data.task)
-            write_whole(folder / CARD, model_card(config, metrics, data.task))
+            write_whole(folder / CARD, model_card(config, metrics, data.task, folder))
             logs = folder / CHECKPOINTS / LOGS
             if logs.is_dir():
                 logs.rename(folder / LOGS)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from specbasis.architecture.key import Admits, MatrixRef
-from specbasis.checkpoint import open_checkpoint, open_tuned
+from specbasis.checkpoint import open_checkpoint, open_tuned, refuse_other_weights
 from specbasis.checkpoint.writer import SHARD_BYTES, write_model
 from specbasis.core.blocks import norm
 from specbasis.core.edits import Edit
@@ -59,6 +59,8 @@ def write_edited(
     pretrained = open_checkpoint(base)
     checkpoint = open_tuned(tuned, pretrained)
     source = pretrained if other is None else open_tuned(other, pretrained)
+    for adapted in (checkpoint, source):
+        refuse_other_weights(adapted)
     edits = matrix_edits(edit, checkpoint, source, admits=admits, factors=factors)
     by_parameter: dict[str, list[MatrixRef]] = defaultdict(list)
     for ref in edits:

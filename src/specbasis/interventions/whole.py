@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from specbasis.checkpoint import open_checkpoint, open_tuned
+from specbasis.checkpoint import open_checkpoint, open_tuned, refuse_other_weights
 from specbasis.checkpoint.writer import write_model
 from specbasis.core.extras import require
 from specbasis.interventions.stage import Subject
@@ -26,6 +26,7 @@ def whole_models(base: str, subjects: Mapping[str, Subject]) -> Iterator[dict[st
         pretrained = open_checkpoint(base)
         for number, (label, subject) in enumerate(subjects.items()):
             checkpoint = open_tuned(subject.source, pretrained)
+            refuse_other_weights(checkpoint)
             if checkpoint.under is not None:
                 place = write_model(checkpoint, Path(folder, str(number)))
                 add_tokenizer(place, subject.source, base)

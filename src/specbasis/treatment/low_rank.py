@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specbasis.adapter.card import adapter_card
 from specbasis.checkpoint.adapter_file import CONFIG, PREFIX, WEIGHTS
+from specbasis.checkpoint.card import CARD
 from specbasis.checkpoint.entry import Entry
 from specbasis.checkpoint.writer import stored_bytes
 from specbasis.core.dtypes import FORMATS
@@ -233,10 +235,11 @@ class LowRank(Form):
         }
 
     def texts(self, choice: Choice) -> dict[str, str]:
-        """The configurations: of the adapter, and of the model where it has one."""
+        """The configurations, of the adapter and of the model where it has one, and the card."""
         texts = {CONFIG: json.dumps(self.configuration(choice), indent=2, sort_keys=True) + "\n"}
         if self.tuned.config:
             texts["config.json"] = json.dumps(dict(self.tuned.config), indent=2) + "\n"
+        texts[CARD] = adapter_card(self.configuration(choice), self.base_sha256, self.tuned.entries)
         return texts
 
     def configuration(self, choice: Choice) -> dict[str, Any]:

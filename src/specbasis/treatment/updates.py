@@ -16,7 +16,7 @@ from specbasis.architecture.cut import unusable
 from specbasis.architecture.key import MatrixRef
 from specbasis.architecture.pair import aligned
 from specbasis.architecture.recognise import model_map
-from specbasis.checkpoint import Checkpoint, weights_sha256
+from specbasis.checkpoint import Checkpoint, refuse_other_weights
 from specbasis.checkpoint.entry import Entry
 from specbasis.checkpoint.names import stripped
 from specbasis.core.errors import InputError, NonFiniteError
@@ -207,11 +207,7 @@ def refuse_another_base(base: Checkpoint, tuned: Checkpoint, changes: Iterable[U
     Raises:
         InputError: it is one.
     """
-    if tuned.made_from and tuned.made_from != weights_sha256(base):
-        raise InputError(
-            f"{tuned.source}: was made from other weights than {base.source} (their SHA-256 is "
-            f"{tuned.made_from[:12]}…); want the base that it was made from"
-        )
+    refuse_other_weights(tuned)
     changes = list(changes)
     lacking = [c for c in changes if len(c.shape) > 1 and not (c.counterpart or c.shorter)]
     if 2 * sum(prod(c.shape) for c in lacking) > sum(prod(c.shape) for c in changes):

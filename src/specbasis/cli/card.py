@@ -1,0 +1,46 @@
+"""`card`: what is known of a model, in its README.md."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import specbasis
+from specbasis.cli.common import line, note
+from specbasis.core.errors import InputError, unknown
+
+
+def card(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="a folder that compare wrote, or an adapter's")],
+    readme: Annotated[Path | None, typer.Option("--readme", help="the card; default: README.md in DIR")] = None,
+    pair: Annotated[str, typer.Option("--pair", help="which finetune, where DIR holds several")] = "",
+    base_model: Annotated[str, typer.Option("--base-model", help="org/name of the base on the Hub")] = "",
+    relation: Annotated[str, typer.Option("--relation", help="finetune, adapter, quantized or merge")] = "",
+) -> None:
+    """Write a section on what finetuning changed, or on an adapter and how it is loaded, into a model's card.
+
+    The same command replaces it. What else the card holds stays, and its YAML gets what it lacks.
+    """
+    from specbasis.checkpoint.adapter_file import CONFIG
+    from specbasis.checkpoint.card import CARD, RELATIONS, hub_name
+
+    if relation and relation not in RELATIONS:
+        raise unknown("relation", relation, RELATIONS)
+    if base_model and not hub_name(base_model):
+        raise InputError(f"--base-model got {base_model!r}; want org/name on the Hub")
+    fields = {"base_model": hub_name(base_model) if base_model else "", "base_model_relation": relation}
+    given = {name: value for name, value in fields.items() if value}
+    place = readme or folder / CARD
+    if (folder / CONFIG).is_file():
+        from specbasis.adapter.card import write_card
+
+        notes = write_card(folder, place, **given)
+    else:
+        from specbasis.figures.card import write_card as write_comparison
+
+        notes = write_comparison(specbasis.load(folder), place, pair, **given)
+    line(f"card: {place}")
+    for said in notes:
+        note(said)
