@@ -52,6 +52,16 @@ def test_every_value_reaches_the_shell_as_a_variable() -> None:
     assert all(about["description"] for about in ACTION["inputs"].values())
 
 
+def test_the_guide_names_inputs_and_hooks_that_exist() -> None:
+    page = (ROOT / "docs" / "how-to" / "gate.md").read_text(encoding="utf-8")
+    action, hooks = (yaml.safe_load(text) for text in re.findall(r"^```yaml\n(.*?)^```", page, re.M | re.S))
+    assert set(action[0]["with"]) <= set(ACTION["inputs"])
+    assert action[0]["with"]["fail-on"] == ACTION["inputs"]["fail-on"]["default"]
+    assert action[0]["with"]["fail-on"] in HOOKS[0]["entry"]
+    assert [hook["id"] for hook in hooks[0]["hooks"]] == [hook["id"] for hook in HOOKS]
+    assert all(f"`{name}`" in page for name in ACTION["inputs"])
+
+
 class Runner:
     """Runs the action's own steps in a folder, in order, as GitHub does with `shell: bash`."""
 
