@@ -59,7 +59,7 @@ def section(comparison: Comparison, label: str) -> str:
     sources = {"base": manifest["base"], "this model": about["tuned"]}
     said = [f"{finding.severity}: {finding.sentence} ({evidence(finding)})" for finding in findings]
     if not any(finding.severity == "problem" for finding in findings):
-        said.append(no_problems(manifest["measures"]))
+        said.append(no_problems(comparison.facts[label]))
     said += filter(None, (over_all_ranks(lines[-1]), *about["notes"]))
     parts = [
         "## What finetuning changed",
