@@ -299,6 +299,41 @@ def test_the_gradient_of_a_language_model_needs_no_head():
     assert all(float(m.grad.norm()) > 0 for n, m in model.named_parameters() if "spectral_M" in n)
 
 
+class Tailed(nn.Module):
+    """A classifier of transformers' form whose outputs come from no linear layer, or that has no logits."""
+
+    def __init__(self, logits=True):
+        super().__init__()
+        torch.manual_seed(5)
+        self.lin, self.tail = nn.Linear(8, 6), nn.Conv1d(6, 3, 1)
+        self.logits = logits
+
+    def forward(self, x, labels=None):
+        logits = self.tail(self.lin(x)[..., None])[..., 0]
+        loss = None if labels is None else functional.cross_entropy(logits, labels)
+        return transformers.modeling_outputs.SequenceClassifierOutput(loss, logits if self.logits else None)
+
+
+def test_a_head_that_cannot_be_fitted_is_told_and_one_that_is_none_is_taken_as_it_is():
+    x, y = points()
+    config = SpectralConfig(rank=2, target_modules=["lin"], basis="gradient")
+    model = get_peft_model(Tailed(), config)
+    with pytest.raises(InputError, match=r"Tailed.*: its task head does not end in a linear layer.*fit_head=False"):
+        initialize_gradient_basis(model.base_model.model, [{"x": x, "labels": y % 3}])
+    initialize_gradient_basis(model, [{"x": x, "labels": y % 3}], fit_head=False)
+    initialize_gradient_basis(get_peft_model(Tailed(logits=False), config), [{"x": x, "labels": y % 3}])
+
+
+def test_a_model_of_several_methods_takes_the_basis_too(base):
+    model = peft.get_peft_model(
+        classifier(base), peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"), mixed=True
+    )
+    model.add_adapter("other", SpectralConfig(rank=2, target_modules=TARGETS, basis="gradient"))
+    initialize_gradient_basis(model, batches(), adapter_name="other")
+    layer = model.base_model.model.bert.encoder.layer[0].intermediate.dense
+    assert layer.adapters["other"].settled
+
+
 def test_what_cannot_be_is_refused_in_one_line(base, tmp_path):
     config = SpectralConfig(rank=4, target_modules=TARGETS, basis="gradient", task_type="SEQ_CLS")
     model = get_peft_model(classifier(base), config)

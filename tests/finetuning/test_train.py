@@ -252,7 +252,8 @@ def test_a_users_table_is_a_task(place, tmp_path):
     assert found.metrics["forgetting"]["text"] == "texts of own's dev set"
 
 
-def test_a_folder_of_images_is_a_task(tmp_path):
+@pytest.mark.parametrize(("basis", "rank"), [(None, 8), ("gradient", 2)])
+def test_a_folder_of_images_is_a_task(basis, rank, tmp_path):
     from PIL import Image
     from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
@@ -268,7 +269,13 @@ def test_a_folder_of_images_is_a_task(tmp_path):
         for i in range(20):
             Image.new("RGB", (16, 16), (shade + i % 5,) * 3).save(tmp_path / "images" / name / f"{i}.png")
     found = specbasis.finetune(
-        tmp_path / "vit", tmp_path / "images", out=tmp_path / "run", rank=8, epochs=6, learning_rate=1e-2
+        tmp_path / "vit",
+        tmp_path / "images",
+        out=tmp_path / "run",
+        rank=rank,
+        epochs=6,
+        learning_rate=1e-2,
+        basis=basis,
     )
     assert found.score == 1.0
     assert found.metrics["forgetting"]["definition"] == ""
