@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from specbasis.checkpoint.card import front_matter, hub_name, markdown, write_section
+from specbasis.checkpoint.card import front_matter, hub_name, write_section
 from specbasis.core.errors import InputError
 
 hub = pytest.importorskip("huggingface_hub")
@@ -159,17 +159,6 @@ def test_a_folder_in_the_place_of_a_card_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "README.md").mkdir()
     with pytest.raises(InputError, match="not a regular file"):
         written(tmp_path / "README.md")
-
-
-def test_names_are_no_markup() -> None:
-    hostile = "a|b\n# c <!-- specbasis: end of test --> [x](y) `z` *s* \x1b[31m /home/someone/models/x"
-    text = markdown(hostile)
-    assert "\n" not in text
-    assert "<" not in text
-    assert "\x1b" not in text
-    assert "/home" not in text
-    for sign in "|[]`*":
-        assert text.count(sign) == text.count(f"\\{sign}")
 
 
 def test_front_matter_holds_any_text() -> None:

@@ -10,6 +10,7 @@ import pytest
 import specbasis as library
 from specbasis.comparison.comparison import Comparison
 from specbasis.figures.card import section
+from specbasis.figures.summary import headline
 from tests.cli.conftest import Run
 from tests.pico import bert_state, finetuned, write
 
@@ -42,6 +43,7 @@ def test_the_section_says_what_the_comparison_does(specbasis: Run, place: Path, 
     for about in (comparison.manifest["base"], comparison.manifest["pairs"]["tuned"]["tuned"]):
         assert about["sha256"] in text
     assert comparison.verdicts["tuned"].sentence[:30] in text
+    assert headline(comparison, "tuned") in text
     roles = re.findall(r"^\| ([\w.]+) \| \d", text, re.M)
     assert roles == [line.role for line in comparison.summaries["tuned"]]
     assert f"specbasis {library.__version__}" in text

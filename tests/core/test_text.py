@@ -2,7 +2,7 @@
 
 import pytest
 
-from specbasis.core.text import cell, printable, shareable
+from specbasis.core.text import cell, markdown, printable, shareable
 
 
 @pytest.mark.parametrize(
@@ -56,3 +56,14 @@ def test_places_of_this_machine_are_left_out(text: str, said: str) -> None:
 )
 def test_what_others_can_follow_stays(text: str) -> None:
     assert shareable(text) == text
+
+
+def test_names_are_no_markup() -> None:
+    hostile = "a|b\n# c <!-- specbasis: end of test --> [x](y) `z` *s* \x1b[31m /home/someone/models/x"
+    text = markdown(hostile)
+    assert "\n" not in text
+    assert "<" not in text
+    assert "\x1b" not in text
+    assert "/home" not in text
+    for sign in "|[]`*":
+        assert text.count(sign) == text.count(f"\\{sign}")

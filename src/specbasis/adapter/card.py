@@ -9,11 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from specbasis.checkpoint.adapter_file import CONFIG, adapter_folder, named_base
-from specbasis.checkpoint.card import digest_line, front_matter, hub_name, markdown, write_section
+from specbasis.checkpoint.card import digest_line, front_matter, hub_name, write_section
 from specbasis.checkpoint.entry import Entry
 from specbasis.checkpoint.formats.safetensors import base_sha256
 from specbasis.core.errors import InputError
-from specbasis.core.text import number_of
+from specbasis.core.text import markdown, number_of
 
 MODEL_CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",

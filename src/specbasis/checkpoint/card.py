@@ -6,7 +6,6 @@ matter gets what it lacks. huggingface_hub says where it is; places in it are th
 
 from __future__ import annotations
 
-import html
 import json
 import re
 from collections.abc import Mapping
@@ -18,7 +17,6 @@ from specbasis.checkpoint.hub import parse_address
 from specbasis.checkpoint.regular import read_bytes
 from specbasis.core.errors import InputError
 from specbasis.core.extras import require
-from specbasis.core.text import printable, shareable
 
 CARD = "README.md"
 
@@ -27,12 +25,6 @@ RELATIONS = ("finetune", "adapter", "quantized", "merge")
 
 TEMPLATE = "[More Information Needed]"
 """What the card that PEFT saves has in the place of everything; one that holds it was not filled in."""
-
-
-def markdown(text: object) -> str:
-    """Text of a file or a user as one line that is no markup, without the places of this machine."""
-    line = html.escape(" ".join(shareable(printable(str(text))).split()), quote=False)
-    return re.sub(r"([\\`*_\[\]|])", r"\\\1", line)
 
 
 def front_matter(fields: Mapping[str, Any]) -> str:

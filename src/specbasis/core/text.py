@@ -10,7 +10,6 @@ from typing import Any
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?(e[+-]?\d+)?", re.ASCII)
 _ABSOLUTE = re.compile(r"(?<![\w./\\:~…-])(?:[A-Za-z]:)?(?:[/\\][^/\\\s:;,'\"()]+){3,}")
 _WHOLE = re.compile(r"(?:[A-Za-z]:)?[/\\]{1,2}(?:[^/\\:]+[/\\]){2,}[^/\\:]+")
-_ENTITIES = str.maketrans({"|": "&#124;", "@": "<span>@</span>", "#": "<span>#</span>"})
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
@@ -21,10 +20,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
-def markdown(text: str) -> str:
-    """Text of others as one line of Markdown that shows it as it is: no markup, HTML, cell, line, or mention."""
-    line = " ".join(printable(text).split())
-    return re.sub(r"[\\`*_\[\]~$]", r"\\\g<0>", escape(line, quote=False)).translate(_ENTITIES)
+def markdown(text: object) -> str:
+    """Text of others as one line of Markdown without a meaning of its own, or a place of this machine."""
+    line = " ".join(shareable(printable(str(text))).split())
+    marked = re.sub(r"[\\`*_\[\]~$]", r"\\\g<0>", escape(line, quote=False))
+    return re.sub(r"@(?=\w)|#(?=\d)", r"<span>\g<0></span>", marked).replace("|", "&#124;")
 
 
 def number_of(n: int, noun: str) -> str:

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from specbasis.checkpoint.adapter_file import CONFIG
-from specbasis.checkpoint.card import digest_line, hub_name, markdown, write_section
+from specbasis.checkpoint.card import digest_line, hub_name, write_section
 from specbasis.comparison.comparison import Comparison
 from specbasis.comparison.verdict import LEVEL, POWER
 from specbasis.core.errors import InputError, unknown
-from specbasis.core.text import number_of
-from specbasis.figures.summary import evidence, no_problems, over_all_ranks, summary_table
+from specbasis.core.text import markdown, number_of
+from specbasis.figures.summary import evidence, headline, no_problems, over_all_ranks, summary_table
 
 RELATIONS = dict.fromkeys(("identical", "partial", "finetuned"), "finetune")
 """Verdict → how a model stands to base, in the Hub's words; under any other, base is not called its base."""
@@ -53,7 +53,7 @@ def _fields(comparison: Comparison, label: str) -> dict[str, Any]:
 
 
 def section(comparison: Comparison, label: str) -> str:
-    """Verdict, digests, table by role, findings with their thresholds, and versions, as Markdown."""
+    """Headline, verdict, digests, table by role, findings with their thresholds, and versions, as Markdown."""
     manifest, lines = comparison.manifest, comparison.summaries[label]
     findings, about = comparison.findings[label], manifest["pairs"][label]
     sources = {"base": manifest["base"], "this model": about["tuned"]}
@@ -63,7 +63,8 @@ def section(comparison: Comparison, label: str) -> str:
     said += filter(None, (over_all_ranks(lines[-1]), *about["notes"]))
     parts = [
         "## What finetuning changed",
-        f"**{markdown(comparison.verdicts[label].sentence)}**",
+        f"**{markdown(headline(comparison, label))}**",
+        markdown(comparison.verdicts[label].sentence),
         "\n".join(digest_line(f"{name}: {markdown(s['source'])}", s["sha256"]) for name, s in sources.items()),
         summary_table(lines).markdown().strip(),
         "Alignment of singular vectors with those of the base, left and right, and what chance would give; RSD: "

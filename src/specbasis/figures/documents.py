@@ -52,7 +52,8 @@ def markdown(comparison: Comparison, given: Sequence[str], fail_on: Sequence[str
     for label in comparison.pairs:
         parts += [f"### {escaped(label)}", f"**{escaped(headline(comparison, label))}**"]
         parts += _pair_markdown(comparison, label, given)
-    parts += [f"- **failed**: {escaped(failure['error'])}" for failure in comparison.failed[:10]]
+    lost = [failure for failure in comparison.failed if failure["pair"] not in comparison.pairs]
+    parts += ["\n".join(f"- **failed**: {escaped(failure['error'])}" for failure in lost[:10])] if lost else []
     parts.append(f"<sub>specbasis {__version__}, thresholds `{THRESHOLDS}`</sub>")
     return "\n\n".join(parts)
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from specbasis.adapter.card import loading
 from specbasis.checkpoint.adapter_file import CONFIG
-from specbasis.checkpoint.card import front_matter, hub_name, markdown
+from specbasis.checkpoint.card import front_matter, hub_name
 from specbasis.checkpoint.regular import read_json
+from specbasis.core.text import markdown
 from specbasis.finetuning.methods import METHODS
 from specbasis.finetuning.metrics import METRICS
 from specbasis.finetuning.tasks import Task
