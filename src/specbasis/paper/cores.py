@@ -230,9 +230,13 @@ class Scored:
 
 
 @torch.no_grad()
-def score(stack: Stack, examples: Examples, at_once: int = 4096) -> Scored:
-    """Losses and predictions of all experiments on the same examples, at most ``at_once`` texts of all together."""
+def score(stack: Stack, examples: Examples, at_once: int | None = None) -> Scored:
+    """Losses and predictions of all experiments on the same examples, at most ``at_once`` texts of all together.
+
+    By default 4096, or 256 on a CPU, whose cache they fill: twice as fast there.
+    """
     count = len(stack.head)
+    at_once = at_once or (256 if stack.head.device.type == "cpu" else 4096)
     predicted = np.empty((count, len(examples)), dtype=np.float32)
     total = torch.zeros(count, dtype=torch.float64, device=stack.head.device)
     for rows in portions(np.argsort(examples.longest, kind="stable"), max(1, at_once // count)):
