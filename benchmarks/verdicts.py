@@ -12,6 +12,7 @@ tables with Clopper-Pearson intervals. About a minute of processor time a family
 from __future__ import annotations
 
 import argparse
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from which_base import append, read
 import specbasis
 from specbasis.comparison.verdict import least_cosine, threshold
 from specbasis.core.entries import read_entries
+from specbasis.jobs.environment import environment
 
 State = dict[str, Tensor]
 WIDTHS = (32, 48, 64, 96)
@@ -272,6 +274,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
+    about = json.dumps(environment(("sklearn",)), indent=1)
+    (given.out / "manifest.json").write_text(about + "\n", encoding="utf-8")
     torch.set_num_threads(1)
     power = run_power(given.out / "power.csv", given.seed)
     rows = run_trainings(given.out / "trainings.csv", given.families, given.seed)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import subprocess
 import sys
 import zipfile
@@ -24,6 +25,7 @@ from scipy.stats import binomtest
 from torch import Tensor
 
 from specbasis.checkpoint import open_checkpoint
+from specbasis.jobs.environment import environment
 from specbasis.lineage.fingerprint import Fingerprint, fingerprint
 from specbasis.lineage.which_base import which_base
 
@@ -225,6 +227,8 @@ def main() -> None:
     given = parser.parse_args()
     known = dict(models(given.models))
     prints = {name: fingerprint(source).named(name, True) for name, source in known.items()}
+    about = {**environment(), "models": {name: own.header["weights"] for name, own in prints.items()}}
+    given.out.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     for name in given.only.split(",") if given.only else known:
         state = {n: t.clone() for n, t in open_checkpoint(known[name]).items()}
         done = {row["what"] for row in read(given.out) if row["base"] == name}
