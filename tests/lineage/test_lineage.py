@@ -123,6 +123,49 @@ def test_names_that_agree_with_other_shapes_are_two_families(tmp_path: Path) -> 
     assert sorted(sorted(tree.members) for tree in found.trees) == [["a", "b"], ["c", "d"], ["e"]]
 
 
+def _renamed(state: State) -> State:
+    """Of another architecture: no name, role or shape of it is one of the other's."""
+    return {f"net.{i}.w": tensor[:48].clone() for i, tensor in enumerate(state.values()) if tensor.ndim == 2}
+
+
+def test_families_of_several_architectures_in_one_folder_are_each_seen(tmp_path: Path) -> None:
+    """The larger family decides nothing about the smaller ones, one of which is of two equal checkpoints."""
+    large = {"a": BASE, **{f"a{i}": finetuned(BASE, 0.1, seed=i) for i in range(5)}}
+    other = bert_state(blocks=2, width=64, seed=3)
+    small = {"b": _renamed(other), "b1": _renamed(finetuned(other, 0.1, seed=7))}
+    wide = bert_state(blocks=1, width=96, seed=4)
+    models = {**large, **small, "c": wide, "c-again": wide, "d": _renamed(bert_state(blocks=2, width=64, seed=8))}
+    found = _found(tmp_path, models)
+    assert {frozenset(tree.members) for tree in found.trees} == {
+        frozenset(large),
+        frozenset(small),
+        frozenset({"c", "c-again"}),
+        frozenset({"d"}),
+    }
+    assert all(kinship.error <= 1e-3 for kinship in found.kinships if kinship.related)
+
+
+def test_finetunes_hang_on_the_original_and_not_on_its_rounded_copy(tmp_path: Path) -> None:
+    coarse = {n: v.bfloat16() for n, v in BASE.items()}
+    tuned = {f"t{i}": finetuned({n: v.float() for n, v in coarse.items()}, 0.1, seed=i) for i in range(3)}
+    found = _found(tmp_path, {"a-coarse": coarse, "base": BASE, **tuned})
+    assert {frozenset((parent, child)) for parent, child, _ in _edges(found)} == {
+        frozenset(("base", other)) for other in ("a-coarse", *tuned)
+    }
+
+
+def test_another_training_of_the_same_start_is_no_child(tmp_path: Path) -> None:
+    """It may be as near to base as a strong finetune, and its update is at right angles to those of the others."""
+    start = bert_state(blocks=2, width=64, seed=6)
+    base, sibling = (finetuned(start, 0.7, seed=seed) for seed in (10, 11))
+    tuned = {f"t{i}": finetuned(base, 0.4, seed=20 + i) for i in range(3)}
+    found = _found(tmp_path, {"base": base, "sibling": sibling, **tuned})
+    (edge,) = (edge for tree in found.trees for edge in tree.edges if "sibling" in (edge.parent, edge.child))
+    assert edge.direction == "unresolved"
+    assert "trained from the same start" in edge.doubt
+    assert {("base", f"t{i}", "star") for i in range(3)} <= _edges(found)
+
+
 def test_alignment_is_that_of_matrices_that_moved(tmp_path: Path) -> None:
     """All is frozen but one matrix a block."""
     moved = {n for n in BASE if "intermediate" in n}

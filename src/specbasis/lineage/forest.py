@@ -14,6 +14,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
 from scipy.special import stdtrit
 
+from specbasis.comparison import verdict
 from specbasis.lineage.kinship import Kinship, Shared
 
 STRAIGHT = 3e-3
@@ -41,11 +42,12 @@ class Edge:
     Attributes:
         parent, child: as the tree is drawn.
         direction: why the parent comes first: "form", "star", "vocabulary", "merge"; "unknown"; or "unresolved":
-            not even that the two are neighbours is known, since a rival is as near, or since the step has a part in
-            common with the others from its parent, as if they began beside it.
+            not even that the two are neighbours is known, since a rival is as near, or for the reason in `doubt`.
         kinship: the figures of the two.
         rivals: pairs that would join the same two parts of the tree by an edge as short; at most three.
         share: of a merge, how much of this parent is in it, and the ends of its 95 % interval over the matrices.
+        doubt: that the step has a part in common with the others from its parent, as if they began beside it; or
+            that it is so large that the two may have been trained from the same start.
     """
 
     parent: str
@@ -54,6 +56,7 @@ class Edge:
     kinship: Kinship
     rivals: tuple[tuple[str, str], ...] = ()
     share: tuple[float, float, float] | None = None
+    doubt: str = ""
 
 
 @dataclass(frozen=True)
@@ -163,7 +166,19 @@ class Forest:
         for i, j in (edges[place] for place in shortest):
             near[i].append(j)
             near[j].append(i)
+        for original, copy in self.copies:
+            if copy in near[original]:
+                self._rehang(near, original, copy)
         return near
+
+    def _rehang(self, near: Mapping[int, list[int]], original: int, copy: int) -> None:
+        """What hangs on a copy that lost something hangs on the original where that is as near."""
+        for k in [k for k in near[copy] if k != original and not self._same(copy, k)]:
+            more = self.related[original, k] - self.related[copy, k]
+            if more <= max(MARGIN * self.related[copy, k], 3 * self._error((copy, k), (original, k))):
+                near[copy].remove(k)
+                near[k][near[k].index(copy)] = original
+                near[original].append(k)
 
     @cached_property
     def components(self) -> list[list[int]]:
@@ -201,14 +216,15 @@ class Forest:
                 if direction == "unknown" and (parent, child) in self.shared.grown:
                     direction = "vocabulary"
                 rivals = () if direction == "form" else self.rivals(parent, child, below[child], inside)
-                leans = direction != "form" and self.angle(parent, child) > RIGHT_ANGLE
+                doubt = "" if direction == "form" else self._doubt(parent, child)
                 edges.append(
                     Edge(
                         names[parent],
                         names[child],
-                        "unresolved" if rivals or leans else direction,
+                        "unresolved" if rivals or doubt else direction,
                         self.kinships[parent, child],
                         tuple((names[i], names[j]) for i, j in rivals),
+                        doubt=doubt,
                     )
                 )
         if not identified and len(inside) > 2 and all(edge.direction == "unresolved" for edge in edges):
@@ -250,6 +266,22 @@ class Forest:
                 if len(rivals) == 3:
                     break
         return tuple(pair for _, pair in sorted(rivals))
+
+    def _doubt(self, parent: int, child: int) -> str:
+        """What speaks against a step of training from one to the other, or leaves it open; see `verdict.judge`."""
+        if self.angle(parent, child) > RIGHT_ANGLE:
+            return (
+                f"shares a part with the other steps from {self.shared.names[parent]}, as if they began beside it"
+            )
+        square, norms, size = (
+            self.related[parent, child],
+            self.shared.sums.first,
+            self.kinships[parent, child].distance,
+        )
+        turns = [abs(norms[j, i] - norms[i, j] - square) / 2 for i, j in ((parent, child), (child, parent))]
+        if size <= verdict.GENTLE or (size <= verdict.STRONG and min(turns) <= verdict.RIGHT_ANGLE * square):
+            return ""
+        return "so far apart that both may have been trained from the same start"
 
     def _same(self, i: int, j: int) -> bool:
         return (i, j) in self.kinships and self.kinships[i, j].form != ""

@@ -150,7 +150,8 @@ class Shared:
         sums, pairs = self.sums, list(zip(*np.nonzero(np.triu(self.sums.count, 1)), strict=True))
         cosine = sums.cosine()
         z = self._orders()
-        error = np.minimum(1.0, len(pairs) * stdtr(ORDERS * len(self._moved), -z))
+        freedom = ORDERS * self._tested(self._samples).clip(min=1)
+        error = np.minimum(1.0, len(pairs) * stdtr(freedom, -z))
         related = (error <= LEVEL) & (cosine >= RELATED_COSINE)
         apart = np.sqrt(2 * sums.distance / (sums.first + sums.first.T).clip(min=np.finfo(float).tiny))
         vectors = self._leading if align else {}
@@ -173,21 +174,43 @@ class Shared:
         return kinships
 
     @cached_property
-    def _moved(self) -> list[Key]:
-        """A few matrices, of those that most checkpoints have and that differ between most of them."""
-        moved = {key: int((apart > 0).sum()) for key, apart in self.sums.apart.items()}
-        wide = [key for key in moved if min(next(iter(self.matrices[key].values())).shape) >= LEAST_SIDE]
-        most = max((moved[key] for key in wide), default=0)
-        keys = sorted((key for key in wide if moved[key] >= 0.9 * most), key=lambda key: key[0].name)
+    def _samples(self) -> list[list[Key]]:
+        """A few matrices, of those that most checkpoints have and that differ between most of them.
+
+        Then a few of those that do so for most of the pairs that are left, which are of another architecture, until
+        every two that have a matrix in common have one here.
+        """
         many = SAMPLED if len(self.opened) <= LARGE else SAMPLED // 2
-        return _spread(keys, many)
+        apart = {
+            k: a
+            for k, a in self.sums.apart.items()
+            if min(next(iter(self.matrices[k].values())).shape) >= LEAST_SIDE
+        }
+        samples: list[list[Key]] = []
+        while True:
+            left = (self._tested(samples) == 0) & ~np.eye(len(self.opened), dtype=bool)
+            moved = {key: int(((a > 0) & left).sum()) for key, a in apart.items()}
+            if not any(moved.values()):  # equal in all of them
+                moved = {key: int((np.isfinite(a) & left).sum()) for key, a in apart.items()}
+            most = max(moved.values(), default=0)
+            if not most:
+                return samples
+            keys = sorted((key for key in moved if moved[key] >= 0.9 * most), key=lambda key: key[0].name)
+            samples.append(_spread(keys, many))
+
+    def _tested(self, samples: Sequence[Sequence[Key]]) -> NDArray[np.int64]:
+        """How many of some matrices every two checkpoints have."""
+        tested = np.zeros((len(self.opened),) * 2, np.int64)
+        for key in (key for sample in samples for key in sample):
+            tested[np.ix_(*(sorted(self.matrices[key]),) * 2)] += 1
+        return tested
 
     def _orders(self) -> Squares:
         """`Kinship.z`: one draw of an order serves every two checkpoints."""
         n = len(self.opened)
         inner, square = np.zeros((2, n, n)), np.zeros((2, n, n))
         generator = torch.Generator().manual_seed(0)
-        for key in self._moved:
+        for key in (key for sample in self._samples for key in sample):
             places = self.matrices[key]
             who = sorted(places)
             W = [places[k].read(self.opened[k]).to(torch.float64) for k in who]
@@ -222,7 +245,8 @@ class Shared:
     def _leading(self) -> dict[Key, dict[int, Sides]]:
         """Leading vectors of every checkpoint in the sampled matrices."""
         vectors: dict[Key, dict[int, Sides]] = {}
-        for key in _spread(self._moved, max(1, 8 * LARGE // (2 * len(self.opened)))):
+        most = max(1, 8 * LARGE // (2 * len(self.opened)))
+        for key in (key for sample in self._samples for key in _spread(sample, most)):
             rows = min(ref.shape[0] for ref in self.matrices[key].values())
             for k, ref in self.matrices[key].items():
                 W = ref.read(self.opened[k])[:rows]
