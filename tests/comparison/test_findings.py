@@ -3,11 +3,13 @@
 import json
 from collections.abc import Callable, Mapping
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import torch
 
 import specbasis
-from specbasis.comparison.check import THRESHOLDS, Found, Judged, check, thresholds
+from specbasis.comparison.check import THRESHOLDS, Found, Judged, check, thresholds, unlooked
 from specbasis.comparison.facts import Facts
 from specbasis.comparison.findings import CHECKS, find, kinds
 from specbasis.core.errors import InputError
@@ -79,6 +81,19 @@ def test_a_check_sees_what_it_is_for(kind: str) -> None:
     if kind in ("reordered", "rank-collapse", "outlier-layer"):
         assert found[kind].matrices == (FFN,)
     json.dumps(c.summary(), allow_nan=False)
+
+
+@pytest.mark.parametrize("kind", [check.kind for check in CHECKS if check.needs and check.kind in CASES])
+def test_a_check_says_what_it_reads(kind: str) -> None:
+    """All is looked for by default; without the measures that it names a check finds nothing, and that is said."""
+    c = specbasis.compare(BASE, CASES[kind](), ranks=12, workers=1)
+    assert unlooked(c.facts["state_dict"]) == []
+    known = next(known for known in CHECKS if known.kind == kind)
+    names = c.rows["measure"].cast("string")
+    for measure in known.needs:
+        assert known in unlooked(Facts(c.rows.filter(pc.not_equal(names, measure))))
+    facts = Facts(c.rows.filter(pc.invert(pc.is_in(names, pa.array(known.needs)))))
+    assert known.find(Judged(facts, c.verdicts["state_dict"]), known.threshold) is None
 
 
 def test_nothing_is_found_in_a_plain_finetune() -> None:

@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+import re
 
 from markupsafe import Markup
 from rich.console import Console
@@ -55,6 +56,19 @@ def test_markdown_states_the_group_in_the_heading_and_aligns_numbers() -> None:
         "| ffn & co | 1,200 | 0.123 | – | finetuned |",
         "| all | 1,200 | 0.500 | – | <b>mixed</b> |",
     ]
+
+
+def test_markdown_keeps_bars_inside_their_cell() -> None:
+    """A reader of GFM takes a backslash with the sign behind it: what is left of a bar with none ends the cell."""
+    names = ["a|b", r"a\|b", r"a\\|b", "|", "||", "a\\"]
+    table = Table.of([{"name": name, "n": 1} for name in names])
+    for name, line in zip(names, table.markdown().splitlines()[2:], strict=True):
+        first, last, *rest = re.split(r"\|", re.sub(r"\\[|\\]", lambda sign: f"<{ord(sign[0][1])}>", line))[1:]
+        assert rest == [""], line
+        assert last.strip() == "1"
+        assert re.sub(r"<(\d+)>", lambda code: chr(int(code[1])), first.strip()).replace("\\\\", "\\") == (
+            name.replace("\\\\", "\\")
+        )
 
 
 def test_csv_holds_the_values_with_all_their_digits_or_in_a_format() -> None:
