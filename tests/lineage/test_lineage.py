@@ -65,6 +65,14 @@ def test_a_vocabulary_that_grew_is_a_hint_only(tmp_path: Path) -> None:
     assert (found.root, found.identified, found.edges[0].direction) == ("base", False, "vocabulary")
 
 
+def test_a_vocabulary_grows_from_any_checkpoint_and_not_from_the_first_alone(tmp_path: Path) -> None:
+    name, other = "embeddings.word_embeddings.weight", bert_state(blocks=2, width=64, seed=4)
+    grown = finetuned(other, 0.1)
+    grown[name] = torch.cat([grown[name], torch.zeros(3, 64)])
+    found = _found(tmp_path, {"a": BASE, "b": other, "c-grown": grown})
+    assert _edges(found) == {("b", "c-grown", "vocabulary")}
+
+
 def test_updates_that_say_the_same_are_no_star(tmp_path: Path) -> None:
     """Siblings whose updates correlate above the right angle's limit may be chained: none is called the centre."""
     common = finetuned(BASE, 0.2, seed=5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -126,15 +127,14 @@ class Shared:
                     waiting.append(other)
                 for m in matched:
                     matrices.setdefault((m.key, m.base.shape[1]), {first: m.base})[other] = m.tuned
-                    before, after = (
-                        opened[k].entries[ref.parameter].shape[0] for k, ref in ((first, m.base), (other, m.tuned))
-                    )
-                    if before != after:
-                        grown.add((first, other) if before < after else (other, first))
             if not any(first in places for places in matrices.values()):
                 notes.append(f"{names[first]}: no matrix in common with the others")
         if not matrices:
             raise InputError(f"no matrix in common by name and shape among {', '.join(names[:4])}")
+        for places in matrices.values():
+            rows = {k: opened[k].entries[ref.parameter].shape[0] for k, ref in places.items()}
+            if len(set(rows.values())) > 1:
+                grown |= {(i, j) for i, j in itertools.permutations(rows, 2) if rows[i] < rows[j]}
         return cls(opened, names, matrices, frozenset(grown), tuple(notes))
 
     @cached_property
