@@ -108,7 +108,7 @@ def test_page_runs(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("anarcii")
-    if page.stem in ("adapt", "lora", "share-adapter"):
+    if page.stem in ("adapt", "lora", "serve", "share-adapter"):
         pytest.importorskip("peft", minversion="0.21")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")

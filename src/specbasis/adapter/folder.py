@@ -33,7 +33,7 @@ from specbasis.checkpoint.entry import reading
 from specbasis.checkpoint.places import transformers_address
 from specbasis.checkpoint.proof import Proof, settled_basis, weight_digest
 from specbasis.checkpoint.spectral import oriented
-from specbasis.checkpoint.writer import write_model
+from specbasis.checkpoint.writer import copy_modules, write_model
 from specbasis.core.brief import brief
 from specbasis.core.errors import InputError
 from specbasis.core.extras import quiet
@@ -319,7 +319,9 @@ def merge(folder: str | Path, output: str | Path, base: str | Path | None = None
         merged.save_pretrained(output)
     location = Path(address["pretrained_model_name_or_path"], address.get("subfolder", ""))
     tokenizer = ("tokenizer", "vocab", "special_tokens", "spm", "merges")
+    beside = (*tokenizer, "sentence_", "config_sentence_")  # sentence-transformers'
     for file in sorted(location.iterdir()) if location.is_dir() else []:
-        if file.is_file() and not file.is_symlink() and file.name.startswith(tokenizer):
+        if file.is_file() and not file.is_symlink() and file.name.startswith(beside):
             shutil.copy2(file, output / file.name)
+    copy_modules(location, output)
     return output

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from specbasis.checkpoint.atomic import clear_beside, whole, writing
 from specbasis.checkpoint.entry import Checkpoint, Entry
+from specbasis.checkpoint.regular import read_json
 from specbasis.core.dtypes import FORMATS, Format, name_of
 from specbasis.core.errors import InputError
 
@@ -23,6 +24,9 @@ SHARD_BYTES = 5 * 10**9
 
 BESIDE = (".json", ".txt", ".model", ".jinja")
 """Endings of the files beside the weights that a model needs: configuration and tokenizer, no code, no weights."""
+
+MODULES = "modules.json"
+"""Where sentence-transformers lists the modules of a model, each but the first in a folder of its own."""
 
 
 def write_model(
@@ -76,11 +80,29 @@ def _copy_beside(checkpoint: Checkpoint, folder: Path) -> None:
     """Configuration and tokenizer; of an adapter its own configuration, and the rest of its base's files."""
     model = checkpoint.under or checkpoint
     if model.files:
-        for file in sorted(model.files[0].parent.iterdir()):
+        place = model.files[0].parent
+        for file in sorted(place.iterdir()):
             if file.suffix in BESIDE and file.is_file() and not file.name.endswith(".index.json"):
                 shutil.copyfile(file, folder / file.name)
+        copy_modules(place, folder)
     if checkpoint.config and (checkpoint.under or not (folder / "config.json").exists()):
         (folder / "config.json").write_text(json.dumps(dict(checkpoint.config), indent=2) + "\n", encoding="utf-8")
+
+
+def copy_modules(place: Path, folder: Path) -> None:
+    """Copy what sentence-transformers puts behind a model: the folders that modules.json names, and it itself."""
+    try:
+        listed = [str(module["path"]) for module in read_json(place / MODULES)]
+    except (OSError, ValueError, TypeError, KeyError):  # none there, or none of theirs
+        return
+    shutil.copyfile(place / MODULES, folder / MODULES)
+    for name in listed:
+        is_below = name not in ("", "..") and name == Path(name).name and not (place / name).is_symlink()
+        if is_below and (place / name).is_dir():
+            (folder / name).mkdir(exist_ok=True)
+            for file in (place / name).iterdir():
+                if file.suffix in (*BESIDE, ".safetensors") and file.is_file():
+                    shutil.copyfile(file, folder / name / file.name)
 
 
 def _write_weights(
