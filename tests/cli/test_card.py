@@ -146,6 +146,7 @@ def test_an_exported_lora_has_a_card_and_knows_its_base(specbasis: Run, tmp_path
         assert file.metadata() == {"format": "pt", "base_sha256": digest}
     card = tmp_path / "lora/README.md"
     assert digest in card.read_text()
+    assert set(hub.ModelCard.load(card).data.to_dict()) == {"library_name", "pipeline_tag", "tags"}
     assert use(card, tmp_path / "base", tmp_path / "lora")["model"].peft_config["default"].r == 8
     config = tmp_path / "lora/adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "rank_pattern": {"<b>x": 3}}))

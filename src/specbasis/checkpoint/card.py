@@ -29,7 +29,7 @@ TEMPLATE = "[More Information Needed]"
 
 def front_matter(fields: Mapping[str, Any]) -> str:
     """The head of a card; what JSON writes is YAML, whatever colons and ends of lines are in it."""
-    return f"---\n{''.join(_field(name, value) for name, value in fields.items() if value)}---\n"
+    return f"---\n{''.join(_field(name, value) for name, value in _told(fields).items())}---\n"
 
 
 def digest_line(name: str, sha256: str) -> str:
@@ -70,8 +70,7 @@ def write_section(readme: Path, kind: str, section: str, fields: Mapping[str, An
             YAML, or its comments do not stand in pairs.
     """
     path = _inside(readme)
-    if not fields.get("base_model"):  # a relation to nothing
-        fields = {name: value for name, value in fields.items() if name != "base_model_relation"}
+    fields = _told(fields)
     try:
         text = read_bytes(path).decode("utf-8") if path.exists() else ""
     except UnicodeDecodeError as error:
@@ -90,6 +89,12 @@ def write_section(readme: Path, kind: str, section: str, fields: Mapping[str, An
     written = mark + front + _with(body, kind, section.strip().replace("\n", end), end, readme)
     write_whole(path, written.encode())
     return notes
+
+
+def _told(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that say something; a relation to no base does not."""
+    lacks_base = not fields.get("base_model")
+    return {n: value for n, value in fields.items() if value and not (lacks_base and n == "base_model_relation")}
 
 
 def _field(name: str, value: Any) -> str:
