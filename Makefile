@@ -6,6 +6,7 @@ QUIET := --disable-pip-version-check --quiet
 PIP := $(BIN)/python -m pip $(QUIET)
 PIP_VERSION := pip==26.3
 UV_VERSION := uv==0.13.9
+SBOM_VERSION := cyclonedx-bom==7.5.0
 ANARCII := pkg:anarcii/models
 TESTS ?= tests
 # What pip is asked for: the locked release, as its build for the CPU where the configured index has one (1 GB), else as
@@ -17,7 +18,7 @@ TORCH ?= $(TORCH_LOCKED)
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs format lint types rows peft-suite slow bench lock test-latest test-oldest clean
+.PHONY: help demo test check docs format lint types rows peft-suite slow bench lock sbom test-latest test-oldest clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*  ## /\1\t/' | expand -t 14
@@ -72,6 +73,11 @@ lock: .venv-uv/stamp  ## requirements/*.txt anew from pyproject.toml: one lock f
 LOCK = .venv-uv/bin/uv pip compile pyproject.toml --upgrade --universal --python-version 3.11 --generate-hashes --no-annotate \
 	--no-header --quiet --prerelease disallow -c requirements/torch.txt --no-emit-package torch
 
+sbom: $(VENV)/demo.stamp .venv-sbom/stamp  ## what is installed in .venv, with its licences, as CycloneDX: out/sbom.json
+	mkdir -p out
+	.venv-sbom/bin/cyclonedx-py environment --pyproject pyproject.toml --mc-type library --output-reproducible \
+		-o out/sbom.json $(BIN)/python
+
 test-latest:  ## the tests with the newest versions that pyproject.toml admits, in .venv-latest
 	rm -rf .venv-latest && $(PYTHON) -m venv .venv-latest
 	.venv-latest/bin/python -m pip $(QUIET) install "$(PIP_VERSION)"
@@ -92,7 +98,7 @@ test-oldest: .venv-uv/stamp  ## the tests with the oldest versions that pyprojec
 	.venv-oldest/bin/python -m pytest -n auto $(TESTS)
 
 clean:  ## remove all that make made
-	rm -rf $(VENV) .venv-uv .venv-latest .venv-oldest out dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-uv .venv-sbom .venv-latest .venv-oldest out dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/python.stamp: Makefile
@@ -124,6 +130,11 @@ $(VENV)/dev.stamp: $(VENV)/demo.stamp requirements/dev.txt
 
 $(VENV)/docs.stamp: $(VENV)/demo.stamp requirements/docs.txt
 	$(LOCKED) requirements/docs.txt
+	@touch $@
+
+.venv-sbom/stamp: Makefile
+	$(PYTHON) -m venv .venv-sbom
+	.venv-sbom/bin/python -m pip $(QUIET) install "$(SBOM_VERSION)"
 	@touch $@
 
 .venv-uv/stamp: Makefile
