@@ -416,3 +416,23 @@ def test_shards_that_do_not_make_a_model_are_one_line(tmp_path: Path, change: st
     assert "\n" not in str(caught.value)
     assert str(folder) in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.1])
+def test_a_quick_comparison_takes_an_adapter_whose_update_is_a_product(tmp_path: Path, scale: float) -> None:
+    torch.manual_seed(0)
+    module, prefix = "bert.encoder.layer.0.intermediate.dense", "base_model.model."
+    W, A, B = torch.randn(64, 32), torch.randn(8, 32), scale * torch.randn(64, 8)
+    (tmp_path / "lora").mkdir()
+    save_file({f"{module}.weight": W}, tmp_path / "base.safetensors")
+    factors = {f"{prefix}{module}.lora_A.weight": A, f"{prefix}{module}.lora_B.weight": B}
+    save_file(factors, tmp_path / "lora/adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": [module]}
+    (tmp_path / "lora/adapter_config.json").write_text(json.dumps(config))
+    rows = compare(tmp_path / "base.safetensors", tmp_path / "lora", quick=True).to_pandas()
+    ratio = rows[rows["measure"] == "singular_value_ratio"].sort_values("index")
+    values = [torch.linalg.svdvals(M.double()) for M in (B.double() @ A.double(), W)]
+    resolved = ratio["resolved"].to_numpy(dtype=bool)
+    assert resolved[:8].any()
+    expected = (values[0] / values[1]).numpy()[: len(ratio)]
+    assert ratio["value"].to_numpy()[resolved] == pytest.approx(expected[resolved], rel=1e-2, abs=1e-9)

@@ -49,7 +49,10 @@ def singular_value_change(t: Triple) -> Values:
 @by_rank(formula="σᵢ(Δ)/σᵢ", source=PAPER + "Eq. 1", values=("base", "delta"))
 def singular_value_ratio(t: Triple) -> Values:
     """Singular values of the update over those of base; ∞ where only that of base is zero."""
-    base, delta = t.base.spectrum, t.delta.spectrum
+    n = min(
+        len(t.base.spectrum), len(t.delta.spectrum)
+    )  # of a product all values are known, even where base is quick
+    base, delta = t.base.spectrum[:n], t.delta.spectrum[:n]
     ratio = torch.where(delta == 0, 0.0, delta / base)
     return Values(ratio, torch.zeros_like(base) if t.identical else _quotient_bound(t.delta, t.base))
 
@@ -151,7 +154,8 @@ def _change(t: Triple) -> tuple[Tensor, Tensor]:
 
 def _quotient_bound(numerator: Decomposition, denominator: Decomposition) -> Tensor:
     """Bound on the error of σ_a[i] / σ_b[i]: (error_a + ratio·error_b) / (σ_b − error_b); ∞ where that is ≤ 0."""
-    x, y = numerator.spectrum, denominator.spectrum
-    least = y - denominator.spectrum_error
-    bound = (numerator.spectrum_error + x / y * denominator.spectrum_error) / least
+    n = min(len(numerator.spectrum), len(denominator.spectrum))
+    (x, error_x), (y, error_y) = ((d.spectrum[:n], d.spectrum_error[:n]) for d in (numerator, denominator))
+    least = y - error_y
+    bound = (error_x + x / y * error_y) / least
     return torch.where(least > 0, bound, math.inf)
