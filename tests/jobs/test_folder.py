@@ -101,7 +101,7 @@ def test_other_formats_and_broken_manifests_are_refused(tmp_path: Path) -> None:
 def test_one_process_at_a_time_writes_and_the_lock_goes_with_it(tmp_path: Path) -> None:
     script = (
         "import pathlib, sys, time\nfrom specbasis.jobs.folder import locked\n"
-        "with locked(pathlib.Path(sys.argv[1])):\n    print('in', flush=True)\n    time.sleep(60)\n"
+        "with locked(pathlib.Path(sys.argv[1])):\n    print('in', flush=True)\n    time.sleep(3600)\n"
     )
     with subprocess.Popen([sys.executable, "-c", script, tmp_path], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
