@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 import specbasis
+from specbasis.cli import web
 from specbasis.cli.adapter import adapter_app
 from specbasis.cli.card import card
 from specbasis.cli.common import ASIDE, STDERR, STDOUT, discard, line, prepare_streams
@@ -48,6 +49,7 @@ VERBS = (
     which_base,
     flags(pretrain),
     flags(track),
+    web.app,
     doctor,
 )
 GROUPS = {"zoo": zoo_app, "adapter": adapter_app, "reproduce": reproduce_app, "db": db_app}

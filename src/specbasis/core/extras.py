@@ -21,7 +21,7 @@ EXTRAS = {
     "peft": "peft",
     **dict.fromkeys(("anarci", "anarcii"), "numbering"),
     **dict.fromkeys(("PIL", "mlxtend"), "pretrain"),
-    **{"gguf": "gguf", "huggingface_hub": "hub", "lm_eval": "harness", "onnx": "onnx"},
+    **{"gguf": "gguf", "gradio": "app", "huggingface_hub": "hub", "lm_eval": "harness", "onnx": "onnx"},
     **{"powerlaw": "spectra", "ray": "ray"},
 }
 """Library → the smallest extra of the package that installs it."""
@@ -38,6 +38,7 @@ PURPOSES = {
     "harness": "lm-evaluation-harness as the judge of an intervention",
     "numbering": "antibody numbering, the models of the examples",
     "pretrain": "pretraining the paper's masked autoencoder",
+    "app": "comparisons in the browser",
 }
 """Extra → what it is for; those that are left out build and test specbasis itself."""
 

@@ -13,12 +13,13 @@ if TYPE_CHECKING:
     from specbasis.comparison.comparison import Comparison
 
 
-def write_report(comparison: Comparison, path: Path) -> Path:
+def write_report(comparison: Comparison, path: Path, *, figures: bool = True) -> Path:
     """Write the page of a comparison to ``path``, and its figures to a folder `figures` beside it.
 
     Args:
         comparison: its manifest, rows, verdicts and findings; nothing is measured.
         path: the page's file.
+        figures: whether to write the folder beside it; the page holds what it shows.
 
     Returns:
         The page's path.
@@ -38,6 +39,6 @@ def write_report(comparison: Comparison, path: Path) -> Path:
         raise InputError(f"{path}: is a folder; want the file for the page, such as {path / 'report.html'}")
     pairs = read_pairs(comparison)
     write_whole(path, render(comparison, pairs))
-    for name, content in draw(pairs):
+    for name, content in draw(pairs) if figures else ():
         write_whole(path.parent / "figures" / name, content)
     return path
