@@ -194,6 +194,8 @@ def test_a_class_without_examples_has_probability_zero_and_a_single_class_is_ref
     x = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
     p = converged_head(x, torch.arange(30) % 2 * 2, 4)(x).softmax(1)
     assert torch.equal(p[:, [1, 3]], torch.zeros(30, 2))
+    with pytest.raises(InputError, match="NaN or Inf"):
+        converged_head(x.where(x < 1, torch.nan), torch.arange(30) % 2, 2)
     with pytest.raises(InputError, match="30 examples of one class"):
         converged_head(x, torch.ones(30, dtype=torch.int64), 2)
 

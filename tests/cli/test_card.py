@@ -172,3 +172,16 @@ def test_another_base_than_the_adapter_names_is_told(specbasis: Run, tmp_path: P
         assert done.returncode == 2
         assert "was made from other weights" in done.stderr
         assert not out.exists()
+
+
+def test_the_card_of_an_extracted_lora_has_its_section_once_however_often_it_is_written(
+    specbasis: Run, place: Path, tmp_path: Path
+) -> None:
+    library.extract(place / "base.safetensors", place / "tuned.safetensors", tmp_path / "lora", rank=2)
+    first = (tmp_path / "lora" / "README.md").read_text()
+    for _ in range(2):
+        assert specbasis("card", tmp_path / "lora").returncode == 0
+    card = (tmp_path / "lora" / "README.md").read_text()
+    assert card.count("<!-- specbasis: adapter -->") == card.count("PeftModel.from_pretrained") == 1
+    assert ".base_layer" not in card
+    assert first.partition("<!-- specbasis")[0] == card.partition("<!-- specbasis")[0]

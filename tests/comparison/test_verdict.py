@@ -251,3 +251,14 @@ def test_means_are_of_what_can_turn() -> None:
     assert "6 frozen of 9 matrices, and the short side of 1 matrix" in c._repr_html_()
     whole = compared(still, dict(still)).summaries["state_dict"][-1]
     assert whole.top10 == (1.0, 1.0)
+
+
+def test_a_mean_over_thirty_ranks_is_of_thirty() -> None:
+    base = bert_state(width=64)
+    tuned = finetuned(base, 0.2)
+    few, many = (compared(base, tuned, ranks=ranks).summaries["state_dict"][-1] for ranks in (16, 40))
+    assert few.top10 == pytest.approx(many.top10)
+    assert np.isnan(few.top30).all()
+    assert np.isfinite(many.top30).all()
+    narrow = bert_state(width=12)  # of which there are no thirty
+    assert np.isfinite(compared(narrow, finetuned(narrow)).summaries["state_dict"][-1].top30).all()

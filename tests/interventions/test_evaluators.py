@@ -280,3 +280,9 @@ def test_an_evaluator_is_one_file(tmp_path, monkeypatch):
     finally:
         FORMS.pop("length", None)
         sys.modules.pop("specbasis.interventions.evaluators.length_of_file", None)
+
+
+@pytest.mark.parametrize("name", ["sst2", "SST-2", "stsb"])
+def test_a_task_of_glue_needs_no_more_than_its_name(name: str) -> None:
+    alone, spelt = (judge(text, data_dir="glue") for text in (name, f"glue:{name}"))
+    assert evaluators.describe(alone) == evaluators.describe(spelt)

@@ -234,3 +234,10 @@ def test_while_one_repairs_another_is_refused(models, tmp_path) -> None:
     repair(base, tuned, keep, recover, tmp_path / "out", cache=tmp_path / "cache", progress=second)
     assert refused
     assert not list(tmp_path.glob(".out.*"))
+
+
+def test_one_task_to_keep_and_to_recover_is_refused(models, tmp_path) -> None:
+    base, tuned = models
+    with pytest.raises(InputError, match="one task to keep and to recover"):
+        repair(base, tuned, Distance(str(base)), Distance(str(base)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

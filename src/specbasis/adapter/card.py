@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from specbasis.checkpoint.adapter_file import CONFIG, adapter_folder, named_base
-from specbasis.checkpoint.card import digest_line, front_matter, hub_name, write_section
+from specbasis.checkpoint.card import digest_line, front_matter, hub_name, marked, write_section
 from specbasis.checkpoint.entry import Entry
 from specbasis.checkpoint.formats.safetensors import base_sha256
 from specbasis.core.errors import InputError
@@ -46,7 +46,8 @@ def adapter_card(config: Mapping[str, Any], digest: str, tensors: Mapping[str, T
         tensors: the model's, or those that the adapter holds whole.
     """
     labels = label_count(config, tensors)
-    return f"{front_matter(_fields(config))}\n# {_title(config)}\n\n{_section(config, digest, labels)}"
+    section = marked("adapter", _section(config, digest, labels))
+    return f"{front_matter(_fields(config))}\n# {_title(config)}\n\n{section}\n"
 
 
 def label_count(config: Mapping[str, Any], tensors: Mapping[str, Tensor | Entry]) -> int | None:
@@ -74,7 +75,9 @@ def write_card(folder: Path, readme: Path, **fields: str) -> list[str]:
     digest = next((base_sha256(path) for path in file.files if path.suffix == ".safetensors"), "")
     held = {
         "target_modules": [*file.modules],
-        "modules_to_save": sorted({n.rpartition(".")[0] for n in file.saved}),
+        "modules_to_save": sorted(
+            {n.rpartition(".")[0].removesuffix(".base_layer") for n in file.saved} - {*file.modules}
+        ),
     }
     config = {**file.config, **held}  # which may name more than the file holds
     return write_section(

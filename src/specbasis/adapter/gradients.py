@@ -144,12 +144,14 @@ def converged_head(
     class that no example has gets probability 0.
 
     Raises:
-        InputError: all examples are of one class.
+        InputError: all examples are of one class, or a feature is not finite.
     """
     require("sklearn", extra="finetune", purpose="a fitted head needs")
     from sklearn.linear_model import LogisticRegression, Ridge
 
     x, y = features.detach().double().cpu(), labels.detach().cpu().numpy()
+    if not bool(torch.isfinite(x).all()):
+        raise InputError("the features of the frozen model hold NaN or Inf, as a weight of it does or overflows")
     centre = x.mean(0) * bias
     unit = (x - centre).square().mean().sqrt().item() or 1.0
     z = ((x - centre) / unit).numpy()

@@ -113,10 +113,15 @@ def _inside(readme: Path) -> Path:
     return target
 
 
+def marked(kind: str, section: str, end: str = "\n") -> str:
+    """A section between its comments, by which it is found again."""
+    return f"<!-- specbasis: {kind} -->{end}{section.strip()}{end}<!-- specbasis: end of {kind} -->"
+
+
 def _with(body: str, kind: str, section: str, end: str, readme: Path) -> str:
     """A card's text with the section between its comments: in the place of the former one, or at the end."""
     first, last = f"<!-- specbasis: {kind} -->", f"<!-- specbasis: end of {kind} -->"
-    block = f"{first}{end}{section}{end}{last}"
+    block = marked(kind, section, end)
     counts = body.count(first), body.count(last)
     start, stop = body.find(first), body.find(last)
     if counts == (1, 1) and start < stop:

@@ -140,8 +140,8 @@ def repair(
     from specbasis.treatment.repair import repair as run
 
     with progress() as tell:
-        done = run(base, tuned, examples.evaluator(keep), recovery(recover, base, examples.limit), out, options,
-                   progress=tell)  # fmt: skip
+        kept = recovery(keep, base, examples.limit) if Path(keep).is_file() else examples.evaluator(keep)
+        done = run(base, tuned, kept, recovery(recover, base, examples.limit), out, options, progress=tell)
     _tell(
         done,
         "change, of the task, against the finetune; recovered, the other metric (of a loss, its negative); back, "

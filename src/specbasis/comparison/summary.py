@@ -94,7 +94,12 @@ def _line(role: str, columns: Columns) -> RoleSummary:
     every = [_telling(parts[f"alignment_{side}"], still, sides[side]) for side in SIDES]
     resolved = [where(side, is_resolved(side)) for side in every]
 
+    short = np.minimum(updates["out_features"], updates["in_features"]).max(initial=0)
+    taken = 1 + max(int(side["index"].max(initial=-1)) for side in every)
+
     def both(columns: list[Columns], top: int | None) -> tuple[float, float]:
+        if top == 30 and taken < min(top, short):  # of fewer ranks it would be another mean
+            return math.nan, math.nan
         return _mean(columns[0], top), _mean(columns[1], top)
 
     return RoleSummary(

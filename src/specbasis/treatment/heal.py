@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from specbasis.checkpoint.adapter_file import WEIGHTS
 from specbasis.checkpoint.atomic import write_whole
-from specbasis.checkpoint.entry import first_line
+from specbasis.checkpoint.entry import shown
 from specbasis.checkpoint.formats.safetensors import base_sha256
 from specbasis.core.errors import InputError
 from specbasis.core.extras import quiet
+from specbasis.core.text import number_of
 from specbasis.finetuning.options import require_libraries
 from specbasis.finetuning.tasks import TaskData
 from specbasis.treatment.options import ExtractOptions
@@ -55,9 +56,10 @@ def heal(folder: Path, base: str | Path, data: TaskData, options: ExtractOptions
         try:
             model = PeftModel.from_pretrained(loaded.model, str(folder), is_trainable=True)
         except (RuntimeError, ValueError) as error:
+            outputs, detail = max(1, len(data.task.labels)), str(error).strip().splitlines()[-1].strip()
             raise InputError(
-                f"the finetune has no head for {data.task.title} ({first_line(error)}); want the task that it was "
-                "finetuned on"
+                f"the finetune has no head for {data.task.title}, which has {number_of(outputs, 'output')} "
+                f"({shown(detail[:200])}); want the task that it was finetuned on"
             ) from error
         losses = _trained(model, loaded, data, folder, options)
         trained = get_peft_model_state_dict(model, save_embedding_layers=False)

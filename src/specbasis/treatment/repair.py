@@ -115,6 +115,10 @@ def repair(
     chosen, out = RepairOptions.of(options, keywords), Path(out)
     pretrained = open_checkpoint(base)
     finetuned = open_tuned(tuned, pretrained)
+    if describe(keep) == describe(recover):
+        raise InputError(
+            "got one task to keep and to recover; want what the base could do beside the finetune's task"
+        )
     for evaluator in (keep, recover):  # data that cannot be had stops all before anything is decomposed
         getattr(evaluator, "prepare", lambda: None)()
     cache = Cache(Path(chosen.cache or cache_folder() / "factors"), parse_bytes(chosen.cache_size))

@@ -11,6 +11,7 @@ from pkgutil import iter_modules
 from typing import Any
 
 from specbasis.core.errors import InputError
+from specbasis.finetuning.tasks import GLUE, task_key
 from specbasis.interventions.evaluators.classification import Classification
 from specbasis.interventions.evaluators.harness import Harness
 from specbasis.interventions.evaluators.kit import FORMS, Judge, describe
@@ -25,7 +26,7 @@ def judge(text: str, /, **options: Any) -> Judge:
     ``anarcii:RECEPTOR``, ``harness:TASK,TASK``, or as another file of this folder has it.
 
     Args:
-        text: as above.
+        text: as above; of GLUE the task's name alone does as well.
         options: ``data_dir`` (GLUE), ``text`` and ``label`` (tables), ``limit`` (all of them).
 
     Raises:
@@ -33,6 +34,8 @@ def judge(text: str, /, **options: Any) -> Judge:
     """
     for module in iter_modules(__path__):
         import_module(f"{__name__}.{module.name}")
+    if task_key(text) in GLUE:
+        text = f"glue:{text}"
     name, _, argument = text.partition(":")
     if name not in FORMS or not argument:
         raise InputError(f"got task {text!r}; want one of {', '.join(f'{form}:…' for form in FORMS)}")
