@@ -115,7 +115,7 @@ def repair(
     chosen, out = RepairOptions.of(options, keywords), Path(out)
     pretrained = open_checkpoint(base)
     finetuned = open_tuned(tuned, pretrained)
-    if describe(keep) == describe(recover):
+    if keep is recover or (getattr(keep, "__dict__", None) and describe(keep) == describe(recover)):
         raise InputError(
             "got one task to keep and to recover; want what the base could do beside the finetune's task"
         )
