@@ -205,6 +205,22 @@ def test_checkpoints_are_found_in_the_folders_of_their_owners(tmp_path: Path) ->
     assert members_of(tmp_path) == members
 
 
+def test_what_cannot_be_read_in_a_folder_is_left_out_with_a_note(tmp_path: Path) -> None:
+    write(tmp_path / "a.safetensors", BASE)
+    write(tmp_path / "b.safetensors", finetuned(BASE, 0.1))
+    (tmp_path / "empty.safetensors").touch()
+    (tmp_path / "junk.pt").write_bytes(b"junk" * 100)
+    found = lineage(tmp_path)
+    assert [tree.members for tree in found.trees] == [("a", "b")]
+    assert [note.split(":")[0] for note in found.notes] == ["left out"] * 2
+    assert all(name in note for name, note in zip(("empty", "junk"), found.notes, strict=True))
+    with pytest.raises(InputError, match="empty"):
+        lineage([tmp_path / "a.safetensors", tmp_path / "empty.safetensors"])
+    (tmp_path / "b.safetensors").unlink()
+    with pytest.raises(InputError, match=r"holds 1 checkpoint to be read, want two; left out: .*empty"):
+        lineage(tmp_path)
+
+
 def test_what_is_no_family_is_said(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="want at least two"):
         lineage([write(tmp_path / "a.safetensors", BASE)])

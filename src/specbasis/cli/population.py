@@ -73,9 +73,8 @@ def lineage(
     """Draw which checkpoint was trained from which, as far as their weights alone can tell."""
     from specbasis.figures.table import number
     from specbasis.lineage.tree import lineage as run
-    from specbasis.lineage.tree import members_of
 
-    found = run(members_of(Path(models[0])) if len(models) == 1 else models, align=align)
+    found = run(models[0] if len(models) == 1 else models, align=align)
     if json:
         document(found.summary())
         return

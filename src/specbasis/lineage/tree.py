@@ -75,7 +75,7 @@ class Lineage:
         return content
 
 
-def lineage(sources: Sequence[str | Path], *, align: bool = True) -> Lineage:
+def lineage(sources: str | Path | Sequence[str | Path], *, align: bool = True) -> Lineage:
     """The trees of some checkpoints, from the distances and the correspondence of their weights.
 
     Reads every matrix of every checkpoint once, a part at a time: N² products for N checkpoints, no decomposition
@@ -83,7 +83,8 @@ def lineage(sources: Sequence[str | Path], *, align: bool = True) -> Lineage:
     (``align``).
 
     Args:
-        sources: checkpoints as of `specbasis.open_checkpoint`; at least two; ``"NAME=PATH"`` gives one a name.
+        sources: checkpoints as of `specbasis.open_checkpoint`; at least two; ``"NAME=PATH"`` gives one a name. Or a
+            folder that holds them: what in it cannot be read is left out, with a note.
         align: take the alignment of leading vectors too.
 
     Raises:
@@ -93,8 +94,9 @@ def lineage(sources: Sequence[str | Path], *, align: bool = True) -> Lineage:
     Unsupervised Model Tree Heritage Recovery, whose direction from outlier weights is not used: it rests on how
     models are usually trained.
     """
+    left_out: list[str] = []
     if isinstance(sources, str | Path):
-        sources = [sources]
+        sources = _readable(Path(sources), left_out)
     if len(sources) < 2:
         raise InputError(f"got {len(sources)} checkpoint; want at least two, files or folders")
     given, places = zip(*(labelled(str(source)) for source in sources), strict=True)
@@ -102,7 +104,24 @@ def lineage(sources: Sequence[str | Path], *, align: bool = True) -> Lineage:
     names = store.labels_of(given, [checkpoint.source for checkpoint in opened])
     shared = Shared.of(opened, names)
     kinships = shared.kinships(align=align)
-    return Lineage(trees(shared, kinships), tuple(kinships.values()), shared.notes)
+    return Lineage(trees(shared, kinships), tuple(kinships.values()), (*left_out, *shared.notes))
+
+
+def _readable(folder: Path, left_out: list[str]) -> list[str | Path]:
+    """The checkpoints in a folder that can be read; of the others a sentence each."""
+    readable: list[str | Path] = []
+    for path in members_of(folder):
+        try:
+            open_checkpoint(path)
+        except InputError as error:
+            left_out.append(f"left out: {error}")
+        else:
+            readable.append(path)
+    if len(readable) < 2:
+        raise InputError(
+            f"{folder}: holds {number_of(len(readable), 'checkpoint')} to be read, want two; {left_out[0]}"
+        )
+    return readable
 
 
 def members_of(folder: Path) -> list[Path]:
