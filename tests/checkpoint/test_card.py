@@ -111,8 +111,8 @@ def test_the_template_that_peft_saves_gives_way_unless_it_was_filled_in(tmp_path
 
 BAD = {
     "not UTF-8": (b"# caf\xe9\n", "is not UTF-8"),
+    "a list": (b"---\n- abcdef\n---\n", "got a list; want lines of NAME: VALUE"),
     "broken YAML": (b"---\na: [1\n---\n", "cannot be read"),
-    "a list": (b"---\n- a\n---\n", "cannot be read"),
     "a word": (b"---\nword\n---\n", "cannot be read"),
     "braces": (b"---\n{license: mit}\n---\n", "cannot be read"),
     "a tag that runs code": (b"---\na: !!python/object/apply:os.getcwd []\n---\n", "cannot be read"),

@@ -144,6 +144,7 @@ def test_an_error_of_the_program_is_one_line_a_log_and_its_own_exit_code(
         (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "not enough memory"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "not enough memory"),
         (PermissionError(13, "Permission denied", "/x/y"), "/x/y: cannot be read or written (Permission denied)"),
+        (ImportError("no symbol", name="torch._C"), "torch cannot be imported (no symbol); specbasis doctor says"),
         (OSError(24, "Too many open files"), "cannot be read or written (Too many open files)"),
     ],
 )  # fmt: skip

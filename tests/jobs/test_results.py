@@ -1,4 +1,5 @@
 import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -144,6 +145,9 @@ def test_file_names_are_portable_and_differ(texts: list[str]) -> None:
         (["/a/x.pt", "/b/x.pt"], ["a/x", "b/x"]),
         (["m/checkpoint-10", "m/checkpoint-20"], ["checkpoint-10", "checkpoint-20"]),
         (["/a/x.pt", "/a/x.pt"], ["/a/x", "/a/x (2)"]),
+        pytest.param(
+            ["/a/q\\x.pt"], ["q\\x"], marks=pytest.mark.skipif(os.name == "nt", reason="divides paths there")
+        ),
         (["pkg:anarcii/models/tcr/tcr_4.pt"], ["tcr_4"]),
     ],
 )

@@ -150,7 +150,9 @@ def _completed(front: str, fields: Mapping[str, Any], end: str, readme: Path) ->
     import yaml  # type: ignore[import-untyped]
 
     try:
-        root, said = yaml.compose(front, yaml.SafeLoader), dict(yaml.safe_load(front) or {})
+        root, said = yaml.compose(front, yaml.SafeLoader), yaml.safe_load(front) or {}
+        if not isinstance(said, dict):
+            raise ValueError(f"got a {type(said).__name__}; want lines of NAME: VALUE")
         nodes = {key.value: node for key, node in root.value} if root else {}
         edits, notes, added = [], [], ""
         for name, value in fields.items():

@@ -172,7 +172,10 @@ def _hub(problems: list[str]) -> dict[str, Any]:
     asking.join(PATIENCE)
     reason = answers[0] if answers else f"no answer within {PATIENCE:g} s"
     if reason:
-        problems.append(f"the Hub cannot be reached ({reason}): set HF_HUB_OFFLINE=1 where that is meant to be so")
+        named = " at the address that HF_ENDPOINT names" if "HF_ENDPOINT" in os.environ else ""
+        problems.append(
+            f"the Hub cannot be reached{named} ({reason}): set HF_HUB_OFFLINE=1 where that is meant to be so"
+        )
     return {**about, "reachable": not reason}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -265,7 +266,8 @@ def labels_of(given: Sequence[str], names: Sequence[str]) -> list[str]:
 def unique_labels(names: Iterable[str]) -> list[str]:
     """The shortest path endings that tell names apart, numbered where even the whole names are equal."""
     names = list(names)
-    parts = [[part for part in re.split(r"[/\\]", name) if part] or [name] for name in names]
+    divider = r"[/\\]" if os.name == "nt" else "/"  # elsewhere a backslash is a part of a name
+    parts = [[part for part in re.split(divider, name) if part] or [name] for name in names]
     labels: list[str] = []
     for own in parts:
         depth = next(
