@@ -96,3 +96,12 @@ def test_numbers_that_were_read_outlive_a_file_that_is_cut_off(tmp_path, how):
             [sys.executable, "-c", script, tmp_path / name, expert], capture_output=True, text=True, check=False
         )
         assert (ran.returncode, ran.stdout.strip()) == (0, str(float(512 * 512))), ran.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file systems elsewhere refuse such names")
+@pytest.mark.parametrize(("save", "name"), FORMATS)
+def test_a_name_that_is_not_utf_8_is_said_to_be_that(tmp_path, save, name):
+    save(tmp_path / name, W)
+    (tmp_path / name).rename(path := tmp_path / f"\udcff{name}")
+    with pytest.raises(InputError, match="a name that is not UTF-8"):
+        open_checkpoint(path)

@@ -62,6 +62,12 @@ def file_entries(path: Path, source: str, key: str = "") -> Mapping[str, Entry]:
         InputError: not a weights file; or, when a tensor is read, the file has changed.
     """
     name = shown(path.name)
+    if any(
+        "\ud800" <= sign <= "\udfff" for sign in str(path)
+    ):  # bytes that are no UTF-8, which libraries do not take
+        raise InputError(
+            f"{shown(str(path))}: a name that is not UTF-8 cannot be used here; rename the file or folder"
+        )
     check = watched([regular(path)])
     with path.open("rb") as file:
         head = file.read(9)
