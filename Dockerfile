@@ -5,10 +5,11 @@
 FROM python:3.12-slim
 RUN apt-get update && apt-get install --yes --no-install-recommends make && rm -rf /var/lib/apt/lists/*
 WORKDIR /specbasis
+ENV PIP_NO_CACHE_DIR=1
 # What is locked comes first: a change of the source installs none of it again.
 COPY Makefile ./
 COPY requirements requirements
-RUN make .venv/torch.stamp && rm -rf /root/.cache
+RUN make .venv/torch.stamp
 COPY pyproject.toml README.md LICENSE ./
 COPY src src
 RUN make .venv/demo.stamp

@@ -15,16 +15,7 @@ from specbasis.finetuning import load
 from specbasis.finetuning.base import load_base
 from specbasis.finetuning.methods import attach
 from specbasis.finetuning.sources import load_task
-from tests.finetuning import lab
 from tests.finetuning.test_train import Kill, weights, without_dropout
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    place = tmp_path_factory.mktemp("gradient")
-    lab.pico_bert(place / "base", sentence_encoder=True)
-    lab.glue(place / "glue", train=64, dev=21)
-    return place
 
 
 def run(place, out, task="sst2", base="base", **options):

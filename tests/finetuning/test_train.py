@@ -26,14 +26,6 @@ from specbasis.finetuning.sources import load_task
 from tests.finetuning import lab
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    place = tmp_path_factory.mktemp("lab")
-    lab.pico_bert(place / "base", sentence_encoder=True)
-    lab.glue(place / "glue", train=64, dev=21)
-    return place
-
-
 def run(place, out, method="spectral", task="sst2", **options):
     options = {"epochs": 2, "learning_rate": 3e-3, "rank": None, **options}
     return specbasis.finetune(place / "base", task, method, out=out, data_dir=place / "glue", **options)

@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from specbasis.checkpoint import open_checkpoint
+from specbasis.checkpoint import Checkpoint, open_checkpoint
 from specbasis.checkpoint.formats import endings
 from specbasis.core.brief import brief
 from specbasis.core.errors import InputError
@@ -96,27 +96,27 @@ def lineage(sources: str | Path | Sequence[str | Path], *, align: bool = True) -
     """
     left_out: list[str] = []
     if isinstance(sources, str | Path):
-        sources = _readable(Path(sources), left_out)
-    if len(sources) < 2:
+        opened = _readable(Path(sources), left_out)
+        given: Sequence[str] = [""] * len(opened)
+    elif len(sources) < 2:
         raise InputError(f"got {len(sources)} checkpoint; want at least two, files or folders")
-    given, places = zip(*(labelled(str(source)) for source in sources), strict=True)
-    opened = [open_checkpoint(place) for place in places]
+    else:
+        given, places = zip(*(labelled(str(source)) for source in sources), strict=True)
+        opened = [open_checkpoint(place) for place in places]
     names = store.labels_of(given, [checkpoint.source for checkpoint in opened])
     shared = Shared.of(opened, names)
     kinships = shared.kinships(align=align)
     return Lineage(trees(shared, kinships), tuple(kinships.values()), (*left_out, *shared.notes))
 
 
-def _readable(folder: Path, left_out: list[str]) -> list[str | Path]:
+def _readable(folder: Path, left_out: list[str]) -> list[Checkpoint]:
     """The checkpoints in a folder that can be read; of the others a sentence each."""
-    readable: list[str | Path] = []
+    readable: list[Checkpoint] = []
     for path in members_of(folder):
         try:
-            open_checkpoint(path)
+            readable.append(open_checkpoint(path))
         except InputError as error:
             left_out.append(f"left out: {error}")
-        else:
-            readable.append(path)
     if len(readable) < 2:
         raise InputError(
             f"{folder}: holds {number_of(len(readable), 'checkpoint')} to be read, want two; {left_out[0]}"

@@ -116,6 +116,7 @@ def write(rows: Sequence[Row], base: str, out: str | Path) -> list[Path]:
         if row.experiment["stage"] == "runs" and row.error is None:
             task = row.experiment["task"]
             by_task.setdefault(task, []).append(Runs(GLUE[task], row.experiment["size"], row.values))
+    by_task = {task: sorted(runs, key=lambda run: run.size) for task, runs in by_task.items()}
     parts = [f"# Which basis the core stands in: {base}"]
     for task, runs in by_task.items():
         parts += _task(runs, floors.get(task), rows)
