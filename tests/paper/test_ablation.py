@@ -16,7 +16,7 @@ from specbasis.finetuning.tasks import GLUE
 from specbasis.jobs.experiments import read_experiments
 from specbasis.paper import ablation
 from specbasis.paper.ablation import BASES, Part, chosen_rates, packed, unpacked
-from specbasis.paper.ablation_page import Runs, _scores
+from specbasis.paper.ablation_page import Runs, _scores, write
 from specbasis.paper.options import AblationOptions
 from tests.finetuning import lab
 
@@ -173,6 +173,15 @@ def test_the_page_is_made_of_rows_alone(grid):
         assert words in text
     assert json.loads((out / "manifest.json").read_text(encoding="utf-8"))["config"]["parts"]["sst2"]["train"] == 64
     assert (out / "basis.png").stat().st_size > 10_000
+
+
+def test_sizes_stand_in_order_whatever_order_they_ran_in(grid, tmp_path):
+    rows = read_experiments(grid[0])
+    for name, ordered in (("as run", rows), ("backwards", list(reversed(rows)))):
+        write([row for row in ordered if row.experiment["task"] == "sst2"], "base", tmp_path / name)
+    pages = [(tmp_path / name / "basis.md").read_text(encoding="utf-8") for name in ("as run", "backwards")]
+    assert "| basis | K = 2 | K = 4 |" in pages[0]
+    assert pages[0] == pages[1]
 
 
 @pytest.mark.parametrize(
