@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from specbasis.lineage.tree import lineage
     from specbasis.lineage.which_base import which_base
     from specbasis.treatment.extract import extract
+    from specbasis.treatment.forgetting import forgetting
     from specbasis.treatment.merge import merge
     from specbasis.treatment.repair import repair
 
@@ -43,6 +44,7 @@ __all__ = [
     "extract",
     "finetune",
     "fingerprint",
+    "forgetting",
     "intervene",
     "lineage",
     "load",
@@ -73,6 +75,7 @@ __getattr__ = lazily(
         "fingerprint": "lineage.fingerprint",
         "which_base": "lineage.which_base",
         "extract": "treatment.extract",
+        "forgetting": "treatment.forgetting",
         "merge": "treatment.merge",
         "repair": "treatment.repair",
     },

@@ -26,7 +26,7 @@ from specbasis.cli.population import lineage, population
 from specbasis.cli.reproduce import pretrain, reproduce_app
 from specbasis.cli.reproduce.zoo import zoo_app
 from specbasis.cli.track import track
-from specbasis.cli.treatment import extract, merge, repair
+from specbasis.cli.treatment import extract, forgetting, merge, repair
 from specbasis.cli.which_base import db_app, fingerprint, which_base
 from specbasis.core.errors import InputError, is_out_of_memory
 from specbasis.core.extras import missing
@@ -41,6 +41,7 @@ VERBS = (
     flags(intervene, kinds=list_kinds),
     flags(finetune, method=list_methods),
     flags(extract),
+    flags(forgetting),
     flags(repair),
     flags(merge),
     population,

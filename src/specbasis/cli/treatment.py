@@ -1,4 +1,4 @@
-"""`extract`, `repair`, `merge`: a finished finetune made small, what it forgot brought back, several made one."""
+"""`forgetting`, `extract`, `repair`, `merge`: what was forgotten, made small, brought back, made one of several."""
 
 from __future__ import annotations
 
@@ -43,6 +43,22 @@ class Examples(Options):
 
         folder = None if self.data_dir is None else str(self.data_dir)
         return judge(task, data_dir=folder, limit=self.limit, text=words(self.text), label=self.label)
+
+    def held_back(self, text: str, base: str) -> Judge:
+        """The evaluator of what a base could do: a file of texts under its pretraining loss, or a task.
+
+        Raises:
+            InputError: neither.
+        """
+        from specbasis.treatment.forgetting import pretraining
+
+        if Path(text).expanduser().is_file():
+            return pretraining(Path(text).expanduser(), base, self.limit)
+        if "/" in text and ":" not in text:
+            raise InputError(
+                f"got {text}, and there is no such file; want a text file, or a task such as glue:sst2"
+            )
+        return self.evaluator(text)
 
     def training(self, task: str, judged: str) -> TaskData:
         """The examples of a task to train on, which are none of those to be judged by.
@@ -123,6 +139,35 @@ def _tell(treated: Treated, columns: str = "") -> None:
             note(f"no page: {error}", console=STDERR)
 
 
+def forgetting(
+    base: BASE,
+    tuned: TUNED,
+    held_back: Annotated[
+        str,
+        typer.Option(
+            "--held-back", metavar="FILE|TASK", help="texts that neither was trained on, or a task of base"
+        ),
+    ],
+    examples: Examples,
+    tolerance: Annotated[
+        float | None,
+        typer.Option("--tolerance", min=0, help="exit code 1 where the loss or metric is surely worse by more"),
+    ] = None,
+    json: JSON = False,
+) -> None:
+    """Tell whether a finetune forgot what its base could do: the loss, or a task's metric, before and after."""
+    from specbasis.treatment.forgetting import forgetting as run
+
+    told = run(base, tuned, examples.held_back(held_back, base))
+    if json:
+        document(told.record)
+    else:
+        _tell(told, "change, finetune − base, with its 95 % interval; p, of no change (paired randomisation)")
+    if tolerance is not None and told.exceeds(tolerance):
+        line(f"forgotten beyond --tolerance {tolerance:g}", console=STDERR, style="red")
+        raise typer.Exit(1)
+
+
 def repair(
     base: BASE,
     tuned: TUNED,
@@ -136,12 +181,11 @@ def repair(
     examples: Examples,
 ) -> None:
     """Bring back what a finetune forgot: ways towards the base, judged on the task and on what was forgotten."""
-    from specbasis.treatment.repair import recovery
     from specbasis.treatment.repair import repair as run
 
     with progress() as tell:
-        kept = recovery(keep, base, examples.limit) if Path(keep).is_file() else examples.evaluator(keep)
-        done = run(base, tuned, kept, recovery(recover, base, examples.limit), out, options, progress=tell)
+        kept, forgotten = (examples.held_back(text, base) for text in (keep, recover))
+        done = run(base, tuned, kept, forgotten, out, options, progress=tell)
     _tell(
         done,
         "change, of the task, against the finetune; recovered, the other metric (of a loss, its negative); back, "

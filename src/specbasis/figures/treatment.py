@@ -21,6 +21,7 @@ from specbasis.figures.kit import Axes, Figure
 from specbasis.figures.table import Column, Table
 from specbasis.treatment.extract import Extraction
 from specbasis.treatment.finetunes import MERGED
+from specbasis.treatment.forgetting import Forgetting
 from specbasis.treatment.merge import Merging
 from specbasis.treatment.repair import Repair
 from specbasis.treatment.treated import Treated
@@ -114,8 +115,12 @@ COLUMNS = (
 def _extraction_tables(extraction: Extraction) -> tuple[Table, ...]:
     """What is kept, by role, weighted with the size of the update, and in all; and the scores."""
     kept = Table(COLUMNS, _by_role(extraction.matrices, _row), total=True).filled()
-    records = [{"metric": metric, **values} for metric, values in extraction.record.get("scores", {}).items()]
-    return (kept, Table.of(records, ".4f")) if records else (kept,)
+    scores = extraction.record.get("scores")
+    return (kept, _metrics_table(scores)) if scores else (kept,)
+
+
+def _metrics_table(scores: Mapping[str, Mapping[str, Any]]) -> Table:
+    return Table.of([{"metric": metric, **values} for metric, values in scores.items()], ".4f")
 
 
 def _by_role(
@@ -342,6 +347,14 @@ VIEWS: dict[type[Treated], View] = {
         _extraction_sentences,
         _extraction_figure,
         lambda extraction: extraction.matrices,
+    ),
+    Forgetting: View(
+        "forgetting",
+        lambda forgetting: (_metrics_table(forgetting.record["scores"]),),
+        lambda forgetting: [],
+        lambda forgetting: [forgetting.sentence],
+        lambda forgetting: None,
+        lambda forgetting: False,
     ),
     Merging: View("merge", _merging_tables, _merging_lines, _merging_sentences, _merging_figure, lambda _: True),
     Repair: View(

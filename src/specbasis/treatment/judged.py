@@ -25,10 +25,15 @@ Scores = dict[str, Sample | float]
 def judge_pair(base: Checkpoint, tuned: Checkpoint, judge: Judge) -> dict[str, Scores]:
     """The scores of base and finetune; before the long work, which is in vain where they cannot be judged.
 
-    The base has the finetune's own modules, such as a task head, where it has none.
+    The base has the finetune's own modules, such as a task head, where it has none, and the rows that it lacks of a
+    larger vocabulary.
     """
     entries = {
-        change.name: base.entries[change.counterpart] for change in updates(base, tuned) if change.counterpart
+        change.name: base.entries[change.counterpart]
+        if change.counterpart
+        else replace(tuned.entries[change.name], load=change.as_tuned, factors=None, part=None)
+        for change in updates(base, tuned)
+        if change.in_base
     }
     without = replace(tuned, entries={**tuned.entries, **entries})
     models = {"base": without, "tuned": tuned}
@@ -103,6 +108,20 @@ def score(model: Checkpoint, judge: Judge, tokenizers: Iterable[str]) -> Scores:
             return as_samples(judge(judge.load(str(place))))
         except InputError as error:  # the folder is gone when this is read
             raise InputError(str(error).replace(str(place), model.source)) from error
+
+
+def refuse_chance(base: Sample | float, judge: Judge) -> None:
+    """Refuse to ask what was forgotten where the base knows nothing, as far as the evaluator has a chance level.
+
+    Raises:
+        InputError: the base's loss is no better than chance.
+    """
+    chance = getattr(judge, "chance", None)
+    if chance is not None and value_of(base) >= chance:
+        raise InputError(
+            f"the base's {judge.metric} on these texts, {value_of(base):.2f}, is no better than chance "
+            f"({chance:.2f}): there is nothing in them to forget; want longer passages, such as paragraphs"
+        )
 
 
 def value_of(score: Sample | float) -> float:

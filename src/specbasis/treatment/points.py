@@ -14,7 +14,7 @@ from specbasis.checkpoint import Checkpoint
 from specbasis.core import edits
 from specbasis.core.intruders import intruders
 from specbasis.jobs.cache import Cache
-from specbasis.treatment.updates import Update, updates
+from specbasis.treatment.updates import Update, laid_over, updates
 
 SHARES = (0.1, 0.25, 0.5, 1.0)
 STRENGTHS = tuple(round(0.1 * i, 1) for i in range(1, 10))
@@ -62,7 +62,7 @@ class Ways:
     @classmethod
     def of(cls, base: Checkpoint, tuned: Checkpoint, cache: Cache) -> Ways:
         """What differs between two checkpoints."""
-        found = (c for c in updates(base, tuned) if c.counterpart and not c.reason and c.is_changed)
+        found = (c for c in updates(base, tuned) if c.in_base and not c.reason and c.is_changed)
         return cls(base, tuned, tuple(found), cache)
 
     @property
@@ -80,9 +80,7 @@ class Ways:
         own, theirs = self.tuned.entries, self.base.entries
         treated = {name: replace(own[name], load=load, factors=None, part=None) for name, load in made.items()}
         into_base = {
-            c.counterpart: replace(
-                theirs[c.counterpart], load=made.get(c.name, partial(self._as_base, c)), part=None
-            )
+            c.in_base: replace(theirs[c.in_base], load=partial(_as_base, c, made.get(c.name)), part=None)
             for c in self.changes
         }
         source = f"{self.tuned.source} at {point['way']} {point['amount']} ({point['blocks']})"
@@ -95,7 +93,7 @@ class Ways:
         """A treated parameter as the finetune stores it."""
         stored = self.tuned[change.name]
         if way == INTERPOLATION:  # of every parameter, matrix or not
-            W = self.base[change.counterpart].double()
+            W = change.as_tuned().double()
             return (W + amount * (stored.double() - W)).to(stored.dtype)
         changed = stored.clone()
         for ref in change.refs:
@@ -104,8 +102,9 @@ class Ways:
             own.write(changed, MATRIX_WAYS[way](self.cache, W, T, amount, ref.key.name).to(stored.dtype))
         return changed
 
-    def _as_base(self, change: Update) -> Tensor:
-        return self.tuned[change.name].to(self.base[change.counterpart].dtype)
+
+def _as_base(change: Update, made: Callable[[], Tensor] | None) -> Tensor:
+    return change.as_base() if made is None else laid_over(made(), change.base[change.in_base])
 
 
 # --- the ways of one matrix, from W (base) and T (tuned) ----------------------------------------------------------

@@ -19,7 +19,7 @@ from specbasis.core.grammar import parse_bytes
 from specbasis.core.options import takes
 from specbasis.core.statistics import bootstrap, percentile_interval
 from specbasis.core.text import shareable
-from specbasis.interventions.evaluators import describe, judge
+from specbasis.interventions.evaluators import describe
 from specbasis.interventions.evaluators.kit import Judge
 from specbasis.interventions.samples import Sample
 from specbasis.jobs.cache import Cache
@@ -28,7 +28,7 @@ from specbasis.jobs.environment import WHERE_USED
 from specbasis.jobs.experiments import Row, read_experiments, run_experiments
 from specbasis.jobs.folder import locked
 from specbasis.jobs.progress import Report
-from specbasis.treatment.judged import score
+from specbasis.treatment.judged import refuse_chance, score
 from specbasis.treatment.options import RepairOptions
 from specbasis.treatment.points import INTERPOLATION, Ways, grid
 from specbasis.treatment.treated import Treated, written_record
@@ -155,19 +155,6 @@ def repair(
     return Repair(out, record, tuple(rows))
 
 
-def recovery(text: str, base: str | Path, limit: int | None = None) -> Judge:
-    """The evaluator of what a base could do: a task as everywhere, or a file of texts under its pretraining loss.
-
-    Raises:
-        InputError: neither.
-    """
-    if not Path(text).expanduser().is_file():
-        return judge(text, limit=limit)
-    names = open_checkpoint(base).config.get("architectures") or [""]
-    has_head = str(names[0]).endswith(("ForMaskedLM", "ForPreTraining", "ForCausalLM", "LMHeadModel"))
-    return judge(f"{'text' if has_head else 'sentences'}:{text}", limit=limit)
-
-
 class _Bench:
     """Judges points; base and finetune once."""
 
@@ -198,17 +185,22 @@ class _Bench:
         as_point = {"base": {"way": INTERPOLATION, "amount": 0.0}, "tuned": {"way": INTERPOLATION, "amount": 1.0}}
         own, in_base = self.ways.at({"blocks": "all", **as_point.get(way, point)})
         sources = (self.ways.tuned.source, self.ways.base.source)
-        return self._score(own, self.keep, sources), self._score(in_base, self.recover, sources[::-1])
+        kept, recovered = self._score(own, self.keep, sources), self._score(in_base, self.recover, sources[::-1])
+        if way == "base":
+            refuse_chance(recovered, self.recover)
+        return _as_score(kept), _as_score(recovered)
 
     def _score(self, model: Checkpoint, evaluator: Judge, tokenizers: Sequence[str]) -> Sample:
         found = score(model, evaluator, tokenizers)[evaluator.metric]
         if not isinstance(found, Sample):
             raise InputError(f"{evaluator.metric}: the evaluator gives one number; want scores of single examples")
-        return found if found.higher_is_better else _negated(found)
+        return found
 
 
-def _negated(sample: Sample) -> Sample:
-    """A loss as a score: the higher, the better."""
+def _as_score(sample: Sample) -> Sample:
+    """The higher, the better: of a loss its negative."""
+    if sample.higher_is_better:
+        return sample
     statistic = sample.statistic
     return replace(sample, statistic=lambda values: -statistic(values), higher_is_better=True)
 

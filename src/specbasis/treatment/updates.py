@@ -101,7 +101,7 @@ class Update:
         T = self.tuned[self.name].double()
         size = float(T.square().sum())
         largest = float(T.abs().max()) if T.numel() else 0.0
-        if name := self.counterpart or self.shorter:
+        if name := self.in_base:
             W = self.base[name].double()
             T = T - W if self.counterpart else torch.cat([T[: len(W)] - W[: len(T)], T[len(W) :]])
         difference = float(T.square().sum())
@@ -111,6 +111,19 @@ class Update:
                 "finetune by one power of two"
             )
         return difference, size
+
+    @property
+    def in_base(self) -> str:
+        """The base's name of it, if only with another number of rows; empty where the base has none."""
+        return self.counterpart or self.shorter
+
+    def as_base(self) -> Tensor:
+        """The finetune's numbers in the base's shape and format; see `laid_over`."""
+        return laid_over(self.tuned[self.name], self.base[self.in_base])
+
+    def as_tuned(self) -> Tensor:
+        """The base's numbers in the finetune's shape and format; see `laid_over`."""
+        return laid_over(self.base[self.in_base], self.tuned[self.name])
 
     @property
     def is_changed(self) -> bool:
@@ -180,6 +193,13 @@ class Update:
         return self.read(self.base, self.counterpart)
 
 
+def laid_over(X: Tensor, under: Tensor) -> Tensor:
+    """X in the shape and format of another tensor, which gives the rows that X lacks."""
+    if X.shape == under.shape:
+        return X.to(under.dtype)
+    return torch.cat([X[: len(under)].to(under.dtype), under[len(X) :]])
+
+
 def updates(base: Checkpoint, tuned: Checkpoint) -> list[Update]:
     """Every parameter of a finetune beside its counterpart in the base, in the order of the file.
 
@@ -209,7 +229,7 @@ def refuse_another_base(base: Checkpoint, tuned: Checkpoint, changes: Iterable[U
     """
     refuse_other_weights(tuned)
     changes = list(changes)
-    lacking = [c for c in changes if len(c.shape) > 1 and not (c.counterpart or c.shorter)]
+    lacking = [c for c in changes if len(c.shape) > 1 and not c.in_base]
     if 2 * sum(prod(c.shape) for c in lacking) > sum(prod(c.shape) for c in changes):
         raise InputError(
             f"{tuned.source}: {base.source} has less than half of it in these shapes, and no {lacking[0].name} "

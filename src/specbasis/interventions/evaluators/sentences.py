@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import log
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,11 @@ class Sentences:
             InputError: they cannot be had.
         """
         passages(self.path)
+
+    @property
+    def chance(self) -> float:
+        """The loss of embeddings that tell nothing, for whole groups."""
+        return log(min(GROUP, len(passages(self.path)[: self.limit])))
 
     def load(self, source: str) -> nn.Module:
         """The encoder without a head."""

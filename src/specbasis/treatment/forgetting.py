@@ -1,0 +1,181 @@
+"""What a finished finetune made its base forget: the base's own loss, or a task of it, with both backbones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from specbasis.checkpoint import Checkpoint, open_checkpoint, open_tuned
+from specbasis.core.errors import InputError
+from specbasis.core.text import named_parts, shareable
+from specbasis.interventions.evaluators import describe, judge
+from specbasis.interventions.evaluators.kit import Judge
+from specbasis.interventions.samples import Sample, summarise
+from specbasis.treatment.judged import refuse_chance, score
+from specbasis.treatment.treated import Treated
+from specbasis.treatment.updates import Update, differing
+
+LEVEL = 0.05
+"""Of the test, as of the intervals."""
+
+
+@dataclass(frozen=True, eq=False)
+class Forgetting(Treated):
+    """What `forgetting` found; nothing is written.
+
+    Attributes:
+        record: base, tuned, held_back; metric: the one that decides; scores: metric → base, tuned and, of scores of
+            single examples, change (tuned − base), change_low, change_high, p, examples; worse: by how much that
+            metric is worse, and worse_low, worse_high; sentence.
+    """
+
+    @property
+    def sentence(self) -> str:
+        """Whether something was forgotten, and how much can be excluded."""
+        return str(self.record["sentence"])
+
+    @property
+    def is_forgotten(self) -> bool:
+        """Whether the finetune is worse by the interval and by the test; False where there is neither."""
+        return self.exceeds(0.0)
+
+    def exceeds(self, tolerance: float) -> bool:
+        """Whether it is worse by more than this by the whole interval, and worse at all by the test."""
+        return bool(self.record.get("worse_low", float("-inf")) > tolerance and _is_tested(self.record))
+
+    def __repr__(self) -> str:
+        return self.sentence
+
+
+def forgetting(
+    base: str | Path,
+    tuned: str | Path,
+    held_back: str | Path | Judge,
+    *,
+    limit: int | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Forgetting:
+    """Judge a base, and the base with the finetune's numbers under its own head, on the same held-back examples.
+
+    change = m(base with the finetune's parameters) − m(base), with percentile intervals over examples, both models
+    on the same resamples, and p of a paired randomisation test; see `specbasis.interventions.samples.summarise`.
+    Of a vocabulary of another size the rows that both have are the finetune's.
+
+    Args:
+        base: the pretrained checkpoint, with the head of what it could do.
+        tuned: the finetune, or an adapter of base.
+        held_back: a text file, on which the loss decides that the base was pretrained for (see `pretraining`); a
+            task, such as ``glue:sst2``; or an evaluator.
+        limit: judge on this many examples, of a file or of a task that is named.
+        resamples: of the intervals.
+        seed: of the resamples.
+
+    Raises:
+        InputError: a source cannot be read; tuned is no finetune of base, or equals it; or base cannot be judged
+            or does no better than chance.
+
+    Cost: both checkpoints are read once, and two models are judged. Memory: one model.
+    """
+    pretrained = open_checkpoint(base)
+    finetuned = open_tuned(tuned, pretrained)
+    evaluator = _evaluator(held_back, base, limit)
+    changes = differing(pretrained, finetuned)
+    models = {"base": pretrained, "tuned": in_base(pretrained, finetuned, changes)}
+    sources = (pretrained.source, finetuned.source)
+    scores = {name: score(model, evaluator, sources) for name, model in models.items()}
+    refuse_chance(scores["base"][evaluator.metric], evaluator)
+    summary = summarise(scores["base"], scores["tuned"], resamples=resamples, seed=seed)
+    # A perplexity is the exponential of a loss, whose changes are the same whatever its size.
+    metric = "loss" if evaluator.metric == "perplexity" else evaluator.metric
+    record = {
+        "base": shareable(pretrained.source),
+        "tuned": shareable(finetuned.source),
+        "held_back": describe(evaluator),
+        "resamples": resamples,
+        "seed": seed,
+        "metric": metric,
+        "scores": {name: _line(name, scores, summary) for name in scores["base"]},
+    }
+    sample = scores["base"][metric]
+    if isinstance(sample, Sample):
+        ends = [summary[f"{metric}.change{end}"] for end in ("", "_low", "_high")]
+        worse = [-x for x in (ends[0], ends[2], ends[1])] if sample.higher_is_better else ends
+        record |= dict(zip(("worse", "worse_low", "worse_high"), (x + 0.0 for x in worse), strict=True))
+    return Forgetting(None, record | {"sentence": _sentence(record), "notes": _kept(pretrained, changes)})
+
+
+def pretraining(path: str | Path, base: str | Path, limit: int | None = None) -> Judge:
+    """The loss that a base was pretrained for, on the passages of a text file.
+
+    Of a base whose configuration names a language model's head, masked or causal, the loss of its tokens; of any
+    other, which is taken for a sentence encoder, that of telling which halves of a passage belong together.
+    """
+    names = open_checkpoint(base).config.get("architectures") or [""]
+    has_head = str(names[0]).endswith(("ForMaskedLM", "ForPreTraining", "ForCausalLM", "LMHeadModel"))
+    return judge(f"{'text' if has_head else 'sentences'}:{path}", limit=limit)
+
+
+def in_base(base: Checkpoint, tuned: Checkpoint, changes: list[Update]) -> Checkpoint:
+    """The base, its own head included, with the finetune's numbers in every parameter that both have.
+
+    Raises:
+        InputError: the numbers of one cannot be used.
+    """
+    shared = {change.in_base: change for change in changes if change.in_base}
+    if bad := next((change for change in shared.values() if change.reason), None):
+        raise InputError(
+            f"{tuned.source}: {bad.name}: {bad.reason}; in its place the base's numbers would be judged"
+        )
+    entries = {
+        name: replace(base.entries[name], load=change.as_base, factors=None, part=None)
+        for name, change in shared.items()
+    }
+    return replace(base, source=tuned.source, entries={**base.entries, **entries})
+
+
+def _evaluator(held_back: str | Path | Judge, base: str | Path, limit: int | None) -> Judge:
+    if not isinstance(held_back, str | Path):
+        return held_back
+    if Path(held_back).expanduser().is_file():
+        return pretraining(Path(held_back).expanduser(), base, limit)
+    return judge(str(held_back), limit=limit)
+
+
+def _line(metric: str, scores: dict[str, Any], summary: dict[str, float | int]) -> dict[str, float | int]:
+    """Base, finetune, and what is known of their difference."""
+    values = {name: getattr(own[metric], "value", own[metric]) for name, own in scores.items()}
+    details = ("change", "change_low", "change_high", "p", "examples")
+    return values | {key: summary[f"{metric}.{key}"] for key in details if f"{metric}.{key}" in summary}
+
+
+def _sentence(record: dict[str, Any]) -> str:
+    metric, line = record["metric"], record["scores"][record["metric"]]
+    values = f"{metric} {line['base']:.4f} in the base, {line['tuned']:.4f} with the finetune's weights"
+    if "worse" not in record:
+        return f"{values}; without scores of single examples, chance may have done it."
+    change = f"{line['change']:+.4f} [{line['change_low']:+.4f}, {line['change_high']:+.4f}]"
+    told = f"{values}, {change} on {line['examples']} examples"
+    if record["worse_low"] == record["worse_high"] == 0:  # then resampling knows of no other outcome
+        most = 1 - 0.05 ** (1 / line["examples"])
+        return f"Nothing was measurably forgotten: {told}; none changed, up to {most:.1%} of all may (95 %)."
+    one_sided = record["worse_low"] > 0 or record["worse_high"] < 0
+    if one_sided and not _is_tested(record):
+        return f"Nothing was measurably forgotten: {told}; these are too few (p = {line['p']:.2f})."
+    if one_sided:
+        verdict = "Forgotten" if record["worse_low"] > 0 else "Nothing was forgotten, it became better"
+        return f"{verdict}: {told}."
+    return f"Nothing was measurably forgotten: {told}; worse by more than {record['worse_high']:.4f} is excluded."
+
+
+def _is_tested(record: dict[str, Any]) -> bool:
+    """Whether the test says that something changed: percentile intervals of few examples are too short."""
+    return bool(record["scores"][record["metric"]]["p"] <= LEVEL)
+
+
+def _kept(base: Checkpoint, changes: list[Update]) -> list[str]:
+    """What of the base stayed under the finetune's weights."""
+    shared = {change.in_base for change in changes}
+    own = [name for name, entry in base.entries.items() if entry.is_float and name not in shared]
+    return [f"the base's own, as the finetune has none: {named_parts(own, 2)}"] if own else []

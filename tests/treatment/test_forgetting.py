@@ -1,0 +1,226 @@
+"""What a finetune forgot: the base's loss, or a task of it, with the finetune's numbers under the base's head."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from specbasis import forgetting, open_checkpoint
+from specbasis.checkpoint import Checkpoint
+from specbasis.core.errors import InputError
+from specbasis.interventions.samples import Sample
+from specbasis.treatment.forgetting import in_base
+from specbasis.treatment.judged import judge_pair
+from specbasis.treatment.updates import differing
+from tests.interventions.test_evaluators import WORDS, tokenizer
+from tests.pico import bert_state, finetuned, write
+
+BASE = bert_state()
+TUNED = finetuned(BASE, 0.3)
+NAME = "encoder.layer.1.output.dense.weight"
+TABLE = "embeddings.word_embeddings.weight"
+
+
+@dataclass
+class Reading:
+    """Scores that a function of the checkpoint gives, for each of 40 examples with noise of its own."""
+
+    of: Callable[[Checkpoint], float]
+    higher_is_better: bool = False
+    noise: float = 0.01
+    metric: str = "read"
+    seen: list[Checkpoint] = field(default_factory=list)
+
+    def load(self, source: str) -> nn.Module:
+        model = nn.Linear(1, 1)
+        tensors = {name: tensor.clone() for name, tensor in open_checkpoint(source).items()}
+        model.checkpoint = open_checkpoint(tensors)  # type: ignore[assignment]
+        self.seen.append(model.checkpoint)  # type: ignore[arg-type]
+        return model
+
+    def __call__(self, model: nn.Module) -> dict[str, Sample]:
+        noise = self.noise * np.random.default_rng(len(self.seen)).normal(size=(40, 1))
+        value = self.of(model.checkpoint)  # type: ignore[arg-type]
+        return {"read": Sample(value + noise, higher_is_better=self.higher_is_better)}
+
+
+def norm(checkpoint: Checkpoint) -> float:
+    return float(checkpoint[NAME].norm())
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> tuple[Path, Path]:
+    pytest.importorskip("transformers")
+    head = {"cls.own.weight": torch.ones(3, 12)}
+    return (
+        write(tmp_path / "base.safetensors", {**BASE, **head}),
+        write(tmp_path / "tuned.safetensors", {**TUNED, "classifier.weight": torch.ones(2, 12)}),
+    )
+
+
+def test_the_finetunes_numbers_are_judged_under_the_bases_own_head(models) -> None:
+    evaluator = Reading(norm)
+    told = forgetting(*models, evaluator)
+    base, tuned = evaluator.seen
+    assert set(base) == set(tuned) == {*BASE, "cls.own.weight"}
+    assert all(torch.equal(tuned[name], TUNED[name]) for name in BASE)
+    assert torch.equal(tuned["cls.own.weight"], base["cls.own.weight"])
+    change = told.record["scores"]["read"]["change"]
+    assert change == pytest.approx(float(TUNED[NAME].norm() - BASE[NAME].norm()), abs=0.01)
+    assert "cls.own" in told.record["notes"][0]
+
+
+@pytest.mark.parametrize(
+    ("sign", "higher", "verdict"),
+    [
+        (1, False, "Forgotten: "),
+        (1, True, "Nothing was forgotten, it became better"),
+        (-1, False, "Nothing was forgotten, it became better"),
+        (-1, True, "Forgotten: "),
+        (0, True, "Nothing was measurably forgotten"),
+        (0, False, "Nothing was measurably forgotten"),
+    ],
+)
+def test_the_sentence_follows_from_the_interval_and_the_direction(models, sign, higher, verdict) -> None:
+    told = forgetting(*models, Reading(lambda checkpoint: sign * norm(checkpoint), higher))
+    assert told.sentence.startswith(verdict)
+    assert told.is_forgotten is told.exceeds(0.0) is verdict.startswith("Forgotten")
+    low, worse, high = (told.record[name] for name in ("worse_low", "worse", "worse_high"))
+    assert low <= worse <= high
+    assert told.exceeds(low - 1e-9) is ("measurably" not in verdict)  # which the test has to allow as well
+    assert not told.exceeds(low)
+    if "measurably" in verdict:
+        assert f"worse by more than {high:.4f} is excluded" in told.sentence
+
+
+def test_false_alarms_are_as_rare_as_the_interval_says(models) -> None:
+    """Two models that differ by the noise of examples alone: worse beyond a 95 % interval in 2.5 % of all draws."""
+    alarms, draws = 0, 120
+    for seed in range(draws):
+        evaluator = Reading(lambda _: 0.0, noise=1.0)
+        evaluator.seen = [None] * (3 * seed)  # type: ignore[list-item] # other noise
+        alarms += forgetting(*models, evaluator, resamples=200).is_forgotten
+    assert alarms <= 10  # of 120 with 2.5 %: more than 10 in less than 1 of 2000 trials
+
+
+def test_where_no_example_changed_the_sentence_says_how_many_may(models) -> None:
+    told = forgetting(*models, Reading(lambda _: 1.0, noise=0.0))
+    assert (told.record["worse_low"], told.record["worse_high"]) == (0, 0)
+    assert f"none changed, up to {1 - 0.05 ** (1 / 40):.1%} of all may" in told.sentence  # (1 − p)^40 = .05
+
+
+def test_three_examples_are_too_few_however_short_their_interval(models) -> None:
+    class Three(Reading):
+        def __call__(self, model: nn.Module) -> dict[str, Sample]:
+            sample = super().__call__(model)["read"]
+            return {"read": Sample(sample.values[:3], higher_is_better=False)}
+
+    told = forgetting(*models, Three(norm))
+    assert told.record["worse_low"] > 0
+    assert not told.is_forgotten
+    assert "too few (p = 0.2" in told.sentence  # of 8 ways to exchange three pairs two are as far out
+
+
+def test_one_number_without_examples_decides_nothing(models) -> None:
+    class Single(Reading):
+        def __call__(self, model: nn.Module) -> dict[str, float]:  # type: ignore[override]
+            return {"read": self.of(model.checkpoint)}  # type: ignore[arg-type]
+
+    told = forgetting(*models, Single(norm))
+    assert "chance may have done it" in told.sentence
+    assert not told.is_forgotten
+    assert "p" not in told.record["scores"]["read"]
+
+
+@pytest.mark.parametrize("rows", [-3, 4])
+def test_of_a_vocabulary_of_another_size_the_shared_rows_are_the_finetunes(tmp_path, rows) -> None:
+    old = len(BASE[TABLE])
+    table = torch.cat([TUNED[TABLE], torch.full((4, 12), 7.0)])[: old + rows]
+    base, tuned = open_checkpoint(BASE), open_checkpoint({**TUNED, TABLE: table})
+    model = in_base(base, tuned, differing(base, tuned))
+    shared = min(old, old + rows)
+    assert torch.equal(model[TABLE][:shared], TUNED[TABLE][:shared])
+    assert torch.equal(model[TABLE][shared:], BASE[TABLE][shared:])
+    evaluator = Reading(norm)
+    pair = judge_pair(base, tuned, evaluator)
+    assert set(pair) == {"base", "tuned"}
+    under = evaluator.seen[0]
+    assert torch.equal(under[TABLE][:shared], BASE[TABLE][:shared])
+    assert torch.equal(under[TABLE][shared:], table[shared:])
+
+
+def test_what_is_no_finetune_of_the_base_is_refused(tmp_path) -> None:
+    base = write(tmp_path / "base.safetensors", BASE)
+    other = write(tmp_path / "other.safetensors", bert_state(seed=9))
+    with pytest.raises(InputError, match="further from"):
+        forgetting(base, other, Reading(norm))
+    with pytest.raises(InputError, match="nothing differs"):
+        forgetting(base, base, Reading(norm))
+
+
+# --- the whole: language models and encoders on a text file -------------------------------------------------------
+
+
+def language_models(folder: Path, cls: str) -> tuple[Path, Path, Path]:
+    """A base whose loss on a text is low by training on it, a finetune by a random step, and the text."""
+    transformers = pytest.importorskip("transformers")
+    words = tokenizer(folder / "base")
+    torch.manual_seed(0)
+    if cls == "GPT2LMHeadModel":
+        size = {"vocab_size": len(WORDS), "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**size, bos_token_id=5, eos_token_id=5))
+    else:
+        size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+        model = getattr(transformers, cls)(transformers.BertConfig(vocab_size=len(WORDS), **size))
+    text = folder / "text.txt"
+    passages = ["the cat sat on the mat and ran far", "a dog ran far and the cat sat on a mat"] * 8
+    text.write_text("\n\n".join(passages))
+    if cls.startswith("GPT2"):
+        rate = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        batch = words(passages, return_tensors="pt", padding=True)
+        for _ in range(30):
+            loss = model(**batch, labels=batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)).loss
+            rate.zero_grad()
+            loss.backward()
+            rate.step()
+    model.save_pretrained(folder / "base")
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.base_model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    model.base_model.save_pretrained(folder / "tuned")
+    return folder / "base", folder / "tuned", text
+
+
+def test_a_text_is_judged_by_the_language_models_own_loss(tmp_path) -> None:
+    base, tuned, text = language_models(tmp_path, "GPT2LMHeadModel")
+    told = forgetting(base, tuned, text)
+    assert told.record["metric"] == "loss"
+    assert told.is_forgotten
+    transformers = pytest.importorskip("transformers")
+    words = transformers.AutoTokenizer.from_pretrained(base)
+    model = transformers.GPT2LMHeadModel.from_pretrained(base)
+    model.transformer.load_state_dict(transformers.GPT2Model.from_pretrained(tuned).state_dict())
+    sums = np.zeros(2)
+    for passage in text.read_text().split("\n\n"):
+        ids = words(passage, return_tensors="pt").input_ids
+        n = ids.shape[1] - 1
+        sums += [n * model.eval()(ids, labels=ids).loss.item(), n]
+    assert told.record["scores"]["loss"]["tuned"] == pytest.approx(sums[0] / sums[1], rel=1e-4)
+    assert math.exp(told.record["scores"]["loss"]["tuned"]) == pytest.approx(
+        told.record["scores"]["perplexity"]["tuned"], rel=1e-6
+    )
+    assert told.table.columns[0].name == "metric"
+
+
+def test_texts_of_which_the_base_knows_nothing_are_refused(tmp_path) -> None:
+    base, tuned, text = language_models(tmp_path, "BertModel")
+    with pytest.raises(InputError, match="no better than chance"):
+        forgetting(base, tuned, text)
