@@ -279,7 +279,7 @@ def test_text_that_is_larger_than_any(tmp_path):
     with (tmp_path / "config.json").open("wb") as file:
         file.truncate(2**29)  # a hole
     save_file({"w": torch.ones(2, 2)}, tmp_path / "model.safetensors")
-    refused(tmp_path, "has 536870912 bytes; want a regular file of at most")
+    refused(tmp_path, "has 536870912 bytes; want a file of at most")
     assert len(read_bytes(tmp_path / "model.safetensors", limit=None)) > 16
 
 

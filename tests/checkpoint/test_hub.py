@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
 from specbasis.architecture.pair import pair
-from specbasis.checkpoint import ABSENT, content_sha256, open_checkpoint, open_tuned
+from specbasis.checkpoint import ABSENT, content_sha256, open_checkpoint, open_tuned, regular
 from specbasis.checkpoint import hub as hub_of_checkpoints
 from specbasis.checkpoint.formats.safetensors import _parse_header
 from specbasis.checkpoint.hub import Address, parse_address
@@ -223,6 +223,14 @@ def test_a_repository_of_another_framework_is_refused_before_it_is_downloaded(hu
     }  # fmt: skip
     refused("org/tf", "TensorFlow.*transformers.BertModel.from_pretrained.*from_tf=True")
     assert not hub.requests("h5")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_configuration_too_large_to_be_one_is_refused_before_it_is_fetched(hub, monkeypatch, stream):
+    monkeypatch.setattr(regular.small, "__defaults__", (10_000,))
+    hub.repositories["org/large"] = {**hub.repositories["org/small"], "config.json": b"{" + b" " * 20_000 + b"}"}
+    refused("org/large", "config.json: has 20002 bytes; want a file of at most 10000", stream=stream)
+    assert not hub.requests("large.*config.json")
 
 
 def test_subfolders_and_single_files(hub):

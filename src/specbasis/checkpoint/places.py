@@ -19,7 +19,7 @@ from specbasis.checkpoint import hub
 from specbasis.checkpoint.entry import Entry, inside, is_plain, no_key, reading, shown
 from specbasis.checkpoint.formats import check_framework, endings, file_entries
 from specbasis.checkpoint.formats.safetensors import remote_entries
-from specbasis.checkpoint.regular import read_bytes
+from specbasis.checkpoint.regular import read_bytes, small
 from specbasis.core.errors import InputError
 
 
@@ -222,8 +222,10 @@ class _Remote:
     def text(self, name: str) -> bytes:
         self.require(name)
         file = self._full(name)
-        if self.stream and not self.repository.cached(file):
-            return bytes(self.repository.read(file, 0, self.repository.files[file].size))
+        if not self.repository.cached(file) and (listed := self.repository.files.get(file)):
+            small(listed.size, f"{self.source}: {name}")  # before a byte of it is asked for
+            if self.stream:
+                return bytes(self.repository.read(file, 0, listed.size))
         return read_bytes(self.repository.path(file))
 
     def entries(self, name: str, key: str = "") -> Mapping[str, Entry]:

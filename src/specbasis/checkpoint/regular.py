@@ -38,11 +38,21 @@ def read_bytes(path: Path, limit: int | None = SMALL) -> bytes:
     descriptor = os.open(regular(path), os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     with os.fdopen(descriptor, "rb") as file:
         status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode) or (limit is not None and status.st_size > limit):
-            raise InputError(
-                f"{printable(str(path))}: has {status.st_size} bytes; want a regular file of at most {limit}"
-            )
+        if not stat.S_ISREG(status.st_mode):
+            raise InputError(f"{printable(str(path))}: is not a regular file")
+        if limit is not None:
+            small(status.st_size, printable(str(path)), limit)
         return file.read()
+
+
+def small(size: int, label: str, limit: int = SMALL) -> None:
+    """Refuse to read a file whole that is too large for it.
+
+    Raises:
+        InputError: it has more bytes than the limit.
+    """
+    if size > limit:
+        raise InputError(f"{label}: has {size} bytes; want a file of at most {limit}")
 
 
 def read_text(path: Path, limit: int | None = SMALL) -> str:
