@@ -30,7 +30,8 @@ def test_a_command_that_is_told_works_when_it_is_pasted(tmp_path: Path) -> None:
     base, tuned = write(tmp_path / "my base.safetensors", BASE), write(tmp_path / "t.safetensors", finetuned(BASE))
     comparison = specbasis.compare(base, tuned, tmp_path / "out")
     (label,) = comparison.pairs
-    (step,) = next_steps(comparison, label, [str(base), str(tuned)])
+    step, last = next_steps(comparison, label, [str(base), str(tuned)])
+    assert last.command.startswith("specbasis forgetting ")
     assert f"{low_rank_size(comparison.rows, label)[0]:.0%} of the squared update" in step.reason  # type: ignore[index]
     words = shlex.split(step.command)
     assert words[:4] == ["specbasis", "extract", str(base), str(tuned)]
@@ -52,7 +53,7 @@ def test_no_lora_is_advised_of_an_adapter(tmp_path: Path) -> None:
     specbasis.extract(base, tuned, tmp_path / "lora", rank=2)
     comparison = specbasis.compare(base, tmp_path / "lora")
     assert comparison.verdicts["lora"].kind == "finetuned"
-    assert next_steps(comparison, "lora") == []
+    assert [step.command.split()[1] for step in next_steps(comparison, "lora")] == ["forgetting"]
 
 
 def test_no_lora_is_advised_that_is_as_large_as_its_matrices() -> None:

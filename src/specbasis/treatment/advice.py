@@ -53,7 +53,8 @@ def next_steps(comparison: Comparison, label: str, given: Iterable[str] = ()) ->
     if any(finding.kind == "intruders" for finding in comparison.findings[label]):
         reason = "leading directions that the base does not have can be damped"
         steps.append(Step(reason, f"specbasis repair {models} --keep TASK --recover TEXTS --out repaired"))
-    return steps
+    reason = "whether it forgot what the base could do is told by held-back texts, or a task"
+    return [*steps, Step(reason, f"specbasis forgetting {models} --held-back TEXTS")]
 
 
 def low_rank_size(rows: pa.Table, label: str, rank: int = RANK) -> tuple[float, int] | None:
