@@ -1,0 +1,144 @@
+"""Finetunes made small, repaired and merged, each judged on its task: rows that resume, and their tables.
+
+    python benchmarks/treatment.py BASE cola=DIR sst2=DIR stsb=DIR --data-dir glue --texts texts.txt --out DIR
+
+Extract: LoRAs of rank 1 to 64, and at 1/4, 1/10 and 1/16 of the finetune's bytes a LoRA, a difference of few bits
+and cores in the base's basis. Repair: the task kept, the base's loss on the texts recovered. Merge: all of them, by
+every method, judged on every task. The names of the finetunes are those of their GLUE tasks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from specbasis import extract, forgetting, merge, repair
+from specbasis.core.grammar import labelled
+from specbasis.figures.table import Table
+from specbasis.interventions.evaluators import judge
+from specbasis.jobs.environment import WHERE_USED
+from specbasis.jobs.experiments import Row, run_experiments
+from specbasis.treatment.forgetting import pretraining
+from specbasis.treatment.options import DEFAULTS
+
+RANKS = (1, 2, 4, 8, 16, 32, 64)
+PARTS = (4, 10, 16)
+FORMS = ("lora", "delta", "spectral")
+
+
+def experiments(tasks: Iterable[str]) -> list[dict[str, Any]]:
+    """Every point, the cheap ones first."""
+    points: list[dict[str, Any]] = []
+    for task in tasks:
+        points.append({"what": "forgetting", "task": task})
+        points += [{"what": "extract", "task": task, "as": "lora", "rank": rank} for rank in RANKS]
+        points += [{"what": "extract", "task": task, "as": form, "part": part} for part in PARTS for form in FORMS]
+    return [*points, *({"what": "merge", "method": method} for method in DEFAULTS)]
+
+
+def run(
+    experiment: Mapping[str, Any], base: str, tuned: Mapping[str, str], data_dir: str, texts: str, cache: str
+) -> dict[str, Any]:
+    """The values of one point."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "out")
+        if experiment["what"] == "merge":
+            judges = {task: judge(f"glue:{task}", data_dir=data_dir) for task in tuned}
+            record = merge(base, dict(tuned), out, method=experiment["method"], judge=judges).record["scores"]
+            return {"normalised": record["normalised"], "tasks": record["tasks"]}
+        task = experiment["task"]
+        if experiment["what"] == "forgetting":
+            record = forgetting(base, tuned[task], texts).record
+            return {name: record[name] for name in ("metric", "worse", "worse_low", "worse_high")} | record[
+                "scores"
+            ]
+        size = Path(tuned[task], "model.safetensors").stat().st_size
+        how = {"rank": experiment["rank"]} if "rank" in experiment else {"size": size // experiment["part"]}
+        evaluator = judge(f"glue:{task}", data_dir=data_dir)
+        kept = None if experiment["as"] == "spectral" else cache
+        record = extract(base, tuned[task], out, judge=evaluator, form=experiment["as"], cache=kept, **how).record
+        return {
+            "metric": evaluator.metric,
+            "share": record["total"]["share"],
+            "bytes": record["total"]["bytes"],
+            **record["scores"][evaluator.metric],
+        }
+
+
+def tables(rows: Sequence[Row]) -> str:
+    """What came out, as Markdown."""
+    done = [row for row in rows if row.error is None]
+    small = [
+        {
+            "task": row.experiment["task"],
+            "as": row.experiment["as"],
+            "rank or part": str(row.experiment.get("rank", f"1/{row.experiment.get('part')}")),
+            "MB": row.values["bytes"] / 1e6,
+            "kept of the squared update": row.values["share"],
+            **{
+                name: row.values[name]
+                for name in ("base", "tuned", "treated", "change", "change_low", "change_high")
+            },
+        }
+        for row in done
+        if row.experiment["what"] == "extract"
+    ]
+    merged = [
+        {
+            "method": row.experiment["method"],
+            **{f"{task} {line['metric']}": line["values"]["merged"] for task, line in row.values["tasks"].items()},
+            "normalised": row.values["normalised"]["merged"],
+            "of the mean": row.values["normalised"]["mean"],
+        }
+        for row in done
+        if row.experiment["what"] == "merge"
+    ]
+    forgotten = [
+        {"task": row.experiment["task"], **{key: row.values[key] for key in ("worse", "worse_low", "worse_high")}}
+        for row in done
+        if row.experiment["what"] == "forgetting"
+    ]
+    return "\n\n".join(Table.of(records, ".3f").markdown() for records in (forgotten, small, merged) if records)
+
+
+def main() -> None:
+    """Run what has not run, and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("base")
+    parser.add_argument("tuned", nargs="+", metavar="TASK=DIR")
+    parser.add_argument("--data-dir", required=True)
+    parser.add_argument("--texts", required=True, help="paragraphs that no model was trained on")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--cache", default="")
+    arguments = parser.parse_args()
+    tuned = dict(labelled(text) for text in arguments.tuned)
+    cache = arguments.cache or str(arguments.out / "cache")
+    single = partial(
+        run, base=arguments.base, tuned=tuned, data_dir=arguments.data_dir, texts=arguments.texts, cache=cache
+    )
+    rows = run_experiments(
+        experiments(tuned),
+        single,
+        arguments.out / "points",
+        uses=WHERE_USED,
+        progress=lambda now: print(f"{now.done} of {now.total}: {now.name}", flush=True),
+    )
+    print(tables(rows))
+    for task, source in tuned.items():
+        keep, recover = (
+            judge(f"glue:{task}", data_dir=arguments.data_dir),
+            pretraining(arguments.texts, arguments.base),
+        )
+        done = repair(arguments.base, source, keep, recover, arguments.out / f"repair-{task}", cache=cache)
+        print(f"\nrepair {task}: {done.sentence}", flush=True)
+    for row in rows:
+        if row.error is not None:
+            print("failed:", *row.experiment.values(), row.error)
+
+
+if __name__ == "__main__":
+    main()
