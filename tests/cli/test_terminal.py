@@ -80,9 +80,10 @@ def test_a_reader_that_goes_away_ends_the_printing_and_not_the_work(folder: Path
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
-def test_output_that_does_not_arrive_is_said(folder: Path) -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])  # held back, it fails as it is printed and again at the end
+def test_output_that_does_not_arrive_is_said(folder: Path, unbuffered: str) -> None:
     for arguments in (("report", "out", "--json"), ("inspect", "base.safetensors"), ("--version",)):
-        done = run(*arguments, cwd=folder, shell="> /dev/full")
+        done = run(*arguments, cwd=folder, shell="> /dev/full", PYTHONUNBUFFERED=unbuffered)
         assert done.returncode == 2
         assert re.fullmatch(r"error: .*\(No space left on device\)\n", done.stderr)
     assert run("report", "nothing", cwd=folder, shell="2> /dev/full").returncode == 2

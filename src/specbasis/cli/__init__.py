@@ -117,6 +117,7 @@ def main() -> None:
     try:
         sys.stdout.flush()
     except (OSError, ValueError, AttributeError) as error:
+        discard(sys.stdout)  # else Python tries again as it ends, and that is its exit code
         code = code or _output_failed(error)
     if code == 130:  # what typer makes of Ctrl-C
         line("interrupted: what is done is kept, and the same command continues", console=STDERR)
@@ -185,7 +186,6 @@ def _internal(error: Exception) -> int:
 
 def _output_failed(error: Exception) -> int:
     """Say that what was printed did not arrive; nothing where the reader is gone or there never was one."""
-    discard(sys.stdout)
     if not isinstance(error, OSError) or isinstance(error, BrokenPipeError):
         return 0
     line(f"error: the output cannot be written ({error.strerror})", console=STDERR, style="red")

@@ -12,6 +12,9 @@ from specbasis.core.errors import InputError, NonFiniteError
 
 EPS = torch.finfo(torch.float64).eps
 BLOCK_BYTES = 32 * 2**20  # one float64 block of columns
+CACHED = 2**18
+"""Entries of float32 that stay in a core's cache."""
+
 ORDINARY = 200
 """Exponents of a largest entry that are left as they are, of 1023 in which sums of fourth powers must find room."""
 
@@ -72,12 +75,9 @@ class Blocks:
         self.shape, self.device = operands[0].shape, device
         self.width = max(1, BLOCK_BYTES // (8 * self.shape[0]))
         self.top = 0.0  # the largest singular value, once it is known
-        # torch's maximum keeps a NaN, Python's loses one that does not come first.
-        # A transposed block would be copied.
-        ends = [torch.stack((b.mT if b.stride(0) == 1 else b).aminmax()).abs().max() for b in self._entries()]
-        largest = float(torch.stack(ends).max())
+        largest = self._largest()
         if not math.isfinite(largest):
-            bad = sum(int((~torch.isfinite(block)).sum()) for block in self._entries())
+            bad = sum(int((~torch.isfinite(block)).sum()) for block in self._columns())
             raise NonFiniteError(
                 f"{name}: {bad} of {operands[0].numel()} entries are NaN or Inf: no SVD; repair or leave it out"
             )
@@ -106,10 +106,18 @@ class Blocks:
         wide = W.shape[0] <= W.shape[1]
         return cls([X if wide else X.mT for X in operands], name, device or W.device)
 
-    def _entries(self) -> Iterator[Tensor]:
-        """The entries in blocks, as stored where that says the same."""
-        whole = (self.operands[0][:, start : start + self.width] for start in range(0, self.shape[1], self.width))
-        return whole if len(self.operands) == 1 else self._columns()
+    def _largest(self) -> float:
+        """The largest absolute entry, of a difference of narrow formats rounded; not finite where one is not."""
+        first, *rest = self.operands
+        parts: Iterable[Tensor] = [first]
+        if rest:
+            narrow = all(X.element_size() <= 4 for X in self.operands)
+            parts = _differences(first, rest[0]) if narrow else self._columns()
+        # torch's maximum keeps a NaN, Python's loses one that does not come first.
+        largest = float(torch.stack([torch.stack(_by_rows(X).aminmax()).abs().max().cpu() for X in parts]).max())
+        if math.isinf(largest) and rest:  # of float32 perhaps, whose differences can be beyond it
+            return max(float(block.abs().max()) for block in self._columns())
+        return largest
 
     def _columns(self) -> Iterator[Tensor]:
         for start in range(0, self.shape[1], self.width):
@@ -158,6 +166,30 @@ class Blocks:
         for block in self:
             out.addmm_(block, block.mT @ X)
         return out
+
+
+def _by_rows(X: Tensor) -> Tensor:
+    """X or its transpose, whose rows lie together in memory: read so, it is neither copied nor jumped about in."""
+    return X.mT if X.stride(0) == 1 else X
+
+
+def _differences(X: Tensor, Y: Tensor) -> Iterator[Tensor]:
+    """X − Y in float32, in parts that stay in a core's cache."""
+    for x, y in _parts(X, Y):
+        yield x.to(torch.float32) - y
+
+
+def subtract(X: Tensor, Y: Tensor) -> None:
+    """X − Y in place, of X in float32 and Y of no wider format."""
+    for x, y in _parts(X, Y):
+        x -= y.to(x.device)
+
+
+def _parts(X: Tensor, Y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    if X.stride(0) == 1:
+        X, Y = X.mT, Y.mT
+    step = max(1, CACHED // X.shape[1]) if X.device.type == "cpu" else len(X)
+    return zip(torch.split(X, step), torch.split(Y, step), strict=True)
 
 
 def add_gram(G: Tensor, Y: Tensor) -> None:

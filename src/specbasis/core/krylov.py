@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from specbasis.core.blocks import EPS, Blocks, orthonormal
+from specbasis.core.blocks import EPS, Blocks, orthonormal, subtract
 from specbasis.core.residuals import gaps, value_errors
 from specbasis.core.spectrum import Density
 from specbasis.core.svd import FLOOR, HalfSVD, certified, half_svd
@@ -32,8 +32,8 @@ PROBES = 16
 """Random columns, at least, of a start of `quick_svd`: they find what a given start does not span, and estimate
 sums over the whole spectrum."""
 
-ORDINARY_SINGLE = 100
-"""Exponents of a largest entry whose matrix is scaled as float32: the reciprocal of the scale is in range."""
+ORDINARY_SINGLE = 60
+"""Exponents of a largest entry whose products are in float32's range before they are scaled."""
 
 WIDTH = 64
 """Columns of a block of float32 that is made float64: it stays in a core's cache."""
@@ -133,10 +133,10 @@ def quick_svd(
     width = _width(k)
     if not A.scale or quick_cost(n, m, k) is None:
         return _leading(half_svd(W, k, minus=minus, name=name, device=device, implied=False), k)
-    single, error = _single(A)
+    single, unit, error = _single(A)
 
     def product(X: Tensor) -> Tensor:
-        return (single @ (single.mT @ X.to(torch.float32))).to(torch.float64)
+        return (single @ (single.mT @ X.to(torch.float32)).mul_(unit)).mul_(unit).to(torch.float64)
 
     def enough(ritz: _Ritz) -> bool:
         gap = gaps(ritz.S[: k + 1], ritz.residual[: k + 1], null_space=True)
@@ -145,7 +145,7 @@ def quick_svd(
 
     first, random = _start(A, width, None if start is None else start[:, : width - PROBES])
     ritz = _krylov(product, first, k + PROBES // 2, enough, lambda d: d < STEPS * width)
-    X, Y, S, residual = _polished(single, ritz.X)
+    X, Y, S, residual = _polished(single, unit, ritz.X)
     density = ritz.density(S[:k], A.scale, random, width)
     residual = residual + error + EPS * S[0]
     A.top = float(S[0])
@@ -259,27 +259,28 @@ def _krylov(
         X = Y
 
 
-def _single(A: Blocks) -> tuple[Tensor, float]:
-    """The matrix in float32 on its device, scaled, and a bound on the norm of what that rounded off."""
+def _single(A: Blocks) -> tuple[Tensor, float, float]:
+    """The matrix in float32 on its device, the power of two that scales it, and a bound on what it was rounded by.
+
+    Of ordinary size it is as stored, without a copy where that is float32. The bound is on the norm, scaled.
+    """
     ordinary = 2.0**-ORDINARY_SINGLE < A.scale < 2.0**ORDINARY_SINGLE
-    if ordinary and all(X.element_size() <= 4 for X in A.operands):
-        first, *rest = A.operands
-        single = first.to(A.device, torch.float32, copy=True).mul_(1 / A.scale)
-        for X in rest:
-            for start in range(0, A.shape[1], A.width):  # so that there is one copy of this size, not three
-                block = X[:, start : start + A.width].to(A.device, torch.float32)
-                single[:, start : start + A.width].sub_(block, alpha=1 / A.scale)
-        exact = not rest
+    if not ordinary or any(X.element_size() > 4 for X in A.operands):
+        single, unit, exact = torch.cat([block.to(torch.float32) for block in A], dim=1), 1.0, False
     else:
-        single, exact = torch.cat([block.to(torch.float32) for block in A], dim=1), False
-    return single, 0.0 if exact else 2.0**-24 * float(torch.linalg.vector_norm(single, dtype=torch.float64))
+        first, *rest = A.operands
+        single, unit, exact = first.to(A.device, torch.float32, copy=bool(rest)), 1 / A.scale, not rest
+        for X in rest:
+            subtract(single, X)
+    error = 0.0 if exact else 2.0**-24 * unit * float(torch.linalg.vector_norm(single, dtype=torch.float64))
+    return single, unit, error
 
 
-def _polished(A: Tensor, X: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _polished(A: Tensor, unit: float, X: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One Rayleigh–Ritz step in float64: vectors of both sides, values, and ‖A y − σ x‖; Aᵀ x = σ y to rounding."""
     Y, Z = [], torch.zeros_like(X)
     for start in range(0, A.shape[1], WIDTH):
-        block = A[:, start : start + WIDTH].to(torch.float64)
+        block = A[:, start : start + WIDTH].to(torch.float64).mul_(unit)
         Y.append(block.mT @ X)
         Z.addmm_(block, Y[-1])
     H = X.mT @ Z
