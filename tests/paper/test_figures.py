@@ -64,26 +64,35 @@ def test_a_figure_has_its_files_and_its_table(compared: Comparison, tmp_path: Pa
         assert float(line["RSD"]) == pytest.approx(wanted, rel=1e-4)
 
 
+@pytest.fixture(scope="module")
+def populations(tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Comparison, Comparison]:
+    """Finetunes and an independent model, the finetunes alone, and that alone."""
+    folder, base = tmp_path_factory.mktemp("populations"), bert_state(blocks=3, width=64)
+    tuned = [write(folder / f"t{i}.safetensors", finetuned(base, 0.1 * (i + 1), seed=i)) for i in range(4)]
+    other = write(folder / "other.safetensors", bert_state(blocks=3, width=64, seed=9))
+    several = ([*tuned, other], tuned, [other])
+    every, alone, only = (specbasis.compare(base, models, nulls=True, workers=1) for models in several)
+    return every, alone, only
+
+
 @pytest.mark.parametrize("name", ["fig2", "fig3", "tab4", "fig18"])
-def test_an_independent_pair_is_left_out_of_the_finetunes_unless_it_is_asked_for(tmp_path: Path, name: str) -> None:
-    base = bert_state(blocks=3, width=64)
-    tuned = [write(tmp_path / f"t{i}.safetensors", finetuned(base, 0.1 * (i + 1), seed=i)) for i in range(4)]
-    other = write(tmp_path / "other.safetensors", bert_state(blocks=3, width=64, seed=9))
-    every = specbasis.compare(base, [*tuned, other], nulls=True, workers=1)
+def test_an_independent_pair_is_left_out_of_the_finetunes_unless_it_is_asked_for(
+    tmp_path: Path, populations: tuple[Comparison, Comparison, Comparison], name: str
+) -> None:
+    every, alone, only = populations
     assert every.verdicts["other"].kind == "independent"
-    scores = {path.stem: float(i) for i, path in enumerate([*tuned, other])}
+    scores = {label: float(i) for i, label in enumerate(every.pairs)}
 
     def table(results: Comparison, folder: str, **options: bool) -> tuple[str, tuple[str, ...]]:
         drawn = reproduce(name, [results], tmp_path / folder, scores=scores, **options)
         return (tmp_path / folder / f"{name}.csv").read_text(), drawn.notes
 
     without, notes = table(every, "without")
-    assert without == table(specbasis.compare(base, tuned, nulls=True, workers=1), "alone")[0]
+    assert without == table(alone, "alone")[0]
     assert any("other: independent of its base" in note and "--independent" in note for note in notes)
     asked, notes = table(every, "asked", independent=True)
     assert asked != without
     assert notes == ()
-    only = specbasis.compare(base, other, nulls=True, workers=1)
     with pytest.raises(InputError, match=r"other: independent of its base.*--independent"):
         table(only, "only")
 
