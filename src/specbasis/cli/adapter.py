@@ -39,7 +39,7 @@ def adapter_info(folder: ADAPTER) -> None:
 
 @adapter_app.command("verify")
 def adapter_verify(folder: ADAPTER, base: ADAPTER_BASE = None) -> None:
-    """Check every vector of the basis against the base; exit code 2 and the reason where they differ."""
+    """Check every vector of the basis against the base; exit code 2 and the reason if they differ."""
     from specbasis.adapter import folder as folders
 
     checked = folders.verify(folder, base)
@@ -48,7 +48,7 @@ def adapter_verify(folder: ADAPTER, base: ADAPTER_BASE = None) -> None:
 
 @adapter_app.command("merge")
 def adapter_merge(folder: ADAPTER, out: ADAPTER_OUT, base: ADAPTER_BASE = None) -> None:
-    """Write the base with an adapter, or what any finetune trained, merged in: a folder that transformers loads."""
+    """Write the base with an adapter or a run of finetune merged in: a folder that transformers loads."""
     from specbasis.adapter import folder as folders
     from specbasis.finetuning import runs
 

@@ -21,7 +21,7 @@ def card(
 ) -> None:
     """Write a section on what finetuning changed, or on an adapter and how it is loaded, into a model's card.
 
-    The same command replaces it. What else the card holds stays, and its YAML gets what it lacks.
+    Run again, it replaces that section. The rest of the card stays; missing entries are added to its YAML.
     """
     from specbasis.checkpoint.adapter_file import CONFIG
     from specbasis.checkpoint.card import CARD, RELATIONS, hub_name

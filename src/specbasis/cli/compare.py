@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from specbasis.checkpoint import Checkpoint
     from specbasis.comparison.comparison import Comparison
 
-ADAPTED = Annotated[str, typer.Option("--base", help="of an adapter: its base, if not the one that it names")]
+ADAPTED = Annotated[str, typer.Option("--base", help="base of an adapter, if not the one that it names")]
 KEPT = Annotated[Path | None, typer.Option("--out", help="folder of results; the same command continues it")]
 TUNED = Annotated[list[str], typer.Argument(metavar="[NAME=]TUNED...", help="one or several finetunes of it")]
 
@@ -33,9 +33,9 @@ FORMATS = ("text", "json", "markdown", "sarif", "junit")
 class Output(Options):
     """How a comparison is told."""
 
-    format: str = option("text", "text; or one document alone: json, markdown, sarif, junit", choices=FORMATS)
+    format: str = option("text", "text, or one document alone: json, markdown, sarif, junit", choices=FORMATS)
     json: bool = option(False, "short for --format json", panel=ADVANCED)
-    fail_on: tuple[str, ...] = option((), "exit code 1 where one of these is found", metavar="FINDINGS")
+    fail_on: tuple[str, ...] = option((), "exit code 1 if one of these is found", metavar="FINDINGS")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -98,7 +98,7 @@ def report(
 
 
 def inspect(model: MODEL, base: ADAPTED = "", stream: STREAM = False) -> None:
-    """Print how a model is understood: its stacks of blocks, roles, and parameters without one."""
+    """Print what is recognised in a model: its stacks of blocks, roles, and parameters without a role."""
     from specbasis.cli.tables import print_model
 
     print_model(model, _opened(model, base, stream))
@@ -106,7 +106,7 @@ def inspect(model: MODEL, base: ADAPTED = "", stream: STREAM = False) -> None:
 
 def spectra(
     model: MODEL,
-    csv_file: Annotated[Path | None, typer.Option("--csv", help="write every figure to this file")] = None,
+    csv_file: Annotated[Path | None, typer.Option("--csv", help="write all numbers to this file")] = None,
     base: ADAPTED = "",
     stream: STREAM = False,
 ) -> None:

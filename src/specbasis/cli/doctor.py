@@ -34,8 +34,8 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB
 def doctor(json: JSON = False) -> None:
     """Print versions, extras, devices, threads, memory, disks and the Hub as specbasis finds them.
 
-    Paths and names of users are left out, so that it can go into an issue. Exit codes: 0; 1 where something cannot
-    work, which the last lines name.
+    Paths and names of users are left out, so that it can go into an issue. Exit codes: 0; 1 if something cannot
+    work, as the last lines say.
     """
     problems: list[str] = []
     found: dict[str, dict[str, Any]] = {

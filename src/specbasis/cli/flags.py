@@ -18,10 +18,10 @@ BASE = Annotated[
 MODEL = Annotated[str, typer.Argument(metavar="MODEL", help="a checkpoint, as in compare")]
 OUT = Annotated[Path, typer.Option("--out", help="folder of the results; the same command continues it")]
 JSON = Annotated[bool, typer.Option("--json", help="print one JSON document, nothing else")]
-STREAM = Annotated[bool, typer.Option("--stream", help="from the Hub read only the bytes that are wanted")]
+STREAM = Annotated[bool, typer.Option("--stream", help="read only the needed bytes from the Hub")]
 NO_RUN = Annotated[bool, typer.Option("--no-run", help="only draw again, from the rows that are there")]
 REPORT = Annotated[bool, typer.Option(help="write the page and the figures")]
-SCORES = Annotated[Path | None, typer.Option(help="CSV with a column pair (or model) and one of scores")]
+SCORES = Annotated[Path | None, typer.Option(help="CSV with a column pair (or model) and a column of scores")]
 COLUMN = Annotated[str, typer.Option(help="which column of --scores, where it has several")]
 
 

@@ -65,7 +65,7 @@ def intervene(
         Path | None, typer.Option("--data-dir", help="GLUE in its official layout; default: from the Hub")
     ] = None,
     text: Annotated[str, typer.Option(help="columns of a table that hold the one or two texts")] = "",
-    label: Annotated[str, typer.Option(help="its column with the label")] = "",
+    label: Annotated[str, typer.Option(help="column of the table with the label")] = "",
     report: Annotated[bool, typer.Option(help="draw the figures and the table of sharing")] = True,
 ) -> None:
     """Judge finetunes while their singular vectors are swapped, randomised and masked, against controls."""

@@ -31,7 +31,7 @@ class Examples(Options):
     limit: int | None = option(None, "judge on this many examples", panel=ADVANCED, least=1)
     data_dir: Path | None = option(None, "GLUE in its official layout; default: from the Hub", panel=ADVANCED)
     text: str = option("", "columns of a table that hold the one or two texts", panel=ADVANCED)
-    label: str = option("", "its column with the label", panel=ADVANCED)
+    label: str = option("", "column of the table with the label", panel=ADVANCED)
 
     def evaluator(self, task: str) -> Judge:
         """From a model to its metrics on a task.
@@ -92,10 +92,10 @@ def extract(
         str,
         typer.Option("--heal", metavar="TASK", help="train the LoRA for some --steps on glue:sst2, table:FILE …"),
     ] = "",
-    strict: Annotated[bool, typer.Option("--strict", help="exit code 2 where anything is left out")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="exit code 2 if anything is left out")] = False,
     json: Annotated[bool, typer.Option("--json", help="print one JSON document, nothing else")] = False,
 ) -> None:
-    """Write a finetune as a LoRA of a rank, a share or a size that PEFT loads alone, or in another form (--as)."""
+    """Write a finetune as a LoRA for plain PEFT, of a given rank, share or size, or in another form (--as)."""
     from specbasis.treatment.extract import extract as run
 
     evaluator = examples.evaluator(judge) if judge else None
@@ -151,7 +151,7 @@ def forgetting(
     examples: Examples,
     tolerance: Annotated[
         float | None,
-        typer.Option("--tolerance", min=0, help="exit code 1 where the loss or metric is surely worse by more"),
+        typer.Option("--tolerance", min=0, help="exit code 1 if the whole interval is worse by more than this"),
     ] = None,
     json: JSON = False,
 ) -> None:
@@ -171,7 +171,7 @@ def forgetting(
 def repair(
     base: BASE,
     tuned: TUNED,
-    keep: Annotated[str, typer.Option("--keep", metavar="TASK", help="what it has to do still: glue:sst2 …")],
+    keep: Annotated[str, typer.Option("--keep", metavar="TASK", help="the task that it must do: glue:sst2 …")],
     recover: Annotated[
         str,
         typer.Option("--recover", metavar="TASK|FILE", help="what the base could do: a task, or a file of texts"),
@@ -180,7 +180,7 @@ def repair(
     options: RepairOptions,
     examples: Examples,
 ) -> None:
-    """Bring back what a finetune forgot: ways towards the base, judged on the task and on what was forgotten."""
+    """Bring back what a finetune forgot: models between it and its base, judged on both tasks."""
     from specbasis.treatment.repair import repair as run
 
     with progress() as tell:
@@ -202,14 +202,14 @@ def merge(
     options: MergeOptions,
     examples: Examples,
     out: Annotated[Path | None, typer.Option("--out", help="new folder")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="write nothing: who agrees and who fights")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show where they agree or conflict")] = False,
     judge: Annotated[
         list[str] | None,
         typer.Option("--judge", metavar="NAME=TASK", help="judge all models on a finetune's task: glue:sst2 …"),
     ] = None,
     json: JSON = False,
 ) -> None:
-    """Make one model of several finetunes of a base, or map where they interfere (--dry-run)."""
+    """Make one model of several finetunes of a base, or show where they interfere (--dry-run)."""
     from specbasis.treatment.merge import merge as run
 
     if out is None and not dry_run:

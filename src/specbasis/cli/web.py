@@ -135,13 +135,15 @@ def serve(blocks: Any, **where: Any) -> None:
 def app(
     base: Annotated[str, typer.Argument(metavar="DIR|BASE", help="a folder that compare wrote; or a model")] = "",
     tuned: Annotated[str, typer.Argument(metavar="TUNED", help="and a finetune of it")] = "",
-    root: Annotated[Path, typer.Option(help="of all that can be opened", exists=True, file_okay=False)] = Path(),
-    seconds: Annotated[float, typer.Option("--seconds", help="predicted, beyond which none is begun")] = 600.0,
+    root: Annotated[
+        Path, typer.Option(help="nothing outside of it is opened", exists=True, file_okay=False)
+    ] = Path(),
+    seconds: Annotated[float, typer.Option("--seconds", help="longest predicted time to begin")] = 600.0,
     port: Annotated[int | None, typer.Option("--port", help="default: the first free one from 7860 on")] = None,
 ) -> None:
     """Serve comparisons in the browser, to this machine alone: of a results folder, or of two models in a form.
 
-    Models are of the Hub or lie inside --root; nothing else on the disk can be opened. Ctrl-C ends it.
+    Models come from the Hub or from inside --root; nothing else on the disk can be opened. Ctrl-C ends it.
     """
     reach = Reach(root, seconds)
     if base and not tuned:

@@ -23,7 +23,7 @@ LEVEL = Annotated[float, typer.Option("--level", help="family-wise error rate ov
 
 
 def fingerprint(model: MODEL, out: OUT, name: NAME = "") -> None:
-    """Write the fingerprint of a model, at most 1.5 MB: a database of one; from the Hub by byte ranges."""
+    """Write the fingerprint of a model (at most 1.5 MB): a database of one model; from the Hub by byte range."""
     from specbasis.lineage.database import write
     from specbasis.lineage.fingerprint import fingerprint as run
 
@@ -39,7 +39,7 @@ def which_base(
     level: LEVEL = 0.01,
     json: JSON = False,
 ) -> None:
-    """Say which model of a database a model comes from; with --card exit code 1 where its card says otherwise."""
+    """Say which model of a database a model comes from; with --card exit code 1 if its card says otherwise."""
     from specbasis.lineage.which_base import contradiction, fingerprint_of
     from specbasis.lineage.which_base import which_base as find
 
@@ -99,7 +99,9 @@ def list_(file: FILE, json: JSON = False) -> None:
 
 
 @db_app.command()
-def export(file: FILE, names: Annotated[list[str], typer.Argument(metavar="NAME...")], out: OUT) -> None:
+def export(
+    file: FILE, names: Annotated[list[str], typer.Argument(metavar="NAME...", help="models of it")], out: OUT
+) -> None:
     """Write some models of a database to a file of their own."""
     from specbasis.lineage.database import chosen, write
 
@@ -107,7 +109,7 @@ def export(file: FILE, names: Annotated[list[str], typer.Argument(metavar="NAME.
 
 
 @db_app.command()
-def merge(files: Annotated[list[Path], typer.Argument(metavar="FILE...")], out: OUT) -> None:
+def merge(files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="databases")], out: OUT) -> None:
     """Write the models of several databases to one; each is proven by its seal."""
     from itertools import chain
 

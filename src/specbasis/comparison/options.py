@@ -41,7 +41,7 @@ class Options(Selection):
     never guessed elsewhere. The rows depend on neither ``workers`` nor ``engine``.
     """
 
-    quick: bool = option(False, "leading ranks alone, in a twentieth of the time, each with its certificate")
+    quick: bool = option(False, "only the leading ranks, much faster, each with a measured bound")
     ranks: int | None = option(
         None, "leading ranks whose singular vectors are compared; default: 200, with --quick 16", least=1
     )
@@ -50,7 +50,7 @@ class Options(Selection):
     )
     common_rows: bool = option(False, "compare the common rows where a vocabulary grew", panel=ADVANCED)
     transposed: bool = option(
-        False, "tuned is stored (in, out) where base is (out, in), or the other way", panel=ADVANCED
+        False, "tuned is stored (in, out) and base (out, in), or the other way round", panel=ADVANCED
     )
     layout: tuple[str, ...] = option(
         (), "how weights are stored: PATTERN=conv or PATTERN=in_out, e.g. '*.W=conv'", panel=ADVANCED
@@ -59,19 +59,19 @@ class Options(Selection):
         (), "only these measures, e.g. 'alignment*,singular_value_*'", parse=lambda text, _: words(text)
     )
     nulls: bool = option(False, "what chance, size and rounding would give, with p-values")
-    null_samples: int = option(0, "random updates of each kind to decompose as well", panel=ADVANCED, least=0)
+    null_samples: int = option(0, "also decompose this many random updates of each kind", panel=ADVANCED, least=0)
     heads: int | None = option(
-        None, "attention heads of a model whose config.json does not say it", panel=ADVANCED, least=1
+        None, "number of attention heads, if config.json does not give it", panel=ADVANCED, least=1
     )
     add: bool = option(
-        False, "add the finetunes to those that the folder holds of this base", panel=ADVANCED, decides=False
+        False, "add these finetunes to the others of the same base in the folder", panel=ADVANCED, decides=False
     )
-    stream: bool = option(False, "from the Hub read only the bytes that are wanted", panel=ADVANCED, decides=False)
+    stream: bool = option(False, "read only the needed bytes from the Hub", panel=ADVANCED, decides=False)
     workers: int | None = option(
         None, "matrices at the same time; default: one for each core", panel=ADVANCED, least=1, decides=False
     )
     memory: str | int | None = option(
-        None, "what workers may take, e.g. 8GB; default: half of the free", panel=ADVANCED, decides=False
+        None, "memory for all workers, e.g. 8GB; default: half of the free", panel=ADVANCED, decides=False
     )
     engine: str = option("auto", "threads, processes, ray, or auto", panel=ADVANCED, decides=False)
     device: str = option("cpu", "cpu, cuda, cuda:1", panel=ADVANCED, decides=False)

@@ -42,11 +42,11 @@ class Protocol(Options):
 
     epochs: float | None = option(None, "passes over train; default: Tab. 5's, or the method's")
     learning_rate: float | None = option(None, "at its peak; default: Tab. 5's, or the method's")
-    batch_size: int = option(16, "examples a step, of one process")
+    batch_size: int = option(16, "examples in each step, for each process")
     max_length: int = option(256, "tokens at which texts are cut", panel=ADVANCED)
     warmup: float = option(0.06, "share of the steps over which the learning rate rises", panel=PYTHON)
     weight_decay: float = option(0.0, "of AdamW", panel=PYTHON)
-    group_by_length: bool = option(False, "batches of texts of like length: less padding", panel=ADVANCED)
+    group_by_length: bool = option(False, "batches of texts of similar length: less padding", panel=ADVANCED)
     precision: str = option("float32", "float32, bf16, fp16", panel=ADVANCED, choices=PRECISIONS)
     gradient_checkpointing: bool = option(False, "less memory, more time", panel=ADVANCED)
     select: str = option(
@@ -122,7 +122,7 @@ class Source(Options):
     text: tuple[str, ...] = option((), "column of your table with the text, or two: premise,hypothesis")
     label: str = option("", "column of your table with the label")
     regression: bool = option(False, "the label of your table is a number", panel=ADVANCED)
-    dev: str | Path | None = option(None, "dev set of your own task; default: a tenth of it", panel=ADVANCED)
+    dev: str | Path | None = option(None, "dev set of your own task; default: a tenth of the table", panel=ADVANCED)
 
 
 @dataclass(frozen=True)
@@ -133,13 +133,13 @@ class FinetuneOptions(Source, Placement, Protocol):
     own dev set. TensorBoard's files are in ``OUT/runs`` when the run is finished.
     """
 
-    seed: int = option(42, "of head, order, dropout and the method's random parts")
+    seed: int = option(42, "seed of head, order, dropout and the method's random parts")
     examples: int | None = option(None, "train on a fixed part of train, of this size", panel=ADVANCED)
     cache_prefix: str | Path | None = option(
-        None, "folder of activations: what lies below the first trained module runs once an example"
+        None, "folder of activations: what lies below the first trained module runs once for each example"
     )
     held_back: str | Path | Sequence[str] | None = option(
-        None, "texts, one a line, for the pretraining loss before and after", panel=ADVANCED
+        None, "texts, one on each line, for the pretraining loss before and after", panel=ADVANCED
     )
     report_to: str = option("none", "tensorboard, wandb, trackio …", panel=ADVANCED)
 

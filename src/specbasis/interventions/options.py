@@ -30,8 +30,8 @@ class EditOptions(Selection):
     kind: str = option("swap", "what is done to the ranks")
     ranks: int | str = option("all", "n leading ranks, -n trailing ones, k:m, or a list 0:30,100,-5:", parse=ranks)
     sides: str = option("both", "both, left or right", choices=SIDES)
-    seed: int = option(0, "of the random kinds", panel=ADVANCED)
-    factor: float = option(1.0, "of the kind rescale", panel=ADVANCED)
+    seed: int = option(0, "seed of the random kinds", panel=ADVANCED)
+    factor: float = option(1.0, "factor of the kind rescale", panel=ADVANCED)
     groups: float = option(0.0, "move ranks together whose relative distance is below this", panel=ADVANCED)
     roles: tuple[str, ...] = option(
         ("ffn", "attention"), "only these roles, e.g. ffn,attention.query", panel=SELECTION
@@ -57,7 +57,7 @@ class GridOptions(Options):
     )
     blocks: tuple[str, ...] = option(
         ("",),
-        "groups of blocks apart by ;, e.g. '0:6;6:12'; empty: all",
+        "groups of blocks, separated by ;, e.g. '0:6;6:12'; empty: all",
         panel=SELECTION,
         parse=lambda text, flag: tuple(part.strip() for part in text.split(";")),
     )
@@ -73,7 +73,7 @@ class GridOptions(Options):
     cache: str | Path | None = option(
         None, "folder in which decompositions are kept and found again", panel=ADVANCED
     )
-    cache_size: str = option("20GB", "what the decompositions in the cache may take", panel=ADVANCED)
+    cache_size: str = option("20GB", "limit for the decompositions in the cache", panel=ADVANCED)
     workers: int = option(1, "processes side by side, each with its own model", panel=ADVANCED)
 
     @property

