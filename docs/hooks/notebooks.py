@@ -19,7 +19,7 @@ def _output(output: dict[str, Any], picture: str) -> tuple[str, bytes | None]:
     if "image/png" in data:
         return f"![Output of the cell above]({picture})\n", base64.b64decode("".join(data["image/png"]))
     if "text/html" in data:
-        return f"<div>{''.join(data['text/html'])}</div>\n".replace("\n\n", "\n"), None
+        return f'<div class="output">{"".join(data["text/html"])}</div>\n'.replace("\n\n", "\n"), None
     text = "".join(output.get("text", data.get("text/plain", "")))
     return f"```text\n{text.rstrip()}\n```\n", None
 
