@@ -10,6 +10,7 @@ every method, judged on every task. The names of the finetunes are those of thei
 from __future__ import annotations
 
 import argparse
+import itertools
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -31,13 +32,13 @@ FORMS = ("lora", "delta", "spectral")
 
 
 def experiments(tasks: Iterable[str]) -> list[dict[str, Any]]:
-    """Every point, the cheap ones first."""
-    points: list[dict[str, Any]] = []
-    for task in tasks:
-        points.append({"what": "forgetting", "task": task})
-        points += [{"what": "extract", "task": task, "as": "lora", "rank": rank} for rank in RANKS]
-        points += [{"what": "extract", "task": task, "as": form, "part": part} for part in PARTS for form in FORMS]
-    return [*points, *({"what": "merge", "method": method} for method in DEFAULTS)]
+    """Every point: of what the claims are about first."""
+    tasks = list(tasks)
+    points: list[dict[str, Any]] = [{"what": "forgetting", "task": task} for task in tasks]
+    for part, task, form in itertools.product(reversed(PARTS), tasks, FORMS):
+        points.append({"what": "extract", "task": task, "as": form, "part": part})
+    points += [{"what": "merge", "method": method} for method in DEFAULTS]
+    return points + [{"what": "extract", "task": t, "as": "lora", "rank": r} for t in tasks for r in RANKS]
 
 
 def run(
