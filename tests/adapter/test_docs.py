@@ -19,7 +19,7 @@ def test_examples_run(tmp_path, monkeypatch):
     save_deberta(tmp_path / "base")
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for block in blocks:
         exec(compile(block.replace("rank=300", "rank=20"), str(PAGE), "exec"), {})
     assert (tmp_path / "lora16" / "adapter_config.json").exists()

@@ -85,6 +85,8 @@ CASES = {
     "pattern": {"target_modules": ["lin0", "lin1"], "interval_pattern": {"lin1": (1, 3)}},
     "modules_to_save": {"modules_to_save": ["lin1"]},
     "parameters": {"shard_basis": True},
+    "band": {"pattern": "band:1", "target_modules": ["lin0", "lin1"]},
+    "scattered": {"pattern": {"lin0": "scattered:5"}, "target_modules": ["lin0", "lin1"], "save_basis": False},
 }
 
 

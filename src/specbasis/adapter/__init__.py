@@ -14,15 +14,19 @@ if TYPE_CHECKING:
     from specbasis.adapter.layer import SpectralLinear
     from specbasis.adapter.peft_bridge import SpectralModel
     from specbasis.adapter.peft_config import SpectralConfig
+    from specbasis.adapter.placement import Placed, place_coefficients, set_positions
     from specbasis.adapter.task_heads import ParameterCounts, parameter_counts
 
 __all__ = [
     "ParameterCounts",
+    "Placed",
     "SpectralConfig",
     "SpectralLinear",
     "SpectralModel",
     "initialize_gradient_basis",
     "parameter_counts",
+    "place_coefficients",
+    "set_positions",
 ]
 
 __getattr__ = lazily(
@@ -30,6 +34,7 @@ __getattr__ = lazily(
     {
         "SpectralLinear": "layer",
         "initialize_gradient_basis": "gradients",
+        **dict.fromkeys(("Placed", "place_coefficients", "set_positions"), "placement"),
         **dict.fromkeys(("SpectralConfig", "SpectralModel"), "peft_bridge"),
         **dict.fromkeys(("ParameterCounts", "parameter_counts"), "task_heads"),
     },

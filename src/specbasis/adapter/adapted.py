@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from specbasis.adapter import functional
 from specbasis.adapter.bases import basis_of, check_interval
 from specbasis.adapter.layouts import innermost, layout_of
 from specbasis.adapter.state import PARTS, Adapter, Cores, Frozen
-from specbasis.checkpoint.adapter_file import AGAIN, BASIS, FROM_DATA, PROOF, sealed_parts, values_digest
+from specbasis.checkpoint.adapter_file import (
+    AGAIN,
+    BASIS,
+    FROM_DATA,
+    POSITIONS,
+    PROOF,
+    sealed_parts,
+    values_digest,
+)
+from specbasis.checkpoint.pattern import check_positions, positions_of
 from specbasis.checkpoint.proof import Proof, empty_proof, prove, settled_basis
 from specbasis.core.errors import InputError
 from specbasis.core.svd import SVD
-
-SIDE_BY_SIDE = 2048
-"""Longest short side of matrices that are decomposed side by side, each on one thread.
-
-An eigensolver of this size gains little from several threads. Larger: more memory at once.
-"""
-
-MOST_AT_ONCE = 8
-"""Decompositions that may run side by side. Larger: more memory at once."""
 
 
 class AdaptedLayer(nn.Module):
@@ -55,6 +53,7 @@ class AdaptedLayer(nn.Module):
     spectral_sketch_U: Frozen
     spectral_sketch_V: Frozen
     spectral_origin: Frozen
+    spectral_positions: Frozen
     adapter_layer_names: tuple[str, ...] = ("spectral_M",)
     other_param_names: tuple[str, ...] = (*(f"spectral_{part}" for part in PARTS), "adapters")
 
@@ -136,7 +135,7 @@ class AdaptedLayer(nn.Module):
             later: leave the basis empty; `find_bases`, or else the first use, computes it.
             from_file: leave the basis empty; loading a state dict fills it and proves it before the first use.
             shard: hold U and Vh as parameters without gradient, which FSDP shards, instead of buffers.
-            options: fields of `Adapter`: scale, basis, basis_file, keep_basis, init, dropout.
+            options: fields of `Adapter`: pattern, scale, basis, basis_file, keep_basis, init, dropout.
 
         Raises:
             InputError: the interval does not fit the weight, or an option has no such value.
@@ -152,11 +151,9 @@ class AdaptedLayer(nn.Module):
             raise InputError(f"{self.module_name}: got scale = {adapter.scale!r}; want 'none' or 'sigma'")
         if adapter.init not in ("zero", "normal"):
             raise InputError(f"{self.module_name}: got init = {adapter.init!r}; want 'zero' or 'normal'")
-        weight = self.stored_weight()
+        weight, positions = self.stored_weight(), positions_of(adapter.pattern, (k, m), self.module_name)
         self.adapters[adapter_name] = adapter
-        self.spectral_M[adapter_name] = nn.Parameter(
-            torch.zeros(m - k, m - k, dtype=torch.float32, device=weight.device)
-        )
+        self.open(adapter_name, positions)
         U, Vh = (torch.zeros(shape, device=weight.device) for shape in ((out, m - k), (m - k, in_)))
         self._store(adapter_name, U, Vh, empty_proof(m - k), shard)
         if from_file or self.spectral_M[adapter_name].is_meta:
@@ -164,6 +161,25 @@ class AdaptedLayer(nn.Module):
             adapter.awaited.add("M")
         elif not (later or weight.is_meta or adapter.basis in FROM_DATA):
             self.settle(adapter_name)
+
+    def open(self, name: str, positions: Int[Tensor, "2 e"] | None = None) -> None:
+        """Give an adapter new coefficients, at zero: one for each position, or all of its interval's square."""
+        k, m = self.adapters[name].interval
+        device = self.stored_weight().device
+        is_trained = name not in self.spectral_M or self.spectral_M[name].requires_grad
+        shape = (m - k, m - k) if positions is None else positions.shape[1:]
+        M = torch.zeros(shape, dtype=torch.float32, device=device)
+        self.spectral_M[name] = nn.Parameter(M, is_trained)
+        if positions is not None:
+            self.spectral_positions.put(name, positions.to(device))
+        elif name in self.spectral_positions:
+            del self.spectral_positions[name]
+
+    def remove(self, adapter_name: str) -> None:
+        """Take an adapter off; unlike with PEFT's `delete_adapter`, no other becomes active in its place."""
+        for name in (*self.adapter_layer_names, *self.other_param_names):
+            if adapter_name in getattr(self, name):
+                del getattr(self, name)[adapter_name]
 
     def cast_core(self, adapter_name: str, dtype: torch.dtype) -> None:
         """Hold an adapter's coefficients in another floating-point dtype; they are computed with in float32."""
@@ -220,7 +236,7 @@ class AdaptedLayer(nn.Module):
         adapter, M = self.adapters[name], self.spectral_M[name]
         if adapter.init == "normal":  # 1 % of the mean singular value in spectral norm
             unit = 1.0 if adapter.scale == "sigma" else float(self.spectral_S[name].mean())
-            nn.init.normal_(M, std=0.005 * unit / math.sqrt(len(M)))
+            nn.init.normal_(M, std=0.005 * unit / math.sqrt(len(self.spectral_S[name])))
 
     def _prove(self, name: str, proof: Proof) -> None:
         """Prove loaded coefficients, or refuse them."""
@@ -231,7 +247,8 @@ class AdaptedLayer(nn.Module):
                 f"configuration says [{adapter.interval[0]}, {adapter.interval[1]}); the folder mixes two "
                 "adapters: save it again"
             )
-        parts = {part: getattr(self, f"spectral_{part}")[name] for part in sealed_parts(adapter.basis)}
+        parts = {part: getattr(self, f"spectral_{part}") for part in sealed_parts(adapter.basis)}
+        parts = {part: tensors[name] for part, tensors in parts.items() if name in tensors}
         rounded = parts["M"].dtype != torch.float32  # on request, after the file was proven
         if (
             adapter.seal is not None
@@ -244,6 +261,8 @@ class AdaptedLayer(nn.Module):
                 f"{label}: the coefficients are not finite; the training diverged, or the file is damaged: load an "
                 "earlier one"
             )
+        if POSITIONS in parts:
+            check_positions(parts[POSITIONS], parts["M"], adapter.interval, label)
         twin = self._twin(name)
         factors = None if twin is None else (self.spectral_U[twin], self.spectral_Vh[twin])
         if not adapter.keep_basis and twin is not None and factors is not None and self._same_proof(name, twin):
@@ -359,36 +378,3 @@ class AdaptedLayer(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         weight: Any = self.base_layer.weight
         self._rated_weight = (weight, weight._version) if state["_rated_weight"] else None
-
-
-def find_bases(layers: Iterable[AdaptedLayer], adapter_name: str) -> None:
-    """Compute the bases of an adapter that was added with ``later``: matrices up to `SIDE_BY_SIDE` at once, one
-    thread each; larger ones, and those on other devices, in turn with all threads.
-
-    Raises: as `basis_of`.
-    """
-    waiting = [
-        layer
-        for layer in layers
-        if adapter_name in layer.adapters and not layer.adapters[adapter_name].settled
-        if layer.adapters[adapter_name].basis not in FROM_DATA
-        if not (layer.stored_weight().is_meta or layer.spectral_M[adapter_name].is_meta)
-    ]
-    threads = torch.get_num_threads()
-    small = [
-        layer
-        for layer in waiting
-        if layer.stored_weight().device.type == "cpu" and min(layer.layout.shape(layer)) <= SIDE_BY_SIDE
-    ]
-    if threads > 1 and len(small) > 1:
-        workers = min(threads, len(small), MOST_AT_ONCE)
-        try:
-            with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as executor:
-                list(executor.map(lambda layer: layer._compute(adapter_name), small))
-        finally:
-            torch.set_num_threads(threads)  # BLAS libraries hold this number for the whole process
-    for layer in waiting:  # random numbers are drawn in order, whatever ran side by side
-        if layer.adapters[adapter_name].settled:
-            layer._start(adapter_name)
-        else:
-            layer.settle(adapter_name)

@@ -112,9 +112,16 @@ def control_basis(W: Float[Tensor, "out in"], interval: tuple[int, int], basis: 
 
 
 def gradient_basis(
-    G: Float[Tensor, "out in"], W: Float[Tensor, "out in"], interval: tuple[int, int], name: str
+    G: Float[Tensor, "out in"],
+    W: Float[Tensor, "out in"],
+    interval: tuple[int, int],
+    name: str,
+    *,
+    fewer: bool = False,
 ) -> SVD:
     """Singular vectors of a loss gradient G on ranks [k, m), with the singular values of W there as their scale.
+
+    With ``fewer`` on as many of these ranks as G has directions.
 
     Raises:
         InputError: the gradient is zero or not finite, or has fewer than m directions: the vectors are anything.
@@ -127,6 +134,7 @@ def gradient_basis(
             f"{name}: its gradient over these examples is zero, so it has no directions; leave this module out of "
             "target_modules, or give examples whose loss depends on it"
         )
+    m = min(m, max(rank, k + 1)) if fewer else m
     if rank < m:
         raise InputError(
             f"{name}: its gradient over these examples has {rank} directions, and interval [{k}, {m}) wants {m}; "

@@ -119,6 +119,7 @@ def _section(config: Mapping[str, Any], digest: str, labels: int | None) -> str:
     modules, whole = config.get("target_modules"), config.get("modules_to_save")
     interval, rank = config.get("interval"), config.get("rank") or config.get("r")
     size = f"singular directions {interval[0] + 1} … {interval[1]}" if interval else f"rank {markdown(rank)}"
+    size = f"coefficients at the positions of `pattern` in {CONFIG}" if config.get("pattern") else size
     held = number_of(len(modules), "module") if isinstance(modules, list) else f"modules {markdown(modules)}"
     lines = [f"{METHODS.get(_kind(config), markdown(_kind(config)))}: {size}, on {held} of {_named(config)}."]
     if config.get("rank_pattern"):

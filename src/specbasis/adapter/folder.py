@@ -32,7 +32,7 @@ from specbasis.checkpoint.card import CARD
 from specbasis.checkpoint.entry import reading
 from specbasis.checkpoint.places import transformers_address
 from specbasis.checkpoint.proof import Proof, settled_basis, weight_digest
-from specbasis.checkpoint.spectral import oriented
+from specbasis.checkpoint.spectral import oriented, stored_core
 from specbasis.checkpoint.writer import copy_modules, write_model
 from specbasis.core.brief import brief
 from specbasis.core.errors import InputError
@@ -42,7 +42,9 @@ from specbasis.core.svd import SVD, decompose
 
 @dataclass(frozen=True, eq=False)
 class StoredLayer:
-    """One adapted matrix as the folder holds it; U and Vh are None where the basis was not saved."""
+    """One adapted matrix as the folder holds it; U and Vh are None where the basis was not saved. ``square`` is M
+    with zeros where nothing was trained, float64.
+    """
 
     module: str
     M: Tensor
@@ -50,11 +52,12 @@ class StoredLayer:
     scale: str
     U: Tensor | None
     Vh: Tensor | None
+    square: Tensor
 
     @property
     def core(self) -> Tensor:
         """C in units of the weight, float64."""
-        return functional.core(self.M.double(), self.proof.S.double(), self.scale)
+        return functional.core(self.square, self.proof.S.double(), self.scale)
 
 
 @brief
@@ -91,7 +94,7 @@ def read_folder(path: str | Path) -> AdapterFolder:
 def _stored_layer(module: str, parts: Mapping[str, Entry], scale: str) -> StoredLayer:
     tensors = {part: entry.load() for part, entry in parts.items()}
     proof = Proof(*(tensors[part] for part in PROOF))
-    return StoredLayer(module, tensors["M"], proof, scale, tensors.get("U"), tensors.get("Vh"))
+    return StoredLayer(module, tensors["M"], proof, scale, tensors.get("U"), tensors.get("Vh"), stored_core(parts))
 
 
 def info(folder: str | Path) -> dict[str, Any]:
@@ -231,8 +234,12 @@ def _base_at_hand(adapter: AdapterFolder) -> Checkpoint | None:
 
 
 def _lora_factors(U: Tensor, C: Tensor, Vh: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
-    if rank is None or rank >= len(C):
-        return U @ C, Vh
+    left, right = (C != 0).any(1), (C != 0).any(0)
+    if rank is None or rank >= min(int(left.sum()), int(right.sum())):
+        if left.sum() < right.sum():  # only the ranks of the smaller side that have coefficients
+            return U[:, left], C[left] @ Vh
+        right[0] |= not bool(right.any())
+        return U @ C[:, right], Vh[right]
     core = decompose(C, ranks=rank, name="core")
     return U @ (core.U * core.S), core.Vh @ Vh
 

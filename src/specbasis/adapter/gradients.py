@@ -64,32 +64,57 @@ def initialize_gradient_basis(
         InputError: no such adapter, its configuration names another basis, it has been trained, there are no
             batches, a matrix is quantised, or has no gradient of the adapter's rank.
     """
-    layers = {
-        name: layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, AdaptedLayer) and adapter_name in layer.adapters
-    }
+    layers = untrained_layers(model, adapter_name)
     others = {layer.adapters[adapter_name].basis for layer in layers.values()} - set(FROM_DATA)
-    if not layers or others:
-        got = f"basis = {min(others)!r}" if others else "no layer with it"
-        raise InputError(f"adapter {adapter_name!r}: got {got}; want one of SpectralConfig(basis='gradient')")
-    trained = [name for name, layer in layers.items() if bool(layer.spectral_M[adapter_name].any())]
-    if trained:
+    if others:
         raise InputError(
-            f"{trained[0]} (adapter {adapter_name!r}): its coefficients are not zero, and in a new basis they "
-            "would be another update; give the basis before training"
+            f"adapter {adapter_name!r}: got basis = {min(others)!r}; want one of SpectralConfig(basis='gradient')"
         )
-    batches = list(dataloader)
-    if not batches:
-        raise InputError("got no batches; want some hundred examples of the task to take a gradient of")
-    with _as_base(model), _converged(model, batches) if fit_head else nullcontext(), torch.enable_grad():
-        losses = (find_batch_size(batch) * forward_fn(model, _placed(batch, model)) for batch in batches)
-        sums = summed_gradients({name: innermost(layer) for name, layer in layers.items()}, losses)
+    sums = task_gradients(model, layers, dataloader, forward_fn, fit_head=fit_head)
     for name, layer in layers.items():
         G, W = layer.layout.matrix(sums.pop(name)), layer.weight_matrix()
         basis = gradient_basis(G, W, layer.adapters[adapter_name].interval, layer.module_name)
         layer.settle_in(adapter_name, basis)
     return model
+
+
+def untrained_layers(model: nn.Module, adapter_name: str) -> dict[str, AdaptedLayer]:
+    """The layers of a model that have an adapter, by their names in it.
+
+    Raises:
+        InputError: there are none, or the adapter has been trained.
+    """
+    layers = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, AdaptedLayer) and adapter_name in layer.adapters
+    }
+    if not layers:
+        raise InputError(f"adapter {adapter_name!r}: got no layer with it; want a spectral adapter of this model")
+    trained = [name for name, layer in layers.items() if bool(layer.spectral_M[adapter_name].any())]
+    if trained:
+        raise InputError(
+            f"{trained[0]} (adapter {adapter_name!r}): its coefficients are not zero, and in a new basis or at "
+            "other positions they would be another update; choose both before training"
+        )
+    return layers
+
+
+def task_gradients(
+    model: nn.Module,
+    layers: Mapping[str, AdaptedLayer],
+    dataloader: Iterable[Any],
+    forward_fn: Callable[[nn.Module, Any], Tensor],
+    *,
+    fit_head: bool,
+) -> dict[str, Tensor]:
+    """Σ ∂loss/∂W over the examples for each layer, as its weight is stored; see `initialize_gradient_basis`."""
+    batches = list(dataloader)
+    if not batches:
+        raise InputError("got no batches; want some hundred examples of the task to take a gradient of")
+    with _as_base(model), _converged(model, batches) if fit_head else nullcontext(), torch.enable_grad():
+        losses = (find_batch_size(batch) * forward_fn(model, _placed(batch, model)) for batch in batches)
+        return summed_gradients({name: innermost(layer) for name, layer in layers.items()}, losses)
 
 
 def summed_gradients(modules: Mapping[str, nn.Module], losses: Iterable[Tensor]) -> dict[str, Tensor]:

@@ -6,17 +6,22 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from specbasis.adapter import functional
 from specbasis.adapter.adapted import AdaptedLayer
 from specbasis.adapter.layouts import innermost
+from specbasis.checkpoint.pattern import SQUARE, check_positions, square_of
+from specbasis.checkpoint.proof import Proof
+from specbasis.core.errors import InputError
 
 
 class SpectralLinear(AdaptedLayer):
     """A frozen layer W and adapters W' = W + U[:, k:m] C Vh[k:m, :], of which only the core is trained.
+
+    Of a core, all of the square is trained or the coefficients at some positions; the rest of it is zero.
 
     Wraps nn.Linear, transformers' Conv1D (whose weight is transposed) and nn.Conv2d (as out × in·kh·kw). The
     layer's own forward is called wherever the route allows, so hooks, quantised weights and subclasses keep
@@ -36,7 +41,48 @@ class SpectralLinear(AdaptedLayer):
         """The adapter's core in units of the weight: M, or diag(S) M."""
         scale = self.adapters[adapter_name].scale
         S = self.spectral_S[adapter_name]
-        return functional.core(self.spectral_M[adapter_name].to(S.dtype), S, scale)
+        return functional.core(self.coefficients(adapter_name).to(S.dtype), S, scale)
+
+    def coefficients(self, adapter_name: str) -> Float[Tensor, "r r"]:
+        """M as the square of its ranks, with zeros where the adapter's pattern has nothing to train."""
+        M: Tensor = self.spectral_M[adapter_name]
+        if adapter_name in self.spectral_positions:
+            M = square_of(M, self.spectral_positions[adapter_name], self.adapters[adapter_name].interval)
+        return M
+
+    def place(self, adapter_name: str, positions: Int[Tensor, "2 e"]) -> None:
+        """Train the coefficients at these positions alone, and keep the vectors between their ranks alone.
+
+        Positions that fill a square are one. (The vectors of a random basis depend on the interval, which stays.)
+
+        Args:
+            adapter_name: an adapter whose coefficients are zero.
+            positions: ranks of left and right vectors in the adapter's interval, by row, each pair once.
+
+        Raises:
+            InputError: the positions are none, or the adapter has been trained.
+        """
+        self.settle(adapter_name)
+        adapter, label = self.adapters[adapter_name], self.module_name
+        if bool(self.spectral_M[adapter_name].any()):
+            raise InputError(
+                f"{label} (adapter {adapter_name!r}): its coefficients are not zero, and at other positions they "
+                "would be another update; choose the positions before training"
+            )
+        check_positions(positions, torch.empty(positions.shape[1:]), adapter.interval, label)
+        k, m = adapter.interval
+        first, stop = int(positions.min()), int(positions.max()) + 1
+        if adapter.basis.startswith("random"):
+            first, stop = k, m
+        ranks, proof = slice(first - k, stop - k), self.proof(adapter_name)
+        origin = proof.origin.clone()
+        origin[0], origin[1] = first, stop
+        proof = Proof(origin, *(part[ranks] for part in (proof.S, proof.sketch_U, proof.sketch_V)))
+        count, is_square = positions.shape[1], positions.shape[1] == (stop - first) ** 2
+        adapter.interval, adapter.pattern = (first, stop), SQUARE if is_square else f"scattered:{count}"
+        self.open(adapter_name, None if is_square else positions.to(torch.int32))
+        U, Vh = self.spectral_U[adapter_name][:, ranks], self.spectral_Vh[adapter_name][ranks]
+        self._settled(adapter_name, U, Vh, proof, exact=adapter.exact)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """The update in the base layer's layout and dtype: U C Vh, formed in float64.
@@ -181,13 +227,13 @@ class SpectralLinear(AdaptedLayer):
         # cannot tell.
         if not torch.compiler.is_compiling() and adapter.rated and self._is_rated_weight():
             candidates.append("inner" if in_ <= out else "outer")
-        C = self.spectral_M[name]
+        M = self.spectral_M[name]
         return functional.choose(
             x.numel() // in_,
             out,
             in_,
-            C.shape[0],
-            backward=torch.is_grad_enabled() and (C.requires_grad or x.requires_grad),
+            U.shape[1],
+            backward=torch.is_grad_enabled() and (M.requires_grad or x.requires_grad),
             input_gradient=x.requires_grad,
             candidates=tuple(candidates),
         )

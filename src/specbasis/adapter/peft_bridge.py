@@ -30,15 +30,16 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
-from specbasis.adapter.adapted import find_bases
 from specbasis.adapter.bases import save_bases
 from specbasis.adapter.inert import refuse_inert
 from specbasis.adapter.peft_config import FILE_NAME, NAME, SpectralConfig
 from specbasis.adapter.peft_layer import SpectralLayer, adapted_layer
 from specbasis.adapter.peft_resolve import all_linear, check_targets, feed_forward, resolve, tell_small_layers
 from specbasis.adapter.rest import fingerprints, is_dense, rest_of, warn_of_another_base
+from specbasis.adapter.side_by_side import find_bases
 from specbasis.adapter.state import Seal
 from specbasis.checkpoint.adapter_file import FROM_DATA, PREFIX, seal
+from specbasis.checkpoint.pattern import SQUARE
 from specbasis.core.errors import InputError
 
 NEEDS_PEFT = "0.21"
@@ -69,7 +70,9 @@ class SpectralModel(BaseTuner):
                 tell_small_layers(config, layers)
                 find_bases(layers.values(), adapter_name)
             else:
-                check_targets(config, file, layers)
+                check_targets(
+                    config, file, {n: layer.spectral_M[adapter_name].shape for n, layer in layers.items()}
+                )
         except Exception:
             self._remove(adapter_name)
             raise
@@ -192,6 +195,7 @@ class SpectralModel(BaseTuner):
             later=isinstance(self, SpectralModel),  # a PeftMixedModel creates layers through here too
             from_file=peft_config.file_format is not None,
             shard=peft_config.shard_basis,
+            pattern=peft_config.pattern_of(current_key),
             scale=peft_config.scale,
             basis=peft_config.basis,
             basis_file=peft_config.basis_file,
@@ -241,7 +245,8 @@ class SpectralModel(BaseTuner):
     ) -> None:
         """A new adapter whose update is Σ weight · update, exactly: M = Σ weight · M in the common basis.
 
-        Intervals of pretrained singular vectors may differ: the sum lives on their union.
+        Intervals of pretrained singular vectors may differ: the sum lives on their union, as a square whatever the
+        patterns.
 
         Raises:
             InputError: an adapter does not exist, the bases or scales differ, or the type is not "linear".
@@ -274,6 +279,7 @@ class SpectralModel(BaseTuner):
             layers_to_transform=None,
             layers_pattern=None,
             interval_pattern={re.escape(name): interval for name, interval in unions.items()},
+            pattern=SQUARE,
             init="zero",
             file_format=None,
             seal=None,
@@ -289,7 +295,7 @@ class SpectralModel(BaseTuner):
                         start, stop = (bound - unions[name][0] for bound in layer.adapters[adapter].interval)
                         signs = _relative_signs(layer, adapter_name, adapter, start, stop)
                         block = layer.spectral_M[adapter_name][start:stop, start:stop]
-                        block += weight * signs[:, None] * layer.spectral_M[adapter] * signs
+                        block += weight * signs[:, None] * layer.coefficients(adapter) * signs
                 layer.spectral_M[adapter_name].requires_grad_(adapter_name in self.active_adapters)
 
 

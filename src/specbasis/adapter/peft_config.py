@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from peft import PeftConfig, PeftType
 
 from specbasis.checkpoint.adapter_file import FROM_DATA
+from specbasis.checkpoint.pattern import SQUARE, check_pattern
 from specbasis.core.errors import InputError
 from specbasis.core.patterns import Matcher
 
@@ -34,6 +35,10 @@ class SpectralConfig(PeftConfig):
             layer that has fewer.
         rank: shorthand for interval (0, rank).
         interval_pattern: intervals of single layers: {regular expression at the end of the module name: (k, m)}.
+        pattern: which coefficients of each square of ranks are trained: "square", all; "diagonal"; "band:WIDTH",
+            all with |i − j| <= WIDTH; "scattered:COUNT", at random positions unless `set_positions` or
+            `place_coefficients` chooses; or {regular expression at the end of the module name: one of these},
+            where a module that none matches has its square.
         target_modules: names (endings) of modules, a regular expression, or "all-linear"; by default both matrices
             of every feed-forward network, where the architecture is known.
         exclude_modules: names or a regular expression of modules to leave out.
@@ -63,6 +68,7 @@ class SpectralConfig(PeftConfig):
     interval: tuple[int, int] | None = None
     rank: int | None = None
     interval_pattern: dict[str, tuple[int, int]] | None = None
+    pattern: str | dict[str, str] = SQUARE
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     blocks_to_transform: list[int] | int | None = None
@@ -92,6 +98,8 @@ class SpectralConfig(PeftConfig):
             self.interval = (0, self.rank)
         self.interval = None if self.interval is None else _pair(self.interval)
         self.interval_pattern = {name: _pair(pair) for name, pair in (self.interval_pattern or {}).items()}
+        for pattern in self.pattern.values() if isinstance(self.pattern, dict) else [self.pattern]:
+            check_pattern(pattern)
         chosen = [blocks for blocks in (self.blocks_to_transform, self.layers_to_transform) if blocks is not None]
         if any(blocks != chosen[0] for blocks in chosen):
             raise InputError(
@@ -122,9 +130,10 @@ class SpectralConfig(PeftConfig):
                     raise InputError(f"got {name[:80]!r} in {field}; want names: repetitions are not matched there")
         if not 0 <= self.dropout < 1:
             raise InputError(f"got dropout = {self.dropout}; want 0 <= dropout < 1")
-        if self.file_format not in (None, 1):
+        if self.file_format not in (None, 1, 2):
             raise InputError(
-                f"the adapter folder has format {self.file_format}; this version of specbasis reads 1: upgrade it"
+                f"the adapter folder has format {self.file_format}; this version of specbasis reads 1 and 2: "
+                "upgrade it"
             )
 
     bias = "none"
@@ -157,6 +166,12 @@ class SpectralConfig(PeftConfig):
         pattern = Matcher("interval_pattern").first(patterns, module_name)
         return (self.interval or (0, min(DEFAULT_RANK, *shape))) if pattern is None else patterns[pattern]
 
+    def pattern_of(self, module_name: str) -> str:
+        """The pattern of a module's coefficients."""
+        if isinstance(self.pattern, str):
+            return self.pattern
+        return self.pattern.get(Matcher("pattern").first(self.pattern, module_name) or "", SQUARE)
+
     def to_dict(self) -> dict[str, Any]:
         """The configuration as adapter_config.json holds it, without the seal, which belongs to one file."""
         fields = super().to_dict()
@@ -164,7 +179,9 @@ class SpectralConfig(PeftConfig):
             del fields[name]
         if isinstance(fields["target_modules"], set):
             fields["target_modules"] = sorted(fields["target_modules"])
-        return {**fields, "peft_type": FILE_NAME, "file_format": 1}
+        if self.pattern == SQUARE:  # as version 0.1 wrote it, and reads it
+            del fields["pattern"]
+        return {**fields, "peft_type": FILE_NAME, "file_format": 1 if self.pattern == SQUARE else 2}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write adapter_config.json, with the seal of the adapter that PEFT wrote just before."""

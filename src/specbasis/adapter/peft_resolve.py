@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import huggingface_hub
@@ -58,8 +58,13 @@ def resolve(config: SpectralConfig, model: nn.Module) -> AdapterFile | None:
     return file
 
 
-def check_targets(config: SpectralConfig, file: AdapterFile | None, layers: Iterable[str]) -> None:
-    """Refuse a file that has other layers than its configuration targets in this model.
+def check_targets(config: SpectralConfig, file: AdapterFile | None, layers: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse a file that has other layers, or of one other coefficients, than its configuration targets here.
+
+    Args:
+        config: the configuration.
+        file: its file, where it is at hand.
+        layers: names of the adapted layers, and the shapes of their coefficients.
 
     Names are compared from the first number on: transformers renames what is above the blocks of some models.
 
@@ -69,6 +74,14 @@ def check_targets(config: SpectralConfig, file: AdapterFile | None, layers: Iter
     saved = file.modules if file is not None else (config.seal or {}).get("layers")
     if saved is None:
         return
+    source = "the adapter" if file is None else file.source
+    for name, parts in file.modules.items() if file is not None else ():
+        wanted = layers.get(name, parts["M"].shape)
+        if tuple(parts["M"].shape) != tuple(wanted):
+            raise InputError(
+                f"{source}: {name} holds coefficients of shape {tuple(parts['M'].shape)}, the configuration "
+                f"wants {tuple(wanted)}; load it as it was saved"
+            )
     stored, targeted = (Counter(_within_blocks(name) for name in names) for names in (saved, layers))
     for more, fewer, problem in (
         (stored, targeted, "is in the file, and the configuration does not target it in this model"),
@@ -76,7 +89,6 @@ def check_targets(config: SpectralConfig, file: AdapterFile | None, layers: Iter
     ):
         names = sorted((more - fewer).elements())
         if names:
-            source = "the adapter" if file is None else file.source
             raise InputError(
                 f"{source}: {names[0]} (and {len(names) - 1} more) {problem}; load it as it was saved, on the "
                 "base that it was trained on (for a new adapter, set file_format = None)"

@@ -8,13 +8,14 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from specbasis.checkpoint.adapter_file import BASIS, PROOF
+from specbasis.checkpoint.adapter_file import BASIS, POSITIONS, PROOF
+from specbasis.checkpoint.pattern import SQUARE
 
 Scale = Literal["none", "sigma"]
 Init = Literal["zero", "normal"]
 
-PARTS = (*BASIS, *PROOF)
-"""Frozen tensors of an adapter, in the state dict as ``spectral_PART.ADAPTER``."""
+PARTS = (*BASIS, *PROOF, POSITIONS)
+"""Frozen tensors of an adapter, in the state dict as ``spectral_PART.ADAPTER``; a square has no positions."""
 
 
 @dataclass(eq=False)
@@ -42,6 +43,7 @@ class Adapter:
     Attributes:
         interval: ranks [k, m), 0-based.
         scale: "none", or "sigma" for coefficients in units of the singular values.
+        pattern: which coefficients of the square are trained; see `checkpoint.pattern.positions_of`.
         basis: "pretrained", "gradient", "random", "shuffled" (the last two also with ":SEED"), or "from:PATH".
         keep_basis: whether U and Vh are part of the state dict.
         init: how the core of a new adapter starts: "zero", or "normal".
@@ -55,6 +57,7 @@ class Adapter:
     """
 
     interval: tuple[int, int]
+    pattern: str = SQUARE
     scale: Scale = "none"
     basis: str = "pretrained"
     keep_basis: bool = True
@@ -69,7 +72,8 @@ class Adapter:
 
     def expect(self) -> None:
         """Loading begins: every part that a file holds is about to be replaced."""
-        self.settled, self.awaited = False, set(PARTS if self.keep_basis else PROOF)
+        basis, positions = self.keep_basis * BASIS, (self.pattern != SQUARE) * (POSITIONS,)
+        self.settled, self.awaited = False, {*PROOF, *basis, *positions}
 
 
 class _Awaited(nn.Module):

@@ -18,6 +18,7 @@ from torch import Tensor
 from specbasis.checkpoint.choice import USUAL, read_config
 from specbasis.checkpoint.digest import digest
 from specbasis.checkpoint.entry import Entry, reading, shown
+from specbasis.checkpoint.pattern import check_positions
 from specbasis.checkpoint.places import Place, locate
 from specbasis.core.brief import brief
 from specbasis.core.errors import InputError
@@ -31,6 +32,9 @@ PREFIX = "base_model.model."
 BASIS, PROOF = ("U", "Vh"), ("origin", "S", "sketch_U", "sketch_V")
 """Parts of an adapted matrix in a spectral adapter besides M: what it may leave out, and what it may not."""
 
+POSITIONS = "positions"
+"""Where the coefficients stand, if they are not all of the square; see `checkpoint.pattern`."""
+
 FROM_DATA = ("gradient",)
 """Kinds of basis that examples made. Nothing but the file tells their vectors, so its seal covers them."""
 
@@ -42,7 +46,7 @@ _HALF = (torch.float16, torch.bfloat16)
 AGAIN = f'fetch or save the adapter again (if the change is meant, remove "seal" from {CONFIG})'
 _PART = re.compile(
     r"^(?P<module>.+?)\.(?:lora_(?P<lora>A|B|E|embedding_A|embedding_B|magnitude_vector)(?:\.weight)?"
-    r"|spectral_(?P<spectral>M|U|Vh|S|sketch_U|sketch_V|origin))$"
+    r"|spectral_(?P<spectral>M|U|Vh|S|sketch_U|sketch_V|origin|positions))$"
 )
 
 
@@ -55,7 +59,8 @@ class AdapterFile:
         source: what the user called it.
         config: content of adapter_config.json.
         modules: module name → part → stored tensor: A, B, E, magnitude_vector of LoRA and its relatives (and
-            ``embedding`` where A and B are those of one); M, `PROOF` and perhaps `BASIS` of a spectral adapter.
+            ``embedding`` where A and B are those of one); M, `PROOF` and perhaps `BASIS` and `POSITIONS` of a
+            spectral adapter.
         saved: name → every other tensor: heads and other modules that are stored whole.
         files: on disk, for provenance.
         digests: file name → digest, on the Hub.
@@ -75,13 +80,13 @@ class AdapterFile:
         """PEFT's name of the method in capitals; a spectral adapter's file says more behind it."""
         return str(self.config.get("peft_type", "")).upper().partition(":")[0]
 
-    def require(self, parts: tuple[str, ...]) -> None:
-        """Refuse a spectral adapter in which a matrix lacks one of these parts.
+    def require(self, parts: tuple[str, ...], *, only: str | None = None) -> None:
+        """Refuse a spectral adapter in which a matrix, or only the one of this module, lacks one of these parts.
 
         Raises:
             InputError: it does.
         """
-        for module, stored in self.modules.items():
+        for module, stored in self.modules.items() if only is None else [(only, self.modules[only])]:
             lacking = [f"spectral_{part}" for part in parts if part not in stored]
             if lacking:
                 raise InputError(
@@ -96,8 +101,21 @@ class AdapterFile:
         Files of version 0.1 have no seal.
 
         Raises:
-            InputError: a setting, the coefficients of a layer or a module saved whole differ, or are gone.
+            InputError: a setting, the coefficients of a layer or a module saved whole differ, or are gone; or
+                positions of coefficients are none.
         """
+        for module, parts in self.modules.items():
+            if POSITIONS in parts or ("M" in parts and len(parts["M"].shape) != 2):
+                self.require(("M", "S", "origin", POSITIONS), only=module)
+                with reading(self.source):
+                    positions, M, origin = (parts[part].load() for part in (POSITIONS, "M", "origin"))
+                interval = int(origin[0]), int(origin[1])
+                if interval[1] - interval[0] != parts["S"].shape[0]:
+                    raise InputError(
+                        f"{self.source}: {module} is for ranks [{interval[0]}, {interval[1]}) and has "
+                        f"{parts['S'].shape[0]} singular values; fetch or save the adapter again"
+                    )
+                check_positions(positions, M, interval, f"{self.source}: {module}")
         recorded = checked_seal(self.config, self.source)
         if recorded is None:
             return
@@ -176,7 +194,7 @@ def seal(
 
 def sealed_parts(basis: str | None) -> tuple[str, ...]:
     """Parts of an adapted matrix that its digest in the seal covers, for a kind of basis."""
-    return ("M", *PROOF, *(BASIS if basis in FROM_DATA else ()))
+    return ("M", POSITIONS, *PROOF, *(BASIS if basis in FROM_DATA else ()))
 
 
 def values_digest(tensors: Mapping[str, Tensor]) -> str:

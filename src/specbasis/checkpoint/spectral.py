@@ -8,8 +8,9 @@ from functools import lru_cache, partial
 from jaxtyping import Float
 from torch import Tensor
 
-from specbasis.checkpoint.adapter_file import BASIS, PROOF, AdapterFile
+from specbasis.checkpoint.adapter_file import BASIS, POSITIONS, PROOF, AdapterFile
 from specbasis.checkpoint.entry import Entry
+from specbasis.checkpoint.pattern import square_of
 from specbasis.checkpoint.proof import Proof, align, weight_digest
 from specbasis.core.errors import InputError
 from specbasis.core.svd import half_svd
@@ -41,7 +42,7 @@ def spectral_factors(file: AdapterFile, weight: Callable[[str], Tensor]) -> dict
         else:
             file.require(PROOF)
             out, width = _proof(parts).shape
-        r = parts["M"].shape[0]
+        r = (parts["S"] if POSITIONS in parts else parts["M"]).shape[0]
         left = partial(_left, parts, partial(basis, module), is_scaled=str(file.config.get("scale")) == "sigma")
         factors[module] = {
             "A": Entry((r, width), "float32", lambda module=module: basis(module)[1]),
@@ -73,6 +74,15 @@ def _basis(file: AdapterFile, weight: Callable[[str], Tensor], module: str) -> t
     return svd.U, svd.Vh
 
 
+def stored_core(parts: Mapping[str, Entry]) -> Float[Tensor, "r r"]:
+    """The coefficients of one matrix as a square, float64."""
+    M: Tensor = parts["M"].load().double()
+    if POSITIONS not in parts:
+        return M
+    k, m = parts["origin"].load()[:2].tolist()
+    return square_of(M, parts[POSITIONS].load(), (k, m))
+
+
 def _left(parts: Mapping[str, Entry], basis: Callable[[], tuple[Tensor, Tensor]], *, is_scaled: bool) -> Tensor:
-    C: Tensor = parts["M"].load().double()
+    C = stored_core(parts)
     return basis()[0].double() @ (parts["S"].load().double()[:, None] * C if is_scaled else C)

@@ -31,7 +31,8 @@ def adapter_info(folder: ADAPTER) -> None:
     for layer in found["layers"]:
         first, last = layer["interval"]
         line(
-            f"{layer['module']}: {layer['weight']}, ranks {first + 1} … {last}, drift {layer['drift']:.3g}, "
+            f"{layer['module']}: {layer['weight']}, ranks {first + 1} … {last}, "
+            f"{number_of(layer['parameters'], 'coefficient')}, drift {layer['drift']:.3g}, "
             f"alignment {layer['mean_left_alignment']:.3f} / {layer['mean_right_alignment']:.3f}, "
             f"condition {layer['condition']:.3g}, basis {'saved' if layer['basis_saved'] else 'not saved'}"
         )

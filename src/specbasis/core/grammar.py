@@ -108,6 +108,28 @@ def parse_bytes(text: str) -> int:
     return size
 
 
+def parse_count(text: int | str, total: int) -> int:
+    """How many of something: 60000, "60k", "1.5M", or a share of a total, "0.1%".
+
+    Raises:
+        InputError: it is none of these, or less than one.
+    """
+    match = re.fullmatch(
+        r"(\d{1,15})|(\d{1,9}(?:\.\d{1,9})?) ?([kmg%])", str(text).strip(), re.IGNORECASE | re.ASCII
+    )
+    if not match or isinstance(text, bool):
+        raise InputError(f"got {text!r}; want a number, such as 60000, 60k or 1.5M, or a share, such as 0.1%")
+    whole, number, unit = match.groups()
+    size = (
+        int(whole)
+        if whole
+        else round(float(number) * {"k": 1e3, "m": 1e6, "g": 1e9}.get(unit.lower(), total / 100))
+    )
+    if size < 1:
+        raise InputError(f"got {text!r}, which is {size} of {total:,}; want at least 1")
+    return size
+
+
 def human_bytes(size: float) -> str:
     """1.5 GiB, 300 MiB."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"

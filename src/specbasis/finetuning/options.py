@@ -10,7 +10,7 @@ from typing import Any
 
 from specbasis.core.errors import InputError
 from specbasis.core.extras import require
-from specbasis.core.grammar import intervals
+from specbasis.core.grammar import intervals, parse_count
 from specbasis.core.options import ADVANCED, PYTHON, Options, Rule, option
 
 
@@ -25,6 +25,7 @@ def require_libraries() -> None:
 
 PRECISIONS = ("float32", "bf16", "fp16")
 SELECTIONS = ("last", "best")
+PLACEMENTS = ("gradient", "uniform")
 BASES = ("pretrained", "gradient", "random", "shuffled")
 
 
@@ -94,8 +95,16 @@ class Placement(Options):
         panel=ADVANCED,
         choices=BASES,
     )
+    budget: int | str | None = option(
+        None,
+        "numbers that a spectral method trains in all, spread by the gradient: 60k, or 0.1% of the base",
+        panel=ADVANCED,
+    )
+    placement: str | None = option(
+        None, "what spreads a budget: gradient (the default), uniform", panel=ADVANCED, choices=PLACEMENTS
+    )
     basis_examples: int | None = option(
-        None, "training examples that a gradient basis is made from; default: 1024", panel=ADVANCED, least=1
+        None, "training examples for a gradient basis or a budget; default: 1024", panel=ADVANCED, least=1
     )
     roles: tuple[str, ...] | None = option(None, "roles of the matrices that are adapted", panel=PYTHON)
     target_modules: tuple[str, ...] | None = option(None, "names of the adapted modules", panel=PYTHON)
@@ -106,12 +115,22 @@ class Placement(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.basis_examples is not None and self.basis != "gradient":
+        if self.basis_examples is not None and not self.takes_gradient:
             raise InputError(
-                f"got basis_examples = {self.basis_examples} with basis = {self.basis!r}; want basis = 'gradient'"
+                f"got basis_examples = {self.basis_examples} with basis = {self.basis!r}; want basis = 'gradient', "
+                "or a budget"
             )
+        if self.budget is not None:
+            parse_count(self.budget, 10**15)  # how many parameters a share is of shows when the base is there
+        elif self.placement is not None:
+            raise InputError(f"got placement = {self.placement!r} without a budget; want a budget, such as 60k")
         if isinstance(self.checkpoint, Path):
             object.__setattr__(self, "checkpoint", str(self.checkpoint))
+
+    @property
+    def takes_gradient(self) -> bool:
+        """Whether the method wants the gradient of examples before it is trained."""
+        return self.basis == "gradient" or self.budget is not None
 
 
 @dataclass(frozen=True)

@@ -139,17 +139,24 @@ def finetune(
         training = Run(base, data, method, options, texts, unchanged=unchanged)
         metrics = train(training, folder, callbacks)
         predictions = metrics.pop("predictions")
+        found = {"coefficients": metrics.pop("coefficients")}
         metrics = plain(metrics)
         if is_main_process():
             _write_predictions(folder / PREDICTIONS, predictions, training.scored, data.task)
             write_whole(folder / CARD, model_card(config, metrics, data.task, folder))
-            logs = folder / CHECKPOINTS / LOGS
-            if logs.is_dir():
-                logs.rename(folder / LOGS)
-            write_json(folder / METRICS, metrics)  # whose presence says that the run is finished
-            Folder(folder, {**RUN.read(folder), "metrics": sha256(folder / METRICS)}, RUN).write_manifest()
-            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+            _finish(folder, metrics, found if found["coefficients"] else {})
     return Finetuned(folder, metrics)
+
+
+def _finish(folder: Path, metrics: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """Write the metrics of a finished run, their seal and what else was found into the manifest, and tidy up."""
+    logs = folder / CHECKPOINTS / LOGS
+    if logs.is_dir():
+        logs.rename(folder / LOGS)
+    write_json(folder / METRICS, metrics)  # whose presence says that the run is finished
+    manifest = {**RUN.read(folder), **found, "metrics": sha256(folder / METRICS)}
+    Folder(folder, manifest, RUN).write_manifest()
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
 
 def _whole_base(adapted: Checkpoint, place: Path) -> Path:
@@ -198,7 +205,7 @@ def resolved(options: FinetuneOptions, method: str, data: TaskData) -> tuple[Fin
     selection = selection_size(len(data.train)) if options.select == "best" else None
     if not len(data.selection) and (selection or options.examples):
         data = subset(data, examples=options.examples, selection=selection)
-    if options.basis == "gradient":
+    if options.takes_gradient:
         count = min(options.basis_examples or GRADIENT_EXAMPLES, len(data.train))
         options = dataclasses.replace(options, basis_examples=count)
     return options, data

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import shutil
 import sys
@@ -21,7 +22,7 @@ from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArgum
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from specbasis.adapter import initialize_gradient_basis
+from specbasis.adapter import Placed, initialize_gradient_basis, place_coefficients
 from specbasis.checkpoint import open_checkpoint
 from specbasis.checkpoint.regular import read_json
 from specbasis.core.errors import InputError
@@ -80,7 +81,7 @@ def train(run: Run, folder: Path, callbacks: Sequence[TrainerCallback] = ()) -> 
             base = load_base(run.base, data.task, max_length=options.max_length, scratch=run.scratch)
             run.unchanged()
             attached = attach(base.model, run.method, options.part(Placement), seed=options.seed)
-            _give_basis(attached, base, run)
+            placed = _give_basis(attached, base, run)
             watch = Stopwatch()
             with _trainer(run, base, attached, folder) as trainer:
                 for callback in (watch, *attached.callbacks, *callbacks):
@@ -121,22 +122,41 @@ def train(run: Run, folder: Path, callbacks: Sequence[TrainerCallback] = ()) -> 
         "forgetting": {"definition": pretraining.definition, "reason": pretraining.reason}
         | {"text": text, "before": before, "after": after},
         "prefix_cache": trainer.cache,
-        "notes": [*data.notes, *trainer.notes, *constant],
+        "notes": [*data.notes, *_spread(placed), *trainer.notes, *constant],
+        "coefficients": [dataclasses.asdict(matrix) for matrix in placed],
         "predictions": {name: split.packed() for name, split in predictions.items()},
     }
 
 
-def _give_basis(attached: Attached, base: Base, run: Run) -> None:
-    """Make a basis that wants examples from some of train's, chosen by the seed."""
-    if attached.request.options.get("basis") != "gradient":
-        return
+def _give_basis(attached: Attached, base: Base, run: Run) -> list[Placed]:
+    """Make a basis that wants examples from some of train's, chosen by the seed, and spread a budget by them."""
+    budget = attached.request.budget
+    if attached.request.options.get("basis") != "gradient" and budget is None:
+        return []
     split = run.data.train
     order = np.random.default_rng(run.options.seed).permutation(len(split))[: run.options.basis_examples]
     by_length = sorted(order.tolist(), key=lambda i: (sum(map(len, split.inputs[i])), i))  # less padding
     examples = base.encode(split.take(by_length))
     size = 4 * run.options.batch_size
     batches: DataLoader[Any] = DataLoader(examples, size, collate_fn=base.collator())  # type: ignore[arg-type]
-    initialize_gradient_basis(attached.model.to(PartialState().device), batches)
+    model = attached.model.to(PartialState().device)
+    if budget is None:
+        initialize_gradient_basis(model, batches)
+        return []
+    by = run.options.placement or "gradient"
+    return place_coefficients(model, batches, budget, by=by, seed=run.options.seed)
+
+
+def _spread(placed: Sequence[Placed]) -> list[str]:
+    """Where a budget went, in one sentence."""
+    got = [matrix for matrix in placed if matrix.coefficients]
+    if not got:
+        return []
+    share = sum(matrix.energy * matrix.gradient for matrix in placed)
+    return [
+        f"{sum(matrix.coefficients for matrix in got):,} coefficients in {len(got)} of {len(placed)} matrices hold "
+        f"{100 * share:.3g} % of the gradient's energy; manifest.json says where"
+    ]
 
 
 @functools.lru_cache(maxsize=4)
@@ -212,6 +232,13 @@ class _Trainer(Trainer):
             raise InputError(f"{resume_from_checkpoint}: lacks {lacking[0]}; delete the folder and run again")
         with torch.no_grad():
             for name, value in wanted.items():
+                if value.shape != stored[name].shape or not (
+                    value.is_floating_point() or value.equal(stored[name])
+                ):
+                    raise InputError(
+                        f"{resume_from_checkpoint}: holds coefficients at other positions than this machine's "
+                        "gradient chooses now; delete the run's folder and run again"
+                    )
                 value.copy_(stored[name])
 
     def _load_best_model(self) -> None:
@@ -219,7 +246,9 @@ class _Trainer(Trainer):
 
 
 def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
+    """What is trained, and the positions of coefficients, for which the rest of them is nothing."""
+    trained = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
+    return trained | {name: value for name, value in model.named_buffers() if ".spectral_positions." in name}
 
 
 @contextmanager

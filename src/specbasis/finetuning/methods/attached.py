@@ -156,7 +156,7 @@ def _request(model: nn.Module, method: str | Method, where: Placement, seed: int
         wanted = "want the checkpoint of a model" if where.checkpoint is None else "leave checkpoint out"
         raise InputError(f"{method.name}: got checkpoint = {where.checkpoint!r}; {wanted}")
     assert not isinstance(where.checkpoint, Path)
-    return Request(method, width, ranks, sites, seed, where.checkpoint, options)
+    return Request(method, width, ranks, sites, seed, where.checkpoint, options, where.budget)
 
 
 def _attached(model: nn.Module, request: Request, build: Callable[[tuple[str, ...]], nn.Module]) -> Attached:
@@ -175,7 +175,7 @@ def load(folder: str | Path, base: nn.Module) -> Attached:
     folder = Path(folder)
     described = _described(folder)
     name, seed = described["method"], described["seed"]
-    where = Placement(**{key: described[key] for key in _PLACEMENT})
+    where = Placement(**{key: described[key] for key in _PLACEMENT}, budget=described.get("budget"))
     if described["peft"]:
         adapter_folder(folder)  # refuses a folder that is incomplete
         attached = _attached(base, _request(base, name, where, seed), lambda _: _peft_model(folder, base))

@@ -60,6 +60,8 @@ class Method:
 
     adds: ClassVar[bool] = True
     """Whether what it trains comes on top of the model's own parameters."""
+    takes_budget: ClassVar[bool] = False
+    """Whether a budget of coefficients can be spread over its matrices."""
     takes_interval: ClassVar[bool] = False
     """Whether it can be asked for ranks [k, m) in place of a rank."""
 
@@ -98,6 +100,8 @@ class Method:
             InputError: the method takes no interval, or has no such size.
         """
         rank, interval, default = where.rank, where.interval, self.default_size(sites)
+        if where.budget is not None and not self.takes_budget:
+            raise InputError(f"got budget = {where.budget!r}; {self.name} takes rank only")
         if interval is not None and not self.takes_interval:
             raise InputError(f"got interval = {interval}; {self.name} takes rank only")
         if interval is not None and rank is not None:
@@ -157,6 +161,7 @@ class Request:
         seed: of every random initialisation and pattern.
         checkpoint: whose singular vectors to use instead of the base's.
         options: settings of the method.
+        budget: coefficients in all, where they are not all of each matrix's square.
     """
 
     method: Method
@@ -166,6 +171,7 @@ class Request:
     seed: int
     checkpoint: str | None
     options: Mapping[str, Any]
+    budget: int | str | None = None
 
     @property
     def size(self) -> int:
@@ -183,6 +189,7 @@ class Request:
             "seed": self.seed,
             "checkpoint": self.checkpoint,
             "options": dict(self.options),
+            "budget": self.budget,
         }
 
     def options_over(self, **defaults: Any) -> dict[str, Any]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 from peft import PsoftConfig
+from torch import nn
 
 from specbasis.adapter import SpectralConfig
 from specbasis.core.errors import InputError
 from specbasis.finetuning.methods.kit import PeftMethod, Request, register
-from specbasis.finetuning.methods.sites import FEED_FORWARD, Site
+from specbasis.finetuning.methods.sites import ALL_LINEAR, FEED_FORWARD, Site
 from specbasis.finetuning.options import Placement
 
 TABLE_5: Mapping[str, tuple[int, float]] = MappingProxyType(
@@ -38,14 +40,26 @@ class Spectral(PeftMethod):
 
     config = SpectralConfig
     takes_interval = True
+    takes_budget = True
+
+    def sites(self, model: nn.Module, where: Placement) -> tuple[Site, ...]:
+        """Its own; a budget is spread over all matrices of the blocks that are asked for, by default of all."""
+        if where.budget is not None and where.target_modules is None:
+            where = dataclasses.replace(where, roles=where.roles or ALL_LINEAR)
+        return super().sites(model, where)
 
     def default_size(self, sites: Sequence[Site]) -> int:
         """Width of the paper's interval in proportion: 300 of 768 singular values (Yu et al. 2026, §4.4)."""
         return max(1, round(300 / 768 * self.largest_size(sites)))
 
     def sized(self, sites: Sequence[Site], where: Placement) -> tuple[int | None, tuple[int, int] | None]:
-        """The width, and the interval: at the head of the spectrum, in its middle, or at its tail."""
+        """The width, and the interval: at the head of the spectrum, in its middle, or at its tail.
+
+        A budget has neither, and all ranks, where none are asked for.
+        """
         width, interval = super().sized(sites, where)
+        if where.budget is not None and where.rank is None and interval is None:
+            return None, None
         if interval is not None:
             return interval[1] - interval[0], interval
         n = self.largest_size(sites)
@@ -65,7 +79,10 @@ class Spectral(PeftMethod):
             options["basis"] = f"{basis}:{request.seed}"
         if basis == "from":
             options["basis"] = f"from:{request.checkpoint}"
-        return {"interval": request.interval, **options}
+        if request.interval is not None:
+            return {"interval": request.interval, **options}
+        ranks = {re.escape(site.name): (0, site.rank) for site in request.sites}
+        return {"interval": min(ranks.values()), "interval_pattern": ranks, **options}
 
     def counted(self, request: Request) -> Request:
         """The same in the weight's own basis, which has as many coefficients as another."""
@@ -77,6 +94,7 @@ class Psoft(Spectral):
 
     config = PsoftConfig
     takes_interval = False
+    takes_budget = False
 
     def fields(self, request: Request) -> dict[str, Any]:
         """The rank; the update is scaled by psoft_alpha / r = 1."""
