@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from specbasis.adapter.layouts import matrix_shape
+from specbasis.checkpoint.pattern import at_flat, positions_of
 from specbasis.core.errors import InputError
 from specbasis.finetuning.methods.kit import AddedMethod, Request, register
 from specbasis.finetuning.methods.sites import Site
@@ -79,16 +80,14 @@ def entries(n: int, width: int) -> int:
 
 
 def _banded(update: SVFT, width: int) -> Int[Tensor, "2 e"]:
-    n = len(update.frozen["S"])
-    rows = torch.arange(n)[:, None].expand(n, 2 * width + 1)
-    columns = rows + torch.arange(-width, width + 1)
-    inside = (columns >= 0) & (columns < n)
-    return torch.stack([rows[inside], columns[inside]])
+    positions = positions_of(f"band:{width}", (0, len(update.frozen["S"])), update.name)
+    assert positions is not None
+    return positions.long()
 
 
 def _random(update: SVFT, width: int) -> Int[Tensor, "2 e"]:
     n = len(update.frozen["S"])
-    return _positions(torch.randperm(n * n)[: entries(n, width)], n)
+    return at_flat(torch.randperm(n * n)[: entries(n, width)].sort().values, (0, n)).long()
 
 
 def _top_k(update: SVFT, width: int) -> Int[Tensor, "2 e"]:
@@ -98,12 +97,7 @@ def _top_k(update: SVFT, width: int) -> Int[Tensor, "2 e"]:
     U, Vh = update.frozen["U"].cpu(), update.frozen["Vh"].cpu()
     n = len(Vh)
     product = (Vh @ U).mT if len(U) == Vh.shape[1] else U if len(U) == n else Vh
-    return _positions(product.abs().flatten().topk(entries(n, width)).indices, n)
-
-
-def _positions(flat: Tensor, n: int) -> Int[Tensor, "2 e"]:
-    flat = flat.sort().values
-    return torch.stack([flat // n, flat % n])
+    return at_flat(product.abs().flatten().topk(entries(n, width)).indices.sort().values, (0, n)).long()
 
 
 PATTERNS: Mapping[str, Callable[[SVFT, int], Tensor]] = MappingProxyType(
