@@ -18,7 +18,7 @@ from specbasis import InputError, extract, open_checkpoint
 from specbasis.checkpoint import open_tuned
 from specbasis.checkpoint.delta import expanded, packed, unpacked
 from specbasis.treatment.budget import shared_out
-from specbasis.treatment.quantised import DISTORTION, STEP, curve, quantised, setting
+from specbasis.treatment.difference import DISTORTION, STEP, curve, quantised, setting
 from tests.pico import bert_state, finetuned, write
 
 BASE = bert_state(width=32)

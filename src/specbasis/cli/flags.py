@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from specbasis.core.options import PYTHON, Options, default, parser, rules, without_none
+from specbasis.core.grammar import words
+from specbasis.core.options import ADVANCED, PYTHON, Options, default, option, parser, rules, without_none
 
 BASE = Annotated[
     str, typer.Argument(metavar="BASE", help="pretrained: file, folder, hub:org/name, timm:name, pkg:…")
@@ -23,6 +25,22 @@ NO_RUN = Annotated[bool, typer.Option("--no-run", help="only draw again, from th
 REPORT = Annotated[bool, typer.Option(help="write the page and the figures")]
 SCORES = Annotated[Path | None, typer.Option(help="CSV with a column pair (or model) and a column of scores")]
 COLUMN = Annotated[str, typer.Option(help="which column of --scores, where it has several")]
+
+
+@dataclass(frozen=True)
+class Examples(Options):
+    """Which examples a task has."""
+
+    limit: int | None = option(None, "judge on this many examples", panel=ADVANCED, least=1)
+    data_dir: Path | None = option(None, "GLUE in its official layout; default: from the Hub", panel=ADVANCED)
+    text: str = option("", "columns of a table that hold the one or two texts", panel=ADVANCED)
+    label: str = option("", "column of the table with the label", panel=ADVANCED)
+
+    @property
+    def judging(self) -> dict[str, Any]:
+        """The options of `specbasis.interventions.evaluators.judge`."""
+        folder = None if self.data_dir is None else str(self.data_dir)
+        return {"data_dir": folder, "limit": self.limit, "text": words(self.text), "label": self.label}
 
 
 def flags(verb: Callable[..., Any], **lists: Callable[[], None]) -> Callable[..., Any]:

@@ -10,9 +10,9 @@ import typer
 
 from specbasis.architecture.selection import Selection
 from specbasis.cli.common import exit_on_failures, line, note, progress
-from specbasis.cli.flags import BASE, OUT
+from specbasis.cli.flags import BASE, OUT, Examples
 from specbasis.core.errors import InputError
-from specbasis.core.grammar import numbers, words
+from specbasis.core.grammar import numbers
 from specbasis.interventions.options import EditOptions, GridOptions
 
 SUBJECTS = Annotated[
@@ -60,12 +60,7 @@ def intervene(
     subjects: SUBJECTS,
     out: OUT,
     options: GridOptions,
-    limit: Annotated[int | None, typer.Option(help="judge on this many examples")] = None,
-    data_dir: Annotated[
-        Path | None, typer.Option("--data-dir", help="GLUE in its official layout; default: from the Hub")
-    ] = None,
-    text: Annotated[str, typer.Option(help="columns of a table that hold the one or two texts")] = "",
-    label: Annotated[str, typer.Option(help="column of the table with the label")] = "",
+    examples: Examples,
     report: Annotated[bool, typer.Option(help="draw the figures and the table of sharing")] = True,
 ) -> None:
     """Judge finetunes while their singular vectors are swapped, randomised and masked, against controls."""
@@ -77,12 +72,11 @@ def intervene(
     from specbasis.interventions.stage import Subject
 
     found: dict[str, Subject] = {}
-    directory = None if data_dir is None else str(data_dir)
     for given in subjects:
         name, task, source = _subject(given)
         if name in found:
             raise InputError(f"two models are called {name!r}; write LABEL=TASK=TUNED")
-        found[name] = Subject(source, judge(task, data_dir=directory, limit=limit, text=words(text), label=label))
+        found[name] = Subject(source, judge(task, **examples.judging))
     with progress() as tell:
         rows = run(base, found, out, options, progress=tell)
     print_grid(out)

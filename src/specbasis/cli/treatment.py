@@ -2,80 +2,41 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from specbasis.cli.common import STDERR, STDOUT, document, line, note, progress
-from specbasis.cli.flags import BASE, JSON, OUT
+from specbasis.cli.flags import BASE, JSON, OUT, Examples
 from specbasis.core.errors import InputError, MissingExtra
 from specbasis.core.grammar import labelled, words
-from specbasis.core.options import ADVANCED, Options, option
 from specbasis.treatment.options import ExtractOptions, MergeOptions, RepairOptions
 
 if TYPE_CHECKING:
     from specbasis.finetuning.tasks import TaskData
-    from specbasis.interventions.evaluators import Judge
     from specbasis.treatment.treated import Treated
 
 TUNED = Annotated[str, typer.Argument(metavar="TUNED", help="the finetune, or a LoRA, DoRA or AdaLoRA of the base")]
 NEW = Annotated[Path, typer.Option("--out", help="new folder")]
 
 
-@dataclass(frozen=True)
-class Examples(Options):
-    """Which examples a task has."""
+def _training(examples: Examples, task: str, judged: str) -> TaskData:
+    """The examples of a task to train on, which are none of those to be judged by.
 
-    limit: int | None = option(None, "judge on this many examples", panel=ADVANCED, least=1)
-    data_dir: Path | None = option(None, "GLUE in its official layout; default: from the Hub", panel=ADVANCED)
-    text: str = option("", "columns of a table that hold the one or two texts", panel=ADVANCED)
-    label: str = option("", "column of the table with the label", panel=ADVANCED)
+    Raises:
+        InputError: there is no such task, or it is the table that judges.
+    """
+    from specbasis.finetuning.sources import load_task
 
-    def evaluator(self, task: str) -> Judge:
-        """From a model to its metrics on a task.
-
-        Raises:
-            InputError: there is no such task.
-        """
-        from specbasis.interventions.evaluators import judge
-
-        folder = None if self.data_dir is None else str(self.data_dir)
-        return judge(task, data_dir=folder, limit=self.limit, text=words(self.text), label=self.label)
-
-    def held_back(self, text: str, base: str) -> Judge:
-        """The evaluator of what a base could do: a file of texts under its pretraining loss, or a task.
-
-        Raises:
-            InputError: neither.
-        """
-        from specbasis.treatment.forgetting import pretraining
-
-        if Path(text).expanduser().is_file():
-            return pretraining(Path(text).expanduser(), base, self.limit)
-        if "/" in text and ":" not in text:
-            raise InputError(
-                f"got {text}, and there is no such file; want a text file, or a task such as glue:sst2"
-            )
-        return self.evaluator(text)
-
-    def training(self, task: str, judged: str) -> TaskData:
-        """The examples of a task to train on, which are none of those to be judged by.
-
-        Raises:
-            InputError: there is no such task, or it is the table that judges.
-        """
-        from specbasis.finetuning.sources import load_task
-
-        form, _, argument = task.partition(":")
-        if form not in ("glue", "table") or not argument:
-            raise InputError(f"got --heal {task}; want glue:TASK or table:FILE")
-        if form == "table" and task == judged:
-            raise InputError(f"got --heal and --judge {task}; want examples to judge by that it is not trained on")
-        if form == "glue":
-            return load_task(argument, data_dir=self.data_dir)
-        return load_task(argument, text=words(self.text), label=self.label)
+    form, _, argument = task.partition(":")
+    if form not in ("glue", "table") or not argument:
+        raise InputError(f"got --heal {task}; want glue:TASK or table:FILE")
+    if form == "table" and task == judged:
+        raise InputError(f"got --heal and --judge {task}; want examples to judge by that it is not trained on")
+    if form == "glue":
+        return load_task(argument, data_dir=examples.data_dir)
+    return load_task(argument, text=words(examples.text), label=examples.label)
 
 
 def extract(
@@ -93,13 +54,14 @@ def extract(
         typer.Option("--heal", metavar="TASK", help="train the LoRA for some --steps on glue:sst2, table:FILE …"),
     ] = "",
     strict: Annotated[bool, typer.Option("--strict", help="exit code 2 if anything is left out")] = False,
-    json: Annotated[bool, typer.Option("--json", help="print one JSON document, nothing else")] = False,
+    json: JSON = False,
 ) -> None:
     """Write a finetune as a LoRA for plain PEFT, of a given rank, share or size, or in another form (--as)."""
+    from specbasis.interventions.evaluators import judge as evaluator_of
     from specbasis.treatment.extract import extract as run
 
-    evaluator = examples.evaluator(judge) if judge else None
-    trained = examples.training(heal, judge) if heal else None
+    evaluator = evaluator_of(judge, **examples.judging) if judge else None
+    trained = _training(examples, heal, judge) if heal else None
     with progress() as tell:
         extraction = run(base, tuned, out, options, judge=evaluator, heal=trained, progress=tell)
     if json:
@@ -157,8 +119,9 @@ def forgetting(
 ) -> None:
     """Tell whether a finetune forgot what its base could do: the loss, or a task's metric, before and after."""
     from specbasis.treatment.forgetting import forgetting as run
+    from specbasis.treatment.forgetting import named
 
-    told = run(base, tuned, examples.held_back(held_back, base))
+    told = run(base, tuned, named(held_back, base, **examples.judging))
     if json:
         document(told.record)
     else:
@@ -181,10 +144,11 @@ def repair(
     examples: Examples,
 ) -> None:
     """Bring back what a finetune forgot: models between it and its base, judged on both tasks."""
+    from specbasis.treatment.forgetting import named
     from specbasis.treatment.repair import repair as run
 
     with progress() as tell:
-        kept, forgotten = (examples.held_back(text, base) for text in (keep, recover))
+        kept, forgotten = (named(text, base, **examples.judging) for text in (keep, recover))
         done = run(base, tuned, kept, forgotten, out, options, progress=tell)
     _tell(
         done,
@@ -210,6 +174,7 @@ def merge(
     json: JSON = False,
 ) -> None:
     """Make one model of several finetunes of a base, or show where they interfere (--dry-run)."""
+    from specbasis.interventions.evaluators import judge as evaluator_of
     from specbasis.treatment.merge import merge as run
 
     if out is None and not dry_run:
@@ -217,7 +182,7 @@ def merge(
     named = [labelled(text) for text in judge or ()]
     if bad := [task for name, task in named if not name]:
         raise InputError(f"--judge got {bad[0]!r}; want NAME=TASK, such as sst2=glue:sst2")
-    judges = {name: examples.evaluator(task) for name, task in named}
+    judges = {name: evaluator_of(task, **examples.judging) for name, task in named}
     if len(judges) < len(named):
         raise InputError("--judge got two tasks of one finetune; want one of each")
     with progress() as tell:

@@ -21,8 +21,7 @@ from specbasis.finetuning.metrics import METRICS
 from specbasis.interventions.grid import read_grid
 from specbasis.interventions.sharing import Shared, overlaps, sharing
 from specbasis.interventions.stage import BASE, BASELINE
-from specbasis.jobs.cache import Cache
-from specbasis.jobs.cost import cache_folder
+from specbasis.jobs.cache import factors_in
 from specbasis.jobs.experiments import Row
 
 OVERLAPS = "overlaps.json"
@@ -333,7 +332,7 @@ def _shared(
     if models is not None:
         swaps = [row.experiment for row in rows if row.experiment["kind"] == "swap"]
         groups, sizes = (list(dict.fromkeys(cell[name] for cell in swaps)) for name in ("roles", "ranks"))
-        factors = Cache(Path(cache) if cache is not None else cache_folder() / "factors")
+        factors = factors_in(cache)
         measured = overlaps(models, groups, sizes, factors=lambda W, name: factors.decompose(W, name=name))
         entries = [[*key, *value] for key, value in measured.items()]
         write_whole(path, json.dumps(entries, indent=0, ensure_ascii=False) + "\n")

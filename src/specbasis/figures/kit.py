@@ -57,7 +57,7 @@ STYLE = {
 
 
 def render(name: str, make: Callable[[], Figure]) -> Iterator[tuple[str, bytes]]:
-    """(file name, content) of a figure, as PNG and as SVG; equal figures give equal bytes.
+    """(file name, content) of a figure, as PNG and as SVG; equal figures give equal bytes. None is not drawn.
 
     Raises:
         MissingExtra: matplotlib is not installed.
@@ -69,6 +69,8 @@ def render(name: str, make: Callable[[], Figure]) -> Iterator[tuple[str, bytes]]
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # names in any script; drawn as boxes
         figure = make()
+        if figure is None:
+            return
         FigureCanvasAgg(figure)
         for form, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
             buffer = io.BytesIO()

@@ -29,15 +29,15 @@ from specbasis.treatment.treated import Treated
 
 class View(NamedTuple):
     """How what a treatment made is shown: the verb of the command, which its picture is called, and what makes the
-    tables, the lines on single matrices, the sentences below them, and the picture, if there is anything to draw.
+    tables, the lines on single matrices, the sentences below them, and the picture; None where there is nothing to
+    draw.
     """
 
     verb: str
     tables: Callable[[Any], tuple[Table, ...]]
-    lines: Callable[[Any], list[dict[str, Any]]]
-    sentences: Callable[[Any], list[str]]
-    figure: Callable[[Any], Figure]
-    drawn: Callable[[Any], Any]
+    lines: Callable[[Any], list[dict[str, Any]]] = lambda treated: []
+    sentences: Callable[[Any], list[str]] = lambda treated: [treated.sentence]
+    figure: Callable[[Any], Figure | None] = lambda treated: None
 
 
 def view(treated: Treated) -> View:
@@ -60,9 +60,8 @@ def write_page(treated: Treated, path: Path) -> Path:
     from specbasis.figures.page import render_treatment
 
     shown, picture = view(treated), ""
-    if shown.drawn(treated):
-        _, vector = kit.write_figure(path.with_name(f"{shown.verb}.png"), partial(shown.figure, treated))
-        picture = "data:image/svg+xml;base64," + base64.b64encode(vector.read_bytes()).decode("ascii")
+    for file in kit.write_figure(path.with_name(f"{shown.verb}.png"), partial(shown.figure, treated)):
+        picture = "data:image/svg+xml;base64," + base64.b64encode(file.read_bytes()).decode("ascii")  # the last
     record = {**dict.fromkeys(("notes", "carried", "left_out"), ()), **treated.record}
     manifest = {key: value for key, value in record.items() if key not in LISTED}
     tuned = record["tuned"]
@@ -175,7 +174,9 @@ def _span(numbers: Sequence[int]) -> str:
     return " … ".join(map(str, ends))
 
 
-def _extraction_figure(extraction: Extraction) -> Figure:
+def _extraction_figure(extraction: Extraction) -> Figure | None:
+    if not extraction.matrices:
+        return None
     figure, (kept, rank) = _by_block(extraction.matrices, {"share": SHARES[0].title, "rank": "rank"})
     kept.set(ylim=(-0.02, 1.03))
     rank.set(ylim=(0, None))
@@ -319,10 +320,12 @@ def _repair_tables(repair: Repair) -> tuple[Table, ...]:
     return (Table(FRONTIER, tuple(rows)),)
 
 
-def _frontier(repair: Repair) -> Figure:
+def _frontier(repair: Repair) -> Figure | None:
+    points = [row for row in repair.rows if "amount" in row.experiment]
+    if not points:
+        return None
     figure, axes = kit.panels(1, 1, (6, 3.6), "what came back, and what it costs the task", left=0.9, below=1.0)
     ax, marks = axes[0, 0], []
-    points = [row for row in repair.rows if "amount" in row.experiment]
     ways = list(dict.fromkeys(row.experiment["way"] for row in points))
     for color, way in zip(kit.COLORS, ways, strict=False):
         own = [row.values for row in points if row.experiment["way"] == way]
@@ -346,23 +349,13 @@ VIEWS: dict[type[Treated], View] = {
         lambda extraction: extraction.matrices,
         _extraction_sentences,
         _extraction_figure,
-        lambda extraction: extraction.matrices,
     ),
-    Forgetting: View(
-        "forgetting",
-        lambda forgetting: (_metrics_table(forgetting.record["scores"]),),
-        lambda forgetting: [],
-        lambda forgetting: [forgetting.sentence],
-        lambda forgetting: None,
-        lambda forgetting: False,
-    ),
-    Merging: View("merge", _merging_tables, _merging_lines, _merging_sentences, _merging_figure, lambda _: True),
+    Forgetting: View("forgetting", lambda forgetting: (_metrics_table(forgetting.record["scores"]),)),
+    Merging: View("merge", _merging_tables, _merging_lines, _merging_sentences, _merging_figure),
     Repair: View(
         "repair",
         _repair_tables,
         lambda repair: [{**row.experiment, **row.values} for row in repair.rows],
-        lambda repair: [repair.sentence],
-        _frontier,
-        lambda repair: any("amount" in row.experiment for row in repair.rows),
+        figure=_frontier,
     ),
 }

@@ -9,13 +9,11 @@ from typing import Any
 
 from specbasis.core.edits import Edit
 from specbasis.core.errors import InputError
-from specbasis.core.grammar import parse_bytes
 from specbasis.core.options import takes
 from specbasis.interventions.options import GridOptions
 from specbasis.interventions.stage import BASE, BASELINE, STAGES, Setting, Subject, admitted, run_experiment
 from specbasis.interventions.whole import whole_models
-from specbasis.jobs.cache import Cache
-from specbasis.jobs.cost import cache_folder
+from specbasis.jobs.cache import factors_in
 from specbasis.jobs.environment import WHERE_USED
 from specbasis.jobs.experiments import GRID, Row, read_experiments, run_experiments
 from specbasis.jobs.progress import Report, silent
@@ -66,7 +64,7 @@ def intervene(
     chosen = GridOptions.of(options, keywords)
     if BASE in subjects:
         raise InputError(f"{BASE!r} is the name of the pretrained model; give the subject another label")
-    kept = Cache(Path(chosen.cache or cache_folder() / "factors"), parse_bytes(chosen.cache_size))
+    kept = factors_in(chosen.cache, chosen.cache_size)
     config = Setting(base, dict(subjects), kept, chosen.resamples).config()
     experiments = grid_experiments(list(subjects), chosen)
     matrices = {(edit["roles"], edit["blocks"]) for edit in experiments if edit["kind"] != BASELINE}

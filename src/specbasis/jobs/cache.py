@@ -21,6 +21,7 @@ from specbasis.checkpoint.digest import digest
 from specbasis.checkpoint.formats import file_entries
 from specbasis.checkpoint.formats.safetensors import entries
 from specbasis.core.errors import InputError
+from specbasis.core.grammar import parse_bytes
 from specbasis.core.svd import ALGORITHM, SVD, decompose
 
 LIMIT = 20 * 10**9
@@ -103,6 +104,16 @@ class Cache:
             _evict(self.folder, self.limit)
         except (OSError, SafetensorError) as error:
             warnings.warn(f"{self.folder}: {noun} cannot be kept here ({error})", stacklevel=2)
+
+
+def cache_folder() -> Path:
+    """Where what can be computed again is kept: $XDG_CACHE_HOME/specbasis, ~/.cache/specbasis."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "specbasis"
+
+
+def factors_in(folder: str | Path | None, size: str = "20GB") -> Cache:
+    """The cache in a folder, by default the user's own, and what its entries may take."""
+    return Cache(Path(folder or cache_folder() / "factors"), parse_bytes(size))
 
 
 _PROVEN: dict[Path, tuple[int, int]] = {}

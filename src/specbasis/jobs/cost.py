@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
-from pathlib import Path
 
 import torch
 
@@ -18,6 +16,7 @@ from specbasis.core.blocks import BLOCK_BYTES
 from specbasis.core.errors import InputError
 from specbasis.core.krylov import quick_cost
 from specbasis.core.svd import half_svd
+from specbasis.jobs.cache import cache_folder
 from specbasis.jobs.folder import write_json
 from specbasis.measures.measure import Measure
 from specbasis.measures.table import needed, reads
@@ -121,11 +120,6 @@ def rates() -> Rates:
     with suppress(InputError):  # a home that cannot be written: measured again next time
         write_json(path, {**kept, key: asdict(measured)})
     return measured
-
-
-def cache_folder() -> Path:
-    """Where what can be computed again is kept: $XDG_CACHE_HOME/specbasis, ~/.cache/specbasis."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "specbasis"
 
 
 def _measure() -> Rates:

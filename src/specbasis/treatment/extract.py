@@ -25,7 +25,7 @@ from specbasis.treatment.cores import Cores
 from specbasis.treatment.difference import Dense, Difference
 from specbasis.treatment.form import Form, Source
 from specbasis.treatment.heal import heal as healed
-from specbasis.treatment.judged import Scores, judge_pair, judge_treated
+from specbasis.treatment.judged import Scores, compared, judge_pair, score
 from specbasis.treatment.low_rank import LowRank
 from specbasis.treatment.options import ExtractOptions
 from specbasis.treatment.treated import Treated, written_record
@@ -124,7 +124,8 @@ def _tested(
     def judged() -> dict[str, Any]:
         if judge is None:
             return {}
-        return judge_treated(scores, open_tuned(folder, form.base), judge, (form.tuned.source, form.base.source))
+        sources = (form.tuned.source, form.base.source)
+        return compared({**scores, "treated": score(open_tuned(folder, form.base), judge, sources)})
 
     tested: dict[str, Any] = {"scores": judged()} if judge is not None else {}
     if heal is not None:

@@ -11,8 +11,8 @@ from specbasis.core.errors import InputError
 from specbasis.core.text import named_parts, shareable
 from specbasis.interventions.evaluators import describe, judge
 from specbasis.interventions.evaluators.kit import Judge
-from specbasis.interventions.samples import Sample, summarise
-from specbasis.treatment.judged import refuse_chance, score
+from specbasis.interventions.samples import Sample
+from specbasis.treatment.judged import compared, refuse_chance, score
 from specbasis.treatment.treated import Treated
 from specbasis.treatment.updates import Update, differing
 
@@ -27,13 +27,9 @@ class Forgetting(Treated):
     Attributes:
         record: base, tuned, held_back; metric: the one that decides; scores: metric → base, tuned and, of scores of
             single examples, change (tuned − base), change_low, change_high, p, examples; worse: by how much that
-            metric is worse, and worse_low, worse_high; sentence.
+            metric is worse, and worse_low, worse_high; sentence: whether something was forgotten, and how much can
+            be excluded.
     """
-
-    @property
-    def sentence(self) -> str:
-        """Whether something was forgotten, and how much can be excluded."""
-        return str(self.record["sentence"])
 
     @property
     def is_forgotten(self) -> bool:
@@ -80,13 +76,13 @@ def forgetting(
     """
     pretrained = open_checkpoint(base)
     finetuned = open_tuned(tuned, pretrained)
-    evaluator = _evaluator(held_back, base, limit)
+    evaluator = named(held_back, base, limit=limit) if isinstance(held_back, str | Path) else held_back
     changes = differing(pretrained, finetuned)
     models = {"base": pretrained, "tuned": in_base(pretrained, finetuned, changes)}
     sources = (pretrained.source, finetuned.source)
     scores = {name: score(model, evaluator, sources) for name, model in models.items()}
     refuse_chance(scores["base"][evaluator.metric], evaluator)
-    summary = summarise(scores["base"], scores["tuned"], resamples=resamples, seed=seed)
+    lines = compared(scores, resamples=resamples, seed=seed)
     # A perplexity is the exponential of a loss, whose changes are the same whatever its size.
     metric = "loss" if evaluator.metric == "perplexity" else evaluator.metric
     record = {
@@ -96,14 +92,33 @@ def forgetting(
         "resamples": resamples,
         "seed": seed,
         "metric": metric,
-        "scores": {name: _line(name, scores, summary) for name in scores["base"]},
+        "scores": lines,
     }
     sample = scores["base"][metric]
     if isinstance(sample, Sample):
-        ends = [summary[f"{metric}.change{end}"] for end in ("", "_low", "_high")]
+        ends = [lines[metric][f"change{end}"] for end in ("", "_low", "_high")]
         worse = [-x for x in (ends[0], ends[2], ends[1])] if sample.higher_is_better else ends
         record |= dict(zip(("worse", "worse_low", "worse_high"), (x + 0.0 for x in worse), strict=True))
     return Forgetting(None, record | {"sentence": _sentence(record), "notes": _kept(pretrained, changes)})
+
+
+def named(held_back: str | Path, base: str | Path, **options: Any) -> Judge:
+    """The evaluator of what a base could do: the loss of its pretraining on a file of texts, or a task.
+
+    Args:
+        held_back: a text file, or a task as `specbasis.interventions.evaluators.judge` names it.
+        base: the pretrained checkpoint.
+        **options: as of `judge`.
+
+    Raises:
+        InputError: neither.
+    """
+    text = str(held_back)
+    if Path(text).expanduser().is_file():
+        return pretraining(Path(text).expanduser(), base, options.get("limit"))
+    if "/" in text and ":" not in text:
+        raise InputError(f"got {text}, and there is no such file; want a text file, or a task such as glue:sst2")
+    return judge(text, **options)
 
 
 def pretraining(path: str | Path, base: str | Path, limit: int | None = None) -> Judge:
@@ -133,21 +148,6 @@ def in_base(base: Checkpoint, tuned: Checkpoint, changes: list[Update]) -> Check
         for name, change in shared.items()
     }
     return replace(base, source=tuned.source, entries={**base.entries, **entries})
-
-
-def _evaluator(held_back: str | Path | Judge, base: str | Path, limit: int | None) -> Judge:
-    if not isinstance(held_back, str | Path):
-        return held_back
-    if Path(held_back).expanduser().is_file():
-        return pretraining(Path(held_back).expanduser(), base, limit)
-    return judge(str(held_back), limit=limit)
-
-
-def _line(metric: str, scores: dict[str, Any], summary: dict[str, float | int]) -> dict[str, float | int]:
-    """Base, finetune, and what is known of their difference."""
-    values = {name: getattr(own[metric], "value", own[metric]) for name, own in scores.items()}
-    details = ("change", "change_low", "change_high", "p", "examples")
-    return values | {key: summary[f"{metric}.{key}"] for key in details if f"{metric}.{key}" in summary}
 
 
 def _sentence(record: dict[str, Any]) -> str:

@@ -40,21 +40,22 @@ def judge_pair(base: Checkpoint, tuned: Checkpoint, judge: Judge) -> dict[str, S
     return {name: score(model, judge, (tuned.source, base.source)) for name, model in models.items()}
 
 
-def judge_treated(
-    pair: Mapping[str, Scores], treated: Checkpoint, judge: Judge, tokenizers: Iterable[str]
-) -> dict[str, Any]:
-    """Every metric of base, finetune and treated model, and what the treatment changed.
+DETAILS = ("change", "change_low", "change_high", "p", "examples")
+
+
+def compared(scores: Mapping[str, Scores], **resampling: int) -> dict[str, dict[str, Any]]:
+    """Every metric of some models, and how that of the last differs from that of the one before it.
 
     Returns:
-        metric → base, tuned, treated, and change, change_low, change_high, p, examples of treated − tuned;
-        see `specbasis.interventions.samples.summarise`.
+        metric → the value of each model by its name, and, of scores of single examples, change, change_low,
+        change_high, p, examples; see `specbasis.interventions.samples.summarise`, which takes ``resampling``.
     """
-    scores = {**pair, "treated": score(treated, judge, tokenizers)}
-    summary = summarise(scores["tuned"], scores["treated"])
+    before, after = list(scores.values())[-2:]
+    summary = summarise(before, after, **resampling)
     return {
         metric: {name: value_of(of_model[metric]) for name, of_model in scores.items()}
         | {key: summary[f"{metric}.{key}"] for key in DETAILS if f"{metric}.{key}" in summary}
-        for metric in scores["tuned"]
+        for metric in before
     }
 
 
@@ -86,17 +87,13 @@ def judge_merged(
         for way, value in values.items():
             pair = (value_of(own), value) if is_loss else (value, value_of(own))
             shares[way].append(pair[0] / pair[1] if pair[1] else nan)
-        summary = summarise(scores[MEAN], scores[MERGED])
-        details = {key: summary.get(f"{judge.metric}.{key}") for key in DETAILS}
-        tasks[head] = {"metric": judge.metric, "values": values, **details}
+        known = compared({way: scores[way] for way in (MEAN, MERGED)})[judge.metric]
+        tasks[head] = {"metric": judge.metric, "values": values, **{key: known.get(key) for key in DETAILS}}
     return {"tasks": tasks, "normalised": {way: sum(values) / len(values) for way, values in shares.items()}}
 
 
 def _of_finetune(finetunes: Finetunes, label: str, name: str) -> Entry:
     return finetunes.tuned[label].entries[finetunes.name(name, label)]
-
-
-DETAILS = ("change", "change_low", "change_high", "p", "examples")
 
 
 def score(model: Checkpoint, judge: Judge, tokenizers: Iterable[str]) -> Scores:

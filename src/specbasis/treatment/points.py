@@ -27,20 +27,17 @@ INTERPOLATION = "interpolation"
 
 
 def grid() -> list[dict[str, Any]]:
-    """Every point that is tried, the baselines among them, as rows of the results have it."""
+    """Every point that is tried, the baselines among them, as rows of the results have it.
+
+    interpolation: base + amount · delta, in every parameter (WiSE-FT); truncation: base + the leading directions of
+    each matrix's delta that hold this share of its square; directions: the base's singular vectors put back in this
+    share of the leading ranks, values stay tuned; intruders: singular values of directions that the base does not
+    have, multiplied by amount.
+    """
     points: list[dict[str, Any]] = [{"way": INTERPOLATION, "amount": x, "blocks": "all"} for x in STRENGTHS]
     points += [{"way": "truncation", "amount": x, "blocks": "all"} for x in ENERGIES]
     points += [{"way": "directions", "amount": x, "blocks": depth} for x in SHARES for depth in DEPTHS]
     return points + [{"way": "intruders", "amount": x, "blocks": "all"} for x in (0.0, 0.5)]
-
-
-ABOUT = {
-    INTERPOLATION: "base + amount · delta, in every parameter (WiSE-FT)",
-    "truncation": "base + the leading directions of each matrix's delta that hold this share of its square",
-    "directions": "the base's singular vectors put back in this share of the leading ranks; values stay tuned",
-    "intruders": "singular values of intruder directions, which the base does not have, multiplied by amount",
-}
-"""What each way does, with its amount."""
 
 
 @dataclass(frozen=True, eq=False)

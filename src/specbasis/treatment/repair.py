@@ -5,25 +5,23 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from math import isnan
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
-from specbasis.checkpoint import Checkpoint, open_checkpoint, open_tuned, weights_sha256
+from specbasis.checkpoint import open_checkpoint, open_tuned, weights_sha256
 from specbasis.checkpoint.writer import write_model
 from specbasis.core.errors import InputError
-from specbasis.core.grammar import parse_bytes
 from specbasis.core.options import takes
 from specbasis.core.statistics import bootstrap, percentile_interval
 from specbasis.core.text import shareable
 from specbasis.interventions.evaluators import describe
 from specbasis.interventions.evaluators.kit import Judge
 from specbasis.interventions.samples import Sample
-from specbasis.jobs.cache import Cache
-from specbasis.jobs.cost import cache_folder
+from specbasis.jobs.cache import factors_in
 from specbasis.jobs.environment import WHERE_USED
 from specbasis.jobs.experiments import Row, read_experiments, run_experiments
 from specbasis.jobs.folder import locked
@@ -46,7 +44,8 @@ class Repair(Treated):
 
     Attributes:
         folder: rows, record, and the repaired model in `model` if there is one.
-        record: the chosen point, the best interpolation beside it, and the sentence.
+        record: the chosen point, the best interpolation beside it, and ``sentence``: what came back, what it cost,
+            and whether interpolation does as well.
         rows: one for each point; ``keep`` and ``recover`` are the metrics, ``back`` the share of what was forgotten
             that came back, each of both halves of the examples (``choice.…`` and ``report.…``) with its interval.
     """
@@ -59,11 +58,6 @@ class Repair(Treated):
     def load(cls, folder: str | Path) -> Repair:
         """See `Treated.load`."""
         return replace(super().load(folder), rows=tuple(read_experiments(folder)))
-
-    @property
-    def sentence(self) -> str:
-        """What came back, what it cost, and whether interpolation does as well."""
-        return str(self.record["sentence"])
 
     @property
     def model(self) -> Path | None:
@@ -121,8 +115,8 @@ def repair(
         )
     for evaluator in (keep, recover):  # data that cannot be had stops all before anything is decomposed
         getattr(evaluator, "prepare", lambda: None)()
-    cache = Cache(Path(chosen.cache or cache_folder() / "factors"), parse_bytes(chosen.cache_size))
-    bench = _Bench(Ways.of(pretrained, finetuned, cache), keep, recover, chosen.resamples)
+    ways = Ways.of(pretrained, finetuned, factors_in(chosen.cache, chosen.cache_size))
+    bench = _Bench(ways, keep, recover, chosen.resamples)
     run = partial(
         run_experiments,
         run=bench.run,
@@ -155,90 +149,79 @@ def repair(
     return Repair(out, record, tuple(rows))
 
 
+ENDS = {"base": 0.0, "tuned": 1.0}
+"""The points between which all others lie, as interpolations."""
+
+
 class _Bench:
     """Judges points; base and finetune once."""
 
     def __init__(self, ways: Ways, keep: Judge, recover: Judge, resamples: int) -> None:
         self.ways, self.keep, self.recover, self.resamples = ways, keep, recover, resamples
-        self._ends: dict[str, tuple[Sample, Sample]] = {}
+        self.end = cache(self._end)
 
     def run(self, point: dict[str, Any]) -> dict[str, Any]:
         """The values of one row."""
-        keep, recover = self._judged(point)
+        judged = self.end(point["way"]) if point["way"] in ENDS else self._judged(point)
         values: dict[str, Any] = {}
         for start, half in enumerate(HALVES):
-            part = partial(_half, start=start)
-            ends = [tuple(map(part, self._end(way))) for way in ("base", "tuned")]
-            values |= _values(half, part(keep), part(recover), ends[0], ends[1], self.resamples)
+            now, base, tuned = (
+                [replace(sample, values=sample.values[start::2]) for sample in both]
+                for both in (judged, self.end("base"), self.end("tuned"))
+            )
+            found = _values(now, base, tuned, self.resamples)
+            values |= {f"{half}.{name}": value for name, value in found.items()}
         return values
 
     def _end(self, way: str) -> tuple[Sample, Sample]:
-        if way not in self._ends:
-            self._ends[way] = self._judged({"way": way})
-        return self._ends[way]
+        return self._judged({"way": INTERPOLATION, "amount": ENDS[way], "blocks": "all"}, is_base=way == "base")
 
-    def _judged(self, point: Mapping[str, Any]) -> tuple[Sample, Sample]:
-        """Scores of the task, and of what the base could do."""
-        way = point["way"]
-        if way in self._ends:
-            return self._ends[way]
-        as_point = {"base": {"way": INTERPOLATION, "amount": 0.0}, "tuned": {"way": INTERPOLATION, "amount": 1.0}}
-        own, in_base = self.ways.at({"blocks": "all", **as_point.get(way, point)})
-        sources = (self.ways.tuned.source, self.ways.base.source)
-        kept, recovered = self._score(own, self.keep, sources), self._score(in_base, self.recover, sources[::-1])
-        if way == "base":
-            refuse_chance(recovered, self.recover)
-        return _as_score(kept), _as_score(recovered)
-
-    def _score(self, model: Checkpoint, evaluator: Judge, tokenizers: Sequence[str]) -> Sample:
-        found = score(model, evaluator, tokenizers)[evaluator.metric]
-        if not isinstance(found, Sample):
-            raise InputError(f"{evaluator.metric}: the evaluator gives one number; want scores of single examples")
-        return found
+    def _judged(self, point: Mapping[str, Any], *, is_base: bool = False) -> tuple[Sample, Sample]:
+        """Scores of the task, and of what the base could do; the higher the better, of a loss its negative."""
+        scores: list[Sample] = []
+        sources = [self.ways.tuned.source, self.ways.base.source]
+        for model, evaluator in zip(self.ways.at(point), (self.keep, self.recover), strict=True):
+            found = score(model, evaluator, sources)[evaluator.metric]
+            if not isinstance(found, Sample):
+                raise InputError(
+                    f"{evaluator.metric}: the evaluator gives one number; want scores of single examples"
+                )
+            if is_base and evaluator is self.recover:
+                refuse_chance(found, evaluator)
+            scores.append(found if found.higher_is_better else _negative(found))
+            sources.reverse()
+        return scores[0], scores[1]
 
 
-def _as_score(sample: Sample) -> Sample:
-    """The higher, the better: of a loss its negative."""
-    if sample.higher_is_better:
-        return sample
-    statistic = sample.statistic
-    return replace(sample, statistic=lambda values: -statistic(values), higher_is_better=True)
-
-
-def _half(sample: Sample, start: int) -> Sample:
-    return replace(sample, values=sample.values[start::2])
+def _negative(loss: Sample) -> Sample:
+    statistic = loss.statistic
+    return replace(loss, statistic=lambda values: -statistic(values), higher_is_better=True)
 
 
 def _values(
-    half: str,
-    keep: Sample,
-    recover: Sample,
-    base: tuple[Sample, ...],
-    tuned: tuple[Sample, ...],
-    resamples: int,
+    point: Sequence[Sample], base: Sequence[Sample], tuned: Sequence[Sample], resamples: int
 ) -> dict[str, float]:
-    """Metrics of one half of the examples, with the change of the task and the share that came back."""
+    """Metrics (keep, recover) of some examples, the change of the task, and the share that came back."""
+
+    def at(sample: Sample, drawn: Any) -> Any:
+        return sample.statistic(sample.values[drawn])
 
     def change(drawn: Any) -> Any:
-        return keep.statistic(keep.values[drawn]) - tuned[0].statistic(tuned[0].values[drawn])
-
-    def back(drawn: Any) -> Any:
-        now, then, before = (s.statistic(s.values[drawn]) for s in (recover, tuned[1], base[1]))
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return (now - then) / (before - then)
+        return at(point[0], drawn) - at(tuned[0], drawn)
 
     def forgotten(drawn: Any) -> Any:
-        return base[1].statistic(base[1].values[drawn]) - tuned[1].statistic(tuned[1].values[drawn])
+        return at(base[1], drawn) - at(tuned[1], drawn)
 
-    values = {f"{half}.keep": keep.value, f"{half}.recover": recover.value}
-    for name, statistic, n in (
-        ("change", change, len(keep.values)),
-        ("back", back, len(recover.values)),
-        ("forgotten", forgotten, len(recover.values)),
-    ):
-        low, high = percentile_interval(bootstrap(statistic, n, resamples))
-        whole = float(statistic(np.arange(n))) + 0.0  # no negative zero
-        values |= {f"{half}.{name}": whole, f"{half}.{name}_low": low, f"{half}.{name}_high": high}
+    def back(drawn: Any) -> Any:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return (at(point[1], drawn) - at(tuned[1], drawn)) / forgotten(drawn)
+
+    values = {"keep": point[0].value, "recover": point[1].value}
+    for statistic, sample in ((change, point[0]), (back, point[1]), (forgotten, point[1])):
+        low, high = percentile_interval(bootstrap(statistic, len(sample.values), resamples))
+        whole = float(statistic(np.arange(len(sample.values)))) + 0.0  # no negative zero
+        name = statistic.__name__
+        values |= {name: whole, f"{name}_low": low, f"{name}_high": high}
     return values
 
 

@@ -47,6 +47,11 @@ class Treated:
             ) from error
 
     @property
+    def sentence(self) -> str:
+        """What came of it; empty where its table alone says so."""
+        return str(self.record.get("sentence", ""))
+
+    @property
     def table(self) -> Table:
         """What came of it, in numbers."""
         # A value knows no view: these are the only late imports of a room further down.
