@@ -9,7 +9,7 @@ import pytest
 
 import specbasis as library
 from specbasis.comparison.comparison import Comparison
-from specbasis.figures.card import section
+from specbasis.figures.documents import section
 from specbasis.figures.summary import headline
 from tests.cli.conftest import Run
 from tests.pico import bert_state, finetuned, write

@@ -38,7 +38,7 @@ def card(
 
         notes = write_card(folder, place, **given)
     else:
-        from specbasis.figures.card import write_card as write_comparison
+        from specbasis.figures.documents import write_card as write_comparison
 
         notes = write_comparison(specbasis.load(folder), place, pair, **given)
     line(f"card: {place}")

@@ -1,19 +1,24 @@
-"""A comparison as one document for other programs: JSON, Markdown, SARIF 2.1.0 and JUnit XML."""
+"""A comparison as one document: JSON, Markdown, SARIF 2.1.0 and JUnit XML, and the section of a model's card."""
 
 from __future__ import annotations
 
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 from xml.etree import ElementTree as ET
 
 from specbasis import __version__
+from specbasis.checkpoint.adapter_file import CONFIG
+from specbasis.checkpoint.card import digest_line, hub_name, write_section
 from specbasis.comparison.check import CHECKS, THRESHOLDS, Check, Finding, unlooked
 from specbasis.comparison.comparison import Comparison
+from specbasis.comparison.verdict import LEVEL, POWER
+from specbasis.core.errors import InputError, unknown
 from specbasis.core.text import markdown as escaped
-from specbasis.core.text import printable
+from specbasis.core.text import number_of, printable
 from specbasis.figures.summary import evidence, headline, no_problems, over_all_ranks, summary_table
 from specbasis.figures.table import number
 from specbasis.treatment.advice import next_steps
@@ -59,21 +64,27 @@ def markdown(comparison: Comparison, given: Sequence[str], fail_on: Sequence[str
 
 
 def _pair_markdown(comparison: Comparison, label: str, given: Sequence[str]) -> Iterator[str]:
-    findings, lines = comparison.findings[label], comparison.summaries[label]
+    lines = comparison.summaries[label]
     compared = comparison.facts[label].compared
     yield summary_table(lines).markdown().rstrip("\n")
     yield f"Size of the update: ‖Δ‖/‖W‖ {number(lines[-1].relative_update, '.2g')}, mean over matrices; " + (
         f"{number(compared, '.1%')} of the parameters compared. {escaped(over_all_ranks(lines[-1]))}".rstrip()
     )
-    told = [f"- **{f.severity}**: {escaped(f.sentence)}; {escaped(evidence(f))}".rstrip("; ") for f in findings]
-    if not any(finding.severity == "problem" for finding in findings):
-        told.append(f"- {escaped(no_problems(comparison.facts[label]))}")
-    yield "\n".join(told)
+    yield "\n".join(_findings(comparison, label))
     yield f"Verdict: {escaped(comparison.verdicts[label].sentence)}"
     for note in comparison.manifest["pairs"][label]["notes"]:
         yield f"Note: {escaped(note)}"
     for step in next_steps(comparison, label, given):
         yield f"Next: {escaped(step.reason)}:\n\n{_fenced(step.command)}"
+
+
+def _findings(comparison: Comparison, label: str) -> list[str]:
+    """A list of what was found, with its evidence; and that nothing is a problem, where that is so."""
+    findings = comparison.findings[label]
+    told = [f"- **{f.severity}**: {escaped(f.sentence)}; {escaped(evidence(f))}".rstrip("; ") for f in findings]
+    if not any(finding.severity == "problem" for finding in findings):
+        told.append(f"- {escaped(no_problems(comparison.facts[label]))}")
+    return told
 
 
 def _listed(kinds: Sequence[str]) -> str:
@@ -85,6 +96,68 @@ def _fenced(command: str) -> str:
     line = printable(command).replace("\n", "\\n")
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", line)), default=0))
     return f"{fence}sh\n{line}\n{fence}"
+
+
+# --- a model's card ---------------------------------------------------------------------------------------------
+
+RELATIONS = dict.fromkeys(("identical", "partial", "finetuned"), "finetune")
+"""Verdict → how a model stands to base, in the Hub's words; under any other, base is not called its base."""
+
+
+def write_card(comparison: Comparison, readme: Path, label: str = "", **fields: str) -> list[str]:
+    """Write what a comparison found of one finetune into a card; see `checkpoint.card.write_section`.
+
+    Args:
+        comparison: what was found.
+        readme: the card.
+        label: of the finetune, where there are several.
+        **fields: of the front matter, in the place of what follows from the results.
+
+    Raises:
+        InputError: there is no such finetune, none is chosen, or the card cannot be written.
+    """
+    if not label and len(comparison.pairs) != 1:
+        raise InputError(
+            f"{comparison.folder}: holds {number_of(len(comparison.pairs), 'finetune')}; say which (--pair): "
+            f"{', '.join(comparison.pairs)}"
+        )
+    label = label or comparison.pairs[0]
+    if label not in comparison.pairs:
+        raise unknown("pair", label, comparison.pairs)
+    known = _fields(comparison, label) | fields
+    return write_section(readme, "comparison", section(comparison, label), known, escaped(label))
+
+
+def _fields(comparison: Comparison, label: str) -> dict[str, Any]:
+    base, tuned = comparison.manifest["base"], comparison.manifest["pairs"][label]["tuned"]
+    verdict = comparison.verdicts[label]
+    is_quantised = verdict.kind == "copy" and "quantised" in verdict.sentence
+    relation = "quantized" if is_quantised else RELATIONS.get(verdict.kind, "")
+    if any(Path(file["path"]).name == CONFIG for file in tuned.get("files", [])):
+        relation = relation and "adapter"
+    name = hub_name(base["source"]) if relation and "revision" in base else ""
+    return {"base_model": name, "base_model_relation": relation, "tags": ["specbasis"]}
+
+
+def section(comparison: Comparison, label: str) -> str:
+    """The section of a card: headline, verdict, digests, table by role, findings with their thresholds, versions."""
+    manifest, lines = comparison.manifest, comparison.summaries[label]
+    about = manifest["pairs"][label]
+    sources = {"base": manifest["base"], "this model": about["tuned"]}
+    said = [f"- {escaped(sentence)}" for sentence in (over_all_ranks(lines[-1]), *about["notes"]) if sentence]
+    parts = [
+        "## What finetuning changed",
+        f"**{escaped(headline(comparison, label))}**",
+        escaped(comparison.verdicts[label].sentence),
+        "\n".join(digest_line(f"{name}: {escaped(s['source'])}", s["sha256"]) for name, s in sources.items()),
+        summary_table(lines).markdown().strip(),
+        "Alignment of singular vectors with those of the base, left and right, and what chance would give; RSD: "
+        "change of the singular values; ‖Δ‖/‖W‖: size of the update.",
+        "\n".join([*_findings(comparison, label), *said]),
+        f"Measured by specbasis {manifest['versions']['specbasis']}; the verdict rests on a test of level "
+        f"{LEVEL:g} for all matrices together, with power {POWER:g}.",
+    ]
+    return "\n\n".join(parts)
 
 
 # --- SARIF ------------------------------------------------------------------------------------------------------
