@@ -10,76 +10,29 @@ from specbasis.core.errors import InputError, NonFiniteError
 from specbasis.core.lazy import lazily
 
 if TYPE_CHECKING:
-    from specbasis.checkpoint import open_checkpoint
-    from specbasis.comparison.compare import compare
-    from specbasis.comparison.comparison import Comparison, load
-    from specbasis.comparison.population import population
-    from specbasis.core.edits import Edit
-    from specbasis.core.low_rank import low_rank_svd
-    from specbasis.core.svd import SVD, decompose
-    from specbasis.finetuning.runs import finetune
-    from specbasis.interventions.grid import intervene
-    from specbasis.interventions.live import edited, matrix_edits
-    from specbasis.interventions.stage import Subject
-    from specbasis.lineage.fingerprint import fingerprint
-    from specbasis.lineage.tree import lineage
-    from specbasis.lineage.which_base import which_base
-    from specbasis.treatment.extract import extract
-    from specbasis.treatment.forgetting import forgetting
-    from specbasis.treatment.merge import merge
-    from specbasis.treatment.repair import repair
+    from specbasis.checkpoint import open_checkpoint as open_checkpoint
+    from specbasis.comparison.compare import compare as compare
+    from specbasis.comparison.comparison import Comparison as Comparison, load as load
+    from specbasis.comparison.population import population as population
+    from specbasis.core.edits import Edit as Edit
+    from specbasis.core.low_rank import low_rank_svd as low_rank_svd
+    from specbasis.core.svd import SVD as SVD, decompose as decompose
+    from specbasis.finetuning.runs import finetune as finetune
+    from specbasis.interventions.grid import intervene as intervene
+    from specbasis.interventions.live import edited as edited, matrix_edits as matrix_edits
+    from specbasis.interventions.stage import Subject as Subject
+    from specbasis.lineage.fingerprint import fingerprint as fingerprint
+    from specbasis.lineage.tree import lineage as lineage
+    from specbasis.lineage.which_base import which_base as which_base
+    from specbasis.treatment.extract import extract as extract
+    from specbasis.treatment.forgetting import forgetting as forgetting
+    from specbasis.treatment.merge import merge as merge
+    from specbasis.treatment.repair import repair as repair
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "SVD",
-    "Comparison",
-    "Edit",
-    "InputError",
-    "NonFiniteError",
-    "Subject",
-    "compare",
-    "decompose",
-    "edited",
-    "extract",
-    "finetune",
-    "fingerprint",
-    "forgetting",
-    "intervene",
-    "lineage",
-    "load",
-    "low_rank_svd",
-    "matrix_edits",
-    "merge",
-    "open_checkpoint",
-    "population",
-    "repair",
-    "which_base",
-]
-
-__getattr__ = lazily(
-    __name__,
-    {
-        "open_checkpoint": "checkpoint",
-        "compare": "comparison.compare",
-        **dict.fromkeys(("Comparison", "load"), "comparison.comparison"),
-        "population": "comparison.population",
-        "Edit": "core.edits",
-        "low_rank_svd": "core.low_rank",
-        **dict.fromkeys(("SVD", "decompose"), "core.svd"),
-        "finetune": "finetuning.runs",
-        "Subject": "interventions.stage",
-        "intervene": "interventions.grid",
-        **dict.fromkeys(("edited", "matrix_edits"), "interventions.live"),
-        "lineage": "lineage.tree",
-        "fingerprint": "lineage.fingerprint",
-        "which_base": "lineage.which_base",
-        "extract": "treatment.extract",
-        "forgetting": "treatment.forgetting",
-        "merge": "treatment.merge",
-        "repair": "treatment.repair",
-    },
-)
+__getattr__, __all__ = lazily(__name__)
+__all__ += ["InputError", "NonFiniteError"]
 
 
 class _Package(ModuleType):

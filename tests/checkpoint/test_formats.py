@@ -7,8 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from specbasis.checkpoint import open_checkpoint
 from specbasis.core.errors import InputError

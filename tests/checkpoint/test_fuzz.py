@@ -22,8 +22,7 @@ from specbasis.finetuning.tables import read_table
 from specbasis.jobs.experiments import read_experiments
 from specbasis.jobs.results import load
 from tests.checkpoint.test_formats import gguf_floats, save_gguf, save_onnx
-from tests.checkpoint.test_quantised import gptq as gptq_matrix
-from tests.checkpoint.test_quantised import matrix
+from tests.checkpoint.test_quantised import gptq as gptq_matrix, matrix
 
 EXTREMES = [bytes(8), b"\xff" * 8, b"\xff" * 7 + b"\x7f", bytes(7) + b"\x80", b"\x00\x00\x00\x40" + bytes(4)]
 TEXTS = [b"{", b"}", b"[", b'"', b"\n", b",", b"null", b"-1", b"1e999", b"\x00", b"\xed\xa0\x80", b"9" * 5000]

@@ -14,13 +14,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from safetensors.torch import save, save_file
 
 from specbasis.architecture.pair import pair
-from specbasis.checkpoint import ABSENT, content_sha256, open_checkpoint, open_tuned, regular
-from specbasis.checkpoint import hub as hub_of_checkpoints
+from specbasis.checkpoint import (
+    ABSENT,
+    content_sha256,
+    hub as hub_of_checkpoints,
+    open_checkpoint,
+    open_tuned,
+    regular,
+)
 from specbasis.checkpoint.formats.safetensors import _parse_header
 from specbasis.checkpoint.hub import Address, parse_address
 from specbasis.checkpoint.patience import RETRIES

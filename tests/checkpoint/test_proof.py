@@ -7,8 +7,7 @@ import warnings
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from specbasis.checkpoint import proof as proofs
 from specbasis.checkpoint.proof import COLUMNS, TOLERANCE, align, check_stored, prove, sketch, weight_digest

@@ -12,8 +12,7 @@ import torch
 import specbasis
 from specbasis.comparison.comparison import Comparison
 from specbasis.comparison.correlations import correlate, read_scores, units
-from specbasis.comparison.population import cells, gather
-from specbasis.comparison.population import population as run
+from specbasis.comparison.population import cells, gather, population as run
 from specbasis.core.errors import InputError
 from tests.pico import bert_state, finetuned, write
 

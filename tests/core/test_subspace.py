@@ -8,8 +8,7 @@ import scipy.integrate
 import scipy.linalg
 import scipy.stats
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from specbasis.core.subspace import chance_alignment, nested_overlap, principal_angles, subspace_overlap
 from tests.helpers.matrices import gaussian, orthonormal, rotated

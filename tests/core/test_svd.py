@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from specbasis import InputError, NonFiniteError, decompose, low_rank_svd
 from specbasis.core.cosines import cosines

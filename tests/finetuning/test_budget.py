@@ -13,8 +13,7 @@ from specbasis.cli import app
 from specbasis.core.errors import InputError
 from specbasis.finetuning import load
 from specbasis.finetuning.base import load_base
-from specbasis.finetuning.methods import attach
-from specbasis.finetuning.methods import load as load_method
+from specbasis.finetuning.methods import attach, load as load_method
 from specbasis.finetuning.sources import load_task
 from tests.finetuning.test_train import Kill, weights, without_dropout
 

@@ -6,8 +6,7 @@ import mpmath
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from specbasis import decompose, low_rank_svd
 from specbasis.core.spectrum import effective_rank, explained_variance, stable_rank

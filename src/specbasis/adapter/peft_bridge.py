@@ -42,6 +42,8 @@ from specbasis.checkpoint.adapter_file import FROM_DATA, PREFIX, seal
 from specbasis.checkpoint.pattern import SQUARE
 from specbasis.core.errors import InputError
 
+__all__ = ["SpectralConfig", "SpectralModel"]
+
 NEEDS_PEFT = "0.21"
 """The oldest PEFT whose tuner interface this module speaks."""
 

@@ -26,6 +26,7 @@ from specbasis.checkpoint.formats.quantised import dequantised
 from specbasis.checkpoint.peft import alone, open_adapter
 from specbasis.checkpoint.places import Place, locate
 from specbasis.core.errors import InputError
+from specbasis.core.text import shareable
 
 __all__ = [
     "ABSENT",
@@ -35,6 +36,7 @@ __all__ = [
     "joined_sha256",
     "open_checkpoint",
     "open_tuned",
+    "other_weights",
     "refuse_other_weights",
     "sha256",
     "weights_sha256",
@@ -122,17 +124,28 @@ def open_tuned(source: str | Path | Mapping[str, Tensor], base: Checkpoint, *, s
     return _open(place, key, stream)
 
 
+def other_weights(tuned: Checkpoint, sha256: str = "") -> str:
+    """Which other weights an adapter, or a difference, says that it was made from, in words; empty where none.
+
+    Args:
+        tuned: an adapter on its base, or any other checkpoint.
+        sha256: that of its base's weights, where it is known.
+    """
+    if tuned.under is None or tuned.made_from in ("", sha256 or weights_sha256(tuned.under)):
+        return ""
+    return f"was made from other files than those of {shareable(tuned.under.source)} (their SHA-256 is " + (
+        f"{tuned.made_from[:12]}…)"
+    )
+
+
 def refuse_other_weights(tuned: Checkpoint) -> None:
     """Refuse an adapter, or a difference, that stands on other weights than it says it was made from.
 
     Raises:
         InputError: its file names other weights.
     """
-    if tuned.under is not None and tuned.made_from and tuned.made_from != weights_sha256(tuned.under):
-        raise InputError(
-            f"{tuned.source}: was made from other weights than {tuned.under.source} (their SHA-256 is "
-            f"{tuned.made_from[:12]}…); want the base that it was made from"
-        )
+    if said := other_weights(tuned):
+        raise InputError(f"{tuned.source}: {said}; want the base that it was made from")
 
 
 def content_sha256(checkpoint: Checkpoint) -> str:

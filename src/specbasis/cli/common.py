@@ -91,8 +91,7 @@ def progress() -> Iterator[Callable[[Progress], None]]:
     if not ASIDE.is_terminal or ASIDE.quiet:  # where older versions of rich would end it with an empty line
         yield lambda _: None
         return
-    from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
+    from rich.progress import BarColumn, Progress as Bar, SpinnerColumn, TextColumn, TimeRemainingColumn
 
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn())
     percent = TextColumn("{task.percentage:>3.0f}%")

@@ -118,8 +118,7 @@ def forgetting(
     json: JSON = False,
 ) -> None:
     """Tell whether a finetune forgot what its base could do: the loss, or a task's metric, before and after."""
-    from specbasis.treatment.forgetting import forgetting as run
-    from specbasis.treatment.forgetting import named
+    from specbasis.treatment.forgetting import forgetting as run, named
 
     told = run(base, tuned, named(held_back, base, **examples.judging))
     if json:

@@ -40,8 +40,7 @@ def which_base(
     json: JSON = False,
 ) -> None:
     """Say which model of a database a model comes from; with --card exit code 1 if its card says otherwise."""
-    from specbasis.lineage.which_base import contradiction, fingerprint_of
-    from specbasis.lineage.which_base import which_base as find
+    from specbasis.lineage.which_base import contradiction, fingerprint_of, which_base as find
 
     query = fingerprint_of(model)
     answer = find(query, db, level=level)

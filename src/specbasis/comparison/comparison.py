@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
 import textwrap
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import pyarrow as pa
 
 from specbasis.comparison.check import Finding, thresholds
 from specbasis.comparison.facts import Facts, by_pair
@@ -21,34 +18,14 @@ from specbasis.core.extras import require
 from specbasis.core.text import number_of
 from specbasis.jobs import results as store
 from specbasis.jobs.folder import plain
-from specbasis.jobs.results import Results
+from specbasis.jobs.results import Kept
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-@dataclass(frozen=True, eq=False)
-class Comparison:
-    """What `compare` returns: rows, a manifest, and what they add up to.
-
-    Attributes:
-        results: the folder with the rows and the manifest.
-        rows: all rows, one per (pair, matrix, measure, index); see `specbasis.jobs.results.SCHEMA`.
-    """
-
-    results: Results
-    rows: pa.Table
-    _kept: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
-
-    @property
-    def folder(self) -> Path:
-        """Where everything is on disk."""
-        return self.results.folder
-
-    @property
-    def manifest(self) -> dict[str, Any]:
-        """Versions, configuration, provenance, what was skipped and why, timings."""
-        return self.results.manifest
+class Comparison(Kept):
+    """What `compare` returns: rows, a manifest, and what they add up to."""
 
     @cached_property
     def pairs(self) -> list[str]:

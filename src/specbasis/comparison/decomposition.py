@@ -22,8 +22,7 @@ from specbasis.core.errors import InputError, NonFiniteError
 from specbasis.core.krylov import quick_svd
 from specbasis.core.low_rank import low_rank_svd
 from specbasis.core.quantised import Grid, quantisation
-from specbasis.core.rounding import QUANTISED, Rounding
-from specbasis.core.rounding import rounding as rounding_of
+from specbasis.core.rounding import QUANTISED, Rounding, rounding as rounding_of
 from specbasis.core.svd import SVD, HalfSVD, half_svd
 from specbasis.jobs.cache import Cache
 from specbasis.measures.table import needed, reads

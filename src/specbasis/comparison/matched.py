@@ -12,15 +12,13 @@ from specbasis.architecture.cut import laid_out
 from specbasis.architecture.family import STRUCTURAL
 from specbasis.architecture.key import ROLES
 from specbasis.architecture.pair import MatrixPair, Pairing, pair
-from specbasis.checkpoint import Checkpoint, open_checkpoint, open_tuned, weights_sha256
+from specbasis.checkpoint import Checkpoint, open_checkpoint, open_tuned, other_weights
 from specbasis.checkpoint.entry import watched
 from specbasis.comparison.options import Options
 from specbasis.comparison.task import Source, Task, sharing
 from specbasis.core.attention_heads import head_count
 from specbasis.core.errors import InputError
-from specbasis.core.grammar import labelled
 from specbasis.core.svd import ALGORITHM
-from specbasis.core.text import shareable
 from specbasis.jobs import results as store
 from specbasis.jobs.environment import environment
 from specbasis.jobs.provenance import provenances
@@ -59,14 +57,11 @@ class Matched:
             raise InputError("got no tuned checkpoint; want at least one")
         # A path in words means the same in a worker process.
         source, *sources = (str(s) if isinstance(s, Path) else s for s in (base, *sources))
-        named: list[tuple[str, Any]] = [labelled(s) if isinstance(s, str) else ("", s) for s in sources]
-        sources = [place for _, place in named]
         opened = open_checkpoint(source, stream=options.stream)
-        checkpoints = [open_tuned(s, opened, stream=options.stream) for s in sources]
+        places, by_label = store.opened_by_label(sources, lambda s: open_tuned(s, opened, stream=options.stream))
         if layouts := options.layouts:
-            opened, checkpoints = laid_out(opened, layouts), [laid_out(c, layouts) for c in checkpoints]
-        labels = store.labels_of([label for label, _ in named], [checkpoint.source for checkpoint in checkpoints])
-        by_label = dict(zip(labels, checkpoints, strict=True))
+            opened = laid_out(opened, layouts)
+            by_label = {label: laid_out(checkpoint, layouts) for label, checkpoint in by_label.items()}
         pairings = {
             label: pair(
                 opened,
@@ -81,7 +76,7 @@ class Matched:
             everything = {label: pair(opened, checkpoint) for label, checkpoint in by_label.items()}
             raise InputError(_nothing_in_common(opened, everything))
         _check_heads(opened, pairings, options)
-        return cls(source, opened, dict(zip(labels, sources, strict=True)), by_label, pairings, options)
+        return cls(source, opened, places, by_label, pairings, options)
 
     @property
     def in_memory(self) -> bool:
@@ -142,15 +137,9 @@ class Matched:
 
     def _notes(self, label: str, base: Mapping[str, Any]) -> list[str]:
         """What the base's files say, and whether an adapter says that it was made from others."""
-        notes = [f"base: {note}" for note in base.get("notes", ())]
-        tuned = self.tuned[label]
-        if tuned.under is not None and tuned.made_from:
-            own = base["sha256"] if tuned.under is self.base else weights_sha256(tuned.under)
-            if tuned.made_from != own:
-                notes.append(
-                    f"it was made from other files than those of {shareable(tuned.under.source)} (their SHA-256 is "
-                    f"{tuned.made_from[:12]}…): only where these hold the same numbers is this the finetune"
-                )
+        tuned, notes = self.tuned[label], [f"base: {note}" for note in base.get("notes", ())]
+        if said := other_weights(tuned, base["sha256"] if tuned.under is self.base else ""):
+            notes.append(f"it {said}: only where these hold the same numbers is this the finetune")
         return notes
 
 

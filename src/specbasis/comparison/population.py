@@ -5,7 +5,6 @@ Reads the rows of results folders, and nothing else.
 
 from __future__ import annotations
 
-import csv
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ import pyarrow.compute as pc
 
 from specbasis.architecture.key import MatrixKey
 from specbasis.architecture.selection import Selection
+from specbasis.checkpoint.atomic import write_whole
 from specbasis.comparison.comparison import Comparison, load
 from specbasis.comparison.correlations import Correlation, correlate
 from specbasis.comparison.facts import SIDES, Facts
@@ -26,7 +26,7 @@ from specbasis.comparison.summary import RoleSummary, summarise
 from specbasis.core.brief import brief
 from specbasis.core.errors import InputError
 from specbasis.core.statistics import LEVEL, detectable
-from specbasis.core.text import cell
+from specbasis.core.text import csv_text, named_parts
 from specbasis.jobs import results as store
 from specbasis.jobs.folder import plain, write_json
 
@@ -111,17 +111,12 @@ class Population:
             "cells": self.cells,
             "correlations": [asdict(c) for c in self.correlations],
         }
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            for name, lines in tables.items():
-                if lines:
-                    _write_csv(out / f"{name}.csv", lines)
-            whole = {"score": self.score, "unscored": self.unscored, "power": self.power} | tables
-            write_json(out / "population.json", plain(whole))
-        except OSError as error:
-            raise InputError(
-                f"{out}: cannot be written ({error.strerror or error}); choose another place"
-            ) from error
+        for name, lines in tables.items():
+            names = list(dict.fromkeys(key for line in lines for key in line))
+            if lines:
+                write_whole(out / f"{name}.csv", csv_text(names, (map(line.get, names) for line in lines), ".6g"))
+        whole = {"score": self.score, "unscored": self.unscored, "power": self.power} | tables
+        write_json(out / "population.json", plain(whole))
         return out
 
 
@@ -163,9 +158,8 @@ def population(
     known = {m.name: scores[key] for m in members for key in (m.name, m.pair) if scores and key in scores}
     unscored = tuple(m.name for m in members if m.name not in known) if scores is not None else ()
     if scores is not None and not known:
-        raise InputError(
-            f"no pair has a score: pairs are {_few([m.name for m in members])}; scores are for {_few(list(scores))}"
-        )
+        pairs = named_parts((m.name for m in members), 3)
+        raise InputError(f"no pair has a score: pairs are {pairs}; scores are for {named_parts(scores, 3)}")
     for line in models:
         if line["pair"] in known:
             line[score] = known[line["pair"]]
@@ -278,16 +272,3 @@ def cells(
             }
         )
     return lines
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
-
-
-def _write_csv(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    fields = list(dict.fromkeys(key for line in lines for key in line))
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fields, lineterminator="\n")
-        writer.writeheader()
-        for line in lines:
-            writer.writerow({name: cell(value, ".6g") for name, value in line.items()})

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
@@ -47,6 +49,15 @@ def shareable(text: str) -> str:
     """
     pattern = _WHOLE if _WHOLE.fullmatch(text) else _ABSOLUTE
     return pattern.sub(lambda path: "…/" + "/".join(re.split(r"[/\\]", path[0])[-2:]), text)
+
+
+def csv_text(names: Iterable[str], rows: Iterable[Sequence[Any]], form: str = "") -> str:
+    """Rows under the names of their columns as CSV; see `cell` for what stands in it."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(names)
+    writer.writerows([cell(value, form) for value in row] for row in rows)
+    return text.getvalue()
 
 
 def cell(value: Any, form: str = "") -> Any:

@@ -17,8 +17,7 @@ from specbasis.comparison.check import CHECKS, THRESHOLDS, Check, Finding, unloo
 from specbasis.comparison.comparison import Comparison
 from specbasis.comparison.verdict import LEVEL, POWER
 from specbasis.core.errors import InputError, unknown
-from specbasis.core.text import markdown as escaped
-from specbasis.core.text import number_of, printable
+from specbasis.core.text import markdown as escaped, number_of, printable
 from specbasis.figures.summary import evidence, headline, no_problems, over_all_ranks, summary_table
 from specbasis.figures.table import number
 from specbasis.treatment.advice import next_steps
@@ -140,7 +139,7 @@ def _fields(comparison: Comparison, label: str) -> dict[str, Any]:
 
 
 def section(comparison: Comparison, label: str) -> str:
-    """The section of a card: headline, verdict, digests, table by role, findings with their thresholds, versions."""
+    """The section of a card: headline, verdict, digests, table by role, findings and versions."""
     manifest, lines = comparison.manifest, comparison.summaries[label]
     about = manifest["pairs"][label]
     sources = {"base": manifest["base"], "this model": about["tuned"]}

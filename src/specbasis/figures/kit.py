@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,12 @@ def write_figure(path: Path, make: Callable[[], Figure]) -> list[Path]:
         written.append(path.with_name(name))
         write_whole(written[-1], content)
     return written
+
+
+def write_page(path: Path, parts: Iterable[str], make: Callable[[], Figure]) -> list[Path]:
+    """Write a page of Markdown, its parts apart by empty lines, and its figure beside it; returns the files."""
+    write_whole(path, "\n\n".join(part.rstrip("\n") for part in parts) + "\n")
+    return [path, *write_figure(path, make)]
 
 
 # --- panels -------------------------------------------------------------------------------------------------------

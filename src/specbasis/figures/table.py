@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +10,7 @@ from html import escape
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from specbasis.core.text import cell, printable
+from specbasis.core.text import csv_text, printable
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -139,12 +137,7 @@ class Table:
 
     def csv(self, form: str = "") -> str:
         """The values as CSV, empty where there is none; floating-point numbers in a format, or with all digits."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(column.name for column in self.columns)
-        for row in self.rows:
-            writer.writerow(cell(value, form) for value in row)
-        return text.getvalue()
+        return csv_text((column.name for column in self.columns), self.rows, form)
 
     def html(self, *, inline: bool = False) -> str:
         """A table element of the class ``numbers``; with ``inline``, its style in each cell, for notebooks."""

@@ -13,7 +13,6 @@ import numpy as np
 from specbasis.architecture.pair import pair
 from specbasis.checkpoint import open_checkpoint, open_tuned
 from specbasis.core.errors import InputError
-from specbasis.core.statistics import spearman
 from specbasis.core.subspace import subspace_overlap
 from specbasis.core.svd import decompose
 from specbasis.interventions.live import Decompose
@@ -153,16 +152,3 @@ def overlaps(
                     sums.setdefault((tuned, source, group, size), []).append((value, chance))
     columns = {key: zip(*pairs, strict=True) for key, pairs in sums.items()}
     return {key: (float(np.mean(values)), float(np.mean(chances))) for key, (values, chances) in columns.items()}
-
-
-def rank_correlation(table: Sequence[Shared], x: str, y: str) -> tuple[float, int]:
-    """Spearman's correlation of two columns of the table, where both are known, and the number of pairs.
-
-    Raises:
-        InputError: fewer than three such pairs.
-    """
-    values = [(getattr(row, x), getattr(row, y)) for row in table]
-    known = np.array([pair for pair in values if None not in pair], dtype=np.float64)
-    if len(known) < 3:
-        raise InputError(f"{len(known)} pairs with both {x} and {y}; want at least three")
-    return float(spearman(known)), len(known)

@@ -11,11 +11,12 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -25,11 +26,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from specbasis.architecture.key import MatrixKey
+from specbasis.checkpoint import Checkpoint
 from specbasis.checkpoint.atomic import write_whole
 from specbasis.checkpoint.digest import SEAL, digest
 from specbasis.checkpoint.entry import first_line
 from specbasis.core.brief import brief
 from specbasis.core.errors import InputError
+from specbasis.core.grammar import labelled
 from specbasis.jobs.folder import EACH, Folder, Kind, opened
 
 _WEIGHTS = {"source": str, "files": [{"path": str, "bytes": int}], "notes": [str]}
@@ -247,6 +250,44 @@ def load(folder: Path, kind: Kind = COMPARISON) -> Results:
     return Results(folder, kind.read(folder), kind)
 
 
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """Rows and the folder that they are in: what `compare` and `track` return.
+
+    Attributes:
+        results: the folder with the rows and the manifest.
+        rows: all rows, one per (pair, matrix, measure, index); see `SCHEMA`.
+    """
+
+    results: Results
+    rows: pa.Table
+    _kept: TemporaryDirectory[str] | None = field(default=None, repr=False)
+
+    @property
+    def folder(self) -> Path:
+        """Where everything is on disk."""
+        return self.results.folder
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """Versions, configuration, provenance, notes, what was skipped or passed over and why, timings."""
+        return self.results.manifest
+
+
+def opened_by_label(
+    sources: Iterable[Any], open_one: Callable[[Any], Checkpoint]
+) -> tuple[dict[str, Any], dict[str, Checkpoint]]:
+    """Label → what a checkpoint is called, and label → the same, open; ``"LABEL=SOURCE"`` says the label.
+
+    Raises:
+        InputError: as ``open_one``; or a label is given twice.
+    """
+    named = [labelled(source) if isinstance(source, str) else ("", source) for source in sources]
+    opened = [open_one(place) for _, place in named]
+    labels = labels_of([label for label, _ in named], [checkpoint.source for checkpoint in opened])
+    return dict(zip(labels, (place for _, place in named), strict=True)), dict(zip(labels, opened, strict=True))
+
+
 def labels_of(given: Sequence[str], names: Sequence[str]) -> list[str]:
     """The labels that were given, and where one is empty `unique_labels` of the names.
 
@@ -282,14 +323,14 @@ def unique_labels(names: Iterable[str]) -> list[str]:
 def _content(rows: pa.Table) -> Iterator[str | bytes]:
     """What rows say, whatever their dictionaries, chunks and versions of Arrow are."""
     rows = rows.unify_dictionaries()
-    for field in SCHEMA:
-        column = rows[field.name].combine_chunks()
-        if field.type == _WORD:  # few different ones after another: runs of equal words, and how long they are
+    for part in SCHEMA:
+        column = rows[part.name].combine_chunks()
+        if part.type == _WORD:  # few different ones after another: runs of equal words, and how long they are
             runs = pc.run_end_encode(column.cast(pa.string()))
             yield json.dumps([runs.run_ends.to_pylist(), runs.values.to_pylist()])
         else:
             yield column.is_null().to_numpy(zero_copy_only=False).tobytes()
-            yield column.fill_null(pa.scalar(0).cast(field.type)).to_numpy(zero_copy_only=False).tobytes()
+            yield column.fill_null(pa.scalar(0).cast(part.type)).to_numpy(zero_copy_only=False).tobytes()
 
 
 def _file_name(text: str) -> str:

@@ -29,7 +29,6 @@ from specbasis.checkpoint import Checkpoint, open_checkpoint
 from specbasis.checkpoint.formats import endings
 from specbasis.core.brief import brief
 from specbasis.core.errors import InputError
-from specbasis.core.grammar import labelled
 from specbasis.core.text import number_of
 from specbasis.jobs import results as store
 from specbasis.jobs.folder import plain
@@ -95,16 +94,15 @@ def lineage(sources: str | Path | Sequence[str | Path], *, align: bool = True) -
     models are usually trained.
     """
     left_out: list[str] = []
+    readable: Sequence[str | Checkpoint]
     if isinstance(sources, str | Path):
-        opened = _readable(Path(sources), left_out)
-        given: Sequence[str] = [""] * len(opened)
+        readable = _readable(Path(sources), left_out)
     elif len(sources) < 2:
         raise InputError(f"got {len(sources)} checkpoint; want at least two, files or folders")
     else:
-        given, places = zip(*(labelled(str(source)) for source in sources), strict=True)
-        opened = [open_checkpoint(place) for place in places]
-    names = store.labels_of(given, [checkpoint.source for checkpoint in opened])
-    shared = Shared.of(opened, names)
+        readable = [str(source) for source in sources]
+    _, opened = store.opened_by_label(readable, open_checkpoint)
+    shared = Shared.of(list(opened.values()), list(opened))
     kinships = shared.kinships(align=align)
     return Lineage(trees(shared, kinships), tuple(kinships.values()), (*left_out, *shared.notes))
 

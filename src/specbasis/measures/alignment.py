@@ -9,11 +9,11 @@ import torch
 
 from specbasis.core.subspace import (
     alignment_bound,
+    chance_alignment as mean_cosine,
     nested_overlap,
     principal_angles,
     subspace_bound,
 )
-from specbasis.core.subspace import chance_alignment as mean_cosine
 from specbasis.measures.measure import BOTH_SIDES, PAIR, PAPER, Values, measure
 from specbasis.measures.triple import Triple
 

@@ -26,14 +26,13 @@ from specbasis.core.errors import InputError, unknown
 from specbasis.core.svd import SVD, decompose
 from specbasis.finetuning.metrics import Predictions
 from specbasis.finetuning.options import require_libraries
-from specbasis.finetuning.sources import load_task
 from specbasis.finetuning.tasks import GLUE, Split
 from specbasis.jobs.environment import WHERE_USED
 from specbasis.jobs.experiments import Row, run_experiments
 from specbasis.jobs.progress import Progress
 from specbasis.paper.cores import Basis, Experiment, Recipe, score, train
 from specbasis.paper.encoder import Encoder, Examples, encode, frozen_means, load_encoder, mean_gradients
-from specbasis.paper.grid import base_name
+from specbasis.paper.grid import about_base, whole_task
 from specbasis.paper.options import AblationOptions
 
 BASES = {
@@ -95,8 +94,7 @@ def bases_of(options: AblationOptions, task: str) -> tuple[str, ...]:
 def config(options: AblationOptions) -> dict[str, Any]:
     """What the manifest says: what decides the values beside the row itself, and no path."""
     return {
-        "base": base_name(options.base),
-        "base_sha256": weights_sha256(open_checkpoint(options.base)),
+        **about_base(options.base),
         "bases": list(options.bases),
         "rates": list(options.rates),
         "scratch_sha256": {task: weights_sha256(open_checkpoint(path)) for task, path in options.scratch},
@@ -113,13 +111,11 @@ def run(options: AblationOptions, out: str | Path, progress: Callable[[Progress]
     options = checked(options)
     torch.set_float32_matmul_precision(options.precision)
     call = functools.partial(run_stack, options=options)
-    manifest = config(options)
-    read = functools.cache(lambda task: load_task(task, data_dir=options.data_dir))
+    shared: dict[str, Any] = {"config": config(options), "uses": WHERE_USED, "progress": progress}
 
     def one(**row: Any) -> Row:
-        (done,) = run_experiments(
-            [row], call, out, config=manifest, uses=WHERE_USED, progress=progress, prepare=lambda r: read(r["task"])
-        )
+        prepare = functools.partial(whole_task, row["task"], data_dir=options.data_dir)
+        (done,) = run_experiments([row], call, out, prepare=lambda _: prepare(), **shared)
         return done
 
     rows: list[Row] = []
@@ -238,7 +234,7 @@ class Material:
 
     def __init__(self, options: AblationOptions, task: str) -> None:
         self.options, self.task, part = options, task, PARTS[task]
-        self.data = data = load_task(task, data_dir=options.data_dir)
+        self.data = data = whole_task(task, data_dir=options.data_dir)
         order = data.train.by_content()
         first, second = part.selection, part.selection + part.train
         held_back = data.train.take(order[second:])

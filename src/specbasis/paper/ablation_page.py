@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from specbasis.checkpoint.atomic import write_whole
 from specbasis.core.statistics import Array, adjusted, paired_t_test, percentile_interval, student_interval
 from specbasis.figures import kit
 from specbasis.figures.kit import Figure
@@ -122,10 +121,7 @@ def write(rows: Sequence[Row], base: str, out: str | Path) -> list[Path]:
         parts += _task(runs, floors.get(task), rows)
     parts += [f"- {name}: {about}" for name, about in BASES.items()]
     failed = [f"- {' '.join(map(str, row.experiment.values()))}: {row.error}" for row in rows if row.error]
-    write_whole(path, "\n\n".join([*parts, *failed]) + "\n")
-    if not by_task:
-        return [path]
-    return [path, *kit.write_figure(path, lambda: _figure(by_task, base))]
+    return kit.write_page(path, [*parts, *failed], lambda: _figure(by_task, base) if by_task else None)
 
 
 def _task(runs: Sequence[Runs], floor: Mapping[str, Any] | None, rows: Sequence[Row]) -> list[str]:
@@ -187,7 +183,7 @@ def _table(names: Sequence[str], runs: Sequence[Runs], cell: Any) -> str:
         (name, *(cell(name, run) if name in run.bases or name not in BASES else None for run in runs))
         for name in names
     ]
-    return Table(columns, tuple(body)).markdown().rstrip("\n")
+    return Table(columns, tuple(body)).markdown()
 
 
 def _rate(basis: str, run: Runs, rows: Sequence[Row]) -> str:

@@ -20,7 +20,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from specbasis.checkpoint import open_checkpoint, weights_sha256
 from specbasis.core.columns import generator_of, random_orthonormal
 from specbasis.core.draws import rotated
 from specbasis.core.errors import unknown
@@ -32,14 +31,13 @@ from specbasis.finetuning.methods.sites import ALL_LINEAR, sites
 from specbasis.finetuning.metrics import Predictions
 from specbasis.finetuning.options import require_libraries
 from specbasis.finetuning.runs import finetune, load
-from specbasis.finetuning.sources import load_task
 from specbasis.finetuning.tasks import Split
 from specbasis.jobs.environment import WHERE_USED
 from specbasis.jobs.experiments import Row, run_experiments
 from specbasis.jobs.progress import Progress
 from specbasis.paper.differences import resampled
 from specbasis.paper.encoder import portions
-from specbasis.paper.grid import base_name
+from specbasis.paper.grid import about_base, whole_task
 from specbasis.paper.options import AnatomyOptions
 
 SIZES = (10, 30, 75, 150, 300)
@@ -72,13 +70,14 @@ def run(options: AnatomyOptions, out: str | Path, progress: Callable[[Progress],
     call = functools.partial(
         take_apart, base=options.base, data_dir=options.data_dir, models=models, device=options.device
     )
-    config = {
-        "base": base_name(options.base),
-        "base_sha256": weights_sha256(open_checkpoint(options.base)),
-    }
-    read = functools.cache(lambda task: load_task(task, data_dir=options.data_dir))
     return run_experiments(
-        cells, call, out, config=config, uses=WHERE_USED, progress=progress, prepare=lambda cell: read(cell["task"])
+        cells,
+        call,
+        out,
+        config=about_base(options.base),
+        uses=WHERE_USED,
+        progress=progress,
+        prepare=lambda cell: whole_task(cell["task"], data_dir=options.data_dir),
     )
 
 
@@ -90,7 +89,7 @@ def take_apart(
     folder = Path(models) / f"{task}-{seed}"
     protocol: dict[str, Any] = {name: cell.get(name) for name in ("epochs", "learning_rate", "examples")}
     protocol |= {"seed": seed, "data_dir": data_dir, "group_by_length": True}
-    data = load_task(task, data_dir=data_dir)
+    data = whole_task(task, data_dir=data_dir)
     done = finetune(base, data, "full", out=folder, **protocol)
     tuned, _ = load(folder, base)
     with quiet():

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from specbasis.checkpoint.atomic import write_whole
 from specbasis.core.statistics import mean_and_spread
 from specbasis.figures import kit
 from specbasis.figures.kit import Figure
@@ -48,8 +47,7 @@ def write(rows: Sequence[Row], base: str, out: str | Path) -> list[Path]:
     if done:
         parts += ["## Scores", *_scores(by_task), "## Shares of ‖Δ‖²", *_shares(done)]
     parts += [f"- {' '.join(map(str, row.experiment.values()))}: {row.error}" for row in rows if row.error]
-    write_whole(path, "\n\n".join(parts) + "\n")
-    return [path, *kit.write_figure(path, lambda: _figure(done, by_task, base))] if done else [path]
+    return kit.write_page(path, parts, lambda: _figure(done, by_task, base) if done else None)
 
 
 def _scores(by_task: Mapping[str, Sequence[Row]]) -> list[str]:
@@ -69,7 +67,7 @@ def _scores(by_task: Mapping[str, Sequence[Row]]) -> list[str]:
         "finetune, in brackets the lowest lower and the highest upper end of the seeds' 95 % intervals over the "
         "examples (paired bootstrap). All matrices of attention and feed-forward networks are edited at once, with "
         "“+ pooler” the pooler too; embeddings, norms, biases and the task's head stay tuned.",
-        Table(tuple(columns), tuple(body)).markdown().rstrip("\n"),
+        Table(tuple(columns), tuple(body)).markdown(),
     ]
 
 
@@ -96,14 +94,14 @@ def _shares(rows: Sequence[Row]) -> list[str]:
         for K in SIZES
         if (shares := mean_shares(rows, kind, K))
     ]
-    parts.append(Table(columns, tuple(body)).markdown().rstrip("\n"))
+    parts.append(Table(columns, tuple(body)).markdown())
     of_all = (
         Column("matrices", words=True),
         *(Column(name, ".3f") for name in ("‖Δ‖/‖W‖", "σ₁(Δ)/σ₁(W)", "in the thin basis", "chance")),
     )
     names = ("size", "top", "thin", "thin_chance")
     table = [(kind, *(float(np.mean([m[n] for m in _of(rows, kind)])) for n in names)) for kind in KINDS]
-    return [*parts, Table(of_all, tuple(table)).markdown().rstrip("\n")]
+    return [*parts, Table(of_all, tuple(table)).markdown()]
 
 
 def _of(rows: Sequence[Row], kind: str) -> list[Mapping[str, Any]]:

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from specbasis.checkpoint.atomic import write_whole
 from specbasis.core.errors import InputError
 from specbasis.core.statistics import mean_and_spread
 from specbasis.core.text import number_of
@@ -107,10 +106,8 @@ def write(plan: Panel, rows: Sequence[Row], out: str | Path) -> list[Path]:
     """Write ``NAME.md``, and ``NAME.svg`` and ``.png`` where anything ran, into the folder of the rows."""
     path = Path(out) / f"{plan.name}.md"
     points = [(point, runs(rows, [plan.cell(point, s) for s in plan.options.seeds])) for point in plan.points]
-    write_whole(path, markdown(plan, points))
-    if not any(seeds for _, seeds in points):
-        return [path]
-    return [path, *kit.write_figure(path, lambda: _figure(plan, points))]
+    is_any = any(seeds for _, seeds in points)
+    return kit.write_page(path, [markdown(plan, points)], lambda: _figure(plan, points) if is_any else None)
 
 
 def markdown(plan: Panel, points: Sequence[tuple[Point, Mapping[int, Run]]]) -> str:

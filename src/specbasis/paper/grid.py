@@ -107,8 +107,7 @@ def run_grid(
         return [row for row in read_experiments(out) if Experiment.of(row.experiment) in wanted]
     require_libraries()
     config = {
-        "base": base_name(options.base),
-        "base_sha256": _base_sha256(options.base),
+        **about_base(options.base),
         "protocol": _protocol(options),
         "prefix_cached": options.cache_prefix is not None,
     }
@@ -122,7 +121,7 @@ def run_grid(
         config=config,
         uses=WHERE_USED,
         progress=progress,
-        prepare=lambda row: _whole(row["task"], data_dir=data_dir),
+        prepare=lambda row: whole_task(row["task"], data_dir=data_dir),
     )
 
 
@@ -171,17 +170,18 @@ def _protocol(options: GlueOptions) -> dict[str, Any]:
 
 
 @functools.cache
-def _base_sha256(base: str) -> str:
-    """Read once for all lists of experiments of a command."""
-    return weights_sha256(open_checkpoint(base))
+def about_base(base: str) -> dict[str, str]:
+    """What a manifest says of a base; read once for all lists of experiments of a command."""
+    return {"base": base_name(base), "base_sha256": weights_sha256(open_checkpoint(base))}
 
 
-_whole = functools.lru_cache(maxsize=8)(load_task)
+whole_task = functools.lru_cache(maxsize=8)(load_task)
+"""A task of GLUE, read once."""
 
 
 @functools.lru_cache(maxsize=8)
 def _data(task: str, data_dir: str | None, examples: int | None, selection: int | None) -> TaskData:
-    data = _whole(task, data_dir=data_dir)
+    data = whole_task(task, data_dir=data_dir)
     if examples or selection:
         data = subset(data, examples=examples, selection=selection)
     return replace(data, selection=Split([], []), dev={"selection": data.selection}) if selection else data

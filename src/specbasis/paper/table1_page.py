@@ -10,7 +10,6 @@ from pathlib import Path
 from statistics import mode
 from typing import Any
 
-from specbasis.checkpoint.atomic import write_whole
 from specbasis.figures import kit
 from specbasis.figures.kit import Axes, Figure
 from specbasis.figures.table import Column, Table, number
@@ -32,12 +31,12 @@ def printed() -> Mapping[str, Any]:
 
 def write(plan: Comparison, rows: Sequence[Row], base: str, out: str | Path) -> list[Path]:
     """Write ``NAME.md`` into the folder of the rows, and ``NAME.png`` and ``.svg`` where there are differences."""
-    path, table = Path(out) / f"{plan.name}.md", lines(plan, rows)
-    write_whole(path, markdown(plan, table, rows, base))
+    table = lines(plan, rows)
     compared = [line for line in table if line.differences]
-    if not compared:
-        return [path]
-    return [path, *kit.write_figure(path, lambda: _figure(plan, compared, base))]
+    page = [markdown(plan, table, rows, base)]
+    return kit.write_page(
+        Path(out) / f"{plan.name}.md", page, lambda: _figure(plan, compared, base) if compared else None
+    )
 
 
 def markdown(plan: Comparison, table: Sequence[Line], rows: Sequence[Row], base: str) -> str:

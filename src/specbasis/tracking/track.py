@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,13 @@ from specbasis.checkpoint.entry import watched
 from specbasis.core.errors import InputError
 from specbasis.core.options import takes
 from specbasis.core.svd import ALGORITHM
-from specbasis.jobs import engine as engines
-from specbasis.jobs import results as store
+from specbasis.jobs import engine as engines, results as store
 from specbasis.jobs.cost import Work, matrix_work
 from specbasis.jobs.environment import environment
 from specbasis.jobs.folder import refuse_another
 from specbasis.jobs.progress import Report
 from specbasis.jobs.provenance import provenances
-from specbasis.jobs.results import COMPARISON, Figures, Results, rows_of
+from specbasis.jobs.results import COMPARISON, Figures, Kept, Results, rows_of
 from specbasis.measures.measure import RESOLVED
 from specbasis.measures.table import choose
 from specbasis.tracking.options import TrackOptions
@@ -46,29 +45,11 @@ TRACKING = replace(COMPARISON, noun="tracked training", mark="track")
 _PART = "checkpoints"
 
 
-@dataclass(frozen=True, eq=False)
-class Tracking:
-    """What `track` found.
+class Tracking(Kept):
+    """What `track` found: one row per (checkpoint, matrix, measure, index); ``pair`` is the checkpoint.
 
-    Attributes:
-        results: the folder with rows and manifest.
-        rows: one per (checkpoint, matrix, measure, index), in the schema of `jobs.results`; ``pair`` is the
-            checkpoint. docs/pretrain.md has the measures.
+    docs/pretrain.md has the measures.
     """
-
-    results: Results
-    rows: pa.Table
-    _kept: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
-
-    @property
-    def folder(self) -> Path:
-        """Where everything is on disk."""
-        return self.results.folder
-
-    @property
-    def manifest(self) -> dict[str, Any]:
-        """Checkpoints, what was passed over and why, notes, versions, configuration, timings."""
-        return self.results.manifest
 
     @property
     def steps(self) -> list[int]:

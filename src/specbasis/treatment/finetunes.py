@@ -18,10 +18,9 @@ from specbasis.architecture.recognise import model_map
 from specbasis.checkpoint import Checkpoint, Entry, open_checkpoint, open_tuned
 from specbasis.core.columns import gaussian, generator_of
 from specbasis.core.errors import InputError, NonFiniteError
-from specbasis.core.grammar import labelled
 from specbasis.core.subspace import subspace_overlap
 from specbasis.jobs.progress import Progress, Report
-from specbasis.jobs.results import labels_of
+from specbasis.jobs.results import opened_by_label
 from specbasis.treatment.methods import Delta, leading
 from specbasis.treatment.updates import Update, refuse_another_base, updates
 
@@ -61,15 +60,14 @@ class Finetunes:
         if isinstance(tuned, str | Path) or not sources or isinstance(sources[0], Tensor):
             raise InputError("got no list of finetunes; want [TUNED, …], or {NAME: TUNED, …}")
         pretrained = open_checkpoint(base)
-        named = [labelled(source) if isinstance(source, str) else ("", source) for source in sources]
-        given = list(tuned.items()) if isinstance(tuned, Mapping) else named
-        opened = [open_tuned(source, pretrained) for _, source in given]
-        labels = labels_of([label for label, _ in given], [checkpoint.source for checkpoint in opened])
-        if taken := {MEAN, MERGED}.intersection(labels):
+        if isinstance(tuned, Mapping):
+            by_label = {label: open_tuned(source, pretrained) for label, source in tuned.items()}
+        else:
+            _, by_label = opened_by_label(sources, lambda source: open_tuned(source, pretrained))
+        if taken := {MEAN, MERGED}.intersection(by_label):
             raise InputError(
                 f"got a finetune called {taken.pop()!r}, as the merged ones are; give it another NAME="
             )
-        by_label = dict(zip(labels, opened, strict=True))
         # A weight that is stored twice is one matrix to `updates`; here both are, so that they stay equal.
         tied = {ref.parameter: (ref,) for ref in model_map(pretrained).shared}
         found = {

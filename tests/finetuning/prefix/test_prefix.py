@@ -17,8 +17,16 @@ from torch import nn
 from specbasis.adapter import SpectralConfig
 from specbasis.core.errors import InputError
 from specbasis.finetuning.methods import attach
-from specbasis.finetuning.prefix import Cut, NoPrefixError, PrefixCache, Uncut, find_cut, narrowed, store
-from specbasis.finetuning.prefix import cut as cutting
+from specbasis.finetuning.prefix import (
+    Cut,
+    NoPrefixError,
+    PrefixCache,
+    Uncut,
+    cut as cutting,
+    find_cut,
+    narrowed,
+    store,
+)
 from specbasis.finetuning.prefix.probe import record
 
 SMALL = {
