@@ -261,15 +261,14 @@ def test_a_text_that_is_none_and_outputs_that_are_not_finite(tmp_path):
 def test_an_evaluator_is_one_file(tmp_path, monkeypatch):
     (tmp_path / "length_of_file.py").write_text(
         "from dataclasses import dataclass\n"
-        "from specbasis.interventions.evaluators.kit import form\n"
+        "from specbasis.interventions.evaluators.kit import FORMS\n"
         "@dataclass\n"
         "class Length:\n"
         "    file: str\n"
         "    metric: str = 'length'\n"
         "    def load(self, source):\n        return source\n"
         "    def __call__(self, model):\n        return {'length': float(len(self.file))}\n"
-        "@form('length')\n"
-        "def length(file, options):\n    return Length(file)\n"
+        "FORMS['length'] = lambda file, options: Length(file)\n"
     )
     monkeypatch.setattr(evaluators, "__path__", [*evaluators.__path__, str(tmp_path)])
     try:

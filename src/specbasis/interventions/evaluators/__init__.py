@@ -1,7 +1,7 @@
 """Ready-made evaluators, one a file: each loads the model that it judges, and scores it example by example.
 
 All of them are callables from a model to `Sample`s, so one's own is any function that does the same. A file that is
-added to this folder is imported with the others; what it gives to `kit.form` can be named in a text.
+added to this folder is imported with the others; what it adds to `kit.FORMS` can be named in a text.
 """
 
 from __future__ import annotations

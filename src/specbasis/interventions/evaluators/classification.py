@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ from specbasis.finetuning.base import Images
 from specbasis.finetuning.metrics import METRICS
 from specbasis.finetuning.sources import load_task
 from specbasis.finetuning.tasks import Split, Task, task_named
-from specbasis.interventions.evaluators.kit import Batch, Encoded, form, location_of, logits_of, padded, pretrained
+from specbasis.interventions.evaluators.kit import FORMS, Batch, Encoded, location_of, logits_of, padded, pretrained
 from specbasis.interventions.samples import Sample
 
 
@@ -128,18 +128,10 @@ def _label_order(model: Any, task: Task) -> list[int]:
     return list(range(len(wanted)))
 
 
-@form("glue")
-def _glue(task: str, options: Mapping[str, Any]) -> Classification:
-    return Classification(task_named(task).name, options.get("data_dir"), options.get("limit"))
-
-
-@form("table")
-def _table(file: str, options: Mapping[str, Any]) -> Classification:
-    return Classification(
-        file, limit=options.get("limit"), text=tuple(options.get("text", ())), label=options.get("label", "")
-    )
-
-
-@form("images")
-def _folder(folder: str, options: Mapping[str, Any]) -> Classification:
-    return Classification(folder, limit=options.get("limit"))
+FORMS["glue"] = lambda task, options: Classification(
+    task_named(task).name, options.get("data_dir"), options.get("limit")
+)
+FORMS["table"] = lambda file, options: Classification(
+    file, limit=options.get("limit"), text=tuple(options.get("text", ())), label=options.get("label", "")
+)
+FORMS["images"] = lambda folder, options: Classification(folder, limit=options.get("limit"))

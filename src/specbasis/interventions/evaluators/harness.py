@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +12,7 @@ import numpy as np
 from torch import nn
 
 from specbasis.core.extras import require
-from specbasis.interventions.evaluators.kit import form, location_of, pretrained
+from specbasis.interventions.evaluators.kit import FORMS, location_of, pretrained
 from specbasis.interventions.samples import Sample
 
 
@@ -87,6 +86,4 @@ class Harness:
         return scores
 
 
-@form("harness")
-def _harness(tasks: str, options: Mapping[str, Any]) -> Harness:
-    return Harness(tasks, options.get("limit"))
+FORMS["harness"] = lambda tasks, options: Harness(tasks, options.get("limit"))

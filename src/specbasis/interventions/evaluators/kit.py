@@ -47,17 +47,7 @@ Make = Callable[[str, Mapping[str, Any]], Judge]
 """From what stands behind ``NAME:`` in a text, and the options of `judge`, to an evaluator."""
 
 FORMS: dict[str, Make] = {}
-"""The texts that `judge` understands, by what stands before their colon."""
-
-
-def form(name: str) -> Callable[[Make], Make]:
-    """Let the decorated function make the evaluator of a text that begins with ``NAME:``."""
-
-    def register(make: Make) -> Make:
-        FORMS[name] = make
-        return make
-
-    return register
+"""The texts that `judge` understands, by what stands before their colon; each evaluator adds its own."""
 
 
 @dataclass(frozen=True, eq=False)

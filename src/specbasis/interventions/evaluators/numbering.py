@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from specbasis.checkpoint import open_checkpoint
 from specbasis.core.errors import InputError, MissingExtra
 from specbasis.core.extras import command, require
-from specbasis.interventions.evaluators.kit import form, want_finite
+from specbasis.interventions.evaluators.kit import FORMS, want_finite
 from specbasis.interventions.samples import Sample, ratio
 
 CHAINS: Mapping[str, str] = {"antibody": "HKL", "tcr": "ABGD", "shark": "H"}
@@ -175,6 +175,4 @@ def _germlines() -> Mapping[str, Any]:
     raise InputError(f"{file}: holds no all_germlines; want anarci 2020 or newer")
 
 
-@form("anarcii")
-def _numbering(receptor: str, options: Mapping[str, Any]) -> Numbering:
-    return Numbering(receptor, options.get("limit") or 240)
+FORMS["anarcii"] = lambda receptor, options: Numbering(receptor, options.get("limit") or 240)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from specbasis.checkpoint.regular import read_text
 from specbasis.core.errors import InputError
 from specbasis.core.statistics import Array
 from specbasis.finetuning.forgetting import GROUP, TEMPERATURE
-from specbasis.interventions.evaluators.kit import Batch, Encoded, form, location_of, logits_of, padded, pretrained
+from specbasis.interventions.evaluators.kit import FORMS, Batch, Encoded, location_of, logits_of, padded, pretrained
 from specbasis.interventions.samples import Sample, perplexity, ratio
 
 
@@ -186,11 +186,5 @@ def _mask(batch: dict[str, Tensor], tokenizer: Any, indices: Sequence[int]) -> N
     batch["input_ids"] = torch.where(hidden, tokenizer.mask_token_id, ids)
 
 
-@form("text")
-def _text(file: str, options: Mapping[str, Any]) -> Text:
-    return Text(file, options.get("limit"))
-
-
-@form("sentences")
-def _sentences(file: str, options: Mapping[str, Any]) -> Sentences:
-    return Sentences(file, options.get("limit"))
+FORMS["text"] = lambda file, options: Text(file, options.get("limit"))
+FORMS["sentences"] = lambda file, options: Sentences(file, options.get("limit"))
