@@ -170,7 +170,7 @@ def test_another_base_than_the_adapter_names_is_told(specbasis: Run, tmp_path: P
         assert "it was made from other files" in done.stdout
     else:
         assert done.returncode == 2
-        assert "was made from other weights" in done.stderr
+        assert "was made from other files" in done.stderr
         assert not out.exists()
 
 

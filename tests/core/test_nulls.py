@@ -162,7 +162,7 @@ def test_a_drawn_update_has_the_size_and_what_its_kind_keeps(kind):
         assert torch.equal(D.flatten().sort().values, delta.flatten().sort().values)
     if kind == "rotated":
         assert torch.allclose(decompose(D).S, decompose(delta).S)
-    with pytest.raises(InputError, match="got null 'x'"):
+    with pytest.raises(InputError, match="got null = 'x'"):
         draws.draw("x", W, T, torch.Generator())
 
 

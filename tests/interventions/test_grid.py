@@ -193,7 +193,7 @@ def test_ctrl_c_in_a_cell_leaves_rows_and_the_next_call_continues(models, tmp_pa
     ("options", "message"),
     [
         ({"sources": ["three"]}, "no source 'three'; there is: base, one, two"),
-        ({"kinds": ("turn",)}, "got kind 'turn'"),
+        ({"kinds": ("turn",)}, "got kind = 'turn'"),
         ({"blocks": ("5-2",)}, "got blocks '5-2'"),
         ({"blocks": ("7",)}, "no matrix to edit"),
         ({"roles": ("legs",)}, "no role legs"),

@@ -131,11 +131,10 @@ def other_weights(tuned: Checkpoint, sha256: str = "") -> str:
         tuned: an adapter on its base, or any other checkpoint.
         sha256: that of its base's weights, where it is known.
     """
-    if tuned.under is None or tuned.made_from in ("", sha256 or weights_sha256(tuned.under)):
+    if tuned.under is None or not tuned.made_from or tuned.made_from == (sha256 or weights_sha256(tuned.under)):
         return ""
-    return f"was made from other files than those of {shareable(tuned.under.source)} (their SHA-256 is " + (
-        f"{tuned.made_from[:12]}…)"
-    )
+    base = shareable(tuned.under.source)
+    return f"was made from other files than those of {base} (their SHA-256 is {tuned.made_from[:12]}…)"
 
 
 def refuse_other_weights(tuned: Checkpoint) -> None:

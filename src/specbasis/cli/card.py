@@ -9,7 +9,7 @@ import typer
 
 import specbasis
 from specbasis.cli.common import line, note
-from specbasis.core.errors import InputError, unknown
+from specbasis.core.errors import InputError, want
 
 
 def card(
@@ -26,8 +26,8 @@ def card(
     from specbasis.checkpoint.adapter_file import CONFIG
     from specbasis.checkpoint.card import CARD, RELATIONS, hub_name
 
-    if relation and relation not in RELATIONS:
-        raise unknown("relation", relation, RELATIONS)
+    if relation:
+        want("relation", RELATIONS, relation)
     if base_model and not hub_name(base_model):
         raise InputError(f"--base-model got {base_model!r}; want org/name on the Hub")
     fields = {"base_model": hub_name(base_model) if base_model else "", "base_model_relation": relation}

@@ -24,7 +24,7 @@ from specbasis.comparison.verdict import (
     noise_rank,
     rounding,
 )
-from specbasis.core.errors import unknown
+from specbasis.core.errors import want
 from specbasis.core.intruders import INTRUDER_COSINE, INTRUDER_RANKS
 from specbasis.core.statistics import finite_median
 from specbasis.core.text import named_parts, number_of
@@ -54,10 +54,7 @@ def kinds(words: Sequence[str]) -> tuple[str, ...]:
     Raises:
         InputError: one of them is no check.
     """
-    names = [kind.kind for kind in CHECKS]
-    for word in words:
-        if word not in names:
-            raise unknown("finding", word, names)
+    want("finding", [kind.kind for kind in CHECKS], *words)
     return tuple(words)
 
 

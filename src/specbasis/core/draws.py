@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from specbasis.core.dtypes import FORMATS
-from specbasis.core.errors import InputError
+from specbasis.core.options import check_choice
 from specbasis.core.rounding import rounding
 
 
@@ -57,8 +57,7 @@ def draw(kind: str, W: Float[Tensor, "out in"], T: Float[Tensor, "out in"], gene
     Raises:
         InputError: the kind is none of `DRAWS`.
     """
-    if kind not in DRAWS:
-        raise InputError(f"got null {kind!r}; want one of {', '.join(KINDS)}")
+    check_choice("null", kind, DRAWS)
     return DRAWS[kind](W, T, generator)
 
 

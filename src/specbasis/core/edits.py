@@ -30,6 +30,7 @@ from specbasis.core.blocks import norm
 from specbasis.core.columns import columns, generator_of, random_complement, random_orthonormal
 from specbasis.core.errors import InputError
 from specbasis.core.groups import chains
+from specbasis.core.options import check_choice
 from specbasis.core.ranks import Ranks, parsed, rank_set
 from specbasis.core.svd import SVD, decompose
 
@@ -213,8 +214,7 @@ class Edit:
     groups: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise InputError(f"got kind {self.kind!r}; want one of {', '.join(KINDS)}")
+        check_choice("kind", self.kind, KINDS)
         _sides(self.sides)
         if isinstance(self.ranks, str):
             parsed(self.ranks)
@@ -377,8 +377,7 @@ def _aligned(svd: SVD, other: SVD, ranks: Tensor, left: bool, right: bool, group
 
 
 def _sides(name: str) -> tuple[bool, bool]:
-    if name not in SIDES:
-        raise InputError(f"got sides {name!r}; want one of {', '.join(SIDES)}")
+    check_choice("sides", name, SIDES)
     return SIDES[name]
 
 

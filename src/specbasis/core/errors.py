@@ -1,7 +1,7 @@
 """Errors that a user can act on; the command line prints them as one line and exits with code 2."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from difflib import get_close_matches
 
 from specbasis.core.text import printable
@@ -21,16 +21,20 @@ class NonFiniteError(InputError):
     """A matrix holds NaN or Inf, so it has no singular value decomposition."""
 
 
-def unknown(kind: str, name: object, names: Iterable[str]) -> InputError:
-    """What to raise where a name is none of some: it says the nearest one, and all that there are.
+def want(kind: str, known: Collection[str], *names: object) -> None:
+    """Refuse a name that is none of some, with the nearest one, and all that there are.
 
     Args:
-        kind: what the name should have named: "measure", "role", "method".
-        name: what was given.
-        names: what there is.
+        kind: what the names should name: "measure", "role", "method".
+        known: what there is.
+        names: what was given.
+
+    Raises:
+        InputError: one of them is not known.
     """
-    names = list(names)
-    return InputError(f"no {kind} {name!r}; {guess(str(name), names)}there is: {', '.join(names)}")
+    for name in names:
+        if name not in known:
+            raise InputError(f"no {kind} {name!r}; {guess(str(name), known)}there is: {', '.join(known)}")
 
 
 def told(error: Exception) -> str:

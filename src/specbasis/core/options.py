@@ -12,7 +12,7 @@ A module of options imports neither torch nor any other large library, since ``-
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from types import NoneType, UnionType
@@ -175,7 +175,7 @@ def _check(name: str, value: Any, rule: Rule, kind: Any) -> None:
         check_choice(name, value, rule.choices)
 
 
-def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+def check_choice(name: str, value: str, choices: Collection[str]) -> None:
     """Refuse a word that is none of some, with the nearest that is.
 
     Raises:

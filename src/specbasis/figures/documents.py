@@ -16,7 +16,7 @@ from specbasis.checkpoint.card import digest_line, hub_name, write_section
 from specbasis.comparison.check import CHECKS, THRESHOLDS, Check, Finding, unlooked
 from specbasis.comparison.comparison import Comparison
 from specbasis.comparison.verdict import LEVEL, POWER
-from specbasis.core.errors import InputError, unknown
+from specbasis.core.errors import InputError, want
 from specbasis.core.text import markdown as escaped, number_of, printable
 from specbasis.figures.summary import evidence, headline, no_problems, over_all_ranks, summary_table
 from specbasis.figures.table import number
@@ -121,8 +121,7 @@ def write_card(comparison: Comparison, readme: Path, label: str = "", **fields: 
             f"{', '.join(comparison.pairs)}"
         )
     label = label or comparison.pairs[0]
-    if label not in comparison.pairs:
-        raise unknown("pair", label, comparison.pairs)
+    want("pair", comparison.pairs, label)
     known = _fields(comparison, label) | fields
     return write_section(readme, "comparison", section(comparison, label), known, escaped(label))
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from specbasis.checkpoint.atomic import write_whole
 from specbasis.checkpoint.regular import read_json
-from specbasis.core.errors import InputError
+from specbasis.core.errors import InputError, want
 from specbasis.figures import kit
 from specbasis.figures.kit import Axes, Figure
 from specbasis.figures.table import Table, number
@@ -173,13 +173,10 @@ def draw(
     Raises:
         InputError: no such figure or model, or the rows hold nothing to show in it.
     """
-    if name not in PLOTS:
-        raise InputError(f"no figure {name!r}; there is: {', '.join(PLOTS)}")
+    want("figure", PLOTS, name)
+    want("model", metrics, *only)
     plot = PLOTS[name]
     labels = [label for label in metrics if not only or label in only]
-    unknown = [label for label in only if label not in metrics]
-    if unknown:
-        raise InputError(f"no model {unknown[0]!r} in these rows; there is: {', '.join(metrics)}")
     groups = list(dict.fromkeys(row.experiment["roles"] for row in rows if "roles" in row.experiment))
     if plot.group is not None and plot.group >= len(groups):
         raise InputError(f"{name} shows the second group of matrices; the grid has {', '.join(groups) or 'none'}")

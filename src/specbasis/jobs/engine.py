@@ -23,6 +23,7 @@ from threadpoolctl import threadpool_limits
 
 from specbasis.core.errors import InputError
 from specbasis.core.extras import require
+from specbasis.core.options import check_choice
 from specbasis.jobs.progress import Progress, Report, silent
 
 ENGINES = ("auto", "threads", "processes", "ray")
@@ -84,8 +85,7 @@ def run(
     Raises:
         InputError: a job's workers died `ATTEMPTS` times, or the engine is unknown or not installed.
     """
-    if engine not in ENGINES:
-        raise InputError(f"got engine {engine!r}; want one of {', '.join(ENGINES)}")
+    check_choice("engine", engine, ENGINES)
     small = sum(job.flops for job in jobs) < SMALL_WORK
     if engine == "auto":
         alone = local or workers == 1 or len(jobs) < 2 or small or not _processes_can_wait()

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from specbasis.checkpoint.atomic import write_whole
 from specbasis.checkpoint.digest import SEAL, digest, proven
 from specbasis.checkpoint.entry import first_line
-from specbasis.core.errors import InputError, unknown
+from specbasis.core.errors import InputError, want
 from specbasis.lineage.fingerprint import Fingerprint
 
 SCHEMA = pa.schema([("header", pa.string()), ("values", pa.binary())])
@@ -92,7 +92,5 @@ def chosen(path: Path, names: Sequence[str]) -> list[Fingerprint]:
         InputError: one of them is not in the database.
     """
     records = {record.name: record for record in read(path)}
-    for name in names:
-        if name not in records:
-            raise unknown("model", name, records)
+    want("model", records, *names)
     return [records[name] for name in names]

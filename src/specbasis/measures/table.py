@@ -15,7 +15,7 @@ from itertools import groupby
 from pathlib import Path
 from types import ModuleType
 
-from specbasis.core.errors import InputError, unknown
+from specbasis.core.errors import InputError, want
 from specbasis.measures import (
     alignment,
     entries,
@@ -88,7 +88,7 @@ def choose(
     names = [m.name for m in measures]
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
-            raise unknown("measure", pattern, names)
+            want("measure", names, pattern)
     return tuple(
         m
         for m in measures

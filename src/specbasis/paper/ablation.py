@@ -22,7 +22,7 @@ from torch import Tensor
 
 from specbasis.checkpoint import open_checkpoint, weights_sha256
 from specbasis.core.columns import generator_of, random_orthonormal
-from specbasis.core.errors import InputError, unknown
+from specbasis.core.errors import InputError, want
 from specbasis.core.svd import SVD, decompose
 from specbasis.finetuning.metrics import Predictions
 from specbasis.finetuning.options import require_libraries
@@ -77,10 +77,8 @@ def checked(options: AblationOptions) -> AblationOptions:
         InputError: a task or a basis does not exist, or fewer than two seeds.
     """
     options = dataclasses.replace(options, bases=options.bases or tuple(BASES))
-    for name, known in (("tasks", PARTS), ("bases", BASES)):
-        for value in getattr(options, name):
-            if value not in known:
-                raise unknown(name.rstrip("s") if name == "tasks" else "basis", value, known)
+    want("task", PARTS, *options.tasks)
+    want("basis", BASES, *options.bases)
     if len(options.seeds) < 2:
         raise InputError(f"got seeds = {options.seeds}; want at least two: what seeds do is half of the error")
     return options

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from specbasis.core.columns import generator_of, random_orthonormal
 from specbasis.core.draws import rotated
-from specbasis.core.errors import unknown
+from specbasis.core.errors import want
 from specbasis.core.extras import quiet
 from specbasis.core.statistics import percentile_interval
 from specbasis.core.svd import SVD, decompose
@@ -62,9 +62,7 @@ def run(options: AnatomyOptions, out: str | Path, progress: Callable[[Progress],
         InputError: a task without a recipe in `TRAINED`.
     """
     require_libraries()
-    for task in options.tasks:
-        if task not in TRAINED:
-            raise unknown("task", task, TRAINED)
+    want("task", TRAINED, *options.tasks)
     models = options.models or f"{out}-models"
     cells = [{"task": task, "seed": seed, **TRAINED[task]} for seed in options.seeds for task in options.tasks]
     call = functools.partial(

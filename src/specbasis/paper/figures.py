@@ -18,7 +18,7 @@ import numpy as np
 from specbasis.checkpoint.atomic import write_whole
 from specbasis.comparison.comparison import Comparison
 from specbasis.comparison.population import Member, gather, population
-from specbasis.core.errors import InputError, unknown
+from specbasis.core.errors import InputError, want
 from specbasis.figures.data import read_pair
 from specbasis.figures.kit import render
 from specbasis.figures.table import Table
@@ -62,8 +62,7 @@ def reproduce(
     Raises:
         InputError: no such figure, no finetune, rows lack a measure that it reads, or a figure of scores got none.
     """
-    if name not in RECIPES:
-        raise unknown("figure", name, RECIPES)
+    want("figure", RECIPES, name)
     recipe = RECIPES[name]
     # A finetuned model of the paper, by each label that it may have, has a modality and perhaps a printed score.
     entries = {

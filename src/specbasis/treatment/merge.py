@@ -17,7 +17,7 @@ from specbasis.checkpoint.digest import digest
 from specbasis.checkpoint.writer import want_new, write_model
 from specbasis.core.columns import generator_of
 from specbasis.core.dtypes import name_of, widened
-from specbasis.core.errors import InputError, unknown
+from specbasis.core.errors import InputError, want
 from specbasis.core.options import takes
 from specbasis.core.text import shareable
 from specbasis.interventions.evaluators.kit import Judge
@@ -100,9 +100,7 @@ def _opened(
 ) -> Finetunes:
     """The finetunes, among which those that options name have to be."""
     finetunes = Finetunes.open(base, tuned, tell)
-    for label in (*judged, *filter(None, [head])):
-        if label not in finetunes.tuned:
-            raise unknown("finetune", label, finetunes.tuned)
+    want("finetune", finetunes.tuned, *judged, *filter(None, [head]))
     return finetunes
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from specbasis.checkpoint import open_checkpoint
 from specbasis.core.errors import InputError, MissingExtra
 from specbasis.core.extras import command, require
+from specbasis.core.options import check_choice
 from specbasis.interventions.evaluators.kit import FORMS, want_finite
 from specbasis.interventions.samples import Sample, ratio
 
@@ -51,8 +52,7 @@ class Numbering:
     metric: str = "exact"
 
     def __post_init__(self) -> None:
-        if self.receptor not in CHAINS:
-            raise InputError(f"got receptor {self.receptor!r}; want one of {', '.join(CHAINS)}")
+        check_choice("receptor", self.receptor, CHAINS)
 
     def load(self, source: str) -> nn.Module:
         """ANARCII's encoder–decoder with the weights of a checkpoint."""
