@@ -135,25 +135,35 @@ def _token_loss(model: Any, tokenizer: Any, texts: Sequence[str], *, masked: boo
 
 def _contrastive(encoder: nn.Module, tokenizer: Any, texts: Sequence[str]) -> float:
     """Mean over whole groups of the cross entropy of telling which halves belong together."""
+    with evaluating(encoder):
+        losses = losses_of_halves(encoder, tokenizer, texts, min(MAX_LENGTH, longest_input(encoder, tokenizer)))
+    return float(losses.double().mean())
+
+
+def losses_of_halves(encoder: Any, tokenizer: Any, texts: Sequence[str], max_length: int) -> Tensor:
+    """Nats, float32: of each text in whole groups, or of all where these are fewer than one, the cross entropy of
+    telling its second half by its first one, and the other way round, averaged. A half is cut at `max_length`.
+    """
     device = next(encoder.parameters()).device
 
     def embedded(texts: Sequence[str]) -> Tensor:
-        batch = {name: value.to(device) for name, value in _tokens(encoder, tokenizer, texts).items()}
+        batch = tokenizer(list(texts), padding=True, truncation=True, max_length=max_length, return_tensors="pt")
         with torch.inference_mode():
-            states = encoder(**batch).last_hidden_state.float()
+            states = encoder(**{name: value.to(device) for name, value in batch.items()}).last_hidden_state
         mask = batch["attention_mask"].unsqueeze(-1).float()
-        return F.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
+        return F.normalize((states.float().cpu() * mask).sum(1) / mask.sum(1), dim=-1)
 
+    words = [text.split() for text in texts]
     losses = []
-    with evaluating(encoder):
-        for start in range(0, max(1, len(texts) - GROUP + 1), GROUP):
-            words = [(text, text.split()) for text in texts[start : start + GROUP]]
-            first = embedded([" ".join(split[: max(1, len(split) // 2)]) for _, split in words])
-            second = embedded([" ".join(split[max(1, len(split) // 2) :]) or text for text, split in words])
-            similarity = first @ second.T / TEMPERATURE
-            own = torch.arange(len(first), device=device)
-            losses.append(float((F.cross_entropy(similarity, own) + F.cross_entropy(similarity.T, own)) / 2))
-    return sum(losses) / len(losses)
+    for start in range(0, max(1, len(words) - GROUP + 1), GROUP):
+        group = words[start : start + GROUP]
+        first = embedded([" ".join(split[: max(1, len(split) // 2)]) for split in group])
+        second = embedded([" ".join(split[len(split) // 2 :]) for split in group])
+        similarity = first @ second.T / TEMPERATURE
+        own = torch.arange(len(first))
+        there, back = (F.cross_entropy(side, own, reduction="none") for side in (similarity, similarity.T))
+        losses.append((there + back) / 2)
+    return torch.cat(losses)
 
 
 def _tokens(model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from specbasis.checkpoint.places import transformers_address
 from specbasis.checkpoint.regular import read_text
 from specbasis.core.errors import InputError
 from specbasis.core.statistics import Array
-from specbasis.finetuning.forgetting import GROUP, TEMPERATURE
+from specbasis.finetuning.forgetting import GROUP, losses_of_halves
 from specbasis.interventions.evaluators.kit import FORMS, Batch, Encoded, location_of, logits_of, padded, pretrained
 from specbasis.interventions.samples import Sample, perplexity, ratio
 
@@ -127,27 +127,8 @@ class Sentences:
         import transformers
 
         tokenizer = transformers.AutoTokenizer.from_pretrained(location_of(model), trust_remote_code=False)
-        words = [text.split() for text in passages(self.path)[: self.limit]]
-        losses = []
-        for start in range(0, max(1, len(words) - GROUP + 1), GROUP):
-            group = words[start : start + GROUP]
-            halves = (
-                [" ".join(split[: max(1, len(split) // 2)]) for split in group],
-                [" ".join(split[len(split) // 2 :]) for split in group],
-            )
-            first, second = (self._embedded(model, tokenizer, texts) for texts in halves)
-            similarity = first @ second.T / TEMPERATURE
-            own = torch.arange(len(first))
-            there, back = (F.cross_entropy(side, own, reduction="none") for side in (similarity, similarity.T))
-            losses.append((there + back).double().numpy() / 2)
-        return {"loss": Sample(np.concatenate(losses)[:, None], higher_is_better=False)}
-
-    def _embedded(self, model: Any, tokenizer: Any, texts: list[str]) -> Tensor:
-        batch = tokenizer(texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt")
-        with torch.inference_mode():
-            states = model(**{name: value.to(model.device) for name, value in batch.items()}).last_hidden_state
-        mask = batch["attention_mask"].unsqueeze(-1).float()
-        return F.normalize((states.float().cpu() * mask).sum(1) / mask.sum(1), dim=-1)
+        losses = losses_of_halves(model, tokenizer, passages(self.path)[: self.limit], self.max_length)
+        return {"loss": Sample(losses.double().numpy()[:, None], higher_is_better=False)}
 
 
 def _is_masked(class_name: str) -> bool:
