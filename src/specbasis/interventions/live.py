@@ -18,6 +18,7 @@ from specbasis.architecture.key import Admits, MatrixRef
 from specbasis.architecture.pair import pair
 from specbasis.architecture.recognise import model_map
 from specbasis.checkpoint import Checkpoint, open_checkpoint
+from specbasis.checkpoint.live_names import live_names
 from specbasis.core.edits import Edit
 from specbasis.core.errors import InputError
 from specbasis.core.svd import SVD, decompose
@@ -161,19 +162,7 @@ def _as_stored(model: nn.Module, live: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same tensors under transformers' names on disk, where each of these still is memory of the model."""
     if "transformers" not in sys.modules:  # then this is no model of transformers, and importing it takes seconds
         return live
-    try:
-        from transformers import PreTrainedModel
-        from transformers.core_model_loading import revert_weight_conversion
-    except ImportError:  # an older version, which stores what it has, or none
-        return live
-    if not isinstance(model, PreTrainedModel):
-        return live
-    own = {tensor.data_ptr(): tensor for tensor in live.values()}
-    stored = {
-        name: tensor
-        for name, tensor in revert_weight_conversion(model, live).items()
-        if tensor.data_ptr() in own and tensor.shape == own[tensor.data_ptr()].shape
-    }
+    stored = {name: live[own] for name, own in live_names(model).items() if own in live}
     kept = {tensor.data_ptr() for tensor in stored.values()}
     return stored | {name: tensor for name, tensor in live.items() if tensor.data_ptr() not in kept}
 

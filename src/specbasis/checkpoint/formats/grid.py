@@ -59,9 +59,13 @@ class Parts:
 
         return replace(self, entries={leaf: one(entry) for leaf, entry in self.entries.items()})
 
-    def read(self, leaf: str) -> Tensor | None:
-        """A tensor beside the codes, where there is one."""
-        return self.entries[leaf].load() if leaf in self.entries else None
+    def read(self, leaf: str) -> Tensor:
+        """A tensor beside the codes."""
+        return self.entries[leaf].load()
+
+    def maybe(self, leaf: str) -> Tensor | None:
+        """The same, where there is one."""
+        return self.read(leaf) if leaf in self.entries else None
 
 
 def want(holds: bool, otherwise: str) -> None:

@@ -40,9 +40,7 @@ def _gptq_or_awq(parts: Parts) -> tuple[tuple[int, ...], str, Callable[[], Grid]
     v2 = awq or parts.settings.get("checkpoint_format") == "gptq_v2"
 
     def read() -> Grid:
-        codes, scales, zero = (parts.read(leaf) for leaf in (".qweight", ".scales", ".qzeros"))
-        assert codes is not None
-        assert scales is not None
+        codes, scales, zero = parts.codes.load(), parts.read(".scales"), parts.maybe(".qzeros")
         codes = _in_order(unpacked(codes, bits)).mT if awq else unpacked(codes.mT.contiguous(), bits)
         middle = torch.full((groups, out), float(2 ** (bits - 1)))
         if zero is not None:
@@ -50,7 +48,6 @@ def _gptq_or_awq(parts: Parts) -> tuple[tuple[int, ...], str, Callable[[], Grid]
             middle = (_in_order(middle) if awq else middle).to(torch.int16)
             middle = (middle if v2 else (middle + 1) & ((1 << bits) - 1)).float()
         order = parts.read(".g_idx") if index is not None else torch.arange(width) // size
-        assert order is not None
         return _shifted(codes, scales.mT[:, order.long()], middle.mT[:, order.long()], integers(bits))
 
     return (out, width), f"{'awq' if awq else 'gptq'} int{bits}", read
@@ -89,10 +86,8 @@ def _packed(parts: Parts) -> tuple[tuple[int, ...], str, Callable[[], Grid]]:
     span = -(-width // groups)
 
     def read() -> Grid:
-        codes, scale, zero = (parts.read(f".weight_{leaf}") for leaf in ("packed", "scale", "zero_point"))
-        assert codes is not None
-        assert scale is not None
-        order = parts.read(".weight_g_idx")
+        codes, scale, zero = parts.codes.load(), parts.read(".weight_scale"), parts.maybe(".weight_zero_point")
+        order = parts.maybe(".weight_g_idx")
         order = torch.arange(width) // span if order is None else order.long()
         middle: Tensor | float = 0.0
         if zero is not None:
@@ -120,7 +115,6 @@ def _scaled(parts: Parts) -> tuple[tuple[int, ...], str, Callable[[], Grid]]:
     def read() -> Grid:
         X, scale = codes.load(), parts.read(leaf)
         zero = parts.read(middle_leaf) if middle_leaf else None
-        assert scale is not None
         scale = _spread(scale.float(), codes.shape, beside[0])
         middle = 0.0 if zero is None else _spread(zero.float(), codes.shape, beside[1])
         form = FORMATS.get(parts.entries[leaf].dtype)
@@ -167,8 +161,7 @@ def _int8_rows(parts: Parts) -> tuple[tuple[int, ...], str, Callable[[], Grid]]:
     want(len(shape) == 2 and parts.entries[".SCB"].shape == shape[:1], "SCB does not fit")
 
     def read() -> Grid:
-        largest, form = parts.read(".SCB"), parts.read(".weight_format")
-        assert largest is not None
+        largest, form = parts.read(".SCB"), parts.maybe(".weight_format")
         want(form is None or int(form) == 0, "stored in an order of a GPU; save it with a newer bitsandbytes")
         scale = largest.float()[:, None] / 127
         return Grid(
@@ -196,13 +189,9 @@ def _four_bits(parts: Parts) -> tuple[tuple[int, ...], str, Callable[[], Grid]]:
 
     def read() -> Grid:
         levels, largest = parts.read(".weight.quant_map"), parts.read(".weight.absmax")
-        assert levels is not None
-        assert largest is not None
         levels, slack = levels.float().flatten(), torch.tensor(HALF)
         if ".weight.nested_absmax" in parts.entries:
             inner, steps = parts.read(".weight.nested_absmax"), parts.read(".weight.nested_quant_map")
-            assert inner is not None
-            assert steps is not None
             inner = _in_blocks(inner.float(), about["nested_blocksize"], largest.shape)
             gaps = steps.float().diff().abs()
             gap = torch.maximum(torch.cat([gaps[:1], gaps]), torch.cat([gaps, gaps[-1:]]))
@@ -238,8 +227,6 @@ def _mlx(parts: Parts) -> tuple[tuple[int, ...], str, Callable[[], Grid]]:
 
     def read() -> Grid:
         scale, shift = (parts.read(leaf) for leaf in (".scales", ".biases"))
-        assert scale is not None
-        assert shift is not None
         scale, shift = (X.float().repeat_interleave(size, -1) for X in (scale, shift))
         codes = unpacked(parts.codes.load(), bits).float()
         return Grid(scale * codes + shift, scale, shift, integers(bits), torch.tensor(HALF))
@@ -259,7 +246,6 @@ def _mxfp4(parts: Parts) -> tuple[tuple[int, ...], str, Callable[[], Grid]]:
 
     def read() -> Grid:
         packed, exponent = parts.codes.load(), parts.read("_scales")
-        assert exponent is not None
         scale = torch.exp2(exponent.float() - 127).repeat_interleave(32, -1)
         values = (_fp4(packed).flatten(-2) * scale).mT.contiguous()
         return Grid(values, scale.mT, torch.zeros(()), _ordered(_FP4), torch.zeros(()))
@@ -280,8 +266,6 @@ def _nvfp4(parts: Parts) -> tuple[tuple[int, ...], str, Callable[[], Grid]]:
 
     def read() -> Grid:
         scale, factor = parts.read(".weight_scale"), parts.read(whole)
-        assert scale is not None
-        assert factor is not None
         of_all = factor.float().reshape(()) if whole == ".weight_scale_2" else 1 / factor.float().reshape(())
         scale = (scale.float() * of_all).repeat_interleave(16, -1)
         slack = torch.tensor(FORMATS["float8_e4m3fn"].step / 2)
