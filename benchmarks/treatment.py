@@ -2,9 +2,10 @@
 
     python benchmarks/treatment.py BASE cola=DIR sst2=DIR stsb=DIR --data-dir glue --texts texts.txt --out DIR
 
-Extract: LoRAs of rank 1 to 64, and at 1/4, 1/10 and 1/16 of the finetune's bytes a LoRA, a difference of few bits
-and cores in the base's basis. Repair: the task kept, the base's loss on the texts recovered. Merge: all of them, by
-every method, judged on every task. The names of the finetunes are those of their GLUE tasks.
+Extract: LoRAs of rank 1 to 64, and at 1/4, 1/10 and 1/16 of the finetune's bytes a LoRA and a difference of few bits;
+cores in the base's basis, with all that is no matrix of a block carried whole. Repair: the task kept, the base's loss
+on the texts recovered. Merge: all of them, by every method, judged on every task. The names of the finetunes are those
+of their GLUE tasks.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from specbasis.treatment.options import DEFAULTS
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 PARTS = (4, 10, 16)
-FORMS = ("lora", "delta", "spectral")
+FORMS = ("lora", "delta")
+CORES = (150, 64)
 
 
 def experiments(tasks: Iterable[str]) -> list[dict[str, Any]]:
@@ -37,6 +39,7 @@ def experiments(tasks: Iterable[str]) -> list[dict[str, Any]]:
     points: list[dict[str, Any]] = [{"what": "forgetting", "task": task} for task in tasks]
     for part, task, form in itertools.product(reversed(PARTS), tasks, FORMS):
         points.append({"what": "extract", "task": task, "as": form, "part": part})
+    points += [{"what": "extract", "task": t, "as": "spectral", "rank": rank} for rank in CORES for t in tasks]
     points += [{"what": "merge", "method": method} for method in DEFAULTS]
     return points + [{"what": "extract", "task": t, "as": "lora", "rank": r} for t in tasks for r in RANKS]
 
