@@ -2,10 +2,10 @@
 
     python benchmarks/treatment.py BASE cola=DIR sst2=DIR stsb=DIR --data-dir glue --texts texts.txt --out DIR
 
-Extract: LoRAs of rank 1 to 64, and at 1/4, 1/10 and 1/16 of the finetune's bytes a LoRA and a difference of few bits;
-cores in the base's basis, with all that is no matrix of a block carried whole. Repair: the task kept, the base's loss
-on the texts recovered. Merge: all of them, by every method, judged on every task. The names of the finetunes are those
-of their GLUE tasks.
+Extract: LoRAs of rank 1 to 64; at 1/4, 1/10 and 1/16 of the finetune's bytes a LoRA and a difference of few bits;
+cores in the base's basis, with all that is no matrix of a block carried whole. Repair: the task kept, the base's
+loss on the texts recovered. Merge: all of them, by every method, judged on every task. The names of the finetunes
+are those of their GLUE tasks.
 """
 
 from __future__ import annotations
