@@ -250,8 +250,6 @@ def adjusted(p: ArrayLike, method: str) -> Array:
 
     Source: Benjamini & Hochberg 1995; Benjamini & Yekutieli 2001; Holm 1979.
     """
-    from scipy.stats import false_discovery_control
-
     whole = np.asarray(p, dtype=np.float64)
     finite = np.isfinite(whole)
     result = np.full(len(whole), np.nan)
@@ -260,5 +258,7 @@ def adjusted(p: ArrayLike, method: str) -> Array:
         steps = np.maximum.accumulate(whole[finite][order] * np.arange(len(order), 0, -1))
         result[np.flatnonzero(finite)[order]] = np.minimum(steps, 1)
     elif finite.any():
+        from scipy.stats import false_discovery_control
+
         result[finite] = false_discovery_control(whole[finite], method=method)
     return result
