@@ -14,10 +14,10 @@ from torch import nn
 
 from specbasis import forgetting, open_checkpoint
 from specbasis.checkpoint import Checkpoint
-from specbasis.core.errors import InputError
+from specbasis.core.errors import InputError, NonFiniteError
 from specbasis.interventions.samples import Sample
 from specbasis.treatment.forgetting import in_base
-from specbasis.treatment.judged import judge_pair
+from specbasis.treatment.judged import judge_pair, refuse_chance
 from specbasis.treatment.updates import differing
 from tests.interventions.test_evaluators import WORDS, tokenizer
 from tests.pico import bert_state, finetuned, write
@@ -224,3 +224,70 @@ def test_texts_of_which_the_base_knows_nothing_are_refused(tmp_path) -> None:
     base, tuned, text = language_models(tmp_path, "BertModel")
     with pytest.raises(InputError, match="no better than chance"):
         forgetting(base, tuned, text)
+
+
+@pytest.mark.parametrize("cls", ["BertForMaskedLM", "GPT2LMHeadModel", "BertModel"])
+def test_a_base_without_a_tokenizer_of_its_own_is_refused(tmp_path, cls) -> None:
+    """transformers makes one that knows no word, to which every text is alike."""
+    base, tuned, text = language_models(tmp_path, cls)
+    for file in base.glob("*token*"):
+        file.unlink()
+    with pytest.raises(InputError, match=r"base: (has no tokenizer|transformers cannot load it)"):
+        forgetting(base, tuned, text)
+
+
+@pytest.mark.parametrize("cls", ["BertForMaskedLM", "BertModel"])
+def test_a_tokenizer_of_more_words_than_the_model_has_is_refused(tmp_path, cls) -> None:
+    base, tuned, text = language_models(tmp_path, cls)
+    transformers = pytest.importorskip("transformers")
+    for folder in (base, tuned):
+        model = getattr(transformers, cls).from_pretrained(folder)
+        model.resize_token_embeddings(len(WORDS) - 4)
+        model.save_pretrained(folder)
+    with pytest.raises(InputError, match=f"the model embeddings of {len(WORDS) - 4}"):
+        forgetting(base, tuned, text)
+
+
+def test_a_language_model_that_knows_nothing_is_refused(tmp_path) -> None:
+    base, tuned, text = language_models(tmp_path, "BertForMaskedLM")  # untrained: a loss of log(vocabulary)
+    with pytest.raises(InputError, match="no better than chance"):
+        forgetting(base, tuned, text)
+
+
+def test_a_base_that_may_be_at_chance_by_its_interval_is_refused() -> None:
+    values = np.random.default_rng(0).normal(size=(40, 1))
+    for higher_is_better, sign in ((True, 1), (False, -1)):
+        sure, unsure = (
+            Sample(values - values.mean() + sign * by, higher_is_better=higher_is_better, chance=0.0)
+            for by in (1, 0.1)
+        )
+        refuse_chance(sure, "m")
+        with pytest.raises(InputError, match="no better than chance"):
+            refuse_chance(unsure, "m")
+    refuse_chance(Sample(values), "m")
+
+
+def test_texts_without_a_token_to_predict_are_refused(tmp_path) -> None:
+    base, tuned, _ = language_models(tmp_path, "BertForMaskedLM")
+    unknown = tmp_path / "unknown.txt"
+    unknown.write_text("zyx\n" * 40)
+    with pytest.raises(InputError, match="no passage has a token to predict"):
+        forgetting(base, tuned, unknown)
+
+
+def test_a_configuration_that_transformers_does_not_know_is_one_line(tmp_path) -> None:
+    base, tuned, text = language_models(tmp_path, "BertForMaskedLM")
+    config = base / "config.json"
+    config.write_text(config.read_text().replace('"model_type": "bert"', '"model_type": "none"'))
+    with pytest.raises(InputError, match="base: transformers cannot load it"):
+        forgetting(base, tuned, text)
+
+
+def test_the_model_whose_scores_are_not_finite_is_named(models) -> None:
+    with pytest.raises(NonFiniteError, match=r"tuned\.safetensors: metric 'read'"):
+        forgetting(*models, Reading(lambda own: math.nan if torch.equal(own[NAME], TUNED[NAME]) else 0.0))
+
+
+def test_a_change_that_four_decimals_would_hide_is_printed_with_its_size(models) -> None:
+    told = forgetting(*models, Reading(lambda own: 3e-6 * torch.equal(own[NAME], TUNED[NAME]), noise=0.0))
+    assert "+3e-06 [+3e-06, +3e-06]" in told.sentence

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from scipy import stats
 from torch import Tensor
 
-from specbasis.core.errors import InputError
+from specbasis.core.errors import InputError, NonFiniteError
 from specbasis.core.statistics import (
     Array,
     Positions,
@@ -53,11 +53,13 @@ class Sample:
         values: (examples, columns).
         statistic: what they add up to.
         higher_is_better: False for losses.
+        chance: what a model gets that knows nothing; None where that is not known.
     """
 
     values: Array
     statistic: Statistic = field(default=mean)
     higher_is_better: bool = True
+    chance: float | None = None
 
     @property
     def value(self) -> float:
@@ -99,7 +101,7 @@ def _as_sample(name: str, value: float | Sample | Tensor | Array) -> Sample | fl
 def _finite(name: str, numbers: Array) -> None:
     bad = int((~np.isfinite(numbers)).sum())
     if bad:
-        raise InputError(f"metric {name!r}: {bad} of {numbers.size} values of the evaluator are NaN or Inf")
+        raise NonFiniteError(f"metric {name!r}: {bad} of {numbers.size} values of the evaluator are NaN or Inf")
 
 
 def summarise(

@@ -81,7 +81,7 @@ def forgetting(
     models = {"base": pretrained, "tuned": in_base(pretrained, finetuned, changes)}
     sources = (pretrained.source, finetuned.source)
     scores = {name: score(model, evaluator, sources) for name, model in models.items()}
-    refuse_chance(scores["base"][evaluator.metric], evaluator)
+    refuse_chance(scores["base"][evaluator.metric], evaluator.metric)
     lines = compared(scores, resamples=resamples, seed=seed)
     # A perplexity is the exponential of a loss, whose changes are the same whatever its size.
     metric = "loss" if evaluator.metric == "perplexity" else evaluator.metric
@@ -155,18 +155,25 @@ def _sentence(record: dict[str, Any]) -> str:
     values = f"{metric} {line['base']:.4f} in the base, {line['tuned']:.4f} with the finetune's weights"
     if "worse" not in record:
         return f"{values}; without scores of single examples, chance may have done it."
-    change = f"{line['change']:+.4f} [{line['change_low']:+.4f}, {line['change_high']:+.4f}]"
-    told = f"{values}, {change} on {line['examples']} examples"
+    change, low, high = (_signed(line[f"change{end}"]) for end in ("", "_low", "_high"))
+    plural = "" if line["examples"] == 1 else "s"
+    told = f"{values}, {change} [{low}, {high}] on {line['examples']} example{plural}"
     if record["worse_low"] == record["worse_high"] == 0:  # then resampling knows of no other outcome
-        most = 1 - 0.05 ** (1 / line["examples"])
-        return f"Nothing was measurably forgotten: {told}; none changed, up to {most:.1%} of all may (95 %)."
+        share = 1 - 0.05 ** (1 / line["examples"])
+        return f"Nothing was measurably forgotten: {told}; none changed, up to {share:.1%} of all may (95 %)."
     one_sided = record["worse_low"] > 0 or record["worse_high"] < 0
     if one_sided and not _is_tested(record):
         return f"Nothing was measurably forgotten: {told}; these are too few (p = {line['p']:.2f})."
     if one_sided:
         verdict = "Forgotten" if record["worse_low"] > 0 else "Nothing was forgotten, it became better"
         return f"{verdict}: {told}."
-    return f"Nothing was measurably forgotten: {told}; worse by more than {record['worse_high']:.4f} is excluded."
+    most = _signed(record["worse_high"])[1:]
+    return f"Nothing was measurably forgotten: {told}; worse by more than {most} is excluded."
+
+
+def _signed(change: float) -> str:
+    """Four decimals; of a change that those would hide, its size."""
+    return f"{change:+.4f}" if change == 0 or abs(change) >= 5e-5 else f"{change:+.0e}"
 
 
 def _is_tested(record: dict[str, Any]) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 from specbasis.checkpoint import Checkpoint, Entry
 from specbasis.checkpoint.writer import write_model
-from specbasis.core.errors import InputError
+from specbasis.core.errors import InputError, NonFiniteError
 from specbasis.interventions.evaluators.kit import Judge
 from specbasis.interventions.samples import Sample, as_samples, summarise
 from specbasis.interventions.whole import add_tokenizer
@@ -103,21 +103,27 @@ def score(model: Checkpoint, judge: Judge, tokenizers: Iterable[str]) -> Scores:
         add_tokenizer(place, *tokenizers)
         try:
             return as_samples(judge(judge.load(str(place))))
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{model.source}: {error}") from error
         except InputError as error:  # the folder is gone when this is read
             raise InputError(str(error).replace(str(place), model.source)) from error
 
 
-def refuse_chance(base: Sample | float, judge: Judge) -> None:
-    """Refuse to ask what was forgotten where the base knows nothing, as far as the evaluator has a chance level.
+def refuse_chance(base: Sample | float, metric: str) -> None:
+    """Refuse to ask what was forgotten where the base knows nothing, as far as the metric has a chance level.
 
     Raises:
-        InputError: the base's loss is no better than chance.
+        InputError: chance is worse by no more than the base's interval allows.
     """
-    chance = getattr(judge, "chance", None)
-    if chance is not None and value_of(base) >= chance:
+    if not isinstance(base, Sample) or base.chance is None:
+        return
+    known = summarise({metric: base}, {metric: base})
+    low, high = known[f"{metric}.low"], known[f"{metric}.high"]
+    if (low <= base.chance) if base.higher_is_better else (high >= base.chance):
+        value = f"{base.value:.2f} [{low:.2f}, {high:.2f}]"
         raise InputError(
-            f"the base's {judge.metric} on these texts, {value_of(base):.2f}, is no better than chance "
-            f"({chance:.2f}): there is nothing in them to forget; want longer passages, such as paragraphs"
+            f"the base's {metric} on these texts, {value}, is no better than chance ({base.chance:.2f}): there "
+            "is nothing in them to forget; want longer passages, such as paragraphs"
         )
 
 

@@ -187,7 +187,7 @@ class _Bench:
                     f"{evaluator.metric}: the evaluator gives one number; want scores of single examples"
                 )
             if is_base and evaluator is self.recover:
-                refuse_chance(found, evaluator)
+                refuse_chance(found, evaluator.metric)
             scores.append(found if found.higher_is_better else _negative(found))
             sources.reverse()
         return scores[0], scores[1]

@@ -12,7 +12,7 @@ import numpy as np
 from torch import nn
 
 from specbasis.core.extras import require
-from specbasis.interventions.evaluators.kit import FORMS, location_of, pretrained
+from specbasis.interventions.evaluators.kit import FORMS, pretrained, tokenizer_of
 from specbasis.interventions.samples import Sample
 
 
@@ -52,11 +52,10 @@ class Harness:
     def __call__(self, model: nn.Module) -> dict[str, Sample | float]:
         """``TASK.METRIC`` for every task and metric."""
         manager = self._manager
-        import transformers
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
-        tokenizer = transformers.AutoTokenizer.from_pretrained(location_of(model), trust_remote_code=False)
+        tokenizer = tokenizer_of(model)
         config: Any = model.config
         # What stands before a text of which every token counts; the harness fails where a tokenizer names nothing.
         first = [tokenizer.bos_token_id, tokenizer.eos_token_id, config.bos_token_id, 0]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from specbasis.checkpoint.places import transformers_address
-from specbasis.core.errors import InputError
+from specbasis.core.errors import InputError, NonFiniteError
 from specbasis.core.extras import quiet
 from specbasis.core.text import named_parts
 from specbasis.finetuning.base import let_pad, loading, longest_input
@@ -63,17 +63,53 @@ class Encoded:
         """All batches for a model, whose texts have at most as many tokens as it can read."""
         location = location_of(model)
         if location not in self._batches:
-            import transformers
-
-            tokenizer = transformers.AutoTokenizer.from_pretrained(location, trust_remote_code=False)
+            tokenizer = tokenizer_of(model)
             let_pad(tokenizer, location)
             longest = min(max_length, longest_input(model, tokenizer))
-            self._batches[location] = list(self.encode(tokenizer, longest, model))
+            batches = list(self.encode(tokenizer, longest, model))
+            want_embedded((batch["input_ids"] for _, batch in batches), model)
+            self._batches[location] = batches
         return self._batches[location]
 
     def encode(self, tokenizer: Any, max_length: int, model: nn.Module) -> Iterable[Batch]:
         """The examples in batches; see `padded`."""
         raise NotImplementedError
+
+
+def tokenizer_of(model: nn.Module) -> Any:
+    """The tokenizer beside a transformers model.
+
+    Raises:
+        InputError: there is none.
+    """
+    import transformers
+
+    location = location_of(model)
+    load = partial(transformers.AutoTokenizer.from_pretrained, location, trust_remote_code=False)
+    tokenizer = loading(location, load)
+    # Of a folder without a tokenizer's files, transformers makes one that knows no word: every text is alike to it.
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        raise InputError(
+            f"{location}: has no tokenizer; want a folder that also holds its files, as tokenizer.save_pretrained "
+            "writes them"
+        )
+    return tokenizer
+
+
+def want_embedded(batches: Iterable[Tensor], model: Any) -> None:
+    """Refuse texts whose tokens the model has no embeddings of.
+
+    Raises:
+        InputError: there are some: the tokenizer is another model's.
+    """
+    table = model.get_input_embeddings()
+    rows = getattr(table, "num_embeddings", None)
+    largest = max((int(ids.max()) for ids in batches if ids.numel()), default=0)
+    if rows is not None and largest >= rows:
+        raise InputError(
+            f"{location_of(model)}: its tokenizer has token {largest}, and the model embeddings of {rows}; want "
+            "the tokenizer of this model"
+        )
 
 
 def padded(tokenizer: Any, encoded: Any) -> Iterator[Batch]:
@@ -99,7 +135,7 @@ def logits_of(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
     """A transformers model's outputs for a batch, on the CPU in float32.
 
     Raises:
-        InputError: they are not finite.
+        NonFiniteError: they are not finite.
     """
     device = next(model.parameters()).device
     logits: Tensor = model(**{name: x.to(device) for name, x in inputs.items()}).logits.float().cpu()
@@ -111,10 +147,10 @@ def want_finite(logits: Tensor) -> None:
     """Refuse outputs with NaN or Inf.
 
     Raises:
-        InputError: there are some.
+        NonFiniteError: there are some.
     """
     if not bool(torch.isfinite(logits).all()):
-        raise InputError("the model's outputs hold NaN or Inf")
+        raise NonFiniteError("the model's outputs hold NaN or Inf")
 
 
 def pretrained(auto_class: Any, source: str, unread: str = "") -> nn.Module:

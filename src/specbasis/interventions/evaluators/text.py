@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,18 @@ from specbasis.checkpoint.places import transformers_address
 from specbasis.checkpoint.regular import read_text
 from specbasis.core.errors import InputError
 from specbasis.core.statistics import Array
+from specbasis.finetuning.base import loading
 from specbasis.finetuning.forgetting import GROUP, losses_of_halves
-from specbasis.interventions.evaluators.kit import FORMS, Batch, Encoded, location_of, logits_of, padded, pretrained
+from specbasis.interventions.evaluators.kit import (
+    FORMS,
+    Batch,
+    Encoded,
+    logits_of,
+    padded,
+    pretrained,
+    tokenizer_of,
+    want_embedded,
+)
 from specbasis.interventions.samples import Sample, perplexity, ratio
 
 
@@ -44,7 +55,8 @@ class Text(Encoded):
         """A transformers model with its language-model head, causal or masked as its config says."""
         import transformers
 
-        config = transformers.AutoConfig.from_pretrained(**transformers_address(source), trust_remote_code=False)
+        read = partial(transformers.AutoConfig.from_pretrained, trust_remote_code=False)
+        config = loading(source, lambda: read(**transformers_address(source)))
         masked = any(map(_is_masked, config.architectures or ()))
         return pretrained(
             transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM, source
@@ -62,10 +74,15 @@ class Text(Encoded):
                 losses = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=-100)
                 for index, loss, label in zip(indices, losses.double(), labels, strict=True):
                     rows[index] = np.array([float(loss.sum()), float((label != -100).sum())])
-        values = np.stack([rows[index] for index in sorted(rows) if rows[index][1] > 0])
+        kept = [rows[index] for index in sorted(rows) if rows[index][1] > 0]
+        if not kept:
+            raise InputError(
+                f"{self.path}: no passage has a token to predict; want texts of known words, and longer"
+            )
+        values, vocabulary = np.stack(kept), logits.shape[-1]
         return {
-            "perplexity": Sample(values, perplexity, higher_is_better=False),
-            "loss": Sample(values, ratio, higher_is_better=False),
+            "perplexity": Sample(values, perplexity, higher_is_better=False, chance=vocabulary),
+            "loss": Sample(values, ratio, higher_is_better=False, chance=math.log(vocabulary)),
         }
 
     def encode(self, tokenizer: Any, max_length: int, model: nn.Module) -> Iterator[Batch]:
@@ -111,11 +128,6 @@ class Sentences:
         """
         passages(self.path)
 
-    @property
-    def chance(self) -> float:
-        """The loss of embeddings that tell nothing, for whole groups."""
-        return math.log(min(GROUP, len(passages(self.path)[: self.limit])))
-
     def load(self, source: str) -> nn.Module:
         """The encoder without a head."""
         import transformers
@@ -124,11 +136,12 @@ class Sentences:
 
     def __call__(self, model: nn.Module) -> dict[str, Sample]:
         """``loss`` of each passage."""
-        import transformers
-
-        tokenizer = transformers.AutoTokenizer.from_pretrained(location_of(model), trust_remote_code=False)
-        losses = losses_of_halves(model, tokenizer, passages(self.path)[: self.limit], self.max_length)
-        return {"loss": Sample(losses.double().numpy()[:, None], higher_is_better=False)}
+        tokenizer, texts = tokenizer_of(model), passages(self.path)[: self.limit]
+        encoded = tokenizer(texts, truncation=True, max_length=2 * self.max_length)
+        want_embedded((torch.tensor(ids) for ids in encoded["input_ids"]), model)
+        losses = losses_of_halves(model, tokenizer, texts, self.max_length).double().numpy()
+        chance = math.log(min(GROUP, len(texts)))  # of embeddings that tell nothing, for whole groups
+        return {"loss": Sample(losses[:, None], higher_is_better=False, chance=chance)}
 
 
 def _is_masked(class_name: str) -> bool:
