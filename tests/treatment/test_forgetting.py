@@ -16,7 +16,7 @@ from specbasis import forgetting, open_checkpoint
 from specbasis.checkpoint import Checkpoint
 from specbasis.core.errors import InputError, NonFiniteError
 from specbasis.interventions.samples import Sample
-from specbasis.treatment.forgetting import in_base
+from specbasis.treatment.forgetting import in_base, named
 from specbasis.treatment.judged import judge_pair, refuse_chance
 from specbasis.treatment.updates import differing
 from tests.interventions.test_evaluators import WORDS, tokenizer
@@ -116,16 +116,33 @@ def test_where_no_example_changed_the_sentence_says_how_many_may(models) -> None
     assert f"none changed, up to {1 - 0.05 ** (1 / 40):.1%} of all may" in told.sentence  # (1 − p)^40 = .05
 
 
-def test_three_examples_are_too_few_however_short_their_interval(models) -> None:
-    class Three(Reading):
+@pytest.mark.parametrize(("examples", "noise"), [(1, 0.01), (3, 0.01), (5, 0.01), (5, 9.0), (6, 0.01)])
+def test_fewer_than_six_examples_decide_nothing_however_short_their_interval(models, examples, noise) -> None:
+    class Few(Reading):
         def __call__(self, model: nn.Module) -> dict[str, Sample]:
             sample = super().__call__(model)["read"]
-            return {"read": Sample(sample.values[:3], higher_is_better=False)}
+            return {"read": Sample(sample.values[:examples], higher_is_better=False)}
 
-    told = forgetting(*models, Three(norm))
-    assert told.record["worse_low"] > 0
-    assert not told.is_forgotten
-    assert "too few (p = 0.2" in told.sentence  # of 8 ways to exchange three pairs two are as far out
+    told = forgetting(*models, Few(norm, noise=noise))
+    # Of 2ⁿ ways to exchange n pairs two are as far out: p is at least 1/16 for five, and can be 1/32 for six.
+    assert told.is_forgotten is (examples == 6)
+    assert told.sentence.startswith("Forgotten" if examples == 6 else "Too few examples to tell: ")
+
+
+@pytest.mark.parametrize("name", ["none.txt", "far/none.txt", "folder", "https://example.org/texts.txt", ""])
+def test_what_is_neither_file_nor_task_is_said_to_be_no_file(tmp_path, monkeypatch, name) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InputError, match=f"got {name!r}, and there is no such file"):
+        named(name, "base")
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".TSV", ".jsonl", ".parquet"])
+def test_a_table_is_not_judged_as_a_text(tmp_path, suffix) -> None:
+    table = tmp_path / f"t{suffix}"
+    table.write_text("text,label\n" * 40)
+    with pytest.raises(InputError, match=r"a table is no text; .* task table:"):
+        named(table, "base")
 
 
 def test_one_number_without_examples_decides_nothing(models) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 from specbasis.checkpoint import Checkpoint, open_checkpoint, open_tuned
 from specbasis.core.errors import InputError
 from specbasis.core.text import named_parts, shareable
+from specbasis.finetuning.tables import READERS
+from specbasis.finetuning.tasks import GLUE, task_key
 from specbasis.interventions.evaluators import describe, judge
 from specbasis.interventions.evaluators.kit import Judge
 from specbasis.interventions.samples import Sample
@@ -114,10 +116,13 @@ def named(held_back: str | Path, base: str | Path, **options: Any) -> Judge:
         InputError: neither.
     """
     text = str(held_back)
-    if Path(text).expanduser().is_file():
-        return pretraining(Path(text).expanduser(), base, options.get("limit"))
-    if "/" in text and ":" not in text:
-        raise InputError(f"got {text}, and there is no such file; want a text file, or a task such as glue:sst2")
+    file = Path(text).expanduser()
+    if file.is_file() and file.suffix.lower() in READERS:
+        raise InputError(f"{text}: a table is no text; want a file of texts alone, or the task table:{text}")
+    if file.is_file():
+        return pretraining(file, base, options.get("limit"))
+    if "://" in text or (":" not in text and task_key(text) not in GLUE):
+        raise InputError(f"got {text!r}, and there is no such file; want a text file, or a task such as glue:sst2")
     return judge(text, **options)
 
 
@@ -162,8 +167,9 @@ def _sentence(record: dict[str, Any]) -> str:
         share = 1 - 0.05 ** (1 / line["examples"])
         return f"Nothing was measurably forgotten: {told}; none changed, up to {share:.1%} of all may (95 %)."
     one_sided = record["worse_low"] > 0 or record["worse_high"] < 0
-    if one_sided and not _is_tested(record):
-        return f"Nothing was measurably forgotten: {told}; these are too few (p = {line['p']:.2f})."
+    # Of 2ⁿ ways to exchange n pairs two are as far out, whatever the scores are.
+    if 2.0 ** (1 - line["examples"]) > LEVEL or (one_sided and not _is_tested(record)):
+        return f"Too few examples to tell: {told} (p = {line['p']:.2f})."
     if one_sided:
         verdict = "Forgotten" if record["worse_low"] > 0 else "Nothing was forgotten, it became better"
         return f"{verdict}: {told}."
