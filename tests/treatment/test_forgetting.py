@@ -113,7 +113,9 @@ def test_false_alarms_are_as_rare_as_the_interval_says(models) -> None:
 def test_where_no_example_changed_the_sentence_says_how_many_may(models) -> None:
     told = forgetting(*models, Reading(lambda _: 1.0, noise=0.0))
     assert (told.record["worse_low"], told.record["worse_high"]) == (0, 0)
-    assert f"none changed, up to {1 - 0.05 ** (1 / 40):.1%} of all may" in told.sentence  # (1 − p)^40 = .05
+    assert (
+        f"no example's read changed; of all examples that of up to {1 - 0.05 ** (1 / 40):.1%} may" in told.sentence
+    )  # (1 − p)^40 = .05
 
 
 @pytest.mark.parametrize(("examples", "noise"), [(1, 0.01), (3, 0.01), (5, 0.01), (5, 9.0), (6, 0.01)])

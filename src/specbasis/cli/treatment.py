@@ -67,11 +67,7 @@ def extract(
     if json:
         document({"folder": str(extraction.folder), **extraction.record})
     else:
-        _tell(
-            extraction,
-            "kept, the share of the squared update; chance, entries, signs, LoRA: what random directions, the "
-            "largest entries, the signs alone, a LoRA of as many bytes would hold of it",
-        )
+        _tell(extraction)
         line(f"written: {extraction.folder}")
     if strict and extraction.record["left_out"]:
         first = extraction.record["left_out"][0]
@@ -83,9 +79,11 @@ def _tell(treated: Treated, columns: str = "") -> None:
     """The tables, what they come to, what is not in them, and the page."""
     from specbasis.figures.treatment import tables, view
 
-    for table in tables(treated):
+    shown = tables(treated)
+    for table in shown:
         STDOUT.print(table.terminal())
-    if columns:
+    titled = [column for table in shown for column in table.columns if column.title and not column.words]
+    if columns := columns or "; ".join(f"{column.name}, {column.title}" for column in titled):
         line(f"columns: {columns}", style="italic dim")
     left_out = treated.record.get("left_out", [])
     for text in [*view(treated).sentences(treated), *treated.record.get("notes", [])]:
@@ -149,11 +147,7 @@ def repair(
     with progress() as tell:
         kept, forgotten = (named(text, base, **examples.judging) for text in (keep, recover))
         done = run(base, tuned, kept, forgotten, out, options, progress=tell)
-    _tell(
-        done,
-        "change, of the task, against the finetune; recovered, the other metric (of a loss, its negative); back, "
-        "share of what was forgotten that came back; *, chosen",
-    )
+    _tell(done)
     line(f"repaired model: {done.model}" if done.model else f"rows: {done.folder}")
 
 

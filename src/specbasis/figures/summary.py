@@ -84,7 +84,8 @@ def headline(comparison: Comparison, label: str) -> str:
         directions = next((word for least, word in DIRECTIONS.items() if top10 >= least), "turned")
         kept = "" if math.isnan(top10) else f"; leading directions {directions}"
         of = f"{len(moved)} of {number_of(len(facts.matrices), 'matrix')}"
-        sentences.append(f"{of} moved by {100 * size:.2g}%{kept}")
+        share = f"{100 * size:.2g}" if size < 1 else f"{100 * size:.0f}"
+        sentences.append(f"{of} moved by {share}%{kept}")
     if facts.compared < WHOLE:
         sentences.append(f"Only {facts.compared:.0%} of the parameters were compared")
     problems = [finding.kind for finding in comparison.findings[label] if finding.severity == "problem"]

@@ -145,7 +145,10 @@ def _extraction_sentences(extraction: Extraction) -> list[str]:
         said.append(f"nothing kept of {named_parts(without, 1)}: less for the bytes than in the others")
     if carried:
         share = sum(item["share_of_update"] for item in carried)
-        said.append(f"carried whole: {len(carried)} parameters, new or no matrices ({share:.2%} of the update)")
+        said.append(
+            f"carried whole: {len(carried)} parameters that are new, or that no low-rank update fits "
+            f"({share:.2%} of the update)"
+        )
     if healed := extraction.record.get("healed"):
         first, last = healed["loss"]
         said.append(
@@ -306,7 +309,7 @@ FRONTIER = (
     Column("back", "+.0%", "share of what was forgotten that came back; its interval is in the rows"),
     Column("", words=True),
 )
-"""The table of a repair: every point that was tried."""
+"""The table of a repair: every point that was tried, a star at the one that is written."""
 
 
 def _repair_tables(repair: Repair) -> tuple[Table, ...]:

@@ -157,7 +157,9 @@ def _sorted(
     for name, own in by_name.items():
         if len(own) < len(found) and any(change.is_changed for change in own.values()):
             lacking = ", ".join(label for label in found if label not in own)
-            left_out.append({"name": name, "finetune": ", ".join(own), "reason": f"not alike in {lacking}"})
+            left_out.append(
+                {"name": name, "finetune": ", ".join(own), "reason": f"{lacking}: none, or of another shape"}
+            )
     return {name: own for name, own in by_name.items() if len(own) == len(found)}, left_out
 
 

@@ -13,6 +13,7 @@ from specbasis.finetuning.tables import READERS
 from specbasis.finetuning.tasks import GLUE, task_key
 from specbasis.interventions.evaluators import describe, judge
 from specbasis.interventions.evaluators.kit import Judge
+from specbasis.interventions.evaluators.text import Sentences, Text, passages
 from specbasis.interventions.samples import Sample
 from specbasis.treatment.judged import compared, refuse_chance, score
 from specbasis.treatment.treated import Treated
@@ -101,7 +102,8 @@ def forgetting(
         ends = [lines[metric][f"change{end}"] for end in ("", "_low", "_high")]
         worse = [-x for x in (ends[0], ends[2], ends[1])] if sample.higher_is_better else ends
         record |= dict(zip(("worse", "worse_low", "worse_high"), (x + 0.0 for x in worse), strict=True))
-    return Forgetting(None, record | {"sentence": _sentence(record), "notes": _kept(pretrained, changes)})
+    notes = [*_about(evaluator), *_kept(pretrained, changes)]
+    return Forgetting(None, record | {"sentence": _sentence(record), "notes": notes})
 
 
 def named(held_back: str | Path, base: str | Path, **options: Any) -> Judge:
@@ -165,7 +167,8 @@ def _sentence(record: dict[str, Any]) -> str:
     told = f"{values}, {change} [{low}, {high}] on {line['examples']} example{plural}"
     if record["worse_low"] == record["worse_high"] == 0:  # then resampling knows of no other outcome
         share = 1 - 0.05 ** (1 / line["examples"])
-        return f"Nothing was measurably forgotten: {told}; none changed, up to {share:.1%} of all may (95 %)."
+        most = f"no example's {metric} changed; of all examples that of up to {share:.1%} may (95 %)"
+        return f"Nothing was measurably forgotten: {told}; {most}."
     one_sided = record["worse_low"] > 0 or record["worse_high"] < 0
     # Of 2ⁿ ways to exchange n pairs two are as far out, whatever the scores are.
     if 2.0 ** (1 - line["examples"]) > LEVEL or (one_sided and not _is_tested(record)):
@@ -185,6 +188,16 @@ def _signed(change: float) -> str:
 def _is_tested(record: dict[str, Any]) -> bool:
     """Whether the test says that something changed: percentile intervals of few examples are too short."""
     return bool(record["scores"][record["metric"]]["p"] <= LEVEL)
+
+
+def _about(evaluator: Judge) -> list[str]:
+    """What the loss of a text file is, and whether its examples repeat each other."""
+    if not isinstance(evaluator, Text | Sentences):
+        return []
+    texts = passages(evaluator.path)[: evaluator.limit]
+    repeated = len(texts) - len(set(texts))
+    said = f"{repeated} of {len(texts)} passages are repeated; the interval counts each as an example of its own"
+    return [f"loss: {evaluator.about}", *([said] if repeated else [])]
 
 
 def _kept(base: Checkpoint, changes: list[Update]) -> list[str]:

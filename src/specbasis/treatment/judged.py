@@ -123,7 +123,7 @@ def refuse_chance(base: Sample | float, metric: str) -> None:
         value = f"{base.value:.2f} [{low:.2f}, {high:.2f}]"
         raise InputError(
             f"the base's {metric} on these texts, {value}, is no better than chance ({base.chance:.2f}): there "
-            "is nothing in them to forget; want longer passages, such as paragraphs"
+            "is nothing in them to forget; want longer passages, such as paragraphs, or the base that knows them"
         )
 
 
