@@ -18,7 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from specbasis import extract, forgetting, merge, repair
+from specbasis import extract, forgetting, merge, open_checkpoint, repair
+from specbasis.checkpoint import weights_sha256
+from specbasis.checkpoint.digest import sha256
 from specbasis.core.grammar import labelled
 from specbasis.figures.table import Table
 from specbasis.interventions.evaluators import judge
@@ -71,6 +73,13 @@ def run(
             "bytes": record["total"]["bytes"],
             **record["scores"][evaluator.metric],
         }
+
+
+def models(base: str, tuned: Mapping[str, str], texts: str) -> dict[str, Any]:
+    """What the rows were measured on, by content."""
+    whole = {"base": base, **tuned}
+    digests = {name: weights_sha256(open_checkpoint(source)) for name, source in whole.items()}
+    return {"experiment": "treatment", **digests, "texts": sha256(Path(texts))}
 
 
 def tables(rows: Sequence[Row]) -> str:
@@ -128,6 +137,7 @@ def main() -> None:
         experiments(tuned),
         single,
         arguments.out / "points",
+        config=models(arguments.base, tuned, arguments.texts),
         uses=WHERE_USED,
         progress=lambda now: print(f"{now.done} of {now.total}: {now.name}", flush=True),
     )
