@@ -95,7 +95,7 @@ def test_an_error_of_a_task_reaches_the_caller_and_the_threads_are_restored(tmp_
 
 
 def test_bad_engines_are_refused(tmp_path):
-    with pytest.raises(InputError, match="engine 'gpu'"):
+    with pytest.raises(InputError, match="engine = 'gpu'"):
         list(run([], workers=1, engine="gpu"))
     with pytest.raises(InputError, match="cannot reach engine 'processes'"):
         list(run([], workers=1, engine="processes", local=True))

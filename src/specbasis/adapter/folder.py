@@ -183,7 +183,8 @@ def export_lora(
     transposed = False
     for layer in adapter.layers:
         U, Vh, kernel, is_transposed = _basis(layer, adapter, checkpoint)
-        B, A = _lora_factors(U.double(), layer.core, Vh.double(), rank)
+        whole = layer.M.ndim == 2  # a square, of which every rank is trained, whatever its numbers came to
+        B, A = _lora_factors(U.double(), layer.core, Vh.double(), rank, whole)
         ranks[layer.module] = B.shape[1]
         transposed |= is_transposed
         if len(kernel) == 2:
@@ -233,9 +234,11 @@ def _base_at_hand(adapter: AdapterFolder) -> Checkpoint | None:
     return None
 
 
-def _lora_factors(U: Tensor, C: Tensor, Vh: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
+def _lora_factors(U: Tensor, C: Tensor, Vh: Tensor, rank: int | None, whole: bool) -> tuple[Tensor, Tensor]:
+    if whole and (rank is None or rank >= len(C)):
+        return U @ C, Vh
     left, right = (C != 0).any(1), (C != 0).any(0)
-    if rank is None or rank >= min(int(left.sum()), int(right.sum())):
+    if not whole and (rank is None or rank >= min(int(left.sum()), int(right.sum()))):
         if left.sum() < right.sum():  # only the ranks of the smaller side that have coefficients
             return U[:, left], C[left] @ Vh
         right[0] |= not bool(right.any())
