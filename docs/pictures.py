@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,14 +76,20 @@ def alignment() -> kit.Figure:
         cosines = (U.T @ specbasis.decompose(updated(W, size), 10).U).abs()
         image = kit.heat(ax, cosines.numpy(), (0.5, 10.5, 10.5, 0.5), aspect="equal", interpolation="none")
         ax.set_title(f"update {100 * size:.0f} % of W\noverlap {cosines.square().sum() / 10:.3f}", size=8)
-        ax.set_xticks([1, 5, 10])
-        ax.set_yticks([1, 5, 10])
-        ax.set_xlabel("rank in W + Δ")
-    axes[0].set_ylabel("rank in W")
+    squares(figure, axes, image, [1, 5, 10], "rank in W + Δ", "rank in W", "|cosine| of the left vectors")
+    return figure
+
+
+def squares(figure: kit.Figure, axes: Sequence[kit.Axes], image: Any, ticks: list[int], *labels: str) -> None:
+    """Axes of square heat maps in a row, and their colour bar; labels: of x, of y, and of the colours."""
+    for ax in axes:
+        ax.set_xticks(ticks)
+        ax.set_yticks(ticks)
+        ax.set_xlabel(labels[0])
+    axes[0].set_ylabel(labels[1])
     bar = figure.colorbar(image, ax=axes, location="bottom", fraction=0.05, aspect=40)
     bar.outline.set_visible(False)
-    bar.set_label("|cosine| of the left vectors", color=kit.QUIET)
-    return figure
+    bar.set_label(labels[2], color=kit.QUIET)
 
 
 def gap() -> kit.Figure:
@@ -196,13 +204,8 @@ def adapter() -> kit.Figure:
         share = (coefficients / coefficients.max()).numpy()
         image = kit.heat(ax, share, (0.5, 16.5, 16.5, 0.5), aspect="equal", interpolation="none")
         ax.set_title(name, size=8)
-        ax.set_xticks([1, 4, 8, 12, 16])
-        ax.set_yticks([1, 4, 8, 12, 16])
-        ax.set_xlabel("right vector of W")
-    axes[0].set_ylabel("left vector of W")
-    bar = figure.colorbar(image, ax=axes, location="bottom", fraction=0.05, aspect=40)
-    bar.outline.set_visible(False)
-    bar.set_label("|coefficient|, largest = 1", color=kit.QUIET)
+    words = "right vector of W", "left vector of W", "|coefficient|, largest = 1"
+    squares(figure, axes, image, [1, 4, 8, 12, 16], *words)
     return figure
 
 

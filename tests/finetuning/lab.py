@@ -1,5 +1,7 @@
 """A pico BERT with a tokenizer on disk, and GLUE files in their official layouts."""
 
+from pathlib import Path
+
 import torch
 
 WORDS = [
@@ -83,3 +85,16 @@ def glue(root, train=24, dev=12):
         for name in ("train",) if file == "train" else ("dev_matched", "dev_mismatched"):
             lines(root / f"MNLI/{name}.tsv", [(*MNLI_TEXT, *annotators, "gold_label"), *mnli])
     return root
+
+
+def assert_predicts_as_written(run: Path, glue: Path) -> None:
+    """What a run of SST-2 loads as predicts on the dev set what the run wrote."""
+    from specbasis.finetuning import load
+    from specbasis.finetuning.sources import load_task
+
+    model, tokenizer = load(run)
+    dev = load_task("sst2", data_dir=glue).dev["dev"]
+    with torch.inference_mode():
+        logits = model(**tokenizer([text for (text,) in dev.inputs], padding=True, return_tensors="pt")).logits
+    said = [line.split(",")[-1] for line in (run / "predictions.csv").read_text().splitlines()[1:]]
+    assert [str(p) for p in logits.argmax(-1).tolist()] == said

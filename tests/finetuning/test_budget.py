@@ -11,10 +11,10 @@ import specbasis
 from specbasis.adapter import folder
 from specbasis.cli import app
 from specbasis.core.errors import InputError
-from specbasis.finetuning import load
 from specbasis.finetuning.base import load_base
 from specbasis.finetuning.methods import attach, load as load_method
 from specbasis.finetuning.sources import load_task
+from tests.finetuning import lab
 from tests.finetuning.test_train import Kill, weights, without_dropout
 
 SQUARES = 3 * 6 * 16**2  # of the three blocks of the pico base
@@ -47,12 +47,7 @@ def test_the_command_spreads_the_budget_and_the_manifest_says_where(place, tmp_p
     for row in rows:
         name = f"base_model.model.{row['module']}.spectral_M"
         assert (saved[name].numel() if name in saved else 0) == row["coefficients"]
-    model, tokenizer = load(tmp_path / "run")
-    dev = load_task("sst2", data_dir=place / "glue").dev["dev"]
-    with torch.inference_mode():
-        logits = model(**tokenizer([text for (text,) in dev.inputs], padding=True, return_tensors="pt")).logits
-    said = [line.split(",")[-1] for line in (tmp_path / "run/predictions.csv").read_text().splitlines()[1:]]
-    assert [str(p) for p in logits.argmax(-1).tolist()] == said
+    lab.assert_predicts_as_written(tmp_path / "run", place / "glue")
     again = CliRunner().invoke(app, [*words, "--placement", "uniform"])
     assert "holds another run" in str(again.exception), "another placement is another run"
 

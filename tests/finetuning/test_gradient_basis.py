@@ -11,10 +11,10 @@ import specbasis
 from specbasis.adapter import folder
 from specbasis.cli import app
 from specbasis.core.errors import InputError
-from specbasis.finetuning import load
 from specbasis.finetuning.base import load_base
 from specbasis.finetuning.methods import attach
 from specbasis.finetuning.sources import load_task
+from tests.finetuning import lab
 from tests.finetuning.test_train import Kill, weights, without_dropout
 
 
@@ -40,12 +40,7 @@ def test_the_command_writes_a_proven_adapter_and_says_what_made_its_basis(place,
     assert manifest["seed"] == 7
     assert json.loads((tmp_path / "run/metrics.json").read_text())["parameters"]["adapter"] == 4 * 2 * 2
     assert {row["basis"] for row in folder.verify(tmp_path / "run", place / "base")} == {"stored with the adapter"}
-    model, tokenizer = load(tmp_path / "run")
-    dev = load_task("sst2", data_dir=place / "glue").dev["dev"]
-    with torch.inference_mode():
-        logits = model(**tokenizer([text for (text,) in dev.inputs], padding=True, return_tensors="pt")).logits
-    said = [line.split(",")[-1] for line in (tmp_path / "run/predictions.csv").read_text().splitlines()[1:]]
-    assert [str(p) for p in logits.argmax(-1).tolist()] == said
+    lab.assert_predicts_as_written(tmp_path / "run", place / "glue")
     again = CliRunner().invoke(app, [*words, "--basis-examples", "32"])
     assert "holds another run" in str(again.exception), "another basis is another run"
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -235,10 +236,9 @@ def _base_at_hand(adapter: AdapterFolder) -> Checkpoint | None:
 
 
 def _lora_factors(U: Tensor, C: Tensor, Vh: Tensor, rank: int | None, whole: bool) -> tuple[Tensor, Tensor]:
-    if whole and (rank is None or rank >= len(C)):
-        return U @ C, Vh
-    left, right = (C != 0).any(1), (C != 0).any(0)
-    if not whole and (rank is None or rank >= min(int(left.sum()), int(right.sum()))):
+    coupled = torch.ones_like(C, dtype=torch.bool) if whole else C != 0
+    left, right = coupled.any(1), coupled.any(0)
+    if rank is None or rank >= min(int(left.sum()), int(right.sum())):
         if left.sum() < right.sum():  # only the ranks of the smaller side that have coefficients
             return U[:, left], C[left] @ Vh
         right[0] |= not bool(right.any())

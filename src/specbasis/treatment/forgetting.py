@@ -17,7 +17,7 @@ from specbasis.interventions.evaluators.text import Sentences, Text, passages
 from specbasis.interventions.samples import Sample
 from specbasis.treatment.judged import compared, refuse_chance, score
 from specbasis.treatment.treated import Treated
-from specbasis.treatment.updates import Update, differing
+from specbasis.treatment.updates import Update, base_entries, differing
 
 LEVEL = 0.05
 """Of the test, as of the intervals."""
@@ -145,16 +145,11 @@ def in_base(base: Checkpoint, tuned: Checkpoint, changes: list[Update]) -> Check
     Raises:
         InputError: the numbers of one cannot be used.
     """
-    shared = {change.in_base: change for change in changes if change.in_base}
-    if bad := next((change for change in shared.values() if change.reason), None):
+    if bad := next((change for change in changes if change.in_base and change.reason), None):
         raise InputError(
             f"{tuned.source}: {bad.name}: {bad.reason}; in its place the base's numbers would be judged"
         )
-    entries = {
-        name: replace(base.entries[name], load=change.as_base, factors=None, part=None)
-        for name, change in shared.items()
-    }
-    return replace(base, source=tuned.source, entries={**base.entries, **entries})
+    return replace(base, source=tuned.source, entries={**base.entries, **base_entries(base, changes)})
 
 
 def _sentence(record: dict[str, Any]) -> str:

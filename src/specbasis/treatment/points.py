@@ -14,7 +14,7 @@ from specbasis.checkpoint import Checkpoint
 from specbasis.core import edits
 from specbasis.core.intruders import intruders
 from specbasis.jobs.cache import Cache
-from specbasis.treatment.updates import Update, laid_over, updates
+from specbasis.treatment.updates import Update, base_entries, updates
 
 SHARES = (0.1, 0.25, 0.5, 1.0)
 STRENGTHS = tuple(round(0.1 * i, 1) for i in range(1, 10))
@@ -74,16 +74,12 @@ class Ways:
         if point["way"] != INTERPOLATION:
             inside = [c for c in inside if c.block is not None and c.is_matrix]
         made = {c.name: partial(self._stored, c, point["way"], point["amount"]) for c in inside}
-        own, theirs = self.tuned.entries, self.base.entries
+        own, into_base = self.tuned.entries, base_entries(self.base, self.changes, made)
         treated = {name: replace(own[name], load=load, factors=None, part=None) for name, load in made.items()}
-        into_base = {
-            c.in_base: replace(theirs[c.in_base], load=partial(_as_base, c, made.get(c.name)), part=None)
-            for c in self.changes
-        }
         source = f"{self.tuned.source} at {point['way']} {point['amount']} ({point['blocks']})"
         return (
             replace(self.tuned, source=source, entries={**own, **treated}),
-            replace(self.base, source=source, entries={**theirs, **into_base}),
+            replace(self.base, source=source, entries={**self.base.entries, **into_base}),
         )
 
     def _stored(self, change: Update, way: str, amount: float) -> Tensor:
@@ -98,10 +94,6 @@ class Ways:
             T, W = own.read(self.tuned), ref.read(self.base)
             own.write(changed, MATRIX_WAYS[way](self.cache, W, T, amount, ref.key.name).to(stored.dtype))
         return changed
-
-
-def _as_base(change: Update, made: Callable[[], Tensor] | None) -> Tensor:
-    return change.as_base() if made is None else laid_over(made(), change.base[change.in_base])
 
 
 # --- the ways of one matrix, from W (base) and T (tuned) ----------------------------------------------------------

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from math import prod
 
 import torch
@@ -117,9 +117,9 @@ class Update:
         """The base's name of it, if only with another number of rows; empty where the base has none."""
         return self.counterpart or self.shorter
 
-    def as_base(self) -> Tensor:
-        """The finetune's numbers in the base's shape and format; see `laid_over`."""
-        return laid_over(self.tuned[self.name], self.base[self.in_base])
+    def as_base(self, made: Callable[[], Tensor] | None = None) -> Tensor:
+        """The finetune's numbers, or others of its shape, in the base's shape and format; see `laid_over`."""
+        return laid_over(made() if made else self.tuned[self.name], self.base[self.in_base])
 
     def as_tuned(self) -> Tensor:
         """The base's numbers in the finetune's shape and format; see `laid_over`."""
@@ -191,6 +191,19 @@ class Update:
     def base_matrix(self) -> Float[Tensor, "out in"]:
         """The base's matrix."""
         return self.read(self.base, self.counterpart)
+
+
+def base_entries(
+    base: Checkpoint, changes: Iterable[Update], made: Mapping[str, Callable[[], Tensor]] | None = None
+) -> dict[str, Entry]:
+    """The base's entries with the finetune's numbers, or others by its names, in every parameter that both have."""
+    return {
+        c.in_base: replace(
+            base.entries[c.in_base], load=partial(c.as_base, (made or {}).get(c.name)), factors=None, part=None
+        )
+        for c in changes
+        if c.in_base
+    }
 
 
 def laid_over(X: Tensor, under: Tensor) -> Tensor:
