@@ -13,13 +13,14 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from specbasis.lineage.fingerprint import Fingerprint, Floats
+from specbasis.lineage.fingerprint import Block, Fingerprint, Floats, Layout
 
 DROPPED = 4
 """The most alike 1/4 of the matrices, at least one of three, count for nothing: a shared table is no kinship."""
@@ -50,7 +51,7 @@ class Correspondence:
     pairs: Pairs
     way: str
     log_p: float
-    depth: dict[tuple[str, int], tuple[str, int] | None] = field(default_factory=dict)
+    depth: dict[Block, Block | None] = field(default_factory=dict)
 
 
 def correspondence(query: Fingerprint, record: Fingerprint) -> Correspondence:
@@ -73,16 +74,19 @@ def by_label(query: Fingerprint, record: Fingerprint) -> Pairs:
     """Matrices that agree in block, role and shape; where fewer than half do, in the end of their names, shape and
     order, as two frameworks have them, or in shape and order alone.
     """
+    return _matched(query.layout, record.layout)
+
+
+@lru_cache(maxsize=16)  # the finetunes of one base have its layout
+def _matched(ours: Layout, theirs: Layout) -> Pairs:
     ways: list[Pairs] = []
-    for what in (lambda label, name: label, lambda label, name: (name, label[3]), lambda label, name: label[3]):
+    for what in (lambda label, end: label, lambda label, end: (end, label[3]), lambda label, end: label[3]):
         waiting = defaultdict[Any, list[int]](list)
-        for k, (label, matrix) in enumerate(zip(record.labels, record.header["matrices"], strict=True)):
-            waiting[what(label, matrix[3].rpartition(".")[2])].append(k)
-        keys = [
-            what(x, m[3].rpartition(".")[2]) for x, m in zip(query.labels, query.header["matrices"], strict=True)
-        ]
+        for k, matrix in enumerate(theirs):
+            waiting[what(*matrix)].append(k)
+        keys = [what(*matrix) for matrix in ours]
         ways.append([(k, waiting[key].pop(0)) for k, key in enumerate(keys) if waiting[key]])
-        if 2 * len(ways[-1]) >= min(len(query.labels), len(record.labels)):
+        if 2 * len(ways[-1]) >= min(len(ours), len(theirs)):
             return ways[-1]
     return max(ways, key=len)
 
@@ -113,21 +117,13 @@ def log_p(z: Floats, weight: Floats, whole: int) -> float:
 def _by_blocks(query: Fingerprint, record: Fingerprint) -> Correspondence:
     """Each block of the query beside the block of the record that is most like it, wherever that stands."""
     ours, theirs = query.blocks, record.blocks
-    sums, weights = np.zeros((2, len(ours), len(theirs)))
-    kinds: list[dict[Any, dict[tuple[str, int], int]]] = [defaultdict(dict), defaultdict(dict)]
-    for kind, labels in zip(kinds, (query.labels, record.labels), strict=True):
-        for k, (stack, block, role, shape, number) in enumerate(labels):
-            if block is not None:
-                kind[role, shape, number][stack, block] = k
+    kinds = [kind for kind in query.kinds if kind in record.kinds]
     n = min(query.header["entries"], record.header["entries"])
-    for key in kinds[0].keys() & kinds[1].keys():
-        members = [kind[key] for kind in kinds]
-        A, B = (m.roots[list(of.values()), :n] for m, of in zip((query, record), members, strict=True))
-        size = np.sqrt(np.square(A) @ np.square(B).T)
-        at = np.ix_(*([blocks.index(b) for b in of] for blocks, of in zip((ours, theirs), members, strict=True)))
-        count = np.sqrt(min((A != 0).sum(1).max(), (B != 0).sum(1).max()))
-        sums[at] += count * np.divide(A @ B.T, size, out=np.zeros_like(size), where=size > 0)
-        weights[at] += count**2 * (size > 0)
+    A, B = _laid_out(query, n, kinds, ours), _laid_out(record, n, kinds, theirs)
+    size = np.sqrt(np.square(A) @ np.square(B).mT)
+    count = np.sqrt(np.minimum(*((X != 0).sum(2).max(1, initial=0) for X in (A, B))))[:, None, None]
+    sums = (count * np.divide(A @ B.mT, size, out=np.zeros_like(size), where=size > 0)).sum(0)
+    weights = (count**2 * (size > 0)).sum(0)
     if not weights.any():
         return Correspondence(record, [], "by blocks", 0.0)
     z = np.divide(sums, np.sqrt(weights), out=np.zeros_like(sums), where=weights > 0)
@@ -144,6 +140,17 @@ def _by_blocks(query: Fingerprint, record: Fingerprint) -> Correspondence:
             pairs.append((k, counterparts[(*place, *rest)]))
     moved = any(place != block for block, place in depth.items()) or len(ours) != len(theirs)
     return Correspondence(record, pairs, "by blocks", p, depth if moved and p < math.log(SURE) else {})
+
+
+def _laid_out(
+    fingerprint: Fingerprint, n: int, kinds: Sequence[Any], blocks: Sequence[Block]
+) -> NDArray[np.float32]:
+    """(kinds, blocks, n): the roots of each matrix; zeros where a block has none of a kind."""
+    roots, numbers = fingerprint.roots[:, :n], fingerprint.kinds
+    padded: NDArray[np.float32] = np.vstack([roots, np.zeros_like(roots[:1])])
+    rows = [numbers[kind].get(block, -1) for kind in kinds for block in blocks]
+    laid_out: NDArray[np.float32] = padded[np.array(rows, int).reshape(len(kinds), len(blocks))]
+    return laid_out
 
 
 def forms(query: Fingerprint, record: Fingerprint, pairs: Sequence[tuple[int, int]]) -> list[str]:

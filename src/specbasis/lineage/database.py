@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ def is_database(path: str | Path) -> bool:
 
 
 def read(path: Path) -> Iterator[Fingerprint]:
-    """The fingerprints of a file, one in memory at a time, each checked against its seal.
+    """The fingerprints of a file, each checked against its seal; two are in memory, as the next is read ahead.
 
     Raises:
         InputError: no such file, none of fingerprints, or a record is not what was written.
@@ -40,9 +41,17 @@ def read(path: Path) -> Iterator[Fingerprint]:
         with pq.ParquetFile(path) as file:
             if not file.schema_arrow.equals(SCHEMA):
                 raise InputError(f"{path}: a Parquet file, but not one of fingerprints; want one of `specbasis db`")
-            for group in range(file.num_row_groups):
-                for row in file.read_row_group(group, use_threads=False).to_pylist():
-                    yield _record(row["header"], row["values"])
+
+            def group(number: int) -> list[Fingerprint]:
+                rows = file.read_row_group(number, use_threads=False).to_pylist()
+                return [_record(row["header"], row["values"]) for row in rows]
+
+            with ThreadPoolExecutor(1) as pool:
+                waiting = pool.submit(list[Fingerprint])
+                for number in range(file.num_row_groups):
+                    records, waiting = waiting.result(), pool.submit(group, number)
+                    yield from records
+                yield from waiting.result()
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, InputError):
             raise

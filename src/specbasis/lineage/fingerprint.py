@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -50,7 +50,9 @@ SPECTRUM_SIDE = 1024  # of a larger short side the eigensolver takes too long
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.txt", "vocab.json")
 
 Floats = NDArray[np.float64]
+Block = tuple[str, int]
 Label = tuple[str, int | None, str, tuple[int, int], int]
+Layout = tuple[tuple[Label, str], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,13 +134,28 @@ class Fingerprint:
             seen[place] += 1
         return labels
 
+    @cached_property
+    def layout(self) -> Layout:
+        """Label of each matrix, and the end of its name."""
+        ends = (matrix[3].rpartition(".")[2] for matrix in self.header["matrices"])
+        return tuple(zip(self.labels, ends, strict=True))
+
     @property
     def digests(self) -> list[str]:
         """SHA-256 of the values of each matrix; empty where it was not read whole."""
         return [matrix[6] for matrix in self.header["matrices"]]
 
+    @cached_property
+    def kinds(self) -> dict[tuple[str, tuple[int, int], int], dict[Block, int]]:
+        """Role, shape, and which of those with equal labels → block → number of the matrix."""
+        kinds: dict[tuple[str, tuple[int, int], int], dict[Block, int]] = defaultdict(dict)
+        for k, (stack, block, role, shape, number) in enumerate(self.labels):
+            if block is not None:
+                kinds[role, shape, number][stack, block] = k
+        return kinds
+
     @property
-    def blocks(self) -> list[tuple[str, int]]:
+    def blocks(self) -> list[Block]:
         """The blocks, in order."""
         return sorted({(stack, block) for stack, block, *_ in self.header["matrices"] if block is not None})
 
