@@ -295,9 +295,9 @@ def layout_of(name: str, entries: Mapping[str, Entry]) -> str:
         return ""
     beside = (f"{name[: len(module)]}{name[len(module) : len(module) + 1]}{bias}" for bias in ("bias", "b", "beta"))
     ends = {entries[n].shape[0] for n in beside if n in entries and len(entries[n].shape) == 1}
-    told = {"conv": entry.shape[0] in ends, "in_out": entry.shape[-1] in ends}
-    if sum(told.values()) == 1:
-        return max(told, key=lambda layout: told[layout])
+    layouts = {"conv": entry.shape[0] in ends, "in_out": entry.shape[-1] in ends}
+    if sum(layouts.values()) == 1:
+        return max(layouts, key=lambda layout: layouts[layout])
     return "conv" if leaf in ("weight", "W") and entry.shape[0] > 1 else ""
 
 
@@ -305,8 +305,8 @@ def laid_out(checkpoint: Checkpoint, layouts: Mapping[str, str]) -> Checkpoint:
     """The same checkpoint with what a user says of layouts: pattern of names → "conv" or "in_out"."""
 
     def of(name: str, entry: Entry) -> Entry:
-        said = [layout for pattern, layout in layouts.items() if fnmatchcase(name, pattern)]
-        return replace(entry, layout=said[-1]) if said else entry
+        wanted = [layout for pattern, layout in layouts.items() if fnmatchcase(name, pattern)]
+        return replace(entry, layout=wanted[-1]) if wanted else entry
 
     return replace(checkpoint, entries={name: of(name, entry) for name, entry in checkpoint.entries.items()})
 

@@ -143,8 +143,8 @@ def refuse_other_weights(tuned: Checkpoint) -> None:
     Raises:
         InputError: its file names other weights.
     """
-    if said := other_weights(tuned):
-        raise InputError(f"{tuned.source}: {said}; want the base that it was made from")
+    if reason := other_weights(tuned):
+        raise InputError(f"{tuned.source}: {reason}; want the base that it was made from")
 
 
 def content_sha256(checkpoint: Checkpoint) -> str:

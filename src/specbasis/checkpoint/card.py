@@ -150,13 +150,13 @@ def _completed(front: str, fields: Mapping[str, Any], end: str, readme: Path) ->
     import yaml  # type: ignore[import-untyped]
 
     try:
-        root, said = yaml.compose(front, yaml.SafeLoader), yaml.safe_load(front) or {}
-        if not isinstance(said, dict):
-            raise ValueError(f"got a {type(said).__name__}; want lines of NAME: VALUE")
+        root, present = yaml.compose(front, yaml.SafeLoader), yaml.safe_load(front) or {}
+        if not isinstance(present, dict):
+            raise ValueError(f"got a {type(present).__name__}; want lines of NAME: VALUE")
         nodes = {key.value: node for key, node in root.value} if root else {}
         edits, notes, added = [], [], ""
         for name, value in fields.items():
-            own, node = said.get(name), nodes.get(name)
+            own, node = present.get(name), nodes.get(name)
             if _says(own, value):
                 continue
             if node is None:
@@ -175,7 +175,7 @@ def _completed(front: str, fields: Mapping[str, Any], end: str, readme: Path) ->
         for start, stop, text in sorted([*edits, (0, 0, added)], reverse=True):
             front = front[:start] + text + front[stop:]
         now = yaml.safe_load(front) or {}
-        lost = [name for name in (*said, *fields) if name not in now and fields.get(name, True)]
+        lost = [name for name in (*present, *fields) if name not in now and fields.get(name, True)]
         if lost or len(notes) != sum(not _says(now.get(name), value) for name, value in fields.items()):
             raise ValueError("nothing can be added to it; write it as lines of NAME: VALUE")
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:

@@ -40,9 +40,9 @@ def is_delta(place: Place) -> bool:
 
 def packed(codes: UInt8[Tensor, "out in"], bits: int) -> UInt8[Tensor, " bytes"]:
     """Codes below 2^bits side by side in bytes, the first in the lowest bits; zeros fill up the last byte."""
-    each = 8 // bits
-    flat = torch.nn.functional.pad(codes.flatten(), (0, -codes.numel() % each)).view(-1, each)
-    return torch.stack([flat[:, i] << (bits * i) for i in range(each)]).sum(0, dtype=torch.uint8)
+    codes_per_byte = 8 // bits
+    flat = torch.nn.functional.pad(codes.flatten(), (0, -codes.numel() % codes_per_byte)).view(-1, codes_per_byte)
+    return torch.stack([flat[:, i] << (bits * i) for i in range(codes_per_byte)]).sum(0, dtype=torch.uint8)
 
 
 def unpacked(stored: UInt8[Tensor, " bytes"], bits: int, shape: tuple[int, int]) -> UInt8[Tensor, "out in"]:

@@ -31,7 +31,7 @@ class NoRangesError(OSError):
     """A server that sends the whole file when asked for a part."""
 
 
-def patiently(call: Callable[[], T], source: str, repository: str, what: str) -> T:
+def patiently(call: Callable[[], T], source: str, repository: str, request: str) -> T:
     """Call, repeat while the failure can pass, and turn a final failure into one line that says what to do."""
     for attempt in range(RETRIES + 1):
         try:
@@ -39,7 +39,7 @@ def patiently(call: Callable[[], T], source: str, repository: str, what: str) ->
         # Whatever the client or the answer of a broken server raises is a failure of this one request.
         except Exception as error:
             if attempt == RETRIES or not _can_pass(error):
-                raise _explained(error, source, repository, what) from error
+                raise _explained(error, source, repository, request) from error
             seconds = _retry_after(error) or WAIT_SECONDS * 2**attempt
             if seconds >= 1:
                 _LOG.warning("%s: %s; trying again in %.0f s", repository, _brief(error), seconds)
@@ -82,7 +82,7 @@ def _retry_after(error: BaseException) -> float:
     return min(float(value), MAX_WAIT_SECONDS) if value.isdigit() else 0.0
 
 
-def _explained(error: BaseException, source: str, repository: str, what: str) -> InputError:
+def _explained(error: BaseException, source: str, repository: str, request: str) -> InputError:
     """One line for a failed request: what was asked of which repository, why it failed, what to do."""
     from huggingface_hub import errors
 
@@ -91,14 +91,14 @@ def _explained(error: BaseException, source: str, repository: str, what: str) ->
     if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
         hidden = error.__cause__
         error = error if isinstance(hidden, errors.OfflineModeIsEnabled) else hidden
-    return InputError(f"{source}: {_advice(error, repository, what)}")
+    return InputError(f"{source}: {_advice(error, repository, request)}")
 
 
-def _advice(error: BaseException, repository: str, what: str) -> str:
+def _advice(error: BaseException, repository: str, request: str) -> str:
     from huggingface_hub import errors
 
     status = _status(error)
-    file = f"{what or 'the repository'} of {repository}"
+    file = f"{request or 'the repository'} of {repository}"
     cases: list[tuple[bool | type | tuple[type, ...], str]] = [
         (_is_unresolved(error),
          f"no such file or folder, and the Hub cannot be reached to look for {repository} (its name has no "
@@ -107,13 +107,13 @@ def _advice(error: BaseException, repository: str, what: str) -> str:
          f"{repository} is gated; ask for access on its page, then log in (hf auth login) or set HF_TOKEN"),
         (errors.DisabledRepoError, f"{repository} is disabled on the Hub; use another source for it"),
         (errors.RevisionNotFoundError,
-         f"{repository} has no {what or 'such revision'}; name a branch, tag or commit that it has"),
+         f"{repository} has no {request or 'such revision'}; name a branch, tag or commit that it has"),
         (isinstance(error, errors.RepositoryNotFoundError) or status == 401,
          f"no repository {repository} on the Hub that this token may see (and no such local path); check the name, "
          f"and log in (hf auth login) or set HF_TOKEN if it is private{_timm_hint(repository)}"),
         ((errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError),
          f"{file} is not in the cache and HF_HUB_OFFLINE is set; unset it, or download it first"),
-        (errors.EntryNotFoundError, f"{repository} has no {what or 'such file'}"),
+        (errors.EntryNotFoundError, f"{repository} has no {request or 'such file'}"),
         (errors.HFValidationError, f"{repository!r} is not a name of a repository; want org/name"),
         (status == 403,
          f"access to {file} is forbidden to this token; make one with the permission to read it"),

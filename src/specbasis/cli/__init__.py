@@ -162,8 +162,8 @@ def _to_mend(error: Exception) -> object:
         return f"{error.object[:200]!r}: a name that is not UTF-8 cannot be used here; rename the file or folder"
     if isinstance(error, ImportError):
         broken = (error.name or "").partition(".")[0]
-        said = f"{broken} cannot be imported ({error}); specbasis doctor says what is installed"
-        return missing(error) or (said if broken not in ("", "specbasis") else None)
+        broken_extra = f"{broken} cannot be imported ({error}); specbasis doctor says what is installed"
+        return missing(error) or (broken_extra if broken not in ("", "specbasis") else None)
     if isinstance(error, OSError):
         return f"{error.filename or 'output'}: cannot be read or written ({error.strerror or error})"
     return None

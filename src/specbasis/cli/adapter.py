@@ -22,13 +22,11 @@ def adapter_info(folder: ADAPTER) -> None:
     """Print what an adapter holds and what it did to each matrix, from its own file."""
     from specbasis.adapter import folder as folders
 
-    found = folders.info(folder)
+    info = folders.info(folder)
     for name in ("base", "basis", "scale"):
-        line(f"{name}: {found[name]}")
-    line(
-        f"parameters: {found['adapter_parameters']:,} adapter, {found['head_parameters']:,} head and other modules"
-    )
-    for layer in found["layers"]:
+        line(f"{name}: {info[name]}")
+    line(f"parameters: {info['adapter_parameters']:,} adapter, {info['head_parameters']:,} head and other modules")
+    for layer in info["layers"]:
         first, last = layer["interval"]
         line(
             f"{layer['module']}: {layer['weight']}, ranks {first + 1} … {last}, "

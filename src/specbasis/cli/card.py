@@ -42,5 +42,5 @@ def card(
 
         notes = write_comparison(specbasis.load(folder), place, pair, **given)
     line(f"card: {place}")
-    for said in notes:
-        note(said)
+    for text in notes:
+        note(text)

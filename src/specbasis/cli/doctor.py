@@ -38,7 +38,7 @@ def doctor(json: JSON = False) -> None:
     work, as the last lines say.
     """
     problems: list[str] = []
-    found: dict[str, dict[str, Any]] = {
+    report: dict[str, dict[str, Any]] = {
         "versions": _versions(problems),
         "extras": _extras(problems),
         "devices": _devices(),
@@ -47,11 +47,11 @@ def doctor(json: JSON = False) -> None:
         "hub": _hub(problems),
         "terminal": {"encoding": sys.stdout.encoding, "is a terminal": sys.stdout.isatty()},
     }
-    found, problems = _anonymous(found), _anonymous(problems)
+    report, problems = _anonymous(report), _anonymous(problems)
     if json:
-        document({**found, "problems": problems})
+        document({**report, "problems": problems})
     else:
-        for title, section in found.items():
+        for title, section in report.items():
             line(title, style="bold")
             for name, about in section.items():
                 line(f"  {name}: { ({True: 'yes', False: 'no'}[about] if isinstance(about, bool) else about) }")

@@ -43,8 +43,8 @@ def finetune(base: BASE, out: OUT, task: TASK, options: FinetuneOptions, method:
     from specbasis.finetuning.costs import EpochLines
     from specbasis.finetuning.train import is_main_process
 
-    told = [] if ASIDE.is_terminal else [EpochLines(lambda text: line(text, console=ASIDE))]
-    finetuned = specbasis.finetune(base, task, method, out=out, callbacks=told, **vars(options))
+    callbacks = [] if ASIDE.is_terminal else [EpochLines(lambda text: line(text, console=ASIDE))]
+    finetuned = specbasis.finetune(base, task, method, out=out, callbacks=callbacks, **vars(options))
 
     if not is_main_process():
         return
@@ -63,6 +63,6 @@ def finetune(base: BASE, out: OUT, task: TASK, options: FinetuneOptions, method:
     line(forgetting(metrics))
     counts = metrics["parameters"]
     line(f"parameters: {counts['adapter']:,} method, {counts['head']:,} head and pooler, {counts['total']:,} all")
-    for said in metrics["notes"]:
-        note(said)
+    for remark in metrics["notes"]:
+        note(remark)
     line(f"run: {finetuned.folder}")

@@ -90,7 +90,7 @@ def _flag(kind: type[Options], name: str, print_list: Callable[[], None] | None)
         plain = str
         value = ",".join(map(str, value)) if isinstance(value, tuple) else value
         value = str(value) if isinstance(value, int) else value
-    said = typer.Option(
+    flag = typer.Option(
         f"{spelling}/--no-{spelling[2:]}" if plain is bool and value else spelling,
         help=rule.help + ("; `help` lists them" if print_list else ""),
         rich_help_panel=rule.panel or None,
@@ -99,7 +99,7 @@ def _flag(kind: type[Options], name: str, print_list: Callable[[], None] | None)
         is_eager=print_list is not None,
         callback=listing(print_list) if print_list else None,
     )
-    annotation = Annotated[plain | None if value is None else plain, said]  # type: ignore[valid-type]
+    annotation = Annotated[plain | None if value is None else plain, flag]  # type: ignore[valid-type]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value, annotation=annotation)
 
 

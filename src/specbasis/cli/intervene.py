@@ -50,8 +50,8 @@ def edit(
             progress=tell,
         )
     edited = read_json(written / RECORD)["matrices"]
-    for said in options.notes(MatrixKey(m["block"], m["role"], m["name"]) for m in edited):
-        note(said)
+    for text in options.notes(MatrixKey(m["block"], m["role"], m["name"]) for m in edited):
+        note(text)
     line(f"edited model: {written}")
 
 
@@ -71,23 +71,23 @@ def intervene(
     from specbasis.interventions.grid import intervene as run
     from specbasis.interventions.stage import Subject
 
-    found: dict[str, Subject] = {}
+    named: dict[str, Subject] = {}
     for given in subjects:
         name, task, source = _subject(given)
-        if name in found:
+        if name in named:
             raise InputError(f"two models are called {name!r}; write LABEL=TASK=TUNED")
-        found[name] = Subject(source, judge(task, **examples.judging))
+        named[name] = Subject(source, judge(task, **examples.judging))
     with progress() as tell:
-        rows = run(base, found, out, options, progress=tell)
+        rows = run(base, named, out, options, progress=tell)
     print_grid(out)
     roles = dict.fromkeys(role for group in options.roles for role in group.split("+") if role)
     asked = Selection(tuple(roles), tuple(block for group in options.blocks for block in numbers(group)))
-    for said in asked.notes(ref.key for ref in model_map(open_checkpoint(base)).matrices):
-        note(said)
+    for text in asked.notes(ref.key for ref in model_map(open_checkpoint(base)).matrices):
+        note(text)
     if report:
         from specbasis.figures.interventions import write_figures
 
-        models = {"base": base, **{label: subject.source for label, subject in found.items()}}
+        models = {"base": base, **{label: subject.source for label, subject in named.items()}}
         for path in write_figures(out, models=models, cache=options.cache):
             line(f"written: {path}")
     exit_on_failures(rows)

@@ -41,11 +41,11 @@ def population(
     from specbasis.jobs.folder import plain
 
     check_roles(words(roles))
-    found, name = read_scores(scores, column) if scores else (None, "score")
+    values, name = read_scores(scores, column) if scores else (None, "score")
     paths, modality = modalities(results)
     # Population counts ranks from 1 and includes both ends, as its tables do.
     ends = [(first + 1, stop) for first, stop in intervals(ranks, "--ranks", origin=1)]
-    whole = run(paths, scores=found, score=name, modality=modality, ranks=ends, roles=words(roles))
+    whole = run(paths, scores=values, score=name, modality=modality, ranks=ends, roles=words(roles))
     if out:
         whole.write(out)
     if json:
@@ -74,15 +74,15 @@ def lineage(
     from specbasis.figures.table import number
     from specbasis.lineage.tree import lineage as run
 
-    found = run(models[0] if len(models) == 1 else models, align=align)
+    forest = run(models[0] if len(models) == 1 else models, align=align)
     if json:
-        document(found.summary())
+        document(forest.summary())
         return
-    line(found.as_text())
-    for tree in found.trees:
+    line(forest.as_text())
+    for tree in forest.trees:
         for name, cosine in tree.angles.items():
             line(f"updates from {name}: median cosine {number(cosine, '.2f')} (independent: 0)")
-    others = [k for k in found.kinships if not k.related]
+    others = [k for k in forest.kinships if not k.related]
     if others:
         nearest = max(others, key=lambda k: k.cosine)
         line(

@@ -49,8 +49,8 @@ def print_comparison(comparison: Comparison) -> None:
                 "own measures: means over matrices, of the leading 10 ranks where they have ranks",
                 style="italic dim",
             )
-        for said in about["notes"]:
-            note(said)
+        for text in about["notes"]:
+            note(text)
         for reason, names in by_reason(comparison.skipped[pair]).items():
             line(f"not compared: {len(names)}, {reason}: {named_parts(names, 2)}")
         line(comparison.verdicts[pair].sentence, style="bold")
@@ -114,8 +114,8 @@ def print_model(name: str, checkpoint: Checkpoint) -> None:
         rows.append((stack, role, len(members), len(blocks) or None, size, share))
     STDOUT.print(Table(columns, tuple(rows)).terminal())
     line(f"{covered.named:.1%} of {covered.total:,} matrix parameters have a named role")
-    for said in (*checkpoint.notes, *mapped.notes):
-        note(said)
+    for text in (*checkpoint.notes, *mapped.notes):
+        note(text)
     if mapped.unnamed:
         line(f"no pattern names: {named_parts(mapped.unnamed, 6)}")
     skipped = [{"name": s.name, "side": "both", "reason": s.reason} for s in mapped.skipped]

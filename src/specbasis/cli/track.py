@@ -35,8 +35,8 @@ def track(run: RUN, out: OUT, options: TrackOptions) -> None:
     )
     for source in about["passed_over"]:
         line(f"passed over: {source['source']}: {source['reason']}", style="yellow")
-    for said in about["notes"]:
-        note(said)
+    for text in about["notes"]:
+        note(text)
     for failure in about["failed"]:
         line(f"failed: {failure['checkpoint']}: {failure['error']}", style="yellow")
     for path in write_track_figure(tracking):

@@ -118,12 +118,12 @@ def forgetting(
     """Tell whether a finetune forgot what its base could do: the loss, or a task's metric, before and after."""
     from specbasis.treatment.forgetting import forgetting as run, named
 
-    told = run(base, tuned, named(held_back, base, **examples.judging))
+    result = run(base, tuned, named(held_back, base, **examples.judging))
     if json:
-        document(told.record)
+        document(result.record)
     else:
-        _tell(told, "change, finetune − base, with its 95 % interval; p, of no change (paired randomisation)")
-    if tolerance is not None and told.exceeds(tolerance):
+        _tell(result, "change, finetune − base, with its 95 % interval; p, of no change (paired randomisation)")
+    if tolerance is not None and result.exceeds(tolerance):
         line(f"forgotten beyond --tolerance {tolerance:g}", console=STDERR, style="red")
         raise typer.Exit(1)
 

@@ -27,9 +27,9 @@ def fingerprint(model: MODEL, out: OUT, name: NAME = "") -> None:
     from specbasis.lineage.database import write
     from specbasis.lineage.fingerprint import fingerprint as run
 
-    found = run(model)
-    write(out, [found.named(name, base=False)])
-    line(f"{out}: {number_of(len(found.labels), 'matrix')} of {found.name}, {out.stat().st_size:,} bytes")
+    record = run(model)
+    write(out, [record.named(name, base=False)])
+    line(f"{out}: {number_of(len(record.labels), 'matrix')} of {record.name}, {out.stat().st_size:,} bytes")
 
 
 def which_base(
@@ -44,7 +44,7 @@ def which_base(
 
     query = fingerprint_of(model)
     answer = find(query, db, level=level)
-    wrong, said = contradiction(answer, query.header["card"]) if card else (False, "")
+    wrong, about_card = contradiction(answer, query.header["card"]) if card else (False, "")
     if json:
         document(
             {
@@ -56,8 +56,8 @@ def which_base(
         line(answer.sentence)
         for row in answer.ranking[:5]:
             line(f"  {row['record']}: p {row['p']:.1g}, cosine {row['cosine']:.3f}, {row['way']}: {row['forms']}")
-        if said:
-            line(said)
+        if about_card:
+            line(about_card)
     if wrong:
         raise typer.Exit(1)
 

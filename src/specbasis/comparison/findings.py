@@ -41,8 +41,8 @@ def find(facts: Facts, verdict: Verdict) -> list[Finding]:
     pair = Judged(facts, verdict)
     findings = []
     for kind in CHECKS:
-        if (found := kind.find(pair, kind.threshold)) is not None:
-            sentence, matrices, evidence = found
+        if (result := kind.find(pair, kind.threshold)) is not None:
+            sentence, matrices, evidence = result
             text = f"{kind.kind}: {sentence}"
             findings.append(Finding(kind.kind, kind.severity, text, tuple(matrices), evidence, kind.threshold))
     return sorted(findings, key=lambda finding: finding.severity != "problem")

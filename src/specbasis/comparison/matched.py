@@ -138,8 +138,8 @@ class Matched:
     def _notes(self, label: str, base: Mapping[str, Any]) -> list[str]:
         """What the base's files say, and whether an adapter says that it was made from others."""
         tuned, notes = self.tuned[label], [f"base: {note}" for note in base.get("notes", ())]
-        if said := other_weights(tuned, base["sha256"] if tuned.under is self.base else ""):
-            notes.append(f"it {said}: only where these hold the same numbers is this the finetune")
+        if reason := other_weights(tuned, base["sha256"] if tuned.under is self.base else ""):
+            notes.append(f"it {reason}: only where these hold the same numbers is this the finetune")
         return notes
 
 

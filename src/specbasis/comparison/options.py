@@ -107,11 +107,11 @@ class Options(Selection):
         Raises:
             InputError: one of them is no pattern with a layout.
         """
-        layouts = dict(said.rpartition("=")[::2] for said in self.layout)
+        layouts = dict(text.rpartition("=")[::2] for text in self.layout)
         wrong = [
-            said
-            for said in self.layout
-            if not said.rpartition("=")[0] or said.rpartition("=")[2] not in ("conv", "in_out")
+            text
+            for text in self.layout
+            if not text.rpartition("=")[0] or text.rpartition("=")[2] not in ("conv", "in_out")
         ]
         if wrong:
             raise InputError(

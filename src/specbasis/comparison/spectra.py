@@ -138,7 +138,7 @@ def spectra(checkpoint: Checkpoint) -> Iterator[tuple[MatrixKey, tuple[int, int]
     """(where, (out, in), figures) of every matrix of a model; singular values only."""
     for ref in model_map(checkpoint).matrices:
         W = ref.read(checkpoint)
-        found = half_svd(W, 0, name=f"{ref.key.name} in {checkpoint.source}")
+        svd = half_svd(W, 0, name=f"{ref.key.name} in {checkpoint.source}")
         scale = unit_scale(W.double(), ordinary=30)  # squares beyond about 1e±50 are misfitted
         variance = float((W.double() * scale).var(correction=0))
-        yield ref.key, ref.shape, spectrum(found.spectrum * scale, ref.shape, variance, scale)
+        yield ref.key, ref.shape, spectrum(svd.spectrum * scale, ref.shape, variance, scale)

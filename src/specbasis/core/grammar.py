@@ -62,13 +62,13 @@ def numbers(text: str, flag: str = "blocks") -> tuple[int, ...]:
     Raises:
         InputError: a word is no range, or one that counts from an end that is not known.
     """
-    found: list[int] = []
+    indices: list[int] = []
     for item in ranges(text, flag):
         first, stop = (item, item + 1) if isinstance(item, int) else (item.start or 0, item.stop)
         if first < 0 or stop is None or stop < 0:
             raise _no_range(flag, text)
-        found += range(first, stop)
-    return tuple(found)
+        indices += range(first, stop)
+    return tuple(indices)
 
 
 def intervals(text: str, flag: str = "ranks", *, origin: int = 0) -> tuple[tuple[int, int], ...]:
@@ -82,14 +82,14 @@ def intervals(text: str, flag: str = "ranks", *, origin: int = 0) -> tuple[tuple
     Raises:
         InputError: a word is no range, or one without an end.
     """
-    found = []
+    ends = []
     for word in words(text):
         shift = 0 if ":" in word else origin
         members = numbers(word, flag)
         if members[0] < shift:
             raise _no_range(flag, word)
-        found.append((members[0] - shift, members[-1] + 1 - shift))
-    return tuple(found)
+        ends.append((members[0] - shift, members[-1] + 1 - shift))
+    return tuple(ends)
 
 
 def parse_bytes(text: str) -> int:

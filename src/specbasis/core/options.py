@@ -115,8 +115,8 @@ def rules(kind: type[Options]) -> dict[str, tuple[Rule, Any]]:
 
 def default(kind: type[Options], name: str) -> Any:
     """The default of a field; `inspect.Parameter.empty` where it must be given."""
-    found: Field[Any] = next(f for f in fields(kind) if f.name == name)
-    return inspect.Parameter.empty if found.default is MISSING else found.default
+    member: Field[Any] = next(f for f in fields(kind) if f.name == name)
+    return inspect.Parameter.empty if member.default is MISSING else member.default
 
 
 def takes(kind: type[Options]) -> Callable[[F], F]:

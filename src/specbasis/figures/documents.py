@@ -80,10 +80,10 @@ def _pair_markdown(comparison: Comparison, label: str, given: Sequence[str]) -> 
 def _findings(comparison: Comparison, label: str) -> list[str]:
     """A list of what was found, with its evidence; and that nothing is a problem, where that is so."""
     findings = comparison.findings[label]
-    told = [f"- **{f.severity}**: {escaped(f.sentence)}; {escaped(evidence(f))}".rstrip("; ") for f in findings]
+    lines = [f"- **{f.severity}**: {escaped(f.sentence)}; {escaped(evidence(f))}".rstrip("; ") for f in findings]
     if not any(finding.severity == "problem" for finding in findings):
-        told.append(f"- {escaped(no_problems(comparison.facts[label]))}")
-    return told
+        lines.append(f"- {escaped(no_problems(comparison.facts[label]))}")
+    return lines
 
 
 def _listed(kinds: Sequence[str]) -> str:
@@ -142,7 +142,7 @@ def section(comparison: Comparison, label: str) -> str:
     manifest, lines = comparison.manifest, comparison.summaries[label]
     about = manifest["pairs"][label]
     sources = {"base": manifest["base"], "this model": about["tuned"]}
-    said = [f"- {escaped(sentence)}" for sentence in (over_all_ranks(lines[-1]), *about["notes"]) if sentence]
+    notes = [f"- {escaped(sentence)}" for sentence in (over_all_ranks(lines[-1]), *about["notes"]) if sentence]
     parts = [
         "## What finetuning changed",
         f"**{escaped(headline(comparison, label))}**",
@@ -151,7 +151,7 @@ def section(comparison: Comparison, label: str) -> str:
         summary_table(lines).markdown().strip(),
         "Alignment of singular vectors with those of the base, left and right, and what chance would give; RSD: "
         "change of the singular values; ‖Δ‖/‖W‖: size of the update.",
-        "\n".join([*_findings(comparison, label), *said]),
+        "\n".join([*_findings(comparison, label), *notes]),
         f"Measured by specbasis {manifest['versions']['specbasis']}; the verdict rests on a test of level "
         f"{LEVEL:g} for all matrices together, with power {POWER:g}.",
     ]

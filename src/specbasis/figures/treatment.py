@@ -137,25 +137,25 @@ def _roles(lines: Sequence[Mapping[str, Any]]) -> list[str]:
 def _extraction_sentences(extraction: Extraction) -> list[str]:
     total, carried = extraction.record["total"], extraction.record["carried"]
     without = [line["name"] for line in extraction.matrices if not line["bytes"]]
-    said = [
+    lines = [
         f"kept: {total['share']:.2%} of the update in {total['bytes'] / 1e6:.3g} MB; the finetune has "
         f"{total['tuned_bytes'] / 1e6:.3g} MB"
     ]
     if without:
-        said.append(f"nothing kept of {named_parts(without, 1)}: less for the bytes than in the others")
+        lines.append(f"nothing kept of {named_parts(without, 1)}: less for the bytes than in the others")
     if carried:
         share = sum(item["share_of_update"] for item in carried)
-        said.append(
+        lines.append(
             f"carried whole: {len(carried)} parameters that are new, or that no low-rank update fits "
             f"({share:.2%} of the update)"
         )
     if healed := extraction.record.get("healed"):
         first, last = healed["loss"]
-        said.append(
+        lines.append(
             f"healed: {number_of(healed['steps'], 'step')} on {healed['task']} from there, training loss "
             f"{first:.4f} to {last:.4f}; the shares are those before"
         )
-    return said
+    return lines
 
 
 def _place(role: str) -> int:

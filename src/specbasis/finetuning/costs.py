@@ -96,8 +96,8 @@ class EpochLines(TrainerCallback):
         if not state.is_world_process_zero or "loss" not in (logs or {}):
             return
         started, first = self._start
-        each = (time.perf_counter() - started) / max(state.epoch - first, 1e-9)
-        left = timedelta(seconds=round(each * max(args.num_train_epochs - state.epoch, 0)))
+        epoch_seconds = (time.perf_counter() - started) / max(state.epoch - first, 1e-9)
+        left = timedelta(seconds=round(epoch_seconds * max(args.num_train_epochs - state.epoch, 0)))
         self.tell(f"epoch {state.epoch:g} of {args.num_train_epochs:g}: loss {logs['loss']:.4f}, {left} left")
 
 

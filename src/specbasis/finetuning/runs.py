@@ -139,22 +139,22 @@ def finetune(
         training = Run(base, data, method, options, texts, unchanged=unchanged)
         metrics = train(training, folder, callbacks)
         predictions = metrics.pop("predictions")
-        found = {"coefficients": metrics.pop("coefficients")}
+        placed = {"coefficients": metrics.pop("coefficients")}
         metrics = plain(metrics)
         if is_main_process():
             _write_predictions(folder / PREDICTIONS, predictions, training.scored, data.task)
             write_whole(folder / CARD, model_card(config, metrics, data.task, folder))
-            _finish(folder, metrics, found if found["coefficients"] else {})
+            _finish(folder, metrics, placed if placed["coefficients"] else {})
     return Finetuned(folder, metrics)
 
 
-def _finish(folder: Path, metrics: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+def _finish(folder: Path, metrics: Mapping[str, Any], placed: Mapping[str, Any]) -> None:
     """Write the metrics of a finished run, their seal and what else was found into the manifest, and tidy up."""
     logs = folder / CHECKPOINTS / LOGS
     if logs.is_dir():
         logs.rename(folder / LOGS)
     write_json(folder / METRICS, metrics)  # whose presence says that the run is finished
-    manifest = {**RUN.read(folder), **found, "metrics": sha256(folder / METRICS)}
+    manifest = {**RUN.read(folder), **placed, "metrics": sha256(folder / METRICS)}
     Folder(folder, manifest, RUN).write_manifest()
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 

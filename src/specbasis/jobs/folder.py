@@ -259,8 +259,8 @@ def refuse_another(
         name.startswith(f"{grows} ") and None in (then.get(name), now.get(name)) for name in differing
     )
     more = "add to it with --add" if added else "ask for the same"
-    told = ", ".join(_difference(name, then.get(name), now.get(name)) for name in differing)
-    raise InputError(f"{folder}: holds another {noun}, made {told}; {more}, or choose another folder")
+    differences = ", ".join(_difference(name, then.get(name), now.get(name)) for name in differing)
+    raise InputError(f"{folder}: holds another {noun}, made {differences}; {more}, or choose another folder")
 
 
 def _difference(name: str, then: Any, now: Any) -> str:

@@ -80,11 +80,11 @@ def by_label(query: Fingerprint, record: Fingerprint) -> Pairs:
 @lru_cache(maxsize=16)  # the finetunes of one base have its layout
 def _matched(ours: Layout, theirs: Layout) -> Pairs:
     ways: list[Pairs] = []
-    for what in (lambda label, end: label, lambda label, end: (end, label[3]), lambda label, end: label[3]):
+    for key_of in (lambda label, end: label, lambda label, end: (end, label[3]), lambda label, end: label[3]):
         waiting = defaultdict[Any, list[int]](list)
         for k, matrix in enumerate(theirs):
-            waiting[what(*matrix)].append(k)
-        keys = [what(*matrix) for matrix in ours]
+            waiting[key_of(*matrix)].append(k)
+        keys = [key_of(*matrix) for matrix in ours]
         ways.append([(k, waiting[key].pop(0)) for k, key in enumerate(keys) if waiting[key]])
         if 2 * len(ways[-1]) >= min(len(ours), len(theirs)):
             return ways[-1]
@@ -127,10 +127,12 @@ def _by_blocks(query: Fingerprint, record: Fingerprint) -> Correspondence:
     if not weights.any():
         return Correspondence(record, [], "by blocks", 0.0)
     z = np.divide(sums, np.sqrt(weights), out=np.zeros_like(sums), where=weights > 0)
-    each = np.minimum(0, math.log(len(theirs)) - 0.5 * np.square(z.max(1).clip(min=0)))
+    block_log_p = np.minimum(0, math.log(len(theirs)) - 0.5 * np.square(z.max(1).clip(min=0)))
     needed = math.ceil(len(ours) / DROPPED)  # at least so many blocks correspond: Benjamini & Heller 2008
-    p = min(0.0, float(np.sort(each)[needed - 1]) + math.log(len(ours) - needed + 1))
-    matched = [theirs[k] if sure < math.log(SURE) else None for k, sure in zip(z.argmax(1), each, strict=True)]
+    p = min(0.0, float(np.sort(block_log_p)[needed - 1]) + math.log(len(ours) - needed + 1))
+    matched = [
+        theirs[k] if sure < math.log(SURE) else None for k, sure in zip(z.argmax(1), block_log_p, strict=True)
+    ]
     depth = dict(zip(ours, matched, strict=True))
     counterparts = {label: k for k, label in enumerate(record.labels)}
     pairs = []

@@ -212,14 +212,14 @@ class Shared:
         generator = torch.Generator().manual_seed(0)
         for key in (key for sample in self._samples for key in sample):
             places = self.matrices[key]
-            who = sorted(places)
-            W = [places[k].read(self.opened[k]).to(torch.float64) for k in who]
+            holders = sorted(places)
+            W = [places[k].read(self.opened[k]).to(torch.float64) for k in holders]
             rows, scale = min(len(X) for X in W), unit_scale(*W)
             rows = min(rows, max(LEAST_SIDE, _ENTRIES // key[1]))
             X = torch.stack([x[:rows] for x in W]) * scale
             X = torch.where(torch.isfinite(X), X, 0.0)
             X = X / torch.linalg.vector_norm(X, dim=(1, 2), keepdim=True).clamp(min=torch.finfo(X.dtype).tiny)
-            at = np.ix_(who, who)
+            at = np.ix_(holders, holders)
             for axis in (1, 2):
                 Y = (X - X.mean(axis, keepdim=True)).flatten(1)
                 inner[axis - 1][at] += (Y @ Y.mT).numpy()
@@ -298,11 +298,11 @@ class Sums:
 
     def add(self, key: Key, matrices: Mapping[int, Tensor]) -> None:
         """Take in one matrix of every checkpoint that has it, a part at a time."""
-        who = list(matrices)
+        holders = list(matrices)
         rows = min(len(X) for X in matrices.values())
         flat = [X[:rows].reshape(-1) for X in matrices.values()]
-        size, step, scale = len(flat[0]), max(1, _CHUNK // len(who)), unit_scale(*flat)
-        gram = np.zeros((len(who), len(who)))
+        size, step, scale = len(flat[0]), max(1, _CHUNK // len(holders)), unit_scale(*flat)
+        gram = np.zeros((len(holders), len(holders)))
         apart = np.zeros_like(gram)
         for start in range(0, size, step):
             X = torch.stack([x[start : start + step].to(torch.float64) for x in flat]) * scale
@@ -316,7 +316,7 @@ class Sums:
         if not np.isfinite(norms).all() or norms.mean() == 0:
             return
         weight = size / norms.mean()
-        at = np.ix_(who, who)
+        at = np.ix_(holders, holders)
         self.first[at] += weight * norms[:, None]
         self.distance[at] += weight * apart.clip(min=0)
         self.count[at] += 1

@@ -129,12 +129,12 @@ def members_of(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: is no folder; want checkpoints, or a folder that holds them")
-    found = list(_inside(folder, DEPTH))
-    if len(found) < 2:
+    paths = list(_inside(folder, DEPTH))
+    if len(paths) < 2:
         raise InputError(
-            f"{folder}: holds {number_of(len(found), 'checkpoint')}; want at least two, files or folders"
+            f"{folder}: holds {number_of(len(paths), 'checkpoint')}; want at least two, files or folders"
         )
-    return found
+    return paths
 
 
 def _inside(folder: Path, depth: int) -> Iterator[Path]:
@@ -155,17 +155,19 @@ def _draw(at: str, children: Mapping[str, Sequence[Edge]], indent: str, lines: l
         sign = {"unknown": "—", "merge": "⇒", "unresolved": "┄"}.get(edge.direction, "→")
         k = edge.kinship
         form = k.form.lstrip("<")
-        what = form or f"‖Δ‖/‖W‖ {k.distance:.3g}, cosine {k.cosine:.3f}" + (
+        relation = form or f"‖Δ‖/‖W‖ {k.distance:.3g}, cosine {k.cosine:.3f}" + (
             "" if math.isnan(k.alignment) else f", top-{RANKS} alignment {k.alignment:.3f} (chance {k.chance:.3f})"
         )
-        told = f"direction: {edge.direction}"
+        direction = f"direction: {edge.direction}"
         if edge.share:
-            told = "merge, {:.1%} of it ({:.1%} to {:.1%})".format(*edge.share)
+            direction = "merge, {:.1%} of it ({:.1%} to {:.1%})".format(*edge.share)
         elif edge.rivals:
-            told = f"unresolved: {' — '.join(edge.rivals[0])} is as near"
+            direction = f"unresolved: {' — '.join(edge.rivals[0])} is as near"
         elif edge.direction == "unresolved":
-            told = f"unresolved: shares a part with the other steps from {edge.parent}, as if they began beside it"
+            direction = (
+                f"unresolved: shares a part with the other steps from {edge.parent}, as if they began beside it"
+            )
         error = f"error rate {k.error:.1g}" if k.error >= 1e-12 else "error rate below 1e-12"
-        lines.append(f"{indent}{'└' if last else '├'}{sign} {edge.child}  {what}; {told}; {error}")
+        lines.append(f"{indent}{'└' if last else '├'}{sign} {edge.child}  {relation}; {direction}; {error}")
         if edge.direction != "merge":
             _draw(edge.child, children, indent + ("   " if last else "│  "), lines)

@@ -51,7 +51,7 @@ class Relative:
     """A record of the database whose weights correspond to the query's.
 
     Attributes:
-        found: how, with its p-value.
+        link: how, with its p-value.
         p: adjusted for all records of the database (Holm 1979).
         distance: √ of the mean over the query's matrices of ‖difference‖² / ‖·‖², √2 for those it has not.
         cosine: of the entries as they are, median over matrices.
@@ -59,7 +59,7 @@ class Relative:
         share: of the query's matrix parameters that were compared.
     """
 
-    found: Correspondence
+    link: Correspondence
     p: float
     distance: float
     cosine: float
@@ -69,7 +69,7 @@ class Relative:
     @property
     def name(self) -> str:
         """Of the record."""
-        return self.found.record.name
+        return self.link.record.name
 
     @property
     def is_copy(self) -> bool:
@@ -126,23 +126,23 @@ def which_base(
         InputError: the model or the database cannot be read.
     """
     query = model if isinstance(model, Fingerprint) else fingerprint_of(model)
-    found, names = [], []
+    correspondences, names = [], []
     for record in read(Path(database)) if isinstance(database, str | Path) else database:
         names.append(record.name)
         c = correspondence(query, record)
         # Only what may be significant is kept: a database may be larger than memory.
-        found.append(c if math.exp(c.log_p) <= level else Correspondence(query, [], c.way, c.log_p))
-    holm = adjusted([math.exp(c.log_p) for c in found], "holm")
-    sure = [(c, float(q)) for c, q in zip(found, holm, strict=True) if q <= level and c.pairs]
+        correspondences.append(c if math.exp(c.log_p) <= level else Correspondence(query, [], c.way, c.log_p))
+    holm = adjusted([math.exp(c.log_p) for c in correspondences], "holm")
+    sure = [(c, float(q)) for c, q in zip(correspondences, holm, strict=True) if q <= level and c.pairs]
     relatives = _ranked([_relative(query, c, q) for c, q in sure])
     if not relatives:
-        models = number_of(len(found), "model")
+        models = number_of(len(correspondences), "model")
         text = f"none of these: of {models} none corresponds (family-wise error rate {level:g})"
         return Answer("none", (), text, tuple(names), level)
     kind, text, extra = _judged(query, relatives)
     bases = extra.get("shares") or [relatives[0].name]
     p_value, share = max(relatives[0].p, 1e-300), relatives[0].share
-    text = f"{text} (p ≤ {p_value:.1g} over {number_of(len(found), 'model')}, {share:.0%} of it compared)"
+    text = f"{text} (p ≤ {p_value:.1g} over {number_of(len(correspondences), 'model')}, {share:.0%} of it compared)"
     return Answer(kind, tuple(bases), text, tuple(names), level, ranking=tuple(map(_row, relatives)), **extra)
 
 
@@ -176,20 +176,20 @@ def _ranked(relatives: Sequence[Relative]) -> list[Relative]:
     near = 1.02 * min((r.distance for r in relatives), default=0.0)
 
     def order(r: Relative) -> tuple[bool, bool, float]:
-        return not r.is_copy or bool(r.found.depth), not (r.found.record.is_base and r.distance <= near), r.distance
+        return not r.is_copy or bool(r.link.depth), not (r.link.record.is_base and r.distance <= near), r.distance
 
     return sorted(relatives, key=order)
 
 
 def _row(r: Relative) -> dict[str, Any]:
     return {
-        "record": r.name, "source": r.found.record.header["source"], "base": r.found.record.is_base, "p": r.p,
-        "distance": r.distance, "cosine": r.cosine, "way": r.found.way, "share": r.share, "forms": counted(r.forms),
+        "record": r.name, "source": r.link.record.header["source"], "base": r.link.record.is_base, "p": r.p,
+        "distance": r.distance, "cosine": r.cosine, "way": r.link.way, "share": r.share, "forms": counted(r.forms),
     }  # fmt: skip
 
 
-def _relative(query: Fingerprint, found: Correspondence, p: float) -> Relative:
-    A, B = query.entries, _in_place(query, found)
+def _relative(query: Fingerprint, link: Correspondence, p: float) -> Relative:
+    A, B = query.entries, _in_place(query, link)
     B = np.where(np.isfinite(A), B, np.nan)
     known = np.isfinite(B)
     norms = np.square(np.where(known, A, 0)).sum(1), np.square(np.where(known, B, 0)).sum(1)
@@ -199,34 +199,34 @@ def _relative(query: Fingerprint, found: Correspondence, p: float) -> Relative:
     product = np.sqrt(norms[0] * norms[1])
     cosine = np.median((inner[product > 0] / product[product > 0]) if (product > 0).any() else [math.nan])
     sizes = [out * width for *_, out, width, _ in query.header["matrices"]]
-    share = sum(sizes[k] for k, _ in found.pairs) / sum(sizes)
-    said = forms(query, found.record, found.pairs)
-    return Relative(found, p, math.sqrt(max(0.0, float(apart.mean()))), float(cosine), said, share)
+    share = sum(sizes[k] for k, _ in link.pairs) / sum(sizes)
+    matrix_forms = forms(query, link.record, link.pairs)
+    return Relative(link, p, math.sqrt(max(0.0, float(apart.mean()))), float(cosine), matrix_forms, share)
 
 
-def _in_place(query: Fingerprint, found: Correspondence) -> Floats:
+def _in_place(query: Fingerprint, link: Correspondence) -> Floats:
     """The entries of a record, each matrix where its counterpart in the query is; NaN where there is none."""
     B = np.full_like(query.entries, np.nan)
-    n = min(B.shape[1], found.record.entries.shape[1])
-    for k, j in found.pairs:
-        B[k, :n] = found.record.entries[j, :n]
+    n = min(B.shape[1], link.record.entries.shape[1])
+    for k, j in link.pairs:
+        B[k, :n] = link.record.entries[j, :n]
     return B
 
 
 def _judged(query: Fingerprint, relatives: Sequence[Relative]) -> tuple[str, str, dict[str, Any]]:
     """Kind, sentence, and what else the answer holds."""
     best = relatives[0]
-    record, words, name = best.found.record, counted(best.forms), best.name
-    whole = len(best.found.pairs) == len(query.labels)
+    record, words, name = best.link.record, counted(best.forms), best.name
+    whole = len(best.link.pairs) == len(query.labels)
     if (
         whole
-        and not best.found.depth
+        and not best.link.depth
         and len(record.labels) == len(query.labels)
         and set(best.forms) <= {"equal", "undecided"}
     ):
         proof = "the same file" if query.header["weights"] == record.header["weights"] else "the same values"
         return "identical", f"identical to {name}: {proof}", {}
-    if depth := best.found.depth:
+    if depth := best.link.depth:
         shown = {_block(b): "new" if at is None else _block(at) for b, at in depth.items()}
         used = [at for at in depth.values() if at is not None]
         more = len(used) > len(set(used)) or len(depth) > len(record.blocks)
@@ -242,14 +242,14 @@ def _judged(query: Fingerprint, relatives: Sequence[Relative]) -> tuple[str, str
     if best.share >= 0.5 and (shares := _merge(query, relatives)):
         parts = ", ".join(f"{n} {share:.3f} [{low:.3f}, {high:.3f}]" for n, (share, low, high) in shares.items())
         return "merge", f"a merge of {parts}", {"shares": shares}
-    unlike = [query.header["matrices"][k][3] for (k, _), f in zip(best.found.pairs, best.forms, strict=True)
+    unlike = [query.header["matrices"][k][3] for (k, _), f in zip(best.link.pairs, best.forms, strict=True)
               if f == "unlike"]  # fmt: skip
     rest = (
         f"; not from it: {', '.join(unlike[:3])}{' …' if len(unlike) > 3 else ''} ({len(unlike)})" if unlike else ""
     )
-    if missing := len(query.labels) - len(best.found.pairs):
+    if missing := len(query.labels) - len(best.link.pairs):
         rest += f"; without a counterpart: {number_of(missing, 'matrix')}"
-    if best.found.way == "without the order of units":
+    if best.link.way == "without the order of units":
         return "related", f"related to {name}, its hidden units in another order or rescaled, and changed", {}
     if best.cosine < FAR:
         return "related", f"related to {name}: finetuned far, or trained from the same initialisation{rest}", {}
@@ -277,7 +277,7 @@ def _block(block: tuple[str, int]) -> str:
 
 def _scaled(query: Fingerprint, relatives: Sequence[Relative]) -> tuple[Floats, Floats]:
     """Entries of the query and of each relative, by the size of the query's matrices; 0 where any has none."""
-    X = np.stack([query.entries, *(_in_place(query, r.found) for r in relatives)])
+    X = np.stack([query.entries, *(_in_place(query, r.link) for r in relatives)])
     X = np.where(np.isfinite(X).all(0), X, 0)
     size = np.sqrt(np.square(X[0]).sum(1, keepdims=True))
     X /= np.where(size > 0, size, 1)

@@ -109,9 +109,9 @@ def needed(measures: Sequence[Measure], ranks: int) -> dict[str, int | None]:
     }
 
 
-def reads(measures: Sequence[Measure], what: str) -> bool:
+def reads(measures: Sequence[Measure], part: str) -> bool:
     """Whether any of some measures reads "every", "rounding" or "heads" of a `Triple`."""
-    return any(what in m.reads for m in measures)
+    return any(part in m.reads for m in measures)
 
 
 def measure_all(t: Triple, measures: Sequence[Measure]) -> Iterator[tuple[Measure, Values]]:

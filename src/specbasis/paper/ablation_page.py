@@ -96,11 +96,11 @@ class Runs:
 def _scores(task: Task, classes: Array, labels: Array, weights: Array) -> Array:
     """Accuracy or Matthews' correlation of two classes under weights of the examples: (seeds, resamples)."""
     n = weights.sum(0)
-    both, said, true = (classes * labels) @ weights, classes @ weights, labels @ weights
+    both, predicted, true = (classes * labels) @ weights, classes @ weights, labels @ weights
     if task.metrics[0] == "accuracy":
-        return np.asarray((n - said - true + 2 * both) / n, dtype=np.float64)
-    spread = np.sqrt(said * (n - said) * true * (n - true))
-    moved: Array = np.divide(n * both - said * true, spread, out=np.zeros_like(spread), where=spread > 0)
+        return np.asarray((n - predicted - true + 2 * both) / n, dtype=np.float64)
+    spread = np.sqrt(predicted * (n - predicted) * true * (n - true))
+    moved: Array = np.divide(n * both - predicted * true, spread, out=np.zeros_like(spread), where=spread > 0)
     return moved
 
 
@@ -159,18 +159,18 @@ def _differences(
     pairs: Mapping[str, tuple[str, str]], runs: Sequence[Runs], take: Callable[..., Difference], form: str
 ) -> str:
     """Differences of named pairs of bases with Holm's mark over all cells of the table."""
-    found = {
+    differences = {
         (name, run.size): take(run, *pair)
         for name, pair in pairs.items()
         for run in runs
         if set(pair) <= set(run.bases)
     }
-    holm = dict(zip(found, adjusted([p for *_, p in found.values()], "holm"), strict=True))
+    holm = dict(zip(differences, adjusted([p for *_, p in differences.values()], "holm"), strict=True))
 
     def cell(name: str, run: Runs) -> str | None:
-        if (name, run.size) not in found:
+        if (name, run.size) not in differences:
             return None
-        mean, (low, high), _ = found[name, run.size]
+        mean, (low, high), _ = differences[name, run.size]
         mark = "*" if holm[name, run.size] < 0.05 else ""
         return f"{mean:{form}} [{low:{form}}, {high:{form}}]{mark}"
 

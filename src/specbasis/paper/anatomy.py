@@ -129,7 +129,7 @@ def shares(W: Float[Tensor, "out in"], T: Float[Tensor, "out in"]) -> dict[str, 
     base, change = decompose(W), decompose(delta)
     C = base.U.mT @ delta @ base.Vh.mT
     total, n = delta.square().sum(), len(base.S)
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "size": rounded(delta.norm() / W.norm()),
         "top": rounded(change.spectrum[0] / base.spectrum[0]),
         "thin": rounded(C.square().sum() / total),
@@ -147,10 +147,10 @@ def shares(W: Float[Tensor, "out in"], T: Float[Tensor, "out in"]) -> dict[str, 
             "low_rank": change.spectrum[:rank].square().sum(),
             **{name: values[: K * K].sum() for name, values in largest.items()},
         }
-        found[str(K)] = {name: rounded(value / total) for name, value in part.items()} | {
+        result[str(K)] = {name: rounded(value / total) for name, value in part.items()} | {
             "chance": K * K / W.numel()
         }
-    return found
+    return result
 
 
 def _descending(X: Tensor) -> Tensor:

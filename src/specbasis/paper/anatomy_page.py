@@ -122,7 +122,7 @@ def _figure(rows: Sequence[Row], by_task: Mapping[str, Sequence[Row]], base: str
     kinds = [kind for kind in KINDS if kind != "pooler" and _of(rows, kind)]
     figure, axes = kit.free_panels(1, len(kinds) + 1, (3.4, 3.3), f"Where a finetune's update lives: {base}")
     for ax, kind in zip(axes[0], kinds, strict=False):
-        shares = {K: found for K in SIZES if (found := mean_shares(rows, kind, K))}
+        shares = {K: mean for K in SIZES if (mean := mean_shares(rows, kind, K))}
         for i, name in enumerate(n for n in PARTS if n != "chance"):
             ax.plot(list(shares), [100 * s[name] for s in shares.values()], "o-", markersize=3, linewidth=1.2,
                     color=kit.COLORS[i % len(kit.COLORS)], label=name.replace("_", " "))  # fmt: skip

@@ -84,14 +84,14 @@ def claims() -> Mapping[str, Any]:
 def measurements(claim: Mapping[str, Any], results: Results) -> Iterator[Measurement]:
     """The measurements of a claim; an entry stands for as many as its ``each`` has combinations."""
     for entry in claim.get("test", ({"on": "–", "within": (-math.inf, math.inf)},)):
-        each = entry.get("each", {})
-        for values in itertools.product(*each.values()):
-            yield _measurement(_filled(entry, dict(zip(each, values, strict=True))), results)
+        lists = entry.get("each", {})
+        for values in itertools.product(*lists.values()):
+            yield _measurement(_filled(entry, dict(zip(lists, values, strict=True))), results)
 
 
 def _measurement(entry: Mapping[str, Any], results: Results) -> Measurement:
     needs = [(need, _effect(need["number"], results)) for need in entry.get("needs", ())]
-    unmet = [need["unmet"] for need, found in needs if found is None or not _lies(found, need["within"])]
+    unmet = [need["unmet"] for need, value in needs if value is None or not _lies(value, need["within"])]
     effect, beyond = (_effect(entry.get(key), results) for key in ("number", "beyond"))
     low, high = entry["within"]
     return Measurement(

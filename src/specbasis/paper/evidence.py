@@ -279,7 +279,7 @@ def table1(results: Results, task: str, method: str, than: str, epoch: int | Non
     ran = [_table1_runs(results, task, name) for name in (method, than)]
     if epoch is None:
         return _points(difference(*ran))
-    losses = [{seed: run.values["train_loss"][epoch] for seed, run in each.items()} for each in ran]
+    losses = [{seed: run.values["train_loss"][epoch] for seed, run in by_seed.items()} for by_seed in ran]
     return _student([losses[0][seed] - losses[1][seed] for seed in losses[0] if seed in losses[1]], "seeds")
 
 

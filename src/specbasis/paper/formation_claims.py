@@ -207,10 +207,10 @@ def markdown(effects: Sequence[Claim]) -> str:
     )
 
 
-def _claim(claim: str, setting: str, group: str, measure: str, each: Sequence[float]) -> Claim:
-    effect, low, high = student_interval(each)
-    values = tuple(round(x, 5) for x in each)
-    return Claim(claim, setting, group, measure, effect, low, high, len(each), values)
+def _claim(claim: str, setting: str, group: str, measure: str, by_seed: Sequence[float]) -> Claim:
+    effect, low, high = student_interval(by_seed)
+    values = tuple(round(x, 5) for x in by_seed)
+    return Claim(claim, setting, group, measure, effect, low, high, len(by_seed), values)
 
 
 def _by_seed(seeds: Iterable[Sequence[Row]], value: Callable[[Row], float]) -> list[float]:
@@ -232,10 +232,10 @@ def _stages(grid: Grid) -> Effects:
     seeds = grid.by_seed("pretrain").values()
     for group in GROUPS:
         for name, measure in (("next", "neighbours"), ("update_next", "‖delta‖/‖W‖ between neighbours")):
-            each = _by_seed(seeds, lambda row, group=group, name=name: _rise(row, group, name))
-            yield text, setting, group, f"{measure}, last third − first third", each
-    each = _by_seed(seeds, _rise_at_equal_size)
-    yield text, setting, GROUPS[0], "pairs at equal ‖delta‖/‖W‖, second half − first half", each
+            values = _by_seed(seeds, lambda row, group=group, name=name: _rise(row, group, name))
+            yield text, setting, group, f"{measure}, last third − first third", values
+    values = _by_seed(seeds, _rise_at_equal_size)
+    yield text, setting, GROUPS[0], "pairs at equal ‖delta‖/‖W‖, second half − first half", values
 
 
 def _rise(row: Row, group: str, name: str) -> float:
@@ -290,8 +290,8 @@ def _labels(grid: Grid) -> Effects:
         for group in GROUPS:
             seeds = _matched(grid, phase, group).values()
             for measure, values in _MEASURES.items():
-                each = [float(np.mean([b - a for a, b in map(values, pairs)])) for pairs in seeds]
-                yield "(c) random labels lose it faster", setting, group, f"{measure}, random − true", each
+                means = [float(np.mean([b - a for a, b in map(values, pairs)])) for pairs in seeds]
+                yield "(c) random labels lose it faster", setting, group, f"{measure}, random − true", means
 
 
 def _matched(grid: Grid, phase: str, group: str) -> dict[int, list[list[Curves]]]:
@@ -332,8 +332,8 @@ def _between_seeds(grid: Grid) -> Effects:
             name = trained(row) + (" from scratch" if "task" in row.experiment else "")
             ends = [matrix["first"][-1] - matrix["chance"] for matrix in members(row, group)]
             settings[name].append(float(np.mean(ends)))
-        for name, each in settings.items():
-            yield "(d) between two seeds", name, group, "alignment − chance (pairs share seeds)", each
+        for name, differences in settings.items():
+            yield "(d) between two seeds", name, group, "alignment − chance (pairs share seeds)", differences
 
 
 def _null(grid: Grid) -> Effects:
@@ -341,12 +341,12 @@ def _null(grid: Grid) -> Effects:
     for phase, start in (("post", "pretrained"), ("scratch", "random")):
         for task in POSTS:
             for group in GROUPS:
-                each = _by_seed(
+                values = _by_seed(
                     grid.by_seed(phase, task=task).values(),
                     lambda row, group=group: (of := curves(row, group)).end - of.null.mean(),
                 )
                 measure = "alignment at the end − that of a Gaussian update as large"
-                yield "(e) beyond a random update", f"{task} from {start} weights", group, measure, each
+                yield "(e) beyond a random update", f"{task} from {start} weights", group, measure, values
 
 
 def _learned(grid: Grid) -> Effects:
@@ -359,8 +359,8 @@ def _learned(grid: Grid) -> Effects:
         seeds = Grid([row for row in grid.rows if trained(row) == task]).by_seed(phase).values()
         for name, measure in names.items():
             known = [rows for rows in seeds if all(name in row.values["log"][-1] for row in rows)]
-            each = _by_seed(known, lambda row, name=name: row.values["log"][-1][name])
-            yield "(f) what was learned", f"{task}{starts[phase]}", "the model", f"{measure} at the end", each
+            values = _by_seed(known, lambda row, name=name: row.values["log"][-1][name])
+            yield "(f) what was learned", f"{task}{starts[phase]}", "the model", f"{measure} at the end", values
 
 
 _PARTS = (_stages, _scale, _labels, _scratch, _between_seeds, _null, _learned)

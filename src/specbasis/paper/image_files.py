@@ -104,9 +104,9 @@ def _idx_array(content: bytes, name: str) -> NDArray[np.uint8]:
         raise InputError(f"{name}: is no idx file of bytes (begins {content[:4].hex()}, want 000008..)")
     axes = content[3]
     shape = tuple(int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(axes))
-    found, wanted = len(content) - 4 - 4 * axes, math.prod(shape)
-    if found != wanted:
-        raise InputError(f"{name}: holds {found} bytes for {shape} ({wanted} bytes): truncated or damaged")
+    size, wanted = len(content) - 4 - 4 * axes, math.prod(shape)
+    if size != wanted:
+        raise InputError(f"{name}: holds {size} bytes for {shape} ({wanted} bytes): truncated or damaged")
     return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape)
 
 

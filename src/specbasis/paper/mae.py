@@ -51,7 +51,7 @@ class MAE:
         whole = [value for name, value in asdict(self).items() if name != "mask"]
         if min(whole) < 1 or not 0 <= self.mask < 1:
             raise InputError(f"got {self}; want sizes of at least 1 and a mask in [0, 1)")
-        for what, size, parts in (
+        for dimension, size, parts in (
             ("image", self.image, self.patch),
             ("width", self.width, 4),
             ("width", self.width, self.heads),
@@ -59,7 +59,7 @@ class MAE:
             ("decoder_width", self.decoder_width, self.decoder_heads),
         ):
             if size % parts:
-                raise InputError(f"got {what} = {size}; want a multiple of {parts}")
+                raise InputError(f"got {dimension} = {size}; want a multiple of {parts}")
 
     @property
     def patches(self) -> int:

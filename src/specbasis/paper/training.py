@@ -76,8 +76,8 @@ class Run:
     @property
     def checkpoints(self) -> list[Path]:
         """Folders of the checkpoints, in the order of their steps."""
-        found = self.folder.glob("checkpoint-*")
-        return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
+        folders = self.folder.glob("checkpoint-*")
+        return sorted(folders, key=lambda path: int(path.name.partition("-")[2]))
 
     @property
     def is_done(self) -> bool:

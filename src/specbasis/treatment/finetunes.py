@@ -70,11 +70,11 @@ class Finetunes:
             )
         # A weight that is stored twice is one matrix to `updates`; here both are, so that they stay equal.
         tied = {ref.parameter: (ref,) for ref in model_map(pretrained).shared}
-        found = {
+        by_finetune = {
             label: [replace(c, refs=tied.get(c.counterpart, c.refs)) for c in updates(pretrained, checkpoint)]
             for label, checkpoint in by_label.items()
         }
-        for label, changes in found.items():
+        for label, changes in by_finetune.items():
             for done, change in enumerate(changes):
                 progress(Progress(done, len(changes), f"reading {label}: {change.name}"))
                 if not change.reason and change.counterpart and isnan(change.squares[0]):
@@ -82,7 +82,7 @@ class Finetunes:
                         f"{label}: {change.name} holds NaN or Inf here or in the base; leave it out"
                     )
             refuse_another_base(pretrained, by_label[label], changes)
-        finetunes = cls(pretrained, by_label, *_sorted(pretrained, found))
+        finetunes = cls(pretrained, by_label, *_sorted(pretrained, by_finetune))
         if not finetunes.changed:
             raise InputError(
                 "the finetunes share no parameter that differs from the base; there is nothing to merge"
@@ -142,12 +142,12 @@ class Finetunes:
 
 
 def _sorted(
-    base: Checkpoint, found: Mapping[str, Sequence[Update]]
+    base: Checkpoint, by_finetune: Mapping[str, Sequence[Update]]
 ) -> tuple[dict[str, dict[str, Update]], list[dict[str, str]]]:
     """What all finetunes have as the base has it, and what not, with the reason."""
     left_out = []
     by_name: dict[str, dict[str, Update]] = {name: {} for name, entry in base.entries.items() if entry.is_float}
-    for label, changes in found.items():
+    for label, changes in by_finetune.items():
         for change in changes:
             if change.reason or change.counterpart not in by_name:
                 reason = change.reason or "the base has none of this shape"
@@ -155,12 +155,12 @@ def _sorted(
             else:
                 by_name[change.counterpart][label] = change
     for name, own in by_name.items():
-        if len(own) < len(found) and any(change.is_changed for change in own.values()):
-            lacking = ", ".join(label for label in found if label not in own)
+        if len(own) < len(by_finetune) and any(change.is_changed for change in own.values()):
+            lacking = ", ".join(label for label in by_finetune if label not in own)
             left_out.append(
                 {"name": name, "finetune": ", ".join(own), "reason": f"{lacking}: none, or of another shape"}
             )
-    return {name: own for name, own in by_name.items() if len(own) == len(found)}, left_out
+    return {name: own for name, own in by_name.items() if len(own) == len(by_finetune)}, left_out
 
 
 def _pair(a: Delta, b: Delta, norms: float) -> dict[str, Any]:

@@ -159,20 +159,20 @@ def _sentence(record: dict[str, Any]) -> str:
         return f"{values}; without scores of single examples, chance may have done it."
     change, low, high = (_signed(line[f"change{end}"]) for end in ("", "_low", "_high"))
     plural = "" if line["examples"] == 1 else "s"
-    told = f"{values}, {change} [{low}, {high}] on {line['examples']} example{plural}"
+    numbers = f"{values}, {change} [{low}, {high}] on {line['examples']} example{plural}"
     if record["worse_low"] == record["worse_high"] == 0:  # then resampling knows of no other outcome
         share = 1 - 0.05 ** (1 / line["examples"])
         most = f"no example's {metric} changed; of all examples that of up to {share:.1%} may (95 %)"
-        return f"Nothing was measurably forgotten: {told}; {most}."
+        return f"Nothing was measurably forgotten: {numbers}; {most}."
     one_sided = record["worse_low"] > 0 or record["worse_high"] < 0
     # Of 2ⁿ ways to exchange n pairs two are as far out, whatever the scores are.
     if 2.0 ** (1 - line["examples"]) > LEVEL or (one_sided and not _is_tested(record)):
-        return f"Too few examples to tell: {told} (p = {line['p']:.2f})."
+        return f"Too few examples to tell: {numbers} (p = {line['p']:.2f})."
     if one_sided:
         verdict = "Forgotten" if record["worse_low"] > 0 else "Nothing was forgotten, it became better"
-        return f"{verdict}: {told}."
+        return f"{verdict}: {numbers}."
     most = _signed(record["worse_high"])[1:]
-    return f"Nothing was measurably forgotten: {told}; worse by more than {most} is excluded."
+    return f"Nothing was measurably forgotten: {numbers}; worse by more than {most} is excluded."
 
 
 def _signed(change: float) -> str:
@@ -191,8 +191,8 @@ def _about(evaluator: Judge) -> list[str]:
         return []
     texts = passages(evaluator.path)[: evaluator.limit]
     repeated = len(texts) - len(set(texts))
-    said = f"{repeated} of {len(texts)} passages are repeated; the interval counts each as an example of its own"
-    return [f"loss: {evaluator.about}", *([said] if repeated else [])]
+    note = f"{repeated} of {len(texts)} passages are repeated; the interval counts each as an example of its own"
+    return [f"loss: {evaluator.about}", *([note] if repeated else [])]
 
 
 def _kept(base: Checkpoint, changes: list[Update]) -> list[str]:

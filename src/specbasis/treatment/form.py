@@ -146,9 +146,9 @@ class Form(ABC):
 
     # --- what the forms have in common ----------------------------------------------------------------------------
 
-    def tell(self, change: Update, what: str = "") -> Update:
+    def tell(self, change: Update, prefix: str = "") -> Update:
         """Tell which matrix is under way; returns it."""
-        self.progress(Progress(self.matrices.index(change), len(self.matrices), f"{what}{change.name}"))
+        self.progress(Progress(self.matrices.index(change), len(self.matrices), f"{prefix}{change.name}"))
         return change
 
     def note(self, change: Update, **own: Any) -> None:

@@ -59,8 +59,8 @@ class Ways:
     @classmethod
     def of(cls, base: Checkpoint, tuned: Checkpoint, cache: Cache) -> Ways:
         """What differs between two checkpoints."""
-        found = (c for c in updates(base, tuned) if c.in_base and not c.reason and c.is_changed)
-        return cls(base, tuned, tuple(found), cache)
+        changed = (c for c in updates(base, tuned) if c.in_base and not c.reason and c.is_changed)
+        return cls(base, tuned, tuple(changed), cache)
 
     @property
     def blocks(self) -> int:
@@ -113,8 +113,8 @@ def _directed(cache: Cache, W: Tensor, T: Tensor, share: float, name: str) -> Te
 
 def _damped(cache: Cache, W: Tensor, T: Tensor, factor: float, name: str) -> Tensor:
     base, tuned = cache.decompose(W, name=name), cache.decompose(T, name=name)
-    found = intruders(base.U, tuned.U)
-    return edits.rescale(T, tuned, found, factor) if found else T.double()
+    ranks = intruders(base.U, tuned.U)
+    return edits.rescale(T, tuned, ranks, factor) if ranks else T.double()
 
 
 MATRIX_WAYS: dict[str, Callable[[Cache, Tensor, Tensor, float, str], Tensor]] = {

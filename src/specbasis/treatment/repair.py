@@ -169,8 +169,8 @@ class _Bench:
                 [replace(sample, values=sample.values[start::2]) for sample in both]
                 for both in (judged, self.end("base"), self.end("tuned"))
             )
-            found = _values(now, base, tuned, self.resamples)
-            values |= {f"{half}.{name}": value for name, value in found.items()}
+            half_values = _values(now, base, tuned, self.resamples)
+            values |= {f"{half}.{name}": value for name, value in half_values.items()}
         return values
 
     def _end(self, way: str) -> tuple[Sample, Sample]:
@@ -181,14 +181,14 @@ class _Bench:
         scores: list[Sample] = []
         sources = [self.ways.tuned.source, self.ways.base.source]
         for model, evaluator in zip(self.ways.at(point), (self.keep, self.recover), strict=True):
-            found = score(model, evaluator, sources)[evaluator.metric]
-            if not isinstance(found, Sample):
+            sample = score(model, evaluator, sources)[evaluator.metric]
+            if not isinstance(sample, Sample):
                 raise InputError(
                     f"{evaluator.metric}: the evaluator gives one number; want scores of single examples"
                 )
             if is_base and evaluator is self.recover:
-                refuse_chance(found, evaluator.metric)
-            scores.append(found if found.higher_is_better else _negative(found))
+                refuse_chance(sample, evaluator.metric)
+            scores.append(sample if sample.higher_is_better else _negative(sample))
             sources.reverse()
         return scores[0], scores[1]
 

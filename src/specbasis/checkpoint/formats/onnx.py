@@ -52,7 +52,7 @@ def _layouts(graph: Any) -> dict[str, str]:
             swapped = any(a.name == "transB" and a.i for a in node.attribute)
             layout = {"Conv": "conv", "MatMul": "in_out", "Gemm": "" if swapped else "in_out"}.get(node.op_type, "")
             layouts.setdefault(node.input[1], set()).add(layout)
-    return {name: said.pop() for name, said in layouts.items() if len(said) == 1}
+    return {name: options.pop() for name, options in layouts.items() if len(options) == 1}
 
 
 def _tensor(onnx: Any, tensor: Any, path: Path, source: str) -> Tensor:

@@ -216,8 +216,8 @@ def _in_blocks(values: Tensor, size: int, shape: tuple[int, ...]) -> Tensor:
 def _mlx(parts: Parts) -> tuple[tuple[int, ...], str, Callable[[], Grid]]:
     """MLX: scale · code + bias, of groups along in; the lowest bits of a word first."""
     shape, groups = parts.codes.shape, parts.entries[".scales"].shape
-    said = parts.settings.get(parts.stem, parts.settings)
-    size, bits = (said.get(key, 0) if isinstance(said, Mapping) else 0 for key in ("group_size", "bits"))
+    setting = parts.settings.get(parts.stem, parts.settings)
+    size, bits = (setting.get(key, 0) if isinstance(setting, Mapping) else 0 for key in ("group_size", "bits"))
     want(bits in (2, 3, 4, 5, 6, 8) and type(size) is int and size > 0, "config.json gives no bits and group_size")
     width = shape[-1] * 32 // bits
     want(

@@ -28,8 +28,8 @@ def dequantised(entries: Mapping[str, Entry], config: Mapping[str, Any], source:
         InputError: the tensors of such a matrix do not fit together, or a method stored some that is not read here.
     """
     places = ("quantization_config", "compression_config", "quantization")
-    said: Any = next((config[place] for place in places if place in config), {})
-    settings = said if isinstance(said, Mapping) else {}
+    setting: Any = next((config[place] for place in places if place in config), {})
+    settings = setting if isinstance(setting, Mapping) else {}
     result, beside, renamed = dict(entries), set[str](), dict[str, str]()
     for name, family in _families(entries):
         stem = name[: len(name) - len(family.leaf)]

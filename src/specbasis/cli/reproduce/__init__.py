@@ -129,8 +129,8 @@ def _from_rows(
         sources = [comparison]
     known = read_scores(scores, column)[0] if scores else None
     drawn = reproduce(figure, sources, out, modality=modality, scores=known, independent=independent)
-    for said in drawn.notes:
-        note(said, console=STDERR)
+    for text in drawn.notes:
+        note(text, console=STDERR)
     for file in drawn.files:
         line(str(file))
 
