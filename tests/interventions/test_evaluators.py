@@ -47,6 +47,7 @@ def test_a_table_of_texts_is_judged_as_one_text_at_a_time(tmp_path):
     found = evaluate(loaded)[evaluate.metric]
     expected = [loaded.config.id2label[int(loaded(**words(t, return_tensors="pt")).logits.argmax())] for t in texts]
     assert found.value == np.mean([a == b for a, b in zip(expected, labels, strict=True)])
+    assert found.chance == 3 / 5  # "no" for every text
     assert (found.values[:, 0] == [["no", "yes"].index(e) for e in expected]).all()
     # Batches are made once; another process makes its own.
     assert pickle.loads(pickle.dumps(evaluate))._batches == {}

@@ -15,6 +15,7 @@ from torch import nn
 from specbasis import forgetting, open_checkpoint
 from specbasis.checkpoint import Checkpoint
 from specbasis.core.errors import InputError, NonFiniteError
+from specbasis.interventions.evaluators import judge
 from specbasis.interventions.samples import Sample
 from specbasis.treatment.forgetting import in_base, named
 from specbasis.treatment.judged import judge_pair, refuse_chance
@@ -271,6 +272,14 @@ def test_a_language_model_that_knows_nothing_is_refused(tmp_path) -> None:
     base, tuned, text = language_models(tmp_path, "BertForMaskedLM")  # untrained: a loss of log(vocabulary)
     with pytest.raises(InputError, match="no better than chance"):
         forgetting(base, tuned, text)
+
+
+def test_a_base_that_does_a_task_no_better_than_one_answer_for_all_is_refused(tmp_path) -> None:
+    base, tuned, _ = language_models(tmp_path, "BertForSequenceClassification")
+    table = tmp_path / "table.csv"
+    table.write_text("text,label\n" + "the cat sat,yes\nthe cat sat,no\na dog ran,yes\na dog ran,no\n" * 20)
+    with pytest.raises(InputError, match=r"accuracy on these examples, .* no better than chance \(0.50\)"):
+        forgetting(base, tuned, judge(f"table:{table}", text=["text"], label="label"))
 
 
 def test_a_base_that_may_be_at_chance_by_its_interval_is_refused() -> None:

@@ -122,8 +122,8 @@ def refuse_chance(base: Sample | float, metric: str) -> None:
     if (low <= base.chance) if base.higher_is_better else (high >= base.chance):
         value = f"{base.value:.2f} [{low:.2f}, {high:.2f}]"
         raise InputError(
-            f"the base's {metric} on these texts, {value}, is no better than chance ({base.chance:.2f}): there "
-            "is nothing in them to forget; want longer passages, such as paragraphs, or the base that knows them"
+            f"the base's {metric} on these examples, {value}, is no better than chance ({base.chance:.2f}): there "
+            "is nothing in them to forget; want a task, or texts such as whole paragraphs, that the base knows"
         )
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from specbasis.core.errors import InputError
 from specbasis.finetuning.base import Images
-from specbasis.finetuning.metrics import METRICS
+from specbasis.finetuning.metrics import METRICS, Predictions
 from specbasis.finetuning.sources import load_task
 from specbasis.finetuning.tasks import Split, Task, task_named
 from specbasis.interventions.evaluators.kit import FORMS, Batch, Encoded, location_of, logits_of, padded, pretrained
@@ -88,7 +88,7 @@ class Classification(Encoded):
         return pretrained(images if self._task.images else texts, source)
 
     def __call__(self, model: nn.Module) -> dict[str, Sample | float]:
-        """The task's metrics, from prediction and label of every example."""
+        """The task's metrics, from prediction and label of every example; chance is the most frequent label."""
         task, split = self._data
         order = [] if task.regression else _label_order(model, task)
         predictions = np.zeros(len(split))
@@ -97,8 +97,9 @@ class Classification(Encoded):
                 logits = logits_of(model, batch)
                 outputs = logits[:, 0] if task.regression else logits[:, order].argmax(-1)
                 predictions[indices] = outputs.numpy()
-        values = np.stack([predictions, np.asarray(split.labels, dtype=np.float64)], axis=1)
-        return {name: Sample(values, METRICS[name].statistic) for name in task.metrics}
+        judged = Predictions(predictions, np.asarray(split.labels, dtype=np.float64))
+        chance = judged.majority(task)
+        return {name: Sample(judged.columns, METRICS[name].statistic, chance=chance[name]) for name in task.metrics}
 
     def encode(self, tokenizer: Any, max_length: int, model: nn.Module) -> Iterator[Batch]:
         """The texts, or pairs of texts, cut at ``max_length`` tokens."""
