@@ -113,7 +113,11 @@ def moved(base: nn.Module, tuned: nn.Module) -> dict[str, Any]:
     count = 1 + max(site.block or 0 for site in sites(base, ALL_LINEAR))
     means: dict[str, float] = {ALL: rounded(np.mean([curve[:LEADING].mean() for _, curve in curves]))}
     for third, (low, high) in itertools.product(range(len(DEPTHS)), RANKS):
-        within = [c[low - 1 : high].mean() for block, c in curves if block * len(DEPTHS) // count == third]
+        within = [
+            curve[low - 1 : high].mean()
+            for block, curve in curves
+            if block * len(DEPTHS) // count == third and len(curve) >= low
+        ]
         if within:
             means[f"{DEPTHS[third]} {low}-{high}"] = rounded(np.mean(within))
     return {"size": rounded(np.exp(np.mean(np.log(sizes)))), "alignment": means}
