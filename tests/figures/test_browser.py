@@ -16,7 +16,6 @@ from .conftest import CASES, HOSTILE, HOSTILE_FILE
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 sync_api = pytest.importorskip("playwright.sync_api", reason="the page tests drive Chromium through playwright")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: the page is not opened in a browser")
 
 FIGURES = ("alignment", "heat", "overlap", "change", "variance", "scatter", "spectra", "single", "angles")
 ANNOTATIONS = "n => document.querySelector(`#${n} .canvas`).layout.annotations.map(a => a.text)"
@@ -26,6 +25,9 @@ PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touc
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
+    """Chromium; also of the other files that open a page, so that they too skip where there is none."""
+    if CHROMIUM is None:
+        pytest.skip("no Chromium here: the page is not opened in a browser")
     with sync_api.sync_playwright() as playwright:
         flags = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
         found = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
