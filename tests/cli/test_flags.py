@@ -54,6 +54,19 @@ def test_importing_the_package_imports_nothing_large() -> None:
     assert done.stdout.splitlines() == ["[]", "True True True"], done.stderr
 
 
+def test_everyday_verbs_import_no_library_that_they_do_not_use(tmp_path: Path) -> None:
+    """Of scipy.stats alone the import takes a second; drawing and training have their own verbs."""
+    base, tuned = write(tmp_path / "b.safetensors", bert_state()), write(tmp_path / "t.safetensors", bert_state())
+    code = (
+        "import sys\nfrom specbasis.cli import main\n"
+        f"for words in (['inspect', {str(base)!r}], ['compare', {str(base)!r}, {str(tuned)!r}, '--quick']):\n"
+        "    sys.argv = ['specbasis', *words]\n    try:\n        main()\n    except SystemExit: pass\n"
+        "print('imported', sorted({'scipy.stats', 'transformers', 'peft', 'matplotlib'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "imported []", done.stderr
+
+
 def test_every_public_name_is_there() -> None:
     import specbasis
 

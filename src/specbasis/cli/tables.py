@@ -20,8 +20,6 @@ from specbasis.core.text import named_parts, number_of
 from specbasis.figures.strip import layers
 from specbasis.figures.summary import SEVERITIES, by_reason, headline, no_problems, over_all_ranks, summary_table
 from specbasis.figures.table import Column, Table, number
-from specbasis.interventions.grid import read_grid
-from specbasis.interventions.stage import BASELINE
 from specbasis.jobs.cost import rates
 from specbasis.jobs.experiments import Row
 
@@ -155,6 +153,9 @@ def print_population(population: Population) -> None:
 
 def print_grid(out: Path) -> None:
     """The change of each model's metric by kind and ranks, mean over seeds; * where every draw has p < 0.05."""
+    from specbasis.interventions.grid import read_grid
+    from specbasis.interventions.stage import BASELINE
+
     rows, metrics = read_grid(out)
     for label, metric in metrics.items():
         done = [row for row in rows if row.experiment["tuned"] == label and row.error is None]

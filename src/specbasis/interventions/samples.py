@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
 from torch import Tensor
 
 from specbasis.core.errors import InputError, NonFiniteError
@@ -159,8 +158,10 @@ def _paired(old: Sample, new: Sample, resamples: int, seed: int) -> dict[str, fl
     b: npt.NDArray[Any] = new.values
     statistic = new.statistic
     n, value, change = len(a), new.value, new.value - old.value
+    from scipy.stats import rankdata  # of more than a second, which commands without scores need not spend
+
     if statistic is spearman:  # ranked once: resamples are then counted, not sorted
-        a, b = dense_ranks(*(_on_one_scale(x, stats.rankdata) for x in (a, b)))
+        a, b = dense_ranks(*(_on_one_scale(x, rankdata) for x in (a, b)))
     elif statistic is pearson:
         a, b = (_on_one_scale(x, _standardised) for x in (a, b))
 

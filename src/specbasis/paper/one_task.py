@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import rankdata
 from torch import nn
 
 from specbasis.comparison.population import DEPTHS, RANKS
@@ -131,6 +130,8 @@ def partial_correlation(x: Array, y: Array, z: Array) -> float:
 
     A parabola, since the score rises with the size of the update and falls again; NaN where nothing is left.
     """
+    from scipy.stats import rankdata
+
     ranks = [rankdata(values) for values in (x, y, z)]
     centred = ranks[2] - ranks[2].mean()
     basis = np.linalg.qr(np.stack([np.ones_like(centred), centred, centred**2], axis=1))[0]
