@@ -67,8 +67,12 @@ def test_compare_prints_a_table_and_a_verdict(specbasis: Run, folder: Path, tmp_
     assert headline.startswith("Moderate finetune of this base. 14 of 14 matrices moved by 4.9%; ")
     assert any(line.startswith("ffn.up            ▅▅▅▅") for line in lines)
     assert max(map(len, lines)) <= 80
+    assert not (tmp_path / "out" / "figures").exists()
     again = specbasis("report", tmp_path / "out")
-    assert again.stdout == done.stdout.replace(f"{base} {tuned}", "BASE TUNED")  # results hold no path of ours
+    figures = tmp_path / "out" / "figures"
+    told = done.stdout.replace(f"{base} {tuned}", "BASE TUNED")  # results hold no path of ours
+    assert again.stdout == f"{told}figures: {figures}\n"
+    assert {path.suffix for path in figures.iterdir()} == {".png", ".svg"}
 
 
 def test_without_a_verb_help_is_all_that_is_said(specbasis: Run) -> None:

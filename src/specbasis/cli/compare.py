@@ -53,7 +53,7 @@ class Output(Options):
 class OutputAndPage(Output):
     """How a comparison is told, and whether its page is written."""
 
-    report: bool = option(True, "write the page and the figures")
+    report: bool = option(True, "write the page")
 
 
 def compare(
@@ -94,7 +94,7 @@ def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="a folder that compare wrote")], output: Output
 ) -> None:
     """Print tables and findings of a comparison again, and rebuild its page and figures from the rows alone."""
-    _tell(specbasis.load(folder), output, page=output.format == "text")
+    _tell(specbasis.load(folder), output, page=output.format == "text", figures=True)
 
 
 def inspect(model: MODEL, base: ADAPTED = "", stream: STREAM = False) -> None:
@@ -164,7 +164,9 @@ def list_findings() -> None:
         line(check.kind)
 
 
-def _tell(comparison: Comparison, output: Output, *, page: bool, given: Sequence[str] = ()) -> None:
+def _tell(
+    comparison: Comparison, output: Output, *, page: bool, figures: bool = False, given: Sequence[str] = ()
+) -> None:
     """Print what was found and write the page; end with the exit code that it comes to."""
     from specbasis.cli.tables import print_comparison
     from specbasis.comparison.check import unlooked
@@ -180,7 +182,7 @@ def _tell(comparison: Comparison, output: Output, *, page: bool, given: Sequence
                 line(step.reason if len(comparison.pairs) == 1 else f"{label}: {step.reason}")
                 line(f"  {step.command}")
     if page:
-        write_page(comparison, quiet=output.format != "text")
+        write_page(comparison, figures=figures, quiet=output.format != "text")
     for label, facts in comparison.facts.items():
         for kind in [check.kind for check in unlooked(facts) if check.kind in output.fail_on]:
             line(f"warning: {label}: --fail-on {kind}: what it reads was not measured", console=STDERR)
@@ -193,9 +195,15 @@ def _tell(comparison: Comparison, output: Output, *, page: bool, given: Sequence
         raise typer.Exit(1)
 
 
-def write_page(comparison: Comparison, *, quiet: bool = False) -> None:
-    """Write the page and the figures, and say where; rows and tables are the job, so a missing extra is a note."""
+def write_page(comparison: Comparison, *, figures: bool = False, quiet: bool = False) -> None:
+    """Write the page, and say where; rows and tables are the job, so a missing extra is a note.
+
+    The page shows all figures itself; as files they take longer than many a comparison, so `report` writes them.
+    """
+    console = STDERR if quiet else STDOUT
     try:
-        line(f"page: {comparison.report()}", console=STDERR if quiet else STDOUT)
+        line(f"page: {comparison.report(figures=figures)}", console=console)
+        if figures:
+            line(f"figures: {comparison.folder / 'figures'}", console=console)
     except MissingExtra as error:
         note(f"no page: {error}", console=STDERR)

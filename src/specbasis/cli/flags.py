@@ -22,7 +22,7 @@ OUT = Annotated[Path, typer.Option("--out", help="folder of the results; the sam
 JSON = Annotated[bool, typer.Option("--json", help="print one JSON document, nothing else")]
 STREAM = Annotated[bool, typer.Option("--stream", help="read only the needed bytes from the Hub")]
 NO_RUN = Annotated[bool, typer.Option("--no-run", help="only draw again, from the rows that are there")]
-REPORT = Annotated[bool, typer.Option(help="write the page and the figures")]
+REPORT = Annotated[bool, typer.Option(help="write the page")]
 SCORES = Annotated[Path | None, typer.Option(help="CSV with a column pair (or model) and a column of scores")]
 COLUMN = Annotated[str, typer.Option(help="which column of --scores, where it has several")]
 
