@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -46,6 +47,22 @@ def test_kinds(kind: str, state: State) -> None:
     answer = _asked(state)
     assert answer.kind == kind, answer.sentence
     assert answer.bases == (() if kind == "none" else ("org/base",))
+
+
+def test_one_entry_that_is_in_no_sample_is_seen() -> None:
+    name = next(name for name, W in BASE.items() if W.ndim == 2 and W.numel() > 1000)
+    state = {n: W.clone() for n, W in BASE.items()}
+    plain = fingerprint(BASE)
+    for flat in range(state[name].numel()):
+        state[name].view(-1)[flat] += 1.0
+        found = fingerprint(state)
+        if np.array_equal(found.entries, plain.entries, equal_nan=True):
+            break
+        state[name].view(-1)[flat] -= 1.0
+    answer = which_base(found, DATABASE)
+    assert (answer.kind, answer.bases) == ("finetuned", ("org/base",))
+    assert "1 changed" in answer.ranking[0]["forms"]
+    assert "the same" in _asked(BASE).sentence
 
 
 def test_none_where_the_base_is_absent() -> None:

@@ -160,11 +160,21 @@ def forms(query: Fingerprint, record: Fingerprint, pairs: Sequence[tuple[int, in
     z, _ = scores(query.roots, record.roots, list(pairs))
     copies, _ = scores(query.roots, query.roots, [(k, k) for k, _ in pairs])
     steps = query.part(2)
-    return [
-        _form(record.entries[j], query.entries[k], steps[k])
-        or _order_form(query.orders[k], record.orders[j], float(score), float(copy))
-        for (k, j), score, copy in zip(pairs, z, copies, strict=True)
-    ]
+    result = []
+    for (k, j), score, copy in zip(pairs, z, copies, strict=True):
+        form = _form(record.entries[j], query.entries[k], steps[k])
+        form = form or _order_form(query.orders[k], record.orders[j], float(score), float(copy))
+        # The entries are a sample; what was read whole has a digest of all of its values.
+        proof = same_values(query, record, k, j)
+        result.append(form if proof is None else "equal" if proof else "changed" if form == "equal" else form)
+    return result
+
+
+def same_values(query: Fingerprint, record: Fingerprint, k: int, j: int) -> bool | None:
+    """Whether two matrices are equal in all values; None where one was not read whole, or has other rows."""
+    ours, theirs = query.header["matrices"][k], record.header["matrices"][j]
+    known = ours[6] and theirs[6] and ours[4:6] == theirs[4:6]
+    return ours[6] == theirs[6] if known else None
 
 
 def _form(base: Floats, tuned: Floats, step: Floats) -> str:

@@ -140,11 +140,6 @@ class Fingerprint:
         ends = (matrix[3].rpartition(".")[2] for matrix in self.header["matrices"])
         return tuple(zip(self.labels, ends, strict=True))
 
-    @property
-    def digests(self) -> list[str]:
-        """SHA-256 of the values of each matrix; empty where it was not read whole."""
-        return [matrix[6] for matrix in self.header["matrices"]]
-
     @cached_property
     def kinds(self) -> dict[tuple[str, tuple[int, int], int], dict[Block, int]]:
         """Role, shape, and which of those with equal labels → block → number of the matrix."""

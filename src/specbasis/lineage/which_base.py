@@ -19,7 +19,7 @@ from torch import Tensor
 
 from specbasis.core.statistics import adjusted
 from specbasis.core.text import number_of
-from specbasis.lineage.correspondence import Correspondence, correspondence, counted, forms
+from specbasis.lineage.correspondence import Correspondence, correspondence, counted, forms, same_values
 from specbasis.lineage.database import is_database, read
 from specbasis.lineage.fingerprint import Fingerprint, Floats, fingerprint
 
@@ -223,8 +223,10 @@ def _judged(query: Fingerprint, relatives: Sequence[Relative]) -> tuple[str, str
         and not best.link.depth
         and len(record.labels) == len(query.labels)
         and set(best.forms) <= {"equal", "undecided"}
+        and False not in (proofs := {same_values(query, record, k, j) for k, j in best.link.pairs})
     ):
-        proof = "the same file" if query.header["weights"] == record.header["weights"] else "the same values"
+        proof = "the same values in every matrix" if proofs == {True} else "equal in every entry that was compared"
+        proof = "the same file" if query.header["weights"] == record.header["weights"] else proof
         return "identical", f"identical to {name}: {proof}", {}
     if depth := best.link.depth:
         shown = {_block(b): "new" if at is None else _block(at) for b, at in depth.items()}
