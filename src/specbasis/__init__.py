@@ -35,6 +35,10 @@ __getattr__, __all__ = lazily(__name__)
 __all__ += ["InputError", "NonFiniteError"]
 
 
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
+
+
 class _Package(ModuleType):
     """The package, in which `lineage` is the function although a room has the same name."""
 

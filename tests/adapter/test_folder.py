@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -15,8 +16,11 @@ transformers = pytest.importorskip("transformers")
 
 from peft import get_peft_model  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
+from typer.testing import CliRunner  # noqa: E402
 
 from specbasis.adapter import SpectralConfig, diagnostics, folder  # noqa: E402
+from specbasis.checkpoint import open_checkpoint, open_tuned  # noqa: E402
+from specbasis.cli import app  # noqa: E402
 from specbasis.core.errors import InputError  # noqa: E402
 from tests.adapter.helpers import TARGETS, load_classifier, randomise, save_deberta  # noqa: E402
 
@@ -90,6 +94,41 @@ def test_merged_model_in_plain_transformers(models, tmp_path):
     place, wanted = models
     out = folder.merge(place / "without", tmp_path / "dense", base=place / "base")
     assert torch.allclose(run_plain(LOAD_DENSE, out), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("write", [folder.merge, folder.export_lora])
+def test_what_is_there_is_never_written_over(models, tmp_path, write):
+    place, _ = models
+    out = tmp_path / "model"
+    shutil.copytree(place / "base", out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(InputError, match="exists already"):
+        write(place / "with", out, base=out)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+@pytest.mark.parametrize("kind", ["with", "without"])
+def test_a_base_of_the_same_shape_that_is_another_is_refused_wherever_the_adapter_is_read(models, tmp_path, kind):
+    place, _ = models
+    other = save_deberta(tmp_path / "other", seed=99)
+    tuned = open_tuned(place / kind, open_checkpoint(other))
+    name = next(name for name, entry in tuned.entries.items() if entry.factors)
+    with pytest.raises(InputError, match="load the base that the adapter was trained on"):
+        tuned[name]
+    done = CliRunner().invoke(app, ["compare", str(other), str(place / kind), "--no-report"])
+    assert isinstance(done.exception, InputError), done.output
+    assert "No problems found" not in done.output
+
+
+def test_a_base_without_the_adapted_modules_is_refused_in_one_line(models, tmp_path):
+    place, _ = models
+    tensors = {n: t for n, t in load_file(place / "base" / "model.safetensors").items() if "layer.2" not in n}
+    shallow = tmp_path / "shallow"
+    shutil.copytree(place / "base", shallow)
+    save_file(tensors, shallow / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"layer\.2"):
+        folder.merge(place / "with", tmp_path / "out", base=shallow)
+    assert not (tmp_path / "out").exists()
 
 
 def test_truncated_export_is_the_best_of_its_rank(models, tmp_path):

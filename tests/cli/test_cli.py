@@ -172,7 +172,7 @@ def test_an_interrupt_says_what_is_kept(specbasis: Run, monkeypatch: pytest.Monk
     monkeypatch.setattr(cli.specbasis, "load", interrupted)
     done = specbasis("report", tmp_path)
     assert done.returncode == 130
-    assert done.stderr == "interrupted: what is done is kept, and the same command continues\n"
+    assert done.stderr == "interrupted: what is in the output folder is kept, and the same command continues it\n"
 
 
 def test_version_and_help(specbasis: Run) -> None:

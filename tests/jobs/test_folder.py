@@ -41,6 +41,13 @@ def test_the_same_configuration_goes_on_and_another_is_refused_in_words(tmp_path
     assert MADE.read(out)["config"]["base"]["source"] == "a"
 
 
+def test_of_two_long_settings_that_begin_alike_the_difference_is_shown(tmp_path: Path) -> None:
+    words = ", ".join(f"measure_{i}" for i in range(20))
+    begun(tmp_path / "out", {"ranks": 1, "measures": f"{words}, last"})
+    with pytest.raises(InputError, match=r"measures … last \(now … other\)"):
+        begun(tmp_path / "out", {"ranks": 1, "measures": f"{words}, other"})
+
+
 def test_a_manifest_beside_which_nothing_was_kept_gives_way(tmp_path: Path) -> None:
     begun(tmp_path / "out", {"ranks": 1}, kept=False)
     begun(tmp_path / "out", {"ranks": 2})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +123,14 @@ def test_the_point_that_brings_back_most_within_the_tolerance_is_chosen() -> Non
     assert record["interpolation"]["amount"] == 0.8
     assert "70%" in record["sentence"]
     assert "40%" in record["sentence"]
+
+
+def test_a_choice_on_few_examples_says_that_it_decides_nothing() -> None:
+    chosen = row("directions", 1.0, -0.009, 0.7)
+    told = {count: conclude([replace(chosen, values={**chosen.values, "report.examples": count})], 0.01)["sentence"]
+            for count in (5, 6)}  # fmt: skip
+    assert told[5].startswith("Too few examples to tell (5 that report; want at least 12 in all). Chosen: ")
+    assert told[6].startswith("Chosen: ")
 
 
 def test_nothing_is_chosen_where_nothing_was_forgotten_or_nothing_keeps_the_task() -> None:

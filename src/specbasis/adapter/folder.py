@@ -32,9 +32,9 @@ from specbasis.checkpoint.atomic import write_whole, writing
 from specbasis.checkpoint.card import CARD
 from specbasis.checkpoint.entry import reading
 from specbasis.checkpoint.places import transformers_address
-from specbasis.checkpoint.proof import Proof, settled_basis, weight_digest
+from specbasis.checkpoint.proof import Proof, check_format, settled_basis, weight_digest
 from specbasis.checkpoint.spectral import oriented, stored_core
-from specbasis.checkpoint.writer import copy_modules, write_model
+from specbasis.checkpoint.writer import copy_modules, want_new, write_model
 from specbasis.core.brief import brief
 from specbasis.core.errors import InputError
 from specbasis.core.extras import quiet
@@ -172,11 +172,12 @@ def export_lora(
         rank: at most this rank for every layer.
 
     Raises:
-        InputError: the basis is not the trained one, the rank is below 1, or the output exists and is not a folder.
+        InputError: the basis is not the trained one, the rank is below 1, or the output exists already.
     """
     adapter = read_folder(folder)
     if rank is not None and rank < 1:
         raise InputError(f"got rank = {rank}; want at least 1")
+    want_new(Path(output))
     need = base is not None or any(layer.U is None for layer in adapter.layers)
     checkpoint = open_checkpoint(_base_path(adapter, base)) if need else _base_at_hand(adapter)
     tensors: dict[str, Tensor] = {PREFIX + name: tensor for name, tensor in adapter.whole.items()}
@@ -211,14 +212,11 @@ def export_lora(
         "lora_dropout": 0.0,
     }
     output = Path(output)
-    if output.exists() and not output.is_dir():
-        raise InputError(f"{output}: is a file; want a folder to write to")
     digest = weights_sha256(checkpoint) if checkpoint else ""
     metadata = {"format": "pt"} | ({"base_sha256": digest} if digest else {})
     write_whole(output / WEIGHTS, lambda path: save_file(tensors, path, metadata=metadata))
     write_whole(output / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
-    if not (output / CARD).exists():
-        write_whole(output / CARD, adapter_card(config, digest, adapter.whole))
+    write_whole(output / CARD, adapter_card(config, digest, adapter.whole))
     return output
 
 
@@ -298,13 +296,15 @@ def merge(folder: str | Path, output: str | Path, base: str | Path | None = None
     relatives, which need neither, are written as `checkpoint.open_tuned` reads them.
 
     Raises:
-        InputError: the basis is not the trained one, or the base cannot be loaded for the adapter's task.
+        InputError: the basis is not the trained one, the base cannot be loaded for the adapter's task, or the
+            output exists already.
     """
     import transformers
     from peft import PeftModel
 
     from specbasis.adapter import peft_bridge  # noqa: F401  registers the method
 
+    want_new(Path(output))
     stored = adapter_folder(folder)
     if stored.kind != "SPECTRAL":
         opened = open_checkpoint(base or named_base(stored.config, str(folder)))
@@ -312,6 +312,10 @@ def merge(folder: str | Path, output: str | Path, base: str | Path | None = None
         refuse_other_weights(tuned)
         return write_model(tuned, Path(output))
     adapter = read_folder(folder)
+    checkpoint = open_checkpoint(_base_path(adapter, base))
+    for layer in adapter.layers:  # PEFT's own words for a module that the base lacks are a traceback
+        weight = _base_weight(layer, checkpoint).flatten(1)
+        check_format(layer.proof, oriented(weight, layer.proof)[0], layer.module)
     address = transformers_address(_base_path(adapter, base))
     mapping = adapter.config.get("auto_mapping") or {}
     task = MODEL_CLASSES.get(str(adapter.config.get("task_type")), mapping.get("base_model_class", "AutoModel"))

@@ -11,9 +11,9 @@ from torch import Tensor
 from specbasis.checkpoint.adapter_file import BASIS, POSITIONS, PROOF, AdapterFile
 from specbasis.checkpoint.entry import Entry
 from specbasis.checkpoint.pattern import square_of
-from specbasis.checkpoint.proof import Proof, align, weight_digest
+from specbasis.checkpoint.proof import Proof, settled_basis, weight_digest
 from specbasis.core.errors import InputError
-from specbasis.core.svd import half_svd
+from specbasis.core.svd import SVD, half_svd
 
 
 def spectral_factors(file: AdapterFile, weight: Callable[[str], Tensor]) -> dict[str, dict[str, Entry]]:
@@ -63,15 +63,21 @@ def _proof(parts: Mapping[str, Entry]) -> Proof:
 
 
 def _basis(file: AdapterFile, weight: Callable[[str], Tensor], module: str) -> tuple[Tensor, Tensor]:
-    """U and Vh of one matrix, stored or proven."""
+    """U and Vh of one matrix, stored or decomposed again, and proven to be those of this base."""
     parts, name = file.modules[module], f"{file.source}: {module}"
-    if set(BASIS) <= parts.keys():
-        return parts["U"].load(), parts["Vh"].load()
+    stored = (parts["U"].load(), parts["Vh"].load()) if set(BASIS) <= parts.keys() else None
+    if stored and not set(PROOF) <= parts.keys():
+        return stored
     proof = _proof(parts)
     W, _ = oriented(weight(module).flatten(1), proof)
     k, m = proof.interval
-    svd = align(proof, half_svd(W, m, name=name, implied=True).interval(k, min(m, *W.shape)), W, name)
-    return svd.U, svd.Vh
+
+    def compute() -> SVD:
+        return half_svd(W, m, name=name, implied=True).interval(k, min(m, *W.shape))
+
+    singular = str(file.config.get("basis", "pretrained")) == "pretrained"
+    U, Vh, _ = settled_basis(proof, W, stored, compute, name, singular=singular)
+    return U, Vh
 
 
 def stored_core(parts: Mapping[str, Entry]) -> Float[Tensor, "r r"]:

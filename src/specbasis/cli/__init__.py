@@ -120,7 +120,7 @@ def main() -> None:
         discard(sys.stdout)  # else Python tries again as it ends, and that is its exit code
         code = code or _output_failed(error)
     if code == 130:  # what typer makes of Ctrl-C
-        line("interrupted: what is done is kept, and the same command continues", console=STDERR)
+        line("interrupted: what is in the output folder is kept, and the same command continues it", console=STDERR)
     sys.exit(code)
 
 

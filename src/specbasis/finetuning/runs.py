@@ -22,7 +22,7 @@ from specbasis.checkpoint.card import CARD
 from specbasis.checkpoint.digest import proven
 from specbasis.checkpoint.entry import watched
 from specbasis.checkpoint.regular import read_json
-from specbasis.checkpoint.writer import write_model
+from specbasis.checkpoint.writer import want_new, write_model
 from specbasis.core.brief import brief
 from specbasis.core.errors import InputError
 from specbasis.core.extras import quiet
@@ -237,8 +237,7 @@ def merge(folder: str | Path, out: str | Path, base: str | Path | None = None) -
         InputError: as `load`; ``out`` is there and not empty; or the method is no change of the weights.
     """
     place = Path(out)
-    if place.exists() and (not place.is_dir() or any(place.iterdir())):
-        raise InputError(f"{place}: exists already; want a new folder")
+    want_new(place)
     attached, processor = _loaded(Path(folder), base)
     with quiet(), writing(place):
         attached.merged().save_pretrained(place)  # type: ignore[operator]

@@ -271,6 +271,10 @@ def _difference(name: str, then: Any, now: Any) -> str:
         return f"with {name} (not asked for now)" if then else f"without {name}"
     if hashed:
         return f"from another {name} (its content differs)"
+    if isinstance(then, str) and isinstance(now, str):  # of two long ones only what differs
+        first = next((i for i, (a, b) in enumerate(zip(then, now, strict=False)) if a != b), 0)
+        start = then.rfind(", ", 0, first) + 2
+        then, now = (f"… {text[start:]}" if start > 1 else text for text in (then, now))
     return (
         f"with {name} {_short(then)} (now {_short(now)})"
         if then not in (None, [], "")

@@ -183,10 +183,7 @@ def write(rows: Sequence[Row], base: str, out: str | Path) -> list[Path]:
 def _words(rows: Sequence[Row]) -> list[str]:
     lines = correlations(rows)
     columns = [Column("matrices and ranks", words=True), Column("finetunes"), *(Column(name) for name in FIGURES)]
-    body = [
-        (line["part"], line["finetunes"], *("{:+.2f} [{:+.2f}, {:+.2f}]".format(*line[name]) for name in FIGURES))
-        for line in lines
-    ]
+    body = [(line["part"], line["finetunes"], *(_shown(*line[name]) for name in FIGURES)) for line in lines]
     settings, task = lines[0]["settings"], GLUE[rows[0].experiment["task"]]
     return [
         f"{len(rows)} full finetunes on {task.title}, {settings} settings; scored on "
@@ -196,6 +193,11 @@ def _words(rows: Sequence[Row]) -> list[str]:
         f"{detectable(settings):.2f} 4 times in 5.",
         Table(tuple(columns), tuple(body)).markdown(),
     ]
+
+
+def _shown(value: float, low: float, high: float) -> str | None:
+    """A correlation and its interval; nothing where alignment and size have one order, so that nothing is left."""
+    return None if np.isnan(value) else f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
 def _figure(rows: Sequence[Row], base: str) -> kit.Figure:

@@ -38,6 +38,10 @@ HALVES = ("choice", "report")
 """The examples with even numbers choose the point, those with odd numbers say what it is worth."""
 
 
+LEAST = 6
+"""Examples that report, fewer of which decide nothing: no test of 2ⁿ exchanges could be significant."""
+
+
 @dataclass(frozen=True, eq=False)
 class Repair(Treated):
     """What `repair` found.
@@ -216,7 +220,7 @@ def _values(
         with np.errstate(divide="ignore", invalid="ignore"):
             return (at(point[1], drawn) - at(tuned[1], drawn)) / forgotten(drawn)
 
-    values = {"keep": point[0].value, "recover": point[1].value}
+    values = {"keep": point[0].value, "recover": point[1].value, "examples": min(len(s.values) for s in point)}
     for statistic, sample in ((change, point[0]), (back, point[1]), (forgotten, point[1])):
         low, high = percentile_interval(bootstrap(statistic, len(sample.values), resamples))
         whole = float(statistic(np.arange(len(sample.values)))) + 0.0  # no negative zero
@@ -250,15 +254,22 @@ def conclude(rows: Sequence[Row], tolerance: float) -> dict[str, Any]:
         return record | {
             "sentence": f"No point keeps the task within {100 * tolerance:g} points; nothing is changed."
         }
-    beside = "no interpolation keeps the task so well"
+    beside = "no interpolation keeps the task so well on the examples that choose"
     if plain is best:
-        beside = "nothing else that keeps the task brings back more"
+        beside = "on the examples that choose, nothing else that keeps the task brings back more"
     elif plain is not None:
         returned = _interval(plain.values, "report.back", ".0%")
-        beside = f"interpolation ({plain.experiment['amount']:g}) brings back {returned}"
+        amount = f"{plain.experiment['amount']:g}"
+        beside = f"the interpolation that the same rule chooses ({amount}) brings back {returned}"
     way = f"{best.experiment['way']} {best.experiment['amount']:g}, {best.experiment['blocks']} blocks"
     returned, change = _interval(best.values, "report.back", ".0%"), _interval(best.values, "report.change", "+.4f")
-    sentence = f"Chosen: {way}. It brings back {returned} of what was forgotten and changes the task by {change}"
+    sentence = (
+        f"Chosen: {way}. On the other examples it brings back {returned} of what was forgotten and changes the "
+        f"task by {change}"
+    )
+    few = best.values.get("report.examples", LEAST)
+    if few < LEAST:
+        sentence = f"Too few examples to tell ({few} that report; want at least {2 * LEAST} in all). {sentence}"
     values = {name: row and {**row.experiment, **row.values} for name, row in (("best", best), ("plain", plain))}
     return record | {
         "chosen": dict(best.experiment),
