@@ -303,11 +303,12 @@ FRONTIER = (
     Column("way", title="how the finetune is brought nearer to its base", words=True),
     Column("amount", ".2f"),
     Column("blocks", words=True),
+    Column("choice", "+.4f", "change of the task's metric on the half of the examples that chooses the point"),
     Column("task", ".4f", "the metric of the task, on the half of the examples that reports"),
-    Column("change", "+.4f", "against the finetune, on the same examples"),
+    Column("change", "+.4f", "of the task's metric against the finetune, on the half that reports"),
     Column("recovered", ".4f", "the metric of what the base could do; of a loss its negative"),
     Column("back", "+.0%", "share of what was forgotten that came back; its interval is in the rows"),
-    Column("", words=True),
+    Column("*", title="the point that is written", words=True),
 )
 """The table of a repair: every point that was tried, a star at the one that is written."""
 
@@ -318,7 +319,7 @@ def _repair_tables(repair: Repair) -> tuple[Table, ...]:
     for row in repair.rows:
         point, values = row.experiment, row.values
         star = "*" if point == repair.record["chosen"] else ""
-        names = ("report.keep", "report.change", "report.recover", "report.back")
+        names = ("choice.change", "report.keep", "report.change", "report.recover", "report.back")
         rows.append((point["way"], point.get("amount"), point.get("blocks", ""), *map(values.get, names), star))
     return (Table(FRONTIER, tuple(rows)),)
 
@@ -338,6 +339,10 @@ def _frontier(repair: Repair) -> Figure | None:
         ]
         bars = [np.abs(np.array([low, high]) - at) for at, low, high in ((x, *spread[:2]), (y, *spread[2:]))]
         marks.append(ax.errorbar(x, y, bars[1], bars[0], fmt="o", ms=4, lw=0.5, color=color))
+    for values in (row.values for row in points if row.experiment == repair.record["chosen"]):
+        at = (values["report.back"], values["report.change"])
+        ax.annotate("chosen", at, (0, 30), textcoords="offset points", ha="center", size=8, color=kit.INK,
+                    arrowprops={"arrowstyle": "-", "color": kit.INK, "lw": 0.7})  # fmt: skip
     kit.reference(ax, 0.0)
     kit.reference(ax, -repair.record["tolerance"])
     ax.set(xlabel="share of what was forgotten that came back", ylabel="change of the task's metric")
