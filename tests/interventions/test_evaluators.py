@@ -200,6 +200,13 @@ def greedy(model: nn.Module, source, length):
     return tokens
 
 
+def test_a_model_of_another_kind_is_no_model_of_anarcii(tmp_path):
+    pytest.importorskip("anarcii")
+    bert().save_pretrained(tmp_path / "m")
+    with pytest.raises(InputError, match="is no model of ANARCII"):
+        Numbering("tcr", 4).load(str(tmp_path / "m"))
+
+
 def test_exact_is_what_greedy_decoding_numbers_without_an_error():
     evaluate = Numbering("tcr", 10)
     model = evaluate.load("pkg:anarcii/models/tcr/tcr_4_2_128_512.pt")

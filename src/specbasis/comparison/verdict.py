@@ -281,7 +281,8 @@ def _origin(related: Sequence[Fact], frozen: float) -> str:
     size = finite_median(update)
     random = finite_median(m.get("stable_rank_base", math.nan) / noise_rank(m["out"], m["in"]) for m in related)
     if size <= (MINUTE if random >= RANDOM else GENTLE):
-        return f"an update of this size (median ‖Δ‖/‖W‖ {size:.2g}) began at it, or at a base of both close by"
+        began = "training began at this base, or at a model close to both"
+        return f"an update of this size (median ‖Δ‖/‖W‖ {size:.2g}) means that {began}"
     if abs(turn) <= RIGHT_ANGLE and (random >= RANDOM or size <= STRONG):
         return "the update leaves base whole, at right angles to it"
     return ""

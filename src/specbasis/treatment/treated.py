@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -77,9 +78,11 @@ class Treated:
         return write_page(self, Path(path) if path else (self.folder or Path()) / "report.html")
 
     def _repr_html_(self) -> str:
-        from specbasis.figures.treatment import tables
+        from specbasis.figures.treatment import view
 
-        return "".join(table.html(inline=True) for table in tables(self))
+        shown = view(self)
+        words = [f"<p>{escape(text)}</p>" for text in shown.sentences(self) if text]
+        return "".join([*words, *(table.html(inline=True) for table in shown.tables(self))])
 
 
 def written_record(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:

@@ -60,6 +60,8 @@ class Numbering:
         from anarcii.inference.model import S2S, Decoder, Encoder
 
         weights = open_checkpoint(source)
+        if "encoder.tok_embedding.weight" not in weights:
+            raise InputError(f"{source}: is no model of ANARCII, and anarcii:{self.receptor} judges no other")
         device = torch.device("cpu")
         width = weights["encoder.tok_embedding.weight"].shape[1]
         layers = 1 + max(int(name.split(".")[2]) for name in weights if name.startswith("encoder.layers."))
