@@ -58,7 +58,6 @@ def run(options: OneTaskOptions, out: str | Path, progress: Callable[[Progress],
     points = itertools.product(options.seeds, FROZEN, AMOUNTS, RATES)
     experiments = [{"task": options.task, **dict(zip(names, point, strict=True))} for point in points]
     call = functools.partial(measured, base=options.base, data_dir=options.data_dir)
-    prepare = functools.partial(whole_task, options.task, data_dir=options.data_dir)
     return run_experiments(
         experiments,
         call,
@@ -66,7 +65,7 @@ def run(options: OneTaskOptions, out: str | Path, progress: Callable[[Progress],
         config=about_base(options.base),
         uses=WHERE_USED,
         progress=progress,
-        prepare=lambda _: prepare(),
+        prepare=lambda experiment: whole_task(experiment["task"], data_dir=options.data_dir),
     )
 
 
@@ -100,8 +99,8 @@ def moved(base: nn.Module, tuned: nn.Module) -> dict[str, Any]:
     size: the geometric mean of ‖Δ‖/‖W‖. alignment: by "DEPTH RANKS" as `comparison.population` has them, and of the
     leading ranks over all: |cos| of vectors of equal rank, mean over ranks, sides, and matrices.
     """
-    sizes, curves = [], []
-    for site in sites(base, ALL_LINEAR):
+    sizes, curves, every = [], [], sites(base, ALL_LINEAR)
+    for site in every:
         W, T = (model.get_parameter(f"{site.name}.weight").detach().double() for model in (base, tuned))
         if site.block is None or W.equal(T):
             continue
@@ -109,7 +108,7 @@ def moved(base: nn.Module, tuned: nn.Module) -> dict[str, Any]:
         a, b = decompose(W), decompose(T)
         curve = (alignment(a.U, b.U) + alignment(a.Vh.mT, b.Vh.mT)) / 2
         curves.append((site.block, curve.numpy()))
-    count = 1 + max(site.block or 0 for site in sites(base, ALL_LINEAR))
+    count = 1 + max(site.block or 0 for site in every)
     means: dict[str, float] = {ALL: rounded(np.mean([curve[:LEADING].mean() for _, curve in curves]))}
     for third, (low, high) in itertools.product(range(len(DEPTHS)), RANKS):
         within = [
@@ -214,6 +213,6 @@ def _figure(rows: Sequence[Row], base: str) -> kit.Figure:
             words = f"{frozen} blocks frozen" if frozen else "all trained"
             ax.scatter(x[at], 100 * score[at], s=18, marker=marker, color=kit.COLORS[frozen % 2], label=words)
         ax.set(xlabel=label, ylabel="accuracy (%)")
-    axes[0][1].set_xscale("log")
+    kit.logarithmic(axes[0][1], "x")
     axes[0][0].legend(fontsize=7)
     return figure

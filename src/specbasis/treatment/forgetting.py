@@ -15,12 +15,9 @@ from specbasis.interventions.evaluators import describe, judge
 from specbasis.interventions.evaluators.kit import Judge
 from specbasis.interventions.evaluators.text import Sentences, Text, passages
 from specbasis.interventions.samples import Sample
-from specbasis.treatment.judged import compared, refuse_chance, score
+from specbasis.treatment.judged import LEVEL, compared, decides, refuse_chance, score
 from specbasis.treatment.treated import Treated
 from specbasis.treatment.updates import Update, base_entries, differing
-
-LEVEL = 0.05
-"""Of the test, as of the intervals."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,8 +162,7 @@ def _sentence(record: dict[str, Any]) -> str:
         most = f"no example's {metric} changed; of all examples that of up to {share:.1%} may (95 %)"
         return f"Nothing was measurably forgotten: {numbers}; {most}."
     one_sided = record["worse_low"] > 0 or record["worse_high"] < 0
-    # Of 2ⁿ ways to exchange n pairs two are as far out, whatever the scores are.
-    if 2.0 ** (1 - line["examples"]) > LEVEL or (one_sided and not _is_tested(record)):
+    if not decides(line["examples"]) or (one_sided and not _is_tested(record)):
         return f"Too few examples to tell: {numbers} (p = {line['p']:.2f})."
     if one_sided:
         verdict = "Forgotten" if record["worse_low"] > 0 else "Nothing was forgotten, it became better"

@@ -21,6 +21,9 @@ from specbasis.treatment.updates import updates
 
 Scores = dict[str, Sample | float]
 
+LEVEL = 0.05
+"""Of a test, as of the intervals."""
+
 
 def judge_pair(base: Checkpoint, tuned: Checkpoint, judge: Judge) -> dict[str, Scores]:
     """The scores of base and finetune; before the long work, which is in vain where they cannot be judged.
@@ -125,6 +128,13 @@ def refuse_chance(base: Sample | float, metric: str) -> None:
             f"the base's {metric} on these examples, {value}, is no better than chance ({base.chance:.2f}): there "
             "is nothing in them to forget; want a task, or texts such as whole paragraphs, that the base knows"
         )
+
+
+def decides(examples: int) -> bool:
+    """Whether a paired test of so many examples can reach `LEVEL`: of 2ⁿ exchanges two are as far out, whatever the
+    scores are.
+    """
+    return 2.0 ** (1 - examples) <= LEVEL
 
 
 def value_of(score: Sample | float) -> float:

@@ -26,7 +26,7 @@ from specbasis.jobs.environment import WHERE_USED
 from specbasis.jobs.experiments import Row, read_experiments, run_experiments
 from specbasis.jobs.folder import locked
 from specbasis.jobs.progress import Report
-from specbasis.treatment.judged import refuse_chance, score
+from specbasis.treatment.judged import decides, refuse_chance, score
 from specbasis.treatment.options import RepairOptions
 from specbasis.treatment.points import INTERPOLATION, Ways, grid
 from specbasis.treatment.treated import Treated, written_record
@@ -36,10 +36,6 @@ MODEL = "model"
 
 HALVES = ("choice", "report")
 """The examples with even numbers choose the point, those with odd numbers say what it is worth."""
-
-
-LEAST = 6
-"""Examples that report, fewer of which decide nothing: no test of 2ⁿ exchanges could be significant."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -267,9 +263,9 @@ def conclude(rows: Sequence[Row], tolerance: float) -> dict[str, Any]:
         f"Chosen: {way}. On the other examples it brings back {returned} of what was forgotten and changes the "
         f"task by {change}"
     )
-    few = best.values.get("report.examples", LEAST)
-    if few < LEAST:
-        sentence = f"Too few examples to tell ({few} that report; want at least {2 * LEAST} in all). {sentence}"
+    few = best.values.get("report.examples")  # rows of earlier versions lack it
+    if few is not None and not decides(few):
+        sentence = f"Too few examples to tell ({few} that report; want at least 12 in all). {sentence}"
     values = {name: row and {**row.experiment, **row.values} for name, row in (("best", best), ("plain", plain))}
     return record | {
         "chosen": dict(best.experiment),
