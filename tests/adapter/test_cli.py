@@ -10,6 +10,7 @@ transformers = pytest.importorskip("transformers")
 
 from specbasis import cli  # noqa: E402
 from specbasis.adapter import SpectralConfig  # noqa: E402
+from specbasis.adapter.folder import kept_shares  # noqa: E402
 
 
 @pytest.fixture
@@ -45,6 +46,10 @@ def test_the_verbs(saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert (saved / "merged" / "model.safetensors").exists()
     assert run(monkeypatch, "export-lora", folder, "--base", base, "--out", saved / "lora") == 0
     assert (saved / "lora" / "adapter_model.safetensors").exists()
+    assert "keeps" not in capsys.readouterr().out
+    assert run(monkeypatch, "export-lora", folder, "--base", base, "--rank", 2, "--out", saved / "small") == 0
+    kept = kept_shares(folder, 2)
+    assert f"at rank 2 each layer keeps {min(kept.values()):.1%}" in capsys.readouterr().out
 
 
 def test_a_wrong_base_is_one_line(

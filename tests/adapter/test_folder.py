@@ -133,6 +133,7 @@ def test_a_base_without_the_adapted_modules_is_refused_in_one_line(models, tmp_p
 
 def test_truncated_export_is_the_best_of_its_rank(models, tmp_path):
     place, _ = models
+    shares = folder.kept_shares(place / "with", 3)
     out = folder.export_lora(place / "with", tmp_path / "lora", rank=3)
     tensors = load_file(out / "adapter_model.safetensors")
     full = load_file(folder.export_lora(place / "with", tmp_path / "full") / "adapter_model.safetensors")
@@ -146,6 +147,9 @@ def test_truncated_export_is_the_best_of_its_rank(models, tmp_path):
             S = torch.linalg.svdvals(dense)
             assert tensors[name].shape[0] == 3
             assert float((dense - cut).norm()) == pytest.approx(float(S[3:].norm()), rel=1e-4)
+            module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            assert shares.pop(module) == pytest.approx(float(S[:3].square().sum() / S.square().sum()), rel=1e-4)
+    assert not shares
 
 
 def test_exported_convolutions_and_conv1d(tmp_path):

@@ -34,6 +34,14 @@ def test_the_modules_of_sentence_transformers_come_along(model: Path, tmp_path: 
     assert (out / "model.safetensors").read_bytes() != (model / "model.safetensors").read_bytes()
 
 
+def test_what_is_called_as_other_weights_in_the_folder_is_not_of_this_model(model: Path, tmp_path: Path) -> None:
+    write(model / "other.safetensors", bert_state(seed=1))
+    for name in ("model", "other", "vocab"):
+        (model / f"{name}.json").write_text("{}")
+    out = write_model(open_checkpoint(model / "model.safetensors"), tmp_path / "out")
+    assert {path.name for path in out.glob("*.json")} == {"model.json", "vocab.json"}
+
+
 @pytest.mark.parametrize("path", ["..", "../secret", ".", "a/b", "/etc", "link", 3, None])
 def test_modules_of_other_places_are_left_alone(model: Path, tmp_path: Path, path: str) -> None:
     (tmp_path / "secret").mkdir()

@@ -10,7 +10,6 @@ import pytest
 import specbasis as library
 from specbasis.comparison.comparison import Comparison
 from specbasis.figures.documents import section
-from specbasis.figures.summary import headline
 from tests.cli.conftest import Run
 from tests.pico import bert_state, finetuned, write
 
@@ -43,7 +42,7 @@ def test_the_section_says_what_the_comparison_does(specbasis: Run, place: Path, 
     for about in (comparison.manifest["base"], comparison.manifest["pairs"]["tuned"]["tuned"]):
         assert about["sha256"] in text
     assert comparison.verdicts["tuned"].sentence[:30] in text
-    assert headline(comparison, "tuned") in text
+    assert comparison.headlines["tuned"] in text
     roles = re.findall(r"^\| ([\w.]+) \| \d", text, re.M)
     assert roles == [line.role for line in comparison.summaries["tuned"]]
     assert f"specbasis {library.__version__}" in text
@@ -152,6 +151,26 @@ def test_an_exported_lora_has_a_card_and_knows_its_base(specbasis: Run, tmp_path
     config.write_text(json.dumps({**json.loads(config.read_text()), "rank_pattern": {"<b>x": 3}}))
     assert specbasis("card", tmp_path / "lora").returncode == 0
     assert "<b>" not in card.read_text()
+
+
+def test_a_base_that_is_a_file_of_torch_is_not_loaded_by_transformers(specbasis: Run, place: Path) -> None:
+    words = ["extract", place / "base.safetensors", place / "tuned.safetensors"]
+    assert specbasis(*words, "--rank", "2", "--out", place / "lora").returncode == 0
+    text = (place / "lora/README.md").read_text(encoding="utf-8")
+    assert "from transformers" not in text
+    assert "base = ...  # the module that the base's file" in text
+
+
+def test_a_lora_whose_file_proves_no_base_is_noted_where_it_names_another(specbasis: Run, tmp_path: Path) -> None:
+    adapter(tmp_path, "lora")
+    config = tmp_path / "adapter/adapter_config.json"
+    for named, is_noted in (("org/other", True), ("org/base", False), (str(tmp_path / "base"), False), ("", False)):
+        stated = {**json.loads(config.read_text()), "base_model_name_or_path": named}
+        config.write_text(json.dumps(stated))
+        words = ["compare", tmp_path / "base", tmp_path / "adapter", "--quick", "--no-report", "--out"]
+        done = specbasis(*words, tmp_path / f"out-{named.replace('/', '-')[-8:]}")
+        assert done.returncode == 0, done.stderr
+        assert ("adapter names org/other as its base" in " ".join((done.stdout + done.stderr).split())) is is_noted
 
 
 @pytest.mark.parametrize("verb", ["merge", "edit", "compare"])

@@ -457,6 +457,13 @@ BAD = {
 
 
 @pytest.mark.usefixtures("unchecked")
+def test_an_array_of_another_library_is_refused_in_one_line():
+    for call in (lambda W: decompose(W, name="query"), lambda W: low_rank_svd(W, torch.eye(3), name="query")):
+        with pytest.raises(InputError, match=r"^query: got ndarray; want a torch tensor, as torch.as_tensor makes"):
+            call(np.eye(3))
+
+
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(("W", "got"), BAD.values(), ids=BAD)
 def test_what_is_no_matrix_is_refused_in_one_line(W, got):
     with pytest.raises(InputError, match=rf"^block\.3\.query: got .*{got}.*; want a floating-point matrix") as e:

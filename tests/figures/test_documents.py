@@ -19,7 +19,6 @@ from specbasis.comparison.check import CHECKS, THRESHOLDS
 from specbasis.comparison.comparison import Comparison
 from specbasis.core.text import markdown
 from specbasis.figures.documents import DOCUMENTS, MOST_LOCATIONS, _fenced
-from specbasis.figures.summary import headline
 from tests.pico import bert_state, finetuned
 
 from .conftest import CASES
@@ -219,25 +218,25 @@ def test_a_command_ends_no_block_of_code(name: str) -> None:
 
 def test_a_headline_says_what_a_pair_is_and_how_far_it_moved(comparisons: Comparisons) -> None:
     two = comparisons("two_pairs")
-    assert headline(two, "gentle").startswith("Gentle finetune of this base. ")
-    assert "32 of 32 matrices moved by 0.98%; leading directions kept" in headline(two, "gentle")
+    assert two.headlines["gentle"].startswith("Gentle finetune of this base. ")
+    assert "32 of 32 matrices moved by 0.98%; leading directions kept" in two.headlines["gentle"]
     same = comparisons("identical")
-    assert headline(same, "same") == "The same weights as this base. No problems found."
+    assert same.headlines["same"] == "The same weights as this base. No problems found."
     base = bert_state(width=48)
     frozen = specbasis.compare(base, finetuned(base, 0.3, frozen="layer.0"), workers=1)
-    assert "8 of 14 matrices moved by 30%" in headline(frozen, "state_dict")
+    assert "8 of 14 matrices moved by 30%" in frozen.headlines["state_dict"]
     other = specbasis.compare(base, bert_state(width=48, seed=9), workers=1)
-    assert headline(other, "state_dict") == (
+    assert other.headlines["state_dict"] == (
         "No finetune of this base: the weights do not correspond. 1 problem: wrong-base."
     )
     quick = specbasis.compare(base, finetuned(base, 0.1), quick=True, measures=["alignment*"], workers=1)
-    assert "No problems found among what was measured." in headline(quick, "state_dict")
+    assert "No problems found among what was measured." in quick.headlines["state_dict"]
 
 
 def test_page_and_markdown_have_the_headline(comparisons: Comparisons, pages: Callable[[str], Any]) -> None:
     comparison, page = comparisons("two_pairs"), pages("two_pairs").read_text(encoding="utf-8")
     for label in comparison.pairs:
-        said = headline(comparison, label)
+        said = comparison.headlines[label]
         assert f'<p class="headline">{html.escape(said)}</p>' in page
         assert f"**{markdown(said)}**" in document(comparison, "markdown")
         assert document(comparison, "json")["pairs"][label]["headline"] == said

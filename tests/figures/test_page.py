@@ -18,6 +18,7 @@ from specbasis.comparison.comparison import Comparison
 from specbasis.figures.data import read_pairs
 from specbasis.figures.page import _coarse, _floats, _ints, _json, render
 from specbasis.figures.summary import summary_table
+from specbasis.treatment.advice import next_steps
 
 from .conftest import CASES, HOSTILE, page_data
 
@@ -44,6 +45,17 @@ def test_what_was_left_out_and_what_failed_is_told(
     assert "every parameter was compared" in pages("single_small").read_text(encoding="utf-8")
     hostile = pages("hostile").read_text(encoding="utf-8")
     assert f"<code>{html.escape(f'only {HOSTILE}', quote=False).replace(chr(39), '&#39;')}</code>" in hostile
+
+
+def test_what_can_be_done_next_is_on_the_page(
+    comparisons: Callable[[str], Comparison], pages: Callable[[str], Path]
+) -> None:
+    comparison = comparisons("two")
+    page = pages("two").read_text(encoding="utf-8")
+    for label in comparison.pairs:
+        for step in next_steps(comparison, label):
+            assert f"<code>{html.escape(step.command)}</code>" in page
+    assert any(next_steps(comparison, label) for label in comparison.pairs)
 
 
 def test_the_manifest_is_there(comparisons: Callable[[str], Comparison], pages: Callable[[str], Path]) -> None:

@@ -224,6 +224,7 @@ def test_what_trying_again_does_not_mend_is_not_advised(models, tmp_path) -> Non
         return str(refused.value)
 
     assert refusal().endswith("want a finetune with its own")
+    assert not (tmp_path / "out").exists()
     Failing.error = TimeoutError("the Hub does not answer")
     assert refusal().endswith("TimeoutError: the Hub does not answer; the same command tries it again")
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from specbasis.checkpoint.adapter_file import CONFIG, adapter_folder, named_base
 from specbasis.checkpoint.card import digest_line, front_matter, hub_name, marked, write_section
 from specbasis.checkpoint.entry import Entry
+from specbasis.checkpoint.formats import endings
 from specbasis.checkpoint.formats.safetensors import base_sha256
 from specbasis.core.errors import InputError
 from specbasis.core.text import markdown, number_of
@@ -93,15 +94,15 @@ def loading(config: Mapping[str, Any], labels: int | None) -> str:
     """The code by which PEFT loads an adapter on its base."""
     model_class = MODEL_CLASSES.get(str(config.get("task_type")), "AutoModel")
     given = f", num_labels={labels}" if labels else ""
+    name = _base(config)
+    source = "" if name else "  # BASE: where the base above is"
+    own = [f"from transformers import {model_class}"]
+    base = f'base = {model_class}.from_pretrained("{name or "BASE"}"{given}){source}'
+    if not name and Path(str(config.get("base_model_name_or_path"))).suffix in endings():
+        own, base = [], "base = ...  # the module that the base's file, named above, holds the weights of"
     method = ["import specbasis.adapter  # the method"] if _kind(config) == "SPECTRAL" else []
-    lines = [
-        "from peft import PeftModel",
-        f"from transformers import {model_class}",
-        *method,
-        "",
-        f'base = {model_class}.from_pretrained("{_base(config) or "BASE"}"{given})',
-        'model = PeftModel.from_pretrained(base, "FOLDER")',
-    ]
+    last = 'model = PeftModel.from_pretrained(base, "FOLDER")  # FOLDER: that of this adapter'
+    lines = ["from peft import PeftModel", *own, *method, "", base, last]
     return "\n".join(["```python", *lines, "```", ""])
 
 

@@ -233,6 +233,15 @@ def _base_at_hand(adapter: AdapterFolder) -> Checkpoint | None:
     return None
 
 
+def kept_shares(folder: str | Path, rank: int) -> dict[str, float]:
+    """What `export_lora` keeps of each layer's squared update at a rank: Σ_{i<rank} σ_i² / Σ σ_i² of its core.
+
+    1 where the update is zero. Raises InputError as `read_folder` does.
+    """
+    squares = {layer.module: decompose(layer.core).S.square() for layer in read_folder(folder).layers}
+    return {module: float(S[:rank].sum() / S.sum()) if S.sum() else 1.0 for module, S in squares.items()}
+
+
 def _lora_factors(U: Tensor, C: Tensor, Vh: Tensor, rank: int | None, whole: bool) -> tuple[Tensor, Tensor]:
     coupled = torch.ones_like(C, dtype=torch.bool) if whole else C != 0
     left, right = coupled.any(1), coupled.any(0)

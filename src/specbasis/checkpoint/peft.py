@@ -27,7 +27,7 @@ from torch import Tensor
 
 from specbasis.checkpoint.adapter_file import CONFIG, AdapterFile, read_adapter
 from specbasis.checkpoint.choice import read_config
-from specbasis.checkpoint.entry import Checkpoint, Entry
+from specbasis.checkpoint.entry import Checkpoint, Entry, shown
 from specbasis.checkpoint.formats.safetensors import base_sha256
 from specbasis.checkpoint.live_names import adapted_class, live_names, without_memory
 from specbasis.checkpoint.names import alignments
@@ -88,6 +88,7 @@ def open_adapter(place: Place, base: Checkpoint) -> Checkpoint:
     matcher = Matcher(f"{place.source}: {CONFIG}")
     for name, module in adapted.items():
         entries[name] = _Update(module, modules[module], file, entries[name], in_out, matcher).entry()
+    made_from = next((base_sha256(path) for path in file.files if path.suffix == ".safetensors"), "")
     return replace(
         base,
         source=file.source,
@@ -97,12 +98,22 @@ def open_adapter(place: Place, base: Checkpoint) -> Checkpoint:
         digests=file.digests,
         revision=file.revision,
         under=base,
-        made_from=next((base_sha256(path) for path in file.files if path.suffix == ".safetensors"), ""),
+        made_from=made_from,
         notes=(
             f"{_KINDS[file.kind]} adapter on {base.source}: {len(modules)} modules adapted, "
             f"{len(file.saved)} tensors replaced",
+            *([] if made_from or file.kind == "SPECTRAL" else _other_base(file.config, base.source)),
         ),
     )
+
+
+def _other_base(config: Mapping[str, Any], source: str) -> list[str]:
+    """A note where an adapter whose file proves no base names one that is called otherwise than this."""
+    named = str(config.get("base_model_name_or_path") or "")
+    last, own = (re.split(r"[/:\\]", text.partition("@")[0].rstrip("/"))[-1].lower() for text in (named, source))
+    if not named or last == own or named.replace("/", "--") in source:  # as the Hub's cache calls its folders
+        return []
+    return [f"the adapter names {shown(named)} as its base; whether these are the same weights it does not say"]
 
 
 def _tuned_config(config: Mapping[str, Any], file: AdapterFile) -> Mapping[str, Any]:

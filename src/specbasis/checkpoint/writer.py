@@ -15,6 +15,7 @@ from torch import Tensor
 
 from specbasis.checkpoint.atomic import clear_beside, whole, writing
 from specbasis.checkpoint.entry import Checkpoint, Entry
+from specbasis.checkpoint.formats import endings
 from specbasis.checkpoint.regular import read_json
 from specbasis.core.dtypes import FORMATS, Format, name_of
 from specbasis.core.errors import InputError
@@ -81,8 +82,10 @@ def _copy_beside(checkpoint: Checkpoint, folder: Path) -> None:
     model = checkpoint.under or checkpoint
     if model.files:
         place = model.files[0].parent
+        others = {f.stem for f in place.iterdir() if f.suffix in endings()} - {f.stem for f in model.files}
         for file in sorted(place.iterdir()):
-            if file.suffix in BESIDE and file.is_file() and not file.name.endswith(".index.json"):
+            is_beside = file.suffix in BESIDE and file.is_file() and not file.name.endswith(".index.json")
+            if is_beside and file.stem not in others:  # what is called as another model's weights is of that model
                 shutil.copyfile(file, folder / file.name)
         copy_modules(place, folder)
     if checkpoint.config and (checkpoint.under or not (folder / "config.json").exists()):

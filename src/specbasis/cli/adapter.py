@@ -66,3 +66,7 @@ def adapter_export_lora(
     from specbasis.adapter import folder as folders
 
     line(f"exported: {folders.export_lora(folder, out, base, rank)}")
+    if rank is not None:
+        kept = folders.kept_shares(folder, rank)
+        least = min(kept, key=kept.__getitem__)
+        line(f"at rank {rank} each layer keeps {kept[least]:.1%} of its squared update or more (least: {least})")

@@ -91,10 +91,21 @@ def compare(
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="a folder that compare wrote")], output: Output
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="a folder that compare, extract, repair or merge wrote")
+    ],
+    output: Output,
 ) -> None:
-    """Print tables and findings of a comparison again, and rebuild its page and figures from the rows alone."""
-    _tell(specbasis.load(folder), output, page=output.format == "text", figures=True)
+    """Print what was found again, and rebuild the page and figures from the rows, or the record, alone."""
+    try:
+        comparison = specbasis.load(folder)
+    except InputError:
+        from specbasis.cli.treatment import report as report_treated
+
+        if not report_treated(folder, output.format, output.fail_on):
+            raise
+    else:
+        _tell(comparison, output, page=output.format == "text", figures=True)
 
 
 def inspect(model: MODEL, base: ADAPTED = "", stream: STREAM = False) -> None:

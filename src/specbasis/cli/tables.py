@@ -18,7 +18,7 @@ from specbasis.comparison.population import Population
 from specbasis.core.grammar import human_bytes
 from specbasis.core.text import named_parts, number_of
 from specbasis.figures.strip import layers
-from specbasis.figures.summary import SEVERITIES, by_reason, headline, no_problems, over_all_ranks, summary_table
+from specbasis.figures.summary import SEVERITIES, by_reason, no_problems, over_all_ranks, summary_table
 from specbasis.figures.table import Column, Table, number
 from specbasis.jobs.cost import rates
 from specbasis.jobs.experiments import Row
@@ -29,7 +29,7 @@ def print_comparison(comparison: Comparison) -> None:
     for pair in comparison.pairs:
         about = comparison.manifest["pairs"][pair]
         name = f"{pair}: " if len(comparison.pairs) > 1 else ""
-        line(name + headline(comparison, pair), style="bold")
+        line(name + comparison.headlines[pair], style="bold")
         if (strip := layers(comparison.facts[pair], STDOUT.width)) is not None:
             STDOUT.print(strip, soft_wrap=True)
         line("")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -67,7 +68,7 @@ def extract(
     if json:
         document({"folder": str(extraction.folder), **extraction.record})
     else:
-        _tell(extraction)
+        show(extraction)
         line(f"written: {extraction.folder}")
     if strict and extraction.record["left_out"]:
         first = extraction.record["left_out"][0]
@@ -75,15 +76,14 @@ def extract(
         raise typer.Exit(2)
 
 
-def _tell(treated: Treated, columns: str = "") -> None:
+def show(treated: Treated) -> None:
     """The tables, what they come to, what is not in them, and the page."""
-    from specbasis.figures.treatment import tables, view
+    from specbasis.figures.treatment import legend, tables, view
 
     shown = tables(treated)
     for table in shown:
         STDOUT.print(table.terminal())
-    titled = [column for table in shown for column in table.columns if column.title and not column.words]
-    if columns := columns or "; ".join(f"{column.name}, {column.title}" for column in titled):
+    if columns := legend(shown):
         line(f"columns: {columns}", style="italic dim")
     left_out = treated.record.get("left_out", [])
     for text in [*view(treated).sentences(treated), *treated.record.get("notes", [])]:
@@ -97,6 +97,26 @@ def _tell(treated: Treated, columns: str = "") -> None:
             line(f"page: {treated.report()}")
         except MissingExtra as error:
             note(f"no page: {error}", console=STDERR)
+
+
+def report(folder: Path, form: str, fail_on: Sequence[str]) -> bool:
+    """Show again what a treatment wrote to a folder; False of a folder of another kind.
+
+    Raises:
+        InputError: its record is not what was written, or what is asked for is of comparisons alone.
+    """
+    from specbasis.figures.treatment import opened
+
+    if (treated := opened(folder)) is None:
+        return False
+    if form not in ("text", "json") or fail_on:
+        asked = f"--fail-on {','.join(fail_on)}" if fail_on else f"--format {form}"
+        raise InputError(f"{folder}: {asked} is of comparisons; want none of it, or a folder that compare wrote")
+    if form == "json":
+        document({"folder": str(folder), **treated.record})
+    else:
+        show(treated)
+    return True
 
 
 def forgetting(
@@ -122,10 +142,12 @@ def forgetting(
     if json:
         document(result.record)
     else:
-        _tell(result, "change, finetune − base, with its 95 % interval; p, of no change (paired randomisation)")
+        show(result)
     if tolerance is not None and result.exceeds(tolerance):
         line(f"forgotten beyond --tolerance {tolerance:g}", console=STDERR, style="red")
         raise typer.Exit(1)
+    if tolerance is not None:
+        line(f"--tolerance {tolerance:g}: {result.within(tolerance)}", console=STDERR)
 
 
 def repair(
@@ -147,7 +169,7 @@ def repair(
     with progress() as tell:
         kept, forgotten = (named(text, base, **examples.judging) for text in (keep, recover))
         done = run(base, tuned, kept, forgotten, out, options, progress=tell)
-    _tell(done)
+    show(done)
     line(f"repaired model: {done.model}" if done.model else f"rows: {done.folder}")
 
 
@@ -183,5 +205,5 @@ def merge(
     if json:
         document({"folder": merging.folder and str(merging.folder), **merging.record})
         return
-    _tell(merging)
+    show(merging)
     line(f"model: {merging.folder}" if merging.folder else "nothing is written; without --dry-run it is")

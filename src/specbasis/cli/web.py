@@ -81,7 +81,7 @@ def interface(reach: Reach, base: str = "", tuned: str = "", folder: str = "") -
     """The app as gradio's Blocks: a form for two models, one for a results folder, and below what was found."""
     gr = require("gradio", purpose="the app needs")
     from specbasis.figures import write_report
-    from specbasis.figures.summary import headline, summary_html
+    from specbasis.figures.summary import summary_html
 
     def shown(make: Callable[[], Comparison]) -> Iterator[Any]:
         """Headline and table, the page in a frame that reaches nothing around it, and its file to download."""
@@ -89,7 +89,7 @@ def interface(reach: Reach, base: str = "", tuned: str = "", folder: str = "") -
             with TemporaryDirectory(prefix="specbasis-") as folder:
                 comparison = make()
                 page = write_report(comparison, Path(folder) / "report.html", figures=False)
-                heads = "".join(f"<h3>{escape(headline(comparison, label))}</h3>" for label in comparison.pairs)
+                heads = "".join(f"<h3>{escape(comparison.headlines[label])}</h3>" for label in comparison.pairs)
                 frame = f'<iframe {FRAME} srcdoc="{escape(page.read_text(encoding="utf-8"))}"></iframe>'
                 yield heads + summary_html(comparison) + frame, gr.DownloadButton(value=str(page), visible=True)
         except Exception as error:  # a visitor reads one line, whatever it was

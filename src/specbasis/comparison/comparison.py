@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from specbasis.comparison.check import Finding, thresholds
 from specbasis.comparison.facts import Facts, by_pair
 from specbasis.comparison.findings import find
+from specbasis.comparison.headline import headline
 from specbasis.comparison.summary import RoleSummary, own_means, summarise
 from specbasis.comparison.verdict import Verdict, judge
 from specbasis.core.brief import WIDTH, clipped
@@ -69,6 +70,12 @@ class Comparison(Kept):
     def findings(self) -> dict[str, list[Finding]]:
         """For each pair: what a user of it should know, problems first; see `specbasis.comparison.findings`."""
         return {label: find(facts, self.verdicts[label]) for label, facts in self.facts.items()}
+
+    @cached_property
+    def headlines(self) -> dict[str, str]:
+        """For each pair: what it is, how far it moved, and whether anything is wrong, in one line."""
+        facts = self.facts.items()
+        return {label: headline(of, self.verdicts[label], self.findings[label]) for label, of in facts}
 
     @cached_property
     def own(self) -> dict[str, list[dict[str, Any]]]:

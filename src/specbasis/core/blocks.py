@@ -33,8 +33,15 @@ def device_named(name: str, dtype: torch.dtype = torch.float64) -> torch.device:
     return device
 
 
+def want_tensors(name: str, *operands: object) -> None:
+    """Refuse arrays of other libraries."""
+    for kind in (type(X).__name__ for X in operands if not isinstance(X, Tensor)):
+        raise InputError(f"{name}: got {kind}; want a torch tensor, as torch.as_tensor makes it")
+
+
 def short_side(W: Tensor, name: str) -> int:
     """Length of the short side of a matrix; refuses what is none."""
+    want_tensors(name, W)
     if W.ndim != 2 or W.numel() == 0 or not W.is_floating_point():
         raise InputError(
             f"{name}: got {W.dtype} of shape {tuple(W.shape)}; want a floating-point matrix (out, in) with entries"

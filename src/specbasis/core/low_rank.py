@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from specbasis.core.blocks import EPS
+from specbasis.core.blocks import EPS, want_tensors
 from specbasis.core.errors import InputError, NonFiniteError
 from specbasis.core.residuals import gaps
 from specbasis.core.svd import SVD, decompose, signs
@@ -25,6 +25,7 @@ def low_rank_svd(B: Float[Tensor, "out r"], A: Float[Tensor, "r in"], *, name: s
         InputError: the inner sizes differ, or an operand is not a floating matrix with entries.
         NonFiniteError: an operand holds NaN or Inf.
     """
+    want_tensors(name, B, A)
     if B.ndim != 2 or A.ndim != 2 or B.shape[1] != A.shape[0] or not B.numel() or not A.numel():
         raise InputError(f"{name}: got shapes {tuple(B.shape)} and {tuple(A.shape)}; want (out, r) and (r, in)")
     if not (B.is_floating_point() and A.is_floating_point()):

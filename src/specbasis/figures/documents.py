@@ -18,9 +18,11 @@ from specbasis.comparison.comparison import Comparison
 from specbasis.comparison.verdict import LEVEL, POWER
 from specbasis.core.errors import InputError, want
 from specbasis.core.text import markdown as escaped, number_of, printable
-from specbasis.figures.summary import evidence, headline, no_problems, over_all_ranks, summary_table
+from specbasis.figures.summary import evidence, no_problems, over_all_ranks, summary_table
 from specbasis.figures.table import number
+from specbasis.figures.treatment import legend, view
 from specbasis.treatment.advice import next_steps
+from specbasis.treatment.treated import Treated
 
 LEVELS = {"problem": "error", "note": "note"}
 """Severity → level of SARIF."""
@@ -38,7 +40,7 @@ def json(comparison: Comparison, given: Sequence[str], fail_on: Sequence[str]) -
     """`Comparison.summary`, with each pair's headline and next steps, and what fails."""
     content = {"specbasis": __version__} | comparison.summary()
     for label, pair in content["pairs"].items():
-        pair["headline"] = headline(comparison, label)
+        pair["headline"] = comparison.headlines[label]
         pair["next_steps"] = [step._asdict() for step in next_steps(comparison, label, given)]
     hits = [{"pair": label, "kind": finding.kind} for label, finding in failing(comparison, fail_on)]
     return content | {"fail_on": list(fail_on), "failing": hits}
@@ -54,7 +56,7 @@ def markdown(comparison: Comparison, given: Sequence[str], fail_on: Sequence[str
     parts = [f"## specbasis: what changed since {escaped(comparison.manifest['base']['source'])}"]
     parts += [gate] if fail_on else []
     for label in comparison.pairs:
-        parts += [f"### {escaped(label)}", f"**{escaped(headline(comparison, label))}**"]
+        parts += [f"### {escaped(label)}", f"**{escaped(comparison.headlines[label])}**"]
         parts += _pair_markdown(comparison, label, given)
     lost = [failure for failure in comparison.failed if failure["pair"] not in comparison.pairs]
     parts += ["\n".join(f"- **failed**: {escaped(failure['error'])}" for failure in lost[:10])] if lost else []
@@ -137,6 +139,42 @@ def _fields(comparison: Comparison, label: str) -> dict[str, Any]:
     return {"base_model": name, "base_model_relation": relation, "tags": ["specbasis"]}
 
 
+def write_treated_card(treated: Treated, readme: Path, **fields: str) -> list[str]:
+    """Write how a model was extracted, repaired or merged into its card; see `checkpoint.card.write_section`.
+
+    Args:
+        treated: what a treatment made.
+        readme: the card.
+        **fields: of the front matter, in the place of what follows from the record.
+
+    Raises:
+        InputError: the card cannot be written.
+    """
+    record, verb = treated.record, view(treated).verb
+    weights = record.get("weights", [])  # records of earlier versions lack them
+    bases = weights if verb == "merge" else weights[:1]
+    names = [hub_name(of["source"]) for of in bases if "revision" in of]
+    known = {
+        "base_model": names if len(names) == len(bases) > 1 else names[0] if names else "",
+        "base_model_relation": "merge" if verb == "merge" else "finetune",
+        "tags": ["specbasis", verb],
+    }
+    lines = [digest_line(f"{of['name']}: {escaped(of['source'])}", of["sha256"]) for of in weights]
+    shown, said = view(treated).tables(treated), view(treated).sentences(treated)
+    options = [f"{name} {value}" for name, value in record.get("options", {}).items() if value not in (None, "")]
+    parts = [
+        "## How this model was made",
+        *(f"{text[:1].upper()}{escaped(text[1:])}".removesuffix(".") + "." for text in said),
+        "\n".join(lines),
+        f"Options: {escaped(', '.join(options))}." if options else "",
+        *(table.markdown().strip() for table in shown),
+        escaped(legend(shown)),
+        f"Made by `specbasis {verb}` {record.get('versions', {}).get('specbasis', __version__)}.",
+    ]
+    section_text = "\n\n".join(filter(None, parts))
+    return write_section(readme, verb, section_text, known | fields, escaped(readme.resolve().parent.name))
+
+
 def section(comparison: Comparison, label: str) -> str:
     """The section of a card: headline, verdict, digests, table by role, findings and versions."""
     manifest, lines = comparison.manifest, comparison.summaries[label]
@@ -145,7 +183,7 @@ def section(comparison: Comparison, label: str) -> str:
     notes = [f"- {escaped(sentence)}" for sentence in (over_all_ranks(lines[-1]), *about["notes"]) if sentence]
     parts = [
         "## What finetuning changed",
-        f"**{escaped(headline(comparison, label))}**",
+        f"**{escaped(comparison.headlines[label])}**",
         escaped(comparison.verdicts[label].sentence),
         "\n".join(digest_line(f"{name}: {escaped(s['source'])}", s["sha256"]) for name, s in sources.items()),
         summary_table(lines).markdown().strip(),
@@ -182,7 +220,7 @@ def sarif(comparison: Comparison, given: Sequence[str], fail_on: Sequence[str]) 
             for label, findings in comparison.findings.items()
             for finding in findings
         ],
-        "properties": {"headlines": {label: headline(comparison, label) for label in comparison.pairs}},
+        "properties": {"headlines": {label: comparison.headlines[label] for label in comparison.pairs}},
     }
     return {"$schema": "https://json.schemastore.org/sarif-2.1.0.json", "version": "2.1.0", "runs": [run]}
 
@@ -266,7 +304,7 @@ def _fill(
     suite: ET.Element, comparison: Comparison, label: str, failures: list[str], fail_on: Sequence[str]
 ) -> None:
     about = {"base": comparison.manifest["base"]["source"], "thresholds": THRESHOLDS, "specbasis": __version__}
-    about |= {"headline": headline(comparison, label)} if label in comparison.pairs else {}
+    about |= {"headline": comparison.headlines[label]} if label in comparison.pairs else {}
     properties = ET.SubElement(suite, "properties")
     for name, value in about.items():
         ET.SubElement(properties, "property", name=name, value=printable(value))

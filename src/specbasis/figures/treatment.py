@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from math import hypot, nan, prod
 from pathlib import Path
@@ -45,9 +46,25 @@ def view(treated: Treated) -> View:
     return VIEWS[type(treated)]
 
 
+def opened(folder: Path) -> Treated | None:
+    """What an earlier treatment wrote to a folder; None of any other.
+
+    Raises:
+        InputError: its record is not what was written.
+    """
+    kinds = (kind for kind in VIEWS if kind.RECORD and (folder / kind.RECORD).is_file())
+    return next((kind.load(folder) for kind in kinds), None)
+
+
 def tables(treated: Treated) -> tuple[Table, ...]:
     """Its tables: of all that there is, and the scores where a task judged it."""
     return view(treated).tables(treated)
+
+
+def legend(shown: Iterable[Table]) -> str:
+    """What the headings of numbers stand for, in one line."""
+    columns = {c.name: c.title for table in shown for c in table.columns if c.title and not c.words}
+    return "; ".join(f"{name}, {title}" for name, title in columns.items())
 
 
 def write_page(treated: Treated, path: Path) -> Path:
@@ -119,7 +136,16 @@ def _extraction_tables(extraction: Extraction) -> tuple[Table, ...]:
 
 
 def _metrics_table(scores: Mapping[str, Mapping[str, Any]]) -> Table:
-    return Table.of([{"metric": metric, **values} for metric, values in scores.items()], ".4f")
+    table = Table.of([{"metric": metric, **values} for metric, values in scores.items()], ".4f")
+    names = [column.name for column in table.columns]
+    *_, before, after = (name for name in names if name in ("base", "tuned", "treated"))
+    titles = {
+        "change": f"{after} − {before}, from change_low to change_high with 95 % confidence",
+        "p": "of no change (paired randomisation)",
+        "examples": "that both were judged on",
+    }
+    columns = (replace(column, title=titles.get(column.name, "")) for column in table.columns)
+    return replace(table, columns=tuple(columns))
 
 
 def _by_role(

@@ -29,7 +29,7 @@ from specbasis.treatment.heal import heal as healed
 from specbasis.treatment.judged import Scores, compared, judge_pair, score
 from specbasis.treatment.low_rank import LowRank
 from specbasis.treatment.options import ExtractOptions
-from specbasis.treatment.treated import Treated, written_record
+from specbasis.treatment.treated import Treated, weights_of, written_record
 from specbasis.treatment.updates import Update, differing, share
 
 
@@ -148,6 +148,7 @@ def _record(form: Form, folder: Path) -> dict[str, Any]:
     return {
         "base": shareable(form.base.source),
         "tuned": shareable(tuned.source),
+        "weights": weights_of({"base": form.base, "tuned": tuned}),
         "options": form.options.config(),
         "matrices": form.lines,
         "carried": [{"name": c.name, "share_of_update": share(_squares(c), total)} for c in others],

@@ -40,6 +40,17 @@ class Forgetting(Treated):
         """Whether it is worse by more than this by the whole interval, and worse at all by the test."""
         return bool(self.record.get("worse_low", float("-inf")) > tolerance and _is_tested(self.record))
 
+    def within(self, tolerance: float) -> str:
+        """Why `exceeds` does not hold: what is excluded, or what nobody can tell."""
+        if "worse" not in self.record:
+            return "passes, untested: the metric is no mean over single examples, so there is no interval"
+        least, most = self.record["worse_low"], self.record["worse_high"]
+        if most <= tolerance:
+            return f"passes: worse by more than {_signed(max(most, 0.0)).lstrip('+')} is excluded"
+        if least <= tolerance:
+            return f"passes, undecided: it may be worse by {_signed(most).lstrip('+')}; more examples would tell"
+        return "passes, undecided: too few examples to tell"
+
     def __repr__(self) -> str:
         return self.sentence
 
@@ -81,7 +92,7 @@ def forgetting(
     models = {"base": pretrained, "tuned": in_base(pretrained, finetuned, changes)}
     sources = (pretrained.source, finetuned.source)
     scores = {name: score(model, evaluator, sources) for name, model in models.items()}
-    refuse_chance(scores["base"][evaluator.metric], evaluator.metric)
+    refuse_chance(scores["base"][evaluator.metric], evaluator)
     lines = compared(scores, resamples=resamples, seed=seed)
     # A perplexity is the exponential of a loss, whose changes are the same whatever its size.
     metric = "loss" if evaluator.metric == "perplexity" else evaluator.metric

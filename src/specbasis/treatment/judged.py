@@ -13,6 +13,7 @@ from typing import Any
 from specbasis.checkpoint import Checkpoint, Entry
 from specbasis.checkpoint.writer import write_model
 from specbasis.core.errors import InputError, NonFiniteError
+from specbasis.core.text import number_of
 from specbasis.interventions.evaluators.kit import Judge
 from specbasis.interventions.samples import Sample, as_samples, summarise
 from specbasis.interventions.whole import add_tokenizer
@@ -112,7 +113,7 @@ def score(model: Checkpoint, judge: Judge, tokenizers: Iterable[str]) -> Scores:
             raise InputError(str(error).replace(str(place), model.source)) from error
 
 
-def refuse_chance(base: Sample | float, metric: str) -> None:
+def refuse_chance(base: Sample | float, judge: Judge) -> None:
     """Refuse to ask what was forgotten where the base knows nothing, as far as the metric has a chance level.
 
     Raises:
@@ -120,13 +121,17 @@ def refuse_chance(base: Sample | float, metric: str) -> None:
     """
     if not isinstance(base, Sample) or base.chance is None:
         return
+    metric = judge.metric
     known = summarise({metric: base}, {metric: base})
     low, high = known[f"{metric}.low"], known[f"{metric}.high"]
     if (low <= base.chance) if base.higher_is_better else (high >= base.chance):
-        value = f"{base.value:.2f} [{low:.2f}, {high:.2f}]"
+        settings = vars(judge) if hasattr(judge, "__dict__") else {}
+        place = str(settings.get("source") or settings.get("path") or "the task")
+        more = ", or more examples (--limit)" if settings.get("limit") else ""
         raise InputError(
-            f"the base's {metric} on these examples, {value}, is no better than chance ({base.chance:.2f}): there "
-            "is nothing in them to forget; want a task, or texts such as whole paragraphs, that the base knows"
+            f"{place}: the base's {metric} on {number_of(len(base.values), 'example')} of it, {base.value:.2f} "
+            f"[{low:.2f}, {high:.2f}], is no better than chance ({base.chance:.2f}): there is nothing in them to "
+            f"forget; want a task, or texts such as whole paragraphs, that the base knows{more}"
         )
 
 

@@ -29,7 +29,7 @@ from specbasis.treatment.finetunes import MERGED, Finetunes, Source
 from specbasis.treatment.judged import judge_merged
 from specbasis.treatment.methods import Delta, merged
 from specbasis.treatment.options import MergeOptions
-from specbasis.treatment.treated import Treated, written_record
+from specbasis.treatment.treated import Treated, weights_of, written_record
 
 
 @brief
@@ -138,6 +138,7 @@ def _about(finetunes: Finetunes, options: MergeOptions) -> dict[str, Any]:
     return {
         "base": shareable(finetunes.base.source),
         "tuned": {label: shareable(checkpoint.source) for label, checkpoint in finetunes.tuned.items()},
+        "weights": weights_of({"base": finetunes.base, **finetunes.tuned}),
         "options": options.config(),
         "left_out": list(finetunes.left_out),
     }

@@ -29,7 +29,7 @@ from specbasis.jobs.progress import Report
 from specbasis.treatment.judged import decides, refuse_chance, score
 from specbasis.treatment.options import RepairOptions
 from specbasis.treatment.points import INTERPOLATION, Ways, grid
-from specbasis.treatment.treated import Treated, written_record
+from specbasis.treatment.treated import Treated, weights_of, written_record
 
 MODEL = "model"
 """In the folder of the rows: the repaired model."""
@@ -133,6 +133,8 @@ def repair(
         progress=progress,
     )
     with locked(out, beside=True):
+        if not out.exists():
+            bench.try_ends()
         ends: list[dict[str, Any]] = [{"way": "tuned"}, {"way": "base"}]
         rows = run(ends)
         if _anything_forgotten(rows):
@@ -140,6 +142,7 @@ def repair(
         record = {
             "base": shareable(pretrained.source),
             "tuned": shareable(finetuned.source),
+            "weights": weights_of({"base": pretrained, "tuned": finetuned}),
             **conclude(rows, chosen.tolerance / 100),
         }
         point = record["chosen"]
@@ -159,6 +162,20 @@ class _Bench:
     def __init__(self, ways: Ways, keep: Judge, recover: Judge, resamples: int) -> None:
         self.ways, self.keep, self.recover, self.resamples = ways, keep, recover, resamples
         self.end = cache(self._end)
+
+    def try_ends(self) -> None:
+        """Judge base and finetune, so that an input that is wrong leaves no folder; what may pass is left to `run`.
+
+        Raises:
+            InputError: one of them cannot be judged.
+        """
+        try:
+            for way in ENDS:
+                self.end(way)
+        except InputError:
+            raise
+        except Exception:  # whatever an evaluator raises: the rows keep it
+            return
 
     def run(self, point: dict[str, Any]) -> dict[str, Any]:
         """The values of one row."""
@@ -187,7 +204,7 @@ class _Bench:
                     f"{evaluator.metric}: the evaluator gives one number; want scores of single examples"
                 )
             if is_base and evaluator is self.recover:
-                refuse_chance(sample, evaluator.metric)
+                refuse_chance(sample, evaluator)
             scores.append(sample if sample.higher_is_better else _negative(sample))
             sources.reverse()
         return scores[0], scores[1]

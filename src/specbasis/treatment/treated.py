@@ -8,10 +8,12 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from specbasis.checkpoint import Checkpoint
 from specbasis.checkpoint.digest import proven, sealed
 from specbasis.checkpoint.regular import read_json
 from specbasis.core.errors import InputError
 from specbasis.jobs.folder import plain, write_json
+from specbasis.jobs.provenance import provenances
 
 if TYPE_CHECKING:
     from specbasis.figures.table import Table
@@ -83,6 +85,13 @@ class Treated:
         shown = view(self)
         words = [f"<p>{escape(text)}</p>" for text in shown.sentences(self) if text]
         return "".join([*words, *(table.html(inline=True) for table in shown.tables(self))])
+
+
+def weights_of(models: Mapping[str, Checkpoint]) -> list[dict[str, Any]]:
+    """What a record says of the weights that it rests on: name, source, sha256, and a repository's revision."""
+    found = zip(models, provenances(models.values(), ()), strict=True)
+    known = ("source", "sha256", "revision")
+    return [{"name": name, **{key: of[key] for key in known if key in of}} for name, of in found]
 
 
 def written_record(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:

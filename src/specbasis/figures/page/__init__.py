@@ -24,13 +24,13 @@ from specbasis.figures.summary import (
     VERDICTS,
     by_reason,
     evidence,
-    headline,
     no_problems,
     over_all_ranks,
     summary_table,
 )
 from specbasis.figures.table import Column, Table
 from specbasis.measures.table import registered
+from specbasis.treatment.advice import next_steps
 
 MOST_RANKS = 256
 """Ranks kept of each matrix, at most; the others are thinned out."""
@@ -116,12 +116,13 @@ def _about(label: str, comparison: Comparison) -> dict[str, Any]:
     about, summaries = comparison.manifest["pairs"][label], comparison.summaries[label]
     return {
         "label": label,
-        "headline": headline(comparison, label),
+        "headline": comparison.headlines[label],
         "verdict": comparison.verdicts[label],
         "no_problems": no_problems(comparison.facts[label]),
         "findings": [{"finding": finding, "evidence": evidence(finding)} for finding in comparison.findings[label]],
         "summary": summaries[-1],
         "table": Markup(summary_table(summaries).html()),
+        "next_steps": next_steps(comparison, label),
         "over_all_ranks": over_all_ranks(summaries[-1]),
         "notes": about["notes"],
         "architecture": about["architecture"],
