@@ -50,8 +50,8 @@ def test_what_was_left_out_and_what_failed_is_told(
 def test_what_can_be_done_next_is_on_the_page(
     comparisons: Callable[[str], Comparison], pages: Callable[[str], Path]
 ) -> None:
-    comparison = comparisons("two")
-    page = pages("two").read_text(encoding="utf-8")
+    comparison = comparisons("two_pairs")
+    page = pages("two_pairs").read_text(encoding="utf-8")
     for label in comparison.pairs:
         for step in next_steps(comparison, label):
             assert f"<code>{html.escape(step.command)}</code>" in page
