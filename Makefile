@@ -29,7 +29,7 @@ demo: $(VENV)/demo.stamp  ## compare real models: a strong finetune, a gentle on
 		$(ANARCII)/antibody/antibody_4_1_128_512.pt --out out/demo
 
 test: $(VENV)/dev.stamp  ## the fast tests
-	$(BIN)/python -m pytest -n auto $(TESTS)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(TESTS)
 
 check: $(VENV)/dev.stamp lint types test  ## all that a change must pass: format, lint, types, tests (README and examples too)
 
@@ -83,7 +83,7 @@ test-latest:  ## the tests with the newest versions that pyproject.toml admits, 
 	.venv-latest/bin/python -m pip $(QUIET) install "$(PIP_VERSION)"
 	.venv-latest/bin/python -m pip $(QUIET) install $(filter-out $(TORCH_LOCKED),$(TORCH)) -e ".[dev]"
 	.venv-latest/bin/python -m pip list --format freeze
-	.venv-latest/bin/python -m pytest -n auto $(TESTS)
+	.venv-latest/bin/python -m pytest -n auto --dist worksteal $(TESTS)
 
 test-oldest: .venv-uv/stamp  ## the tests with the oldest versions that pyproject.toml admits, in .venv-oldest
 	rm -rf .venv-oldest && $(PYTHON) -m venv .venv-oldest
@@ -95,7 +95,7 @@ test-oldest: .venv-uv/stamp  ## the tests with the oldest versions that pyprojec
 	.venv-oldest/bin/python -m pip $(QUIET) install -r .venv-oldest/oldest.txt
 	.venv-oldest/bin/python -m pip $(QUIET) install --no-deps -e .
 	.venv-oldest/bin/python -m pip list --format freeze
-	.venv-oldest/bin/python -m pytest -n auto $(TESTS)
+	.venv-oldest/bin/python -m pytest -n auto --dist worksteal $(TESTS)
 
 clean:  ## remove all that make made
 	rm -rf $(VENV) .venv-uv .venv-sbom .venv-latest .venv-oldest out dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,5 +1,6 @@
 """Shared set-up: one thread, shape and type checks of every annotated function, reproducible properties."""
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -28,6 +29,12 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("specbasis")
+
+
+def pytest_collection_finish() -> None:
+    """Leave what the libraries hold out of every later collection of garbage, of which each training makes several."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -66,34 +66,29 @@ def run_plain(code: str, *arguments: object) -> torch.Tensor:
     return torch.tensor(json.loads(done.stdout.split("#")[-1]))
 
 
-LOAD_LORA = """
-import sys, torch, transformers, peft
-torch.manual_seed(7)
-base = transformers.AutoModelForSequenceClassification.from_pretrained(sys.argv[1], num_labels=3)
-model = peft.PeftModel.from_pretrained(base, sys.argv[2]).eval()
-with torch.no_grad(): y = model(torch.arange(48).reshape(4, 12)).logits
-"""
-LOAD_DENSE = """
+LOAD = """
 import sys, torch, transformers
-model = transformers.AutoModelForSequenceClassification.from_pretrained(sys.argv[1]).eval()
-with torch.no_grad(): y = model(torch.arange(48).reshape(4, 12)).logits
+load = transformers.AutoModelForSequenceClassification.from_pretrained
+base, *loras, dense = sys.argv[1:]
+models = [load(dense)]
+import peft
+for lora in loras:
+    torch.manual_seed(7)
+    models.append(peft.PeftModel.from_pretrained(load(base, num_labels=3), lora))
+with torch.no_grad(): y = torch.stack([m.eval()(torch.arange(48).reshape(4, 12)).logits for m in models])
 """
 
 
-@pytest.mark.parametrize("kind", ["with", "without"])
-def test_exported_lora_in_plain_peft(models, kind, tmp_path):
+def test_exported_loras_in_plain_peft_and_a_merged_model_in_plain_transformers(models, tmp_path):
     place, wanted = models
-    out = folder.export_lora(place / kind, tmp_path / "lora", base=place / "base")
-    assert torch.allclose(run_plain(LOAD_LORA, place / "base", out), wanted, atol=1e-5)
-    config = json.loads((out / "adapter_config.json").read_text())
-    assert config["r"] == 10
-    assert list(config["rank_pattern"].values()) == [5]
-
-
-def test_merged_model_in_plain_transformers(models, tmp_path):
-    place, wanted = models
-    out = folder.merge(place / "without", tmp_path / "dense", base=place / "base")
-    assert torch.allclose(run_plain(LOAD_DENSE, out), wanted, atol=1e-5)
+    loras = [folder.export_lora(place / kind, tmp_path / kind, base=place / "base") for kind in ("with", "without")]
+    dense = folder.merge(place / "without", tmp_path / "dense", base=place / "base")
+    for logits in run_plain(LOAD, place / "base", *loras, dense):
+        assert torch.allclose(logits, wanted, atol=1e-5)
+    for out in loras:
+        config = json.loads((out / "adapter_config.json").read_text())
+        assert config["r"] == 10
+        assert list(config["rank_pattern"].values()) == [5]
 
 
 @pytest.mark.parametrize("write", [folder.merge, folder.export_lora])

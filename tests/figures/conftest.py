@@ -109,7 +109,7 @@ def many_pairs() -> tuple[Weights, dict[str, Weights]]:
 def many_matrices() -> tuple[Weights, dict[str, Weights]]:
     base = {
         f"stage.{block}.part{i}.weight": _random(10, 12, seed=7 * block + i)
-        for block in range(80)
+        for block in range(30)
         for i in range(7)
     }
     return base, {"tuned": _moved(base, 0.1)}
