@@ -16,8 +16,8 @@ from transformers import AutoModelForImageClassification, ViTConfig, ViTImagePro
 import specbasis
 
 work = Path(tempfile.mkdtemp())
-# 125 real images of each digit, a fifth of them held back.
-for i, (pixels, digit) in enumerate(zip(*(part[::4] for part in mnist_data()), strict=True)):
+# 250 real images of each digit, a fifth of them held back.
+for i, (pixels, digit) in enumerate(zip(*(part[::2] for part in mnist_data()), strict=True)):
     folder = work / ("low" if digit < 5 else "high") / ("val" if i % 5 == 0 else "train") / str(digit)
     folder.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels.reshape(28, 28).astype("uint8")).save(folder / f"{i}.png")
