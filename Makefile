@@ -104,7 +104,7 @@ clean:  ## remove all that make made
 $(VENV)/python.stamp: Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
 		{ echo "specbasis is locked for Python 3.11 to 3.13; $(PYTHON) is another: make PYTHON=python3.12 demo"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv --clear $(VENV)
 	$(PIP) install "$(PIP_VERSION)"
 	@touch $@
 
