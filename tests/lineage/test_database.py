@@ -1,7 +1,6 @@
 """A database is one file that people pass on."""
 
 import json
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,6 @@ import pytest
 import torch
 
 from specbasis.core.errors import InputError
-from specbasis.lineage import database
 from specbasis.lineage.database import chosen, is_database, read, write
 from specbasis.lineage.fingerprint import Fingerprint, fingerprint
 from tests.pico import bert_state
@@ -31,23 +29,6 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         assert np.array_equal(kept.values, given.values, equal_nan=True)
     assert [m.name for m in chosen(file, ["two"])] == ["two"]
     assert write(file, [*read(file), _model("one")]) == 2
-
-
-@pytest.mark.parametrize(("ahead", "most"), [(0, 3), (2**28, 6)])
-def test_what_is_read_ahead_is_bounded_and_ends_with_the_reader(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: int, most: int
-) -> None:
-    file, seen, record = tmp_path / "a.parquet", [], database._record
-    write(file, [_model(f"m{seed}", seed) for seed in range(6)])
-    monkeypatch.setattr(database, "AHEAD", ahead)
-    monkeypatch.setattr(database, "_record", lambda *row: seen.append(row) or record(*row))
-    threads = threading.active_count()
-    records = read(file)
-    assert next(records).name == "m0"
-    records.close()
-    assert 1 <= len(seen) <= most
-    assert threading.active_count() == threads
-    assert [model.name for model in read(file)] == [f"m{seed}" for seed in range(6)]
 
 
 def test_two_models_with_one_name_are_refused(tmp_path: Path) -> None:

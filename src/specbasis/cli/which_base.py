@@ -40,12 +40,10 @@ def which_base(
     json: JSON = False,
 ) -> None:
     """Say which model of a database a model comes from; with --card exit code 1 if its card says otherwise."""
-    from specbasis.lineage.database import read
     from specbasis.lineage.which_base import contradiction, fingerprint_of, which_base as find
 
-    records = read(db)  # begins at once, beside the model
     query = fingerprint_of(model)
-    answer = find(query, records, level=level)
+    answer = find(query, db, level=level)
     wrong, about_card = contradiction(answer, query.header["card"]) if card else (False, "")
     if json:
         document(

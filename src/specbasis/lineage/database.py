@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +16,6 @@ from specbasis.checkpoint.digest import SEAL, digest, proven
 from specbasis.checkpoint.entry import first_line
 from specbasis.core.errors import InputError, want
 from specbasis.lineage.fingerprint import Fingerprint
-
-AHEAD = 2**28
-"""Bytes of records that are read ahead: of a thousand models most, while the model that is asked about is read."""
 
 SCHEMA = pa.schema([("header", pa.string()), ("values", pa.binary())])
 
@@ -36,47 +30,28 @@ def is_database(path: str | Path) -> bool:
 
 
 def read(path: Path) -> Iterator[Fingerprint]:
-    """The fingerprints of a file, each checked against its seal, read ahead from the call on; see `AHEAD`.
+    """The fingerprints of a file, each checked against its seal; two are in memory, as the next is read ahead.
 
     Raises:
         InputError: no such file, none of fingerprints, or a record is not what was written.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file; `specbasis db add {path} MODEL` makes a database")
-    with _whole(path):
-        file = pq.ParquetFile(path)
-        if not file.schema_arrow.equals(SCHEMA):
-            file.close()
-            raise InputError(f"{path}: a Parquet file, but not one of fingerprints; want one of `specbasis db`")
-    numbers = iter(range(file.num_row_groups))
-    largest = max((file.metadata.row_group(k).total_byte_size for k in range(file.num_row_groups)), default=1)
-    pool = ThreadPoolExecutor(1)
-
-    def group(number: int) -> list[Fingerprint]:
-        rows = file.read_row_group(number, use_threads=False).to_pylist()
-        return [_record(row["header"], row["values"]) for row in rows]
-
-    waiting = deque(pool.submit(group, k) for k in islice(numbers, max(2, AHEAD // max(1, largest))))
-
-    def records() -> Iterator[Fingerprint]:
-        try:
-            while waiting:
-                with _whole(path):
-                    found = waiting.popleft().result()
-                waiting.extend(pool.submit(group, k) for k in islice(numbers, 1))
-                yield from found
-        finally:
-            pool.shutdown(cancel_futures=True)
-            file.close()
-
-    return records()
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[None]:
-    """What a file that is damaged raises is one line."""
     try:
-        yield
+        with pq.ParquetFile(path) as file:
+            if not file.schema_arrow.equals(SCHEMA):
+                raise InputError(f"{path}: a Parquet file, but not one of fingerprints; want one of `specbasis db`")
+
+            def group(number: int) -> list[Fingerprint]:
+                rows = file.read_row_group(number, use_threads=False).to_pylist()
+                return [_record(row["header"], row["values"]) for row in rows]
+
+            with ThreadPoolExecutor(1) as pool:
+                waiting = pool.submit(list[Fingerprint])
+                for number in range(file.num_row_groups):
+                    records, waiting = waiting.result(), pool.submit(group, number)
+                    yield from records
+                yield from waiting.result()
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, InputError):
             raise

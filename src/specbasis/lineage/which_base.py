@@ -125,10 +125,9 @@ def which_base(
     Raises:
         InputError: the model or the database cannot be read.
     """
-    records = read(Path(database)) if isinstance(database, str | Path) else database  # read ahead from now on
     query = model if isinstance(model, Fingerprint) else fingerprint_of(model)
     correspondences, names = [], []
-    for record in records:
+    for record in read(Path(database)) if isinstance(database, str | Path) else database:
         names.append(record.name)
         c = correspondence(query, record)
         # Only what may be significant is kept: a database may be larger than memory.
