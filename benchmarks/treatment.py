@@ -42,6 +42,8 @@ RANKS = (1, 2, 4, 8, 16, 32, 64)
 PARTS = (4, 10, 16)
 FORMS = ("lora", "delta")
 CORES = (150, 64)
+LONGER = (0.7, 1.0)
+"""Scales of the plain sum: the control of a method that merely takes a longer step than the mean."""
 
 
 def finetuned(base: str, task: str, data_dir: str, out: Path) -> str:
@@ -69,6 +71,7 @@ def experiments(tasks: Iterable[str]) -> list[dict[str, Any]]:
     tasks = list(tasks)
     points: list[dict[str, Any]] = [{"what": "forgetting", "task": task} for task in tasks]
     points += [{"what": "merge", "method": method} for method in DEFAULTS]
+    points += [{"what": "merge", "method": "task-arithmetic", "scale": scale} for scale in LONGER]
     for part, task, form in itertools.product(reversed(PARTS), tasks, FORMS):
         points.append({"what": "extract", "task": task, "as": form, "part": part})
     points += [{"what": "extract", "task": t, "as": "spectral", "rank": rank} for rank in CORES for t in tasks]
@@ -83,7 +86,8 @@ def run(
         out = Path(folder, "out")
         if experiment["what"] == "merge":
             judges = {task: judge(f"glue:{task}", data_dir=data_dir) for task in tuned}
-            record = merge(base, dict(tuned), out, method=experiment["method"], judge=judges).record["scores"]
+            how = {name: experiment[name] for name in ("method", "scale") if name in experiment}
+            record = merge(base, dict(tuned), out, judge=judges, **how).record["scores"]
             return {"normalised": record["normalised"], "tasks": record["tasks"]}
         task = experiment["task"]
         if experiment["what"] == "forgetting":
@@ -131,7 +135,7 @@ def tables(rows: Sequence[Row]) -> str:
     ]
     merged = [
         {
-            "method": row.experiment["method"],
+            "method": " ".join(str(row.experiment[name]) for name in ("method", "scale") if name in row.experiment),
             **{f"{task} {line['metric']}": line["values"]["merged"] for task, line in row.values["tasks"].items()},
             "normalised": row.values["normalised"]["merged"],
             "of the mean": row.values["normalised"]["mean"],

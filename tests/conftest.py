@@ -32,7 +32,7 @@ settings.load_profile("specbasis")
 
 
 def pytest_collection_finish() -> None:
-    """Leave what the libraries hold out of every later collection of garbage, of which each training makes several."""
+    """Leave what libraries hold out of later collections of garbage, of which each training makes several."""
     gc.collect()
     gc.freeze()
 

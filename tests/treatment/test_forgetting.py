@@ -98,9 +98,7 @@ def test_the_sentence_follows_from_the_interval_and_the_direction(models, sign, 
     assert told.exceeds(low - 1e-9) is ("measurably" not in verdict)  # which the test has to allow as well
     assert not told.exceeds(low)
     assert told.within(high).startswith("passes: worse by more than ")
-    assert told.within(low) == "passes, undecided: " + (
-        f"it may be worse by {high:.4f}; more examples would tell"
-    )
+    assert told.within(low) == "passes, undecided: " + (f"it may be worse by {high:.4f}; more examples would tell")
     if "measurably" in verdict:
         assert f"worse by more than {high:.4f} is excluded" in told.sentence
 
@@ -282,7 +280,9 @@ def test_a_base_that_does_a_task_no_better_than_one_answer_for_all_is_refused(tm
     base, tuned, _ = language_models(tmp_path, "BertForSequenceClassification")
     table = tmp_path / "table.csv"
     table.write_text("text,label\n" + "the cat sat,yes\nthe cat sat,no\na dog ran,yes\na dog ran,no\n" * 20)
-    with pytest.raises(InputError, match=r"^\S*table.csv: .* accuracy on 80 examples of it.* chance \(0.50\)") as refused:
+    with pytest.raises(
+        InputError, match=r"^\S*table.csv: .* accuracy on 80 examples of it.* chance \(0.50\)"
+    ) as refused:
         forgetting(base, tuned, judge(f"table:{table}", text=["text"], label="label"))
     assert "--limit" not in str(refused.value)  # all of it was used
     with pytest.raises(InputError, match=r"on 40 examples .* or more examples \(--limit\)$"):
