@@ -186,7 +186,8 @@ def test_another_base_than_the_adapter_names_is_told(specbasis: Run, tmp_path: P
     adapter(tmp_path, "spectral")  # another base in the same place
     done = specbasis(*words)
     if verb == "compare":  # which compares whatever it is given, and says so
-        assert "it was made from other files" in done.stdout
+        assert "1 problem: wrong-base" in done.stdout
+        assert "tuned was made from other files" in done.stdout
     else:
         assert done.returncode == 2
         assert "was made from other files" in done.stderr

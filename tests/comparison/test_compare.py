@@ -251,7 +251,7 @@ def test_filters(pair: tuple[Path, Path]) -> None:
     assert specbasis.compare(*pair, name="*intermediate*").rows["block"].unique().to_pylist() == [0, 1]
     with pytest.raises(InputError, match="no role nonsense"):
         specbasis.compare(*pair, roles=["nonsense"])
-    with pytest.raises(InputError, match=r"no matrix to compare: .* leave none of roles .*ffn.up.*blocks 0 to 1"):
+    with pytest.raises(InputError, match=r"no matrix to compare: .* match none of roles .*ffn.up.*blocks 0 to 1"):
         specbasis.compare(*pair, name="nothing*")
     for what, given in (("roles", "ffn"), ("blocks", 1), ("measures", "rsd")):
         with pytest.raises(InputError, match=f"got {what} = .*want a list"):

@@ -92,9 +92,10 @@ def locate(source: str | Path, *, stream: bool = False) -> tuple[Place, str]:
         InputError: nothing there.
     """
     if not isinstance(source, (str, os.PathLike)):
+        instead = ", here model.state_dict()" if hasattr(source, "state_dict") else ""
         raise InputError(
             f"got a {type(source).__name__}; want a path, {', '.join(f'{scheme}:…' for scheme in SOURCES)}, or a "
-            "mapping from names to tensors"
+            f"mapping from names to tensors{instead}"
         )
     text, label = str(source), shown(str(source))
     with reading(label):

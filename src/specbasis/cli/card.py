@@ -39,7 +39,12 @@ def card(
     fields = {"base_model": hub_name(base_model) if base_model else "", "base_model_relation": relation}
     given = {name: value for name, value in fields.items() if value}
     treated = None if (folder / CONFIG).is_file() else opened(folder)
-    place = readme or (getattr(treated, "model", None) or folder) / CARD
+    model = getattr(treated, "model", folder)
+    if model is None:
+        raise InputError(
+            f"{folder}: the repair wrote no model ({getattr(treated, 'sentence', '')}); so no card of it"
+        )
+    place = readme or model / CARD
     if treated is not None:
         from specbasis.figures.documents import write_treated_card
 

@@ -12,7 +12,7 @@ from json import dumps
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleDimensions
 
 from specbasis.core.text import printable
 
@@ -25,8 +25,18 @@ PLAIN = {"×": "x", "–": "-", "…": "...", "‖": "|", "≥": ">=", "≤": "<
 """How the signs of tables and sentences are written where a terminal has none of them."""
 
 
+UNKNOWN_WIDTH = 160
+"""Columns of what is no terminal."""
+
+
 class _Console(Console):
     """A console whose reader may go away: then it prints to nobody, and the work goes on."""
+
+    @property
+    def size(self) -> ConsoleDimensions:
+        """As rich has it; where nobody says how wide a file or a pipe is, wide enough that no table wraps."""
+        known = self.is_terminal or self._width is not None or "COLUMNS" in self._environ
+        return super().size if known else ConsoleDimensions(UNKNOWN_WIDTH, 25)
 
     def on_broken_pipe(self) -> None:
         discard(self.file)

@@ -96,7 +96,7 @@ def report(
     ],
     output: Output,
 ) -> None:
-    """Print what was found again, and rebuild the page and figures from the rows, or the record, alone."""
+    """Print the results again, and rebuild the page and figures from the rows, or the record, alone."""
     try:
         comparison = specbasis.load(folder)
     except InputError:
@@ -169,10 +169,10 @@ def list_measures() -> None:
 
 def list_findings() -> None:
     """What `--fail-on help` prints."""
+    from specbasis.cli.tables import print_names
     from specbasis.comparison.findings import CHECKS
 
-    for check in CHECKS:
-        line(check.kind)
+    print_names({check.kind: f"{check.about} ({check.severity})" for check in CHECKS})
 
 
 def _tell(

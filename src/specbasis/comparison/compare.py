@@ -34,7 +34,7 @@ Source = str | Path | Mapping[str, Tensor]
 @takes(Options)
 def compare(
     base: Source,
-    tuned: Source | Sequence[Source],
+    tuned: Source | Sequence[Source] | Mapping[str, Source],
     out: str | Path | None = None,
     options: Options | None = None,
     *,
@@ -49,7 +49,7 @@ def compare(
     Args:
         base: the pretrained checkpoint; see `specbasis.checkpoint.open_checkpoint` for what a source can be.
         tuned: one or several finetunes of it: checkpoints, or PEFT adapters trained on it, whose low-rank updates
-            are decomposed without being formed. ``"NAME=PATH"`` says what the pair is called.
+            are decomposed without being formed. ``"NAME=PATH"``, or a mapping from names, names a pair.
         out: folder for rows and manifest; a temporary one, kept as long as the result, when None.
         options: all options as one value; or each as a keyword.
         progress: called at the start and after each matrix.
@@ -137,7 +137,7 @@ class Plan:
 @takes(Options)
 def plan(
     base: Source,
-    tuned: Source | Sequence[Source],
+    tuned: Source | Sequence[Source] | Mapping[str, Source],
     out: str | Path | None = None,
     options: Options | None = None,
     **keywords: Any,

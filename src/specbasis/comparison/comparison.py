@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +37,9 @@ class Comparison(Kept):
     @cached_property
     def facts(self) -> dict[str, Facts]:
         """For each pair: its rows and what they say of each matrix, read once for all that follows."""
-        return by_pair(self.rows, self.pairs, self.failed, self.skipped)
+        facts = by_pair(self.rows, self.pairs, self.failed, self.skipped)
+        others = {label: self.manifest["pairs"][label].get("other_base", "") for label in facts}
+        return {label: replace(of, other_base=others[label]) for label, of in facts.items()}
 
     @cached_property
     def skipped(self) -> dict[str, list[dict[str, Any]]]:
@@ -131,8 +133,8 @@ class Comparison(Kept):
     def __repr__(self) -> str:
         finetunes = number_of(len(self.pairs), "finetune")
         of = f"Comparison of {self.manifest['base']['source']} with {finetunes}, in {self.folder}"
-        verdicts = [f"{label}: {self.verdicts[label].sentence}" for label in self.pairs[:4]]
-        return clipped("\n".join(textwrap.shorten(line, WIDTH, placeholder=" …") for line in (of, *verdicts)))
+        lines = [f"{label}: {self.headlines[label]}" for label in self.pairs[:4]]
+        return clipped("\n".join(textwrap.shorten(line, WIDTH, placeholder=" …") for line in (of, *lines)))
 
     def _repr_html_(self) -> str:
         from specbasis.figures.summary import summary_html
@@ -144,7 +146,8 @@ def load(folder: str | Path) -> Comparison:
     """Open the results that an earlier `compare` left in a folder.
 
     Raises:
-        InputError: the folder holds no results, or damaged ones.
+        InputError: the folder holds no results, or damaged ones; what `extract`, `repair` and `merge` wrote is read
+            by `Extraction.load`, `Repair.load` and `Merging.load`.
     """
     results = store.load(Path(folder))
     return Comparison(results, results.rows())

@@ -36,11 +36,13 @@ class Facts:
         rows: all of them.
         failed: matrices that could not be decomposed: pair, matrix, size, error.
         skipped: parameters that were not compared, as the manifest lists them: name, side, size, reason.
+        other_base: of an adapter whose file names other weights than base's: what it says; else empty.
     """
 
     rows: pa.Table
     failed: Sequence[Mapping[str, Any]] = ()
     skipped: Sequence[Mapping[str, Any]] = ()
+    other_base: str = ""
 
     @cached_property
     def measures(self) -> set[str]:

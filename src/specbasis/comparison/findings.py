@@ -77,8 +77,10 @@ def _failed(pair: Judged, _: Mapping[str, float]) -> Found | None:
     )
 
 
-@check("wrong-base", "weights that do not come from base", "problem", **_ORIGIN)
+@check("wrong-base", "weights that do not come from base, or an adapter that names others", "problem", **_ORIGIN)
 def _wrong_base(pair: Judged, _: Mapping[str, float]) -> Found | None:
+    if pair.facts.other_base:
+        return f"tuned {pair.facts.other_base}; only where these hold the same numbers is it this base's", (), {}
     if pair.verdict.kind != "independent":
         return None
     gone = [m for m in pair.facts.matrices if m["matrix"] in pair.verdict.unrelated]

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from specbasis.architecture.cut import laid_out
 from specbasis.architecture.family import STRUCTURAL
 from specbasis.architecture.key import ROLES
@@ -52,11 +54,13 @@ class Matched:
         Raises:
             InputError: no tuned checkpoint, one that cannot be read, or nothing in common.
         """
-        sources: list[Any] = [tuned] if isinstance(tuned, str | Path | Mapping) else list(tuned)
+        is_labelled = isinstance(tuned, Mapping) and not any(isinstance(x, Tensor) for x in tuned.values())
+        sources: Any = tuned if is_labelled else [tuned] if isinstance(tuned, str | Path | Mapping) else list(tuned)
         if not sources:
             raise InputError("got no tuned checkpoint; want at least one")
         # A path in words means the same in a worker process.
-        source, *sources = (str(s) if isinstance(s, Path) else s for s in (base, *sources))
+        source, *words = (str(s) if isinstance(s, Path) else s for s in (base, *_values(sources)))
+        sources = dict(zip(sources, words, strict=True)) if is_labelled else words
         opened = open_checkpoint(source, stream=options.stream)
         places, by_label = store.opened_by_label(sources, lambda s: open_tuned(s, opened, stream=options.stream))
         if layouts := options.layouts:
@@ -125,7 +129,8 @@ class Matched:
                 base=base,
                 pairs=kept.get("pairs", {})
                 | {
-                    label: _about(pairing, by_label[label], self.options, self._notes(label, base))
+                    label: _about(pairing, by_label[label], self.options, base)
+                    | {"other_base": self._other_base(label, base)}
                     for label, pairing in self.pairings.items()
                 },
                 measures=[{"name": m.name, "title": m.title, "source": m.source} for m in shown],
@@ -135,12 +140,14 @@ class Matched:
             results.write_manifest()
             yield results
 
-    def _notes(self, label: str, base: Mapping[str, Any]) -> list[str]:
-        """What the base's files say, and whether an adapter says that it was made from others."""
-        tuned, notes = self.tuned[label], [f"base: {note}" for note in base.get("notes", ())]
-        if reason := other_weights(tuned, base["sha256"] if tuned.under is self.base else ""):
-            notes.append(f"it {reason}: only where these hold the same numbers is this the finetune")
-        return notes
+    def _other_base(self, label: str, base: Mapping[str, Any]) -> str:
+        """What an adapter's file says of other weights that it was made from; else empty."""
+        tuned = self.tuned[label]
+        return other_weights(tuned, base["sha256"] if tuned.under is self.base else "")
+
+
+def _values(sources: Any) -> Iterable[Any]:
+    return sources.values() if isinstance(sources, Mapping) else sources
 
 
 def _check_heads(base: Checkpoint, pairings: Mapping[str, Pairing], options: Options) -> None:
@@ -157,7 +164,7 @@ def _check_heads(base: Checkpoint, pairings: Mapping[str, Pairing], options: Opt
 
 
 def _about(
-    pairing: Pairing, provenance: dict[str, Any], options: Options, of_files: Iterable[str]
+    pairing: Pairing, provenance: dict[str, Any], options: Options, base: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What the manifest says of one pair."""
     return {
@@ -169,7 +176,7 @@ def _about(
             *([f"no architecture file matches: {STRUCTURAL.title}"] if pairing.family is STRUCTURAL else []),
             *options.notes(m.key for m in pairing.matched),
             *pairing.notes,
-            *of_files,
+            *(f"base: {note}" for note in base.get("notes", ())),
             *provenance.get("notes", ()),
         ],
     }
@@ -191,6 +198,6 @@ def _nothing_in_common(base: Checkpoint, pairings: Mapping[str, Pairing]) -> str
         roles = ", ".join(role for role in ROLES if any(key.role == role for key in keys))
         blocks = sorted({key.block for key in keys if key.block is not None})
         there = f"roles {roles}" + (f"; blocks {blocks[0]} to {blocks[-1]}" if blocks else "; no blocks")
-        return f"{base.source} and {label}: no matrix to compare: roles, blocks and name leave none of {there}"
+        return f"{base.source} and {label}: no matrix to compare: roles, blocks or name match none of {there}"
     reasons = "; ".join(dict.fromkeys(s.reason for s in pairing.skipped))
     return f"{base.source} and {label}: no matrix to compare ({reasons[:300]})"

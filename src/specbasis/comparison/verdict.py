@@ -281,7 +281,7 @@ def _origin(related: Sequence[Fact], frozen: float) -> str:
     size = finite_median(update)
     random = finite_median(m.get("stable_rank_base", math.nan) / noise_rank(m["out"], m["in"]) for m in related)
     if size <= (MINUTE if random >= RANDOM else GENTLE):
-        began = "training began at this base, or at a model close to both"
+        began = "one was trained from the other (the weights do not say which), or both from a model close to them"
         return f"an update of this size (median ‖Δ‖/‖W‖ {size:.2g}) means that {began}"
     if abs(turn) <= RIGHT_ANGLE and (random >= RANDOM or size <= STRONG):
         return "the update leaves base whole, at right angles to it"
@@ -351,8 +351,8 @@ def _evidence(changed: list[Fact]) -> str:
     )
     return (
         f"weight cosine with base {_median(changed, 'weight_cosine'):.3f} (chance 0"
-        + ("" if math.isnan(z) else f", {z:.1f} standard deviations")
-        + ("" if math.isnan(limit) else f" of {limit:.1f} at most")
+        + ("" if math.isnan(z) else f", z {z:.1f}")
+        + ("" if math.isnan(limit) else f"; of a copy {limit:.1f}")
         + f"), ‖Δ‖/‖W‖ {_median(changed, 'relative_update'):.3g}"
         + ("" if math.isnan(top10) else f", top-10 alignment {top10:.3f} (chance {_median(changed, 'chance'):.3f})")
         + "; medians over matrices"

@@ -63,7 +63,7 @@ def tables(treated: Treated) -> tuple[Table, ...]:
 
 def legend(shown: Iterable[Table]) -> str:
     """What the headings of numbers stand for, in one line."""
-    columns = {c.name: c.title for table in shown for c in table.columns if c.title and not c.words}
+    columns = {c.narrow or c.name: c.title for table in shown for c in table.columns if c.title and not c.words}
     return "; ".join(f"{name}, {title}" for name, title in columns.items())
 
 
@@ -111,7 +111,7 @@ SHARES = (
     Column("kept", ".3f", "share of the squared update ‖delta‖² that is kept, as it is stored"),
     Column("chance", ".3f", "what random subspaces of this rank hold on average"),
     Column("entries", ".3f", "what the largest entries hold, as many as fit into the same bytes with their places"),
-    Column("signs", ".3f", "what the signs with one size a matrix hold (BitDelta), one bit an entry"),
+    Column("signs", ".3f", "what one bit an entry and one scale a matrix hold (BitDelta)"),
     Column("LoRA", ".3f", "what a LoRA of as many bytes holds"),
 )
 OF_LINES = ("share", "chance", "share_of_entries", "share_of_signs", "share_of_lora")
@@ -266,7 +266,15 @@ def _merging_lines(merging: Merging) -> list[dict[str, Any]]:
 
 
 def _merging_sentences(merging: Merging) -> list[str]:
-    return [
+    whole, options = _standing("all", merging.record["parameters"]), merging.record["options"]
+    said = [f"merged by {options['method']}, scale {options['scale']:g}"] if merging.folder else []
+    if (cosine := whole["cosine"]) is not None:
+        how = "hardly interfere" if abs(cosine) < 0.1 else "agree in part" if cosine > 0 else "oppose each other"
+        said.append(
+            f"the updates {how}: cosine {cosine:+.3f} (random: 0), {whole['conflicts']:.1%} of the entries in "
+            "conflict (random: 50%)"
+        )
+    return said + [
         f"merged − mean on {name}: {task['change']:+.4f} [{task['change_low']:+.4f}, {task['change_high']:+.4f}], "
         f"{task['examples']} examples"
         for name, task in merging.record.get("scores", {"tasks": {}})["tasks"].items()

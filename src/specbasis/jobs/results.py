@@ -275,14 +275,20 @@ class Kept:
 
 
 def opened_by_label(
-    sources: Iterable[Any], open_one: Callable[[Any], Checkpoint]
+    sources: Iterable[Any] | Mapping[str, Any], open_one: Callable[[Any], Checkpoint]
 ) -> tuple[dict[str, Any], dict[str, Checkpoint]]:
-    """Label → what a checkpoint is called, and label → the same, open; ``"LABEL=SOURCE"`` says the label.
+    """Label → what a checkpoint is called, and label → the same, open.
+
+    A mapping says the labels, and so does ``"LABEL=SOURCE"``.
 
     Raises:
         InputError: as ``open_one``; or a label is given twice.
     """
-    named = [labelled(source) if isinstance(source, str) else ("", source) for source in sources]
+    named: list[tuple[str, Any]]
+    if isinstance(sources, Mapping):
+        named = list(sources.items())
+    else:
+        named = [labelled(source) if isinstance(source, str) else ("", source) for source in sources]
     opened = [open_one(place) for _, place in named]
     labels = labels_of([label for label, _ in named], [checkpoint.source for checkpoint in opened])
     return dict(zip(labels, (place for _, place in named), strict=True)), dict(zip(labels, opened, strict=True))

@@ -29,6 +29,9 @@ RIGHT_ANGLE = 0.05
 Between siblings of equal updates it is 1/2, at a gentle one among strong ones the square of its update over theirs.
 """
 
+OPPOSITE = -0.5
+"""Cosine of two updates below which what they start at lies between their ends: of a merge of the two it is -1."""
+
 MARGIN = 0.06
 """An edge is resolved where the next best is longer by this share of its square, and by three standard errors."""
 
@@ -297,13 +300,20 @@ class Forest:
 
         NaN where there are none. Copies have no update of their own.
         """
+        return float(np.median(self._cosines(k, of) or [math.nan]))
+
+    def _cosines(self, k: int, of: int | None = None) -> list[float]:
+        """Of the updates from one checkpoint to each two of its neighbours, or to one and each of the others."""
         D, near = self.related, [i for i in self.near[k] if not self._same(k, i)]
-        cosines = [
+        return [
             (D[k, i] + D[k, j] - D[i, j]) / (2 * math.sqrt(D[k, i] * D[k, j]))
             for i, j in itertools.combinations(near, 2)
             if D[k, i] > 0 and D[k, j] > 0 and of in (None, i, j) and math.isfinite(D[i, j])
         ]
-        return float(np.median(cosines or [math.nan]))
+
+    def _is_between(self, k: int) -> bool:
+        """Whether it lies on the way between two of its neighbours, as a merge does, and no base."""
+        return min(self._cosines(k), default=0.0) < OPPOSITE
 
     def root(self, members: Sequence[int], angles: Mapping[int, float]) -> tuple[int, str, bool]:
         """Where a tree begins, why, and whether that is identified."""
@@ -313,7 +323,11 @@ class Forest:
             k: sum((k, other) not in self.copies and (other, k) not in self.copies for other in self.near[k])
             for k in members
         }
-        stars = [k for k in members if branches[k] >= BRANCHES and angles.get(k, math.nan) < RIGHT_ANGLE]
+        stars = [
+            k
+            for k in members
+            if branches[k] >= BRANCHES and angles.get(k, math.nan) < RIGHT_ANGLE and not self._is_between(k)
+        ]
         if stars:
             centre = max(stars, key=lambda k: branches[k])
             return (

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from specbasis.checkpoint.adapter_file import CONFIG
 from specbasis.comparison.comparison import Comparison
 from specbasis.core.dtypes import FORMATS
-from specbasis.core.text import shareable
+from specbasis.core.text import number_of, shareable
 
 RANK = 16
 """The rank that a sentence speaks of: the usual one of a LoRA."""
@@ -48,12 +48,15 @@ def next_steps(comparison: Comparison, label: str, given: Iterable[str] = ()) ->
     is_adapter = any(Path(file["path"]).name == CONFIG for file in about[1].get("files", []))
     if size is not None and not is_adapter:
         share, stored = size
-        reason = f"a LoRA of rank {RANK} ({stored / 1e6:.3g} MB) would hold {share:.0%} of the squared update"
+        of = f"the {number_of(len(comparison.facts[label].matrices), 'compared matrix')}"
+        reason = (
+            f"a LoRA of rank {RANK} of {of} ({stored / 1e6:.3g} MB) would hold {share:.0%} of their squared update"
+        )
         steps.append(Step(reason, f"specbasis extract {models} --rank {RANK} --out lora"))
     if any(finding.kind == "intruders" for finding in comparison.findings[label]):
         reason = "leading directions that the base does not have can be damped"
         steps.append(Step(reason, f"specbasis repair {models} --keep TASK --recover TEXTS --out repaired"))
-    reason = "whether it forgot what the base could do is told by held-back texts, or a task"
+    reason = "to see whether it forgot what the base could do, by held-back texts or a task"
     return [*steps, Step(reason, f"specbasis forgetting {models} --held-back TEXTS")]
 
 

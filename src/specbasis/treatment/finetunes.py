@@ -60,10 +60,7 @@ class Finetunes:
         if isinstance(tuned, str | Path) or not sources or isinstance(sources[0], Tensor):
             raise InputError("got no list of finetunes; want [TUNED, …], or {NAME: TUNED, …}")
         pretrained = open_checkpoint(base)
-        if isinstance(tuned, Mapping):
-            by_label = {label: open_tuned(source, pretrained) for label, source in tuned.items()}
-        else:
-            _, by_label = opened_by_label(sources, lambda source: open_tuned(source, pretrained))
+        _, by_label = opened_by_label(tuned, lambda source: open_tuned(source, pretrained))
         if taken := {MEAN, MERGED}.intersection(by_label):
             raise InputError(
                 f"got a finetune called {taken.pop()!r}, as the merged ones are; give it another NAME="
@@ -157,9 +154,8 @@ def _sorted(
     for name, own in by_name.items():
         if len(own) < len(by_finetune) and any(change.is_changed for change in own.values()):
             lacking = ", ".join(label for label in by_finetune if label not in own)
-            left_out.append(
-                {"name": name, "finetune": ", ".join(own), "reason": f"{lacking}: none, or of another shape"}
-            )
+            reason = f"the base's is kept: {lacking} has none of this shape"
+            left_out.append({"name": name, "finetune": ", ".join(own), "reason": reason})
     return {name: own for name, own in by_name.items() if len(own) == len(by_finetune)}, left_out
 
 

@@ -170,7 +170,7 @@ def _sentence(record: dict[str, Any]) -> str:
     numbers = f"{values}, {change} [{low}, {high}] on {line['examples']} example{plural}"
     if record["worse_low"] == record["worse_high"] == 0:  # then resampling knows of no other outcome
         share = 1 - 0.05 ** (1 / line["examples"])
-        most = f"no example's {metric} changed; of all examples that of up to {share:.1%} may (95 %)"
+        most = f"no example's {metric} changed; with 95 % confidence that of at most {share:.1%} of all would"
         return f"Nothing was measurably forgotten: {numbers}; {most}."
     one_sided = record["worse_low"] > 0 or record["worse_high"] < 0
     if not decides(line["examples"]) or (one_sided and not _is_tested(record)):

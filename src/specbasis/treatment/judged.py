@@ -119,7 +119,7 @@ def refuse_chance(base: Sample | float, judge: Judge) -> None:
     Raises:
         InputError: chance is worse by no more than the base's interval allows.
     """
-    if not isinstance(base, Sample) or base.chance is None:
+    if not isinstance(base, Sample) or base.chance is None or not decides(len(base.values)):
         return
     metric = judge.metric
     known = summarise({metric: base}, {metric: base})

@@ -26,6 +26,7 @@ from specbasis.jobs.environment import WHERE_USED
 from specbasis.jobs.experiments import Row, read_experiments, run_experiments
 from specbasis.jobs.folder import locked
 from specbasis.jobs.progress import Report
+from specbasis.treatment.forgetting import named
 from specbasis.treatment.judged import decides, refuse_chance, score
 from specbasis.treatment.options import RepairOptions
 from specbasis.treatment.points import INTERPOLATION, Ways, grid
@@ -72,8 +73,8 @@ class Repair(Treated):
 def repair(
     base: str | Path,
     tuned: str | Path,
-    keep: Judge,
-    recover: Judge,
+    keep: str | Path | Judge,
+    recover: str | Path | Judge,
     out: str | Path,
     options: RepairOptions | None = None,
     *,
@@ -93,8 +94,8 @@ def repair(
     Args:
         base: the pretrained checkpoint.
         tuned: the finetune, or a PEFT adapter of base.
-        keep: the task's evaluator; scores of single examples.
-        recover: an evaluator of what the base could do.
+        keep: the task, such as ``glue:sst2``, or its evaluator, with scores of single examples.
+        recover: what the base could do: a text file, a task, or an evaluator; see `forgetting.named`.
         out: folder of the rows, the record and the model; the same call continues it.
         options: all options as one value; or each as a keyword.
         progress: called as work goes on.
@@ -107,6 +108,7 @@ def repair(
     (directions put back). Choice and report on different halves are this project's.
     """
     chosen, out = RepairOptions.of(options, keywords), Path(out)
+    keep, recover = (named(x, base) if isinstance(x, str | Path) else x for x in (keep, recover))
     pretrained = open_checkpoint(base)
     finetuned = open_tuned(tuned, pretrained)
     if keep is recover or (getattr(keep, "__dict__", None) and describe(keep) == describe(recover)):

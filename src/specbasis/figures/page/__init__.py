@@ -107,8 +107,11 @@ def _all_pairs(pairs: list[dict[str, Any]]) -> Table:
     for i, about in enumerate(pairs):
         kind = about["verdict"].kind
         _, *means = summary_table([about["summary"]]).rows[0]
-        rows.append((button.format(i, about["label"]), badge.format(kind, VERDICTS[kind]), *means))
-    return Table((Column("tuned"), Column("verdict", words=True), *COLUMNS[1:]), tuple(rows))
+        kinds = [f["finding"].kind for f in about["findings"] if f["finding"].severity == "problem"]
+        badges = badge.format(kind, VERDICTS[kind]), ", ".join(kinds) or "none"
+        rows.append((button.format(i, about["label"]), *badges, *means))
+    columns = (Column("tuned"), Column("verdict", words=True), Column("problems", words=True), *COLUMNS[1:])
+    return Table(columns, tuple(rows))
 
 
 def _about(label: str, comparison: Comparison) -> dict[str, Any]:
