@@ -27,7 +27,7 @@ from typing import Any
 
 from specbasis.checkpoint import Checkpoint, open_checkpoint
 from specbasis.checkpoint.formats import endings
-from specbasis.core.brief import brief
+from specbasis.core.brief import clipped
 from specbasis.core.errors import InputError
 from specbasis.core.text import number_of
 from specbasis.jobs import results as store
@@ -42,7 +42,6 @@ ENDINGS = (*endings(), ".tar")
 """Of the names of weight files; `.pth.tar` is a usual one of torch's."""
 
 
-@brief
 @dataclass(frozen=True, eq=False)
 class Lineage:
     """Trees of a set of checkpoints, and the figures of every two of them.
@@ -56,6 +55,9 @@ class Lineage:
     trees: tuple[Tree, ...]
     kinships: tuple[Kinship, ...]
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return clipped(self.as_text())
 
     def as_text(self) -> str:
         """The trees as indented lines: update size, alignment, and how far the direction is known."""

@@ -12,7 +12,6 @@ from specbasis.checkpoint import open_checkpoint, open_tuned
 from specbasis.checkpoint.atomic import whole, writing
 from specbasis.checkpoint.places import transformers_address
 from specbasis.checkpoint.writer import stored_bytes, want_new
-from specbasis.core.brief import brief
 from specbasis.core.dtypes import FORMATS
 from specbasis.core.errors import InputError
 from specbasis.core.options import takes
@@ -176,7 +175,6 @@ def _squares(change: Update) -> float:
     return 0.0 if change.reason or isnan(change.squares[0]) else change.squares[0]
 
 
-@brief
 @dataclass(frozen=True, eq=False)
 class Extraction(Treated):
     """What `extract` wrote.

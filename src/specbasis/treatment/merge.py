@@ -15,7 +15,6 @@ from specbasis.checkpoint import Entry, open_checkpoint
 from specbasis.checkpoint.atomic import whole, writing
 from specbasis.checkpoint.digest import digest
 from specbasis.checkpoint.writer import want_new, write_model
-from specbasis.core.brief import brief
 from specbasis.core.columns import generator_of
 from specbasis.core.dtypes import name_of, widened
 from specbasis.core.errors import InputError, want
@@ -32,7 +31,6 @@ from specbasis.treatment.options import MergeOptions
 from specbasis.treatment.treated import Treated, weights_of, written_record
 
 
-@brief
 @dataclass(frozen=True, eq=False)
 class Merging(Treated):
     """Finetunes, merged or mapped.

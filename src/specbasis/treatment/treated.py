@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from specbasis.checkpoint import Checkpoint
 from specbasis.checkpoint.digest import proven, sealed
 from specbasis.checkpoint.regular import read_json
+from specbasis.core.brief import clipped
 from specbasis.core.errors import InputError
 from specbasis.jobs.folder import plain, write_json
 from specbasis.jobs.provenance import provenances
@@ -68,6 +69,12 @@ class Treated:
         from specbasis.figures.treatment import tables
 
         return next(iter(tables(self)[1:]), None)
+
+    def __repr__(self) -> str:
+        from specbasis.figures.treatment import view
+
+        place = f" in {self.folder}" if self.folder else ""
+        return clipped(f"{type(self).__name__}{place}: {'; '.join(filter(None, view(self).sentences(self)))}")
 
     def report(self, path: str | Path | None = None) -> Path:
         """Write the page, by default `report.html` in the folder, and return its path.

@@ -50,10 +50,12 @@ def render(comparison: Comparison, pairs: list[Pair]) -> bytes:
     plotly = (files("specbasis.figures.page") / "plotly.js.gz").read_bytes()
     script = _asset("page.js")
     about = [_about(pair.label, comparison) for pair in pairs]
+    columns = _columns(manifest, pairs)
     text = _template("page.html").render(
         manifest=manifest,
         manifest_text=json.dumps(manifest, indent=1, ensure_ascii=False),
         pairs=about,
+        columns=columns,
         every_pair=Markup(_all_pairs(about).html()),
         signs=VERDICTS,
         severities=SEVERITIES,
@@ -63,7 +65,7 @@ def render(comparison: Comparison, pairs: list[Pair]) -> bytes:
         missing=missing(pairs),
         hashes=[_hash(gzip.decompress(plotly)), _hash(script.encode())],
         requested=requested(pairs),
-        shared=Markup(_json({"table": _columns(manifest, pairs), "marked": MARKED_RANKS})),
+        shared=Markup(_json({"table": columns, "marked": MARKED_RANKS})),
         data=[Markup(_json(_data(pair, limit))) for pair in pairs],
     )
     return text.encode("utf-8", "replace")
@@ -89,7 +91,8 @@ def _template(name: str) -> Template:
 def _columns(manifest: dict[str, Any], pairs: list[Pair]) -> list[tuple[str, str, str, str]]:
     """(key, heading, meaning, number format) of the table of matrices, which follow from the table of measures."""
     columns = [(N, "n", "number of singular values", "d")]
-    for m in registered():
+    # First what is read first: the size of the update.
+    for m in sorted(registered(), key=lambda m: m.name != "relative_update"):
         if m.shown == "matrices":
             columns.append((m.name, m.heading or m.name, f"{m.title}: {m.formula}", m.digits))
         if m.name == "effective_rank_tuned":
