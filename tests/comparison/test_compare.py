@@ -356,6 +356,31 @@ def test_factors_of_adapters_are_not_compared_as_weights(layout: str, tmp_path: 
         specbasis.compare(*paths)
 
 
+def test_a_part_that_was_asked_for_is_not_the_whole(tmp_path: Path) -> None:
+    base = bert_state()
+    part = specbasis.compare(base, {"own": finetuned(base)}, roles=["ffn.up"], ranks=4)
+    facts, total = (
+        part.facts["own"],
+        len(specbasis.compare(base, dict(base), measures=["rsd"]).facts["state_dict"].matrices),
+    )
+    assert part.pairs == ["own"]
+    assert len(facts.matrices) + len(facts.uncompared) == total
+    assert facts.compared < 0.5
+    assert f"Only {facts.compared:.0%} of the parameters were compared" in part.headlines["own"]
+    assert f"own: {part.headlines['own'][:40]}" in repr(part)
+    assert "(partial: " in part.verdicts["own"].sentence
+    reasons = {item["reason"] for item in part.summary()["pairs"]["own"]["not_compared"] if item["size"]}
+    assert reasons == {"not asked for"}
+    same = specbasis.compare(base, dict(base), roles=["ffn.up"], ranks=4)
+    assert same.verdicts["state_dict"].kind == "partial"
+
+
+@pytest.mark.parametrize("model", [torch.nn.Linear(2, 2), torch.nn.Sequential(torch.nn.Linear(2, 2))])
+def test_a_module_is_refused_with_what_to_give(model: torch.nn.Module) -> None:
+    with pytest.raises(InputError, match=r"here model.state_dict\(\)$"):
+        specbasis.compare(model.state_dict(), model)  # type: ignore[arg-type]
+
+
 def test_what_was_not_compared_is_never_identical(tmp_path: Path) -> None:
     base = bert_state()
     whole = specbasis.compare(base, dict(base))

@@ -47,6 +47,17 @@ def test_a_star_has_its_centre_and_independent_trainings_their_own_roots(tmp_pat
     assert "t2-more" in found.as_text()
 
 
+def test_what_lies_between_two_of_its_branches_is_no_centre(tmp_path: Path) -> None:
+    """A way back to an absent base, beside a gentle finetune of that: the median of its cosines is near 0."""
+    strong, gentle = finetuned(BASE, 0.3, seed=1), finetuned(BASE, 0.1, seed=2)
+    merge = {n: 0.7 * strong[n] + 0.3 * BASE[n] for n in BASE}
+    others = {f"m{i}": finetuned(merge, 0.1, seed=10 + i) for i in range(2)}
+    found = _found(tmp_path, {"strong": strong, "gentle": gentle, "merge": merge, **others})
+    assert not any(tree.identified and tree.root == "merge" for tree in found.trees)
+    assert not any(parent == "merge" and child in ("strong", "gentle") for parent, child, way in _edges(found)
+                   if way == "star")  # fmt: skip
+
+
 def test_two_checkpoints_have_no_direction_but_by_form(tmp_path: Path) -> None:
     (found,) = _found(tmp_path / "a", {"one": BASE, "two": finetuned(BASE, 0.1)}).trees
     assert not found.identified

@@ -245,6 +245,15 @@ def test_while_one_repairs_another_is_refused(models, tmp_path) -> None:
     assert not list(tmp_path.glob(".out.*"))
 
 
+def test_tasks_and_files_can_be_named(models, tmp_path) -> None:
+    base, tuned = models
+    with pytest.raises(InputError, match=r"'nothing\.txt', and there is no such file"):
+        repair(base, tuned, Distance(str(tuned)), "nothing.txt", tmp_path / "out")
+    with pytest.raises(InputError, match="'walk', and there is no such file"):
+        repair(base, tuned, "walk", Distance(str(base)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_one_task_to_keep_and_to_recover_is_refused(models, tmp_path) -> None:
     base, tuned = models
     with pytest.raises(InputError, match="one task to keep and to recover"):

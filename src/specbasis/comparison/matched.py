@@ -55,7 +55,10 @@ class Matched:
             InputError: no tuned checkpoint, one that cannot be read, or nothing in common.
         """
         is_labelled = isinstance(tuned, Mapping) and not any(isinstance(x, Tensor) for x in tuned.values())
-        sources: Any = tuned if is_labelled else [tuned] if isinstance(tuned, str | Path | Mapping) else list(tuned)
+        is_one = isinstance(tuned, str | Path | Mapping) or hasattr(
+            tuned, "state_dict"
+        )  # a module, which is refused
+        sources: Any = tuned if is_labelled else [tuned] if is_one else list(tuned)
         if not sources:
             raise InputError("got no tuned checkpoint; want at least one")
         # A path in words means the same in a worker process.

@@ -42,7 +42,7 @@ ENDINGS = (*endings(), ".tar")
 """Of the names of weight files; `.pth.tar` is a usual one of torch's."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Lineage:
     """Trees of a set of checkpoints, and the figures of every two of them.
 

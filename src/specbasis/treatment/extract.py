@@ -175,7 +175,7 @@ def _squares(change: Update) -> float:
     return 0.0 if change.reason or isnan(change.squares[0]) else change.squares[0]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Extraction(Treated):
     """What `extract` wrote.
 

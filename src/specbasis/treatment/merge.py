@@ -31,7 +31,7 @@ from specbasis.treatment.options import MergeOptions
 from specbasis.treatment.treated import Treated, weights_of, written_record
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Merging(Treated):
     """Finetunes, merged or mapped.
 
