@@ -294,7 +294,7 @@ def _power(value: float, _: int) -> str:
 def few_decades(ax: Axes) -> None:
     """Readable ticks where a logarithmic x axis spans little."""
     low, high = ax.get_xlim()
-    if ax.get_xscale() == "log" and high / low < 30:
+    if ax.get_xscale() == "log" and high / low < 100:
         ticks = [m * 10.0**e for e in range(-12, 6) for m in (1, 2, 5) if low <= m * 10.0**e <= high]
         ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
 

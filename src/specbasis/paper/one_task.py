@@ -214,5 +214,6 @@ def _figure(rows: Sequence[Row], base: str) -> kit.Figure:
             ax.scatter(x[at], 100 * score[at], s=18, marker=marker, color=kit.COLORS[frozen % 2], label=words)
         ax.set(xlabel=label, ylabel="accuracy (%)")
     kit.logarithmic(axes[0][1], "x")
+    kit.few_decades(axes[0][1])
     axes[0][0].legend(fontsize=7)
     return figure
