@@ -62,7 +62,7 @@ def test_a_field_is_a_keyword_a_flag_and_a_line_of_the_manifest() -> None:
         ({"layers": 0}, "got layers = 0; want a whole number, at least 1"),
         ({"layers": True}, "got layers = True; want a whole number"),
         ({"layers": "two"}, "got layers = 'two'; want a whole number"),
-        ({"colours": "red"}, r"got colours = 'red'; want a list, such as \['red'\]"),
+        ({"colours": 3}, r"got colours = 3; want a list, such as \[3\]"),
         ({"style": "squre"}, r"got style = 'squre'; want one of round, square \(did you mean square\?\)"),
     ],
 )
@@ -70,6 +70,11 @@ def test_what_cannot_be_meant_is_refused_in_one_line(keywords: dict[str, Any], s
     with pytest.raises(InputError, match=said) as error:
         bake("hot", **keywords)
     assert "\n" not in str(error.value)
+
+
+def test_a_list_can_be_a_text_as_a_flag_has_it() -> None:
+    same = Cake(3, colours=["blue", "green"], candles=[0, 1, 5])  # type: ignore[arg-type]
+    assert Cake(3, colours="blue, green", candles="0:2,5") == same  # type: ignore[arg-type]
 
 
 def test_parts_of_options_keep_their_values() -> None:

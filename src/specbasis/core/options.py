@@ -67,7 +67,10 @@ class Options:
         for name, (rule, kind) in rules(type(self)).items():
             value = getattr(self, name)
             if get_origin(without_none(kind)) is tuple and value is not None and not isinstance(value, tuple):
-                if isinstance(value, str) or not isinstance(value, Sequence):
+                read = parser(rule, kind)
+                if read is not None and isinstance(value, str):  # as a flag has it
+                    value = read(value, name)
+                elif not isinstance(value, Sequence):
                     raise InputError(f"got {name} = {value!r}; want a list, such as [{value!r}]")
                 object.__setattr__(self, name, tuple(value))
             else:

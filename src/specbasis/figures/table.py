@@ -177,6 +177,8 @@ class Table:
         cells = []
         for i, (column, value) in enumerate(zip(self.columns, row, strict=True)):
             text = value.__html__() if hasattr(value, "__html__") else escape(column.text(value))
+            if i == 0 or column.words:  # a long name breaks behind its parts, not inside of a word
+                text = text if hasattr(value, "__html__") else re.sub(r"(?<=[._+/])(?=\w)", "<wbr>", text)
             weight = f"font-weight:{600 if total else 400}"
             style = _style(inline, _WORDS if column.words else _CELL, weight)
             tag, scope = ("th", ' scope="row"') if i == 0 else ("td", _word(column))
