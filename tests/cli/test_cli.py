@@ -162,7 +162,7 @@ def test_measures_without_alignment_still_give_a_verdict(specbasis: Run, folder:
     assert done.returncode == 0, done.stderr
     assert "finetuned from this base" in done.stdout
     assert "nan" not in done.stdout.splitlines()[-2]
-    assert "\nL left, R right; RSD: change of values; ?: unresolved, left out of the means\n" in done.stdout
+    assert "\nmeans over matrices; L left, R right; RSD: change of values; ?: unresolved\n" in done.stdout
 
 
 def test_an_interrupt_says_what_is_kept(specbasis: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

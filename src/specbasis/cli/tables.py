@@ -36,7 +36,7 @@ def print_comparison(comparison: Comparison) -> None:
         STDOUT.print(summary_table(comparison.summaries[pair], pair).terminal())
         # Not the table's caption, which would wrap at the width of a narrow table.
         line(
-            "means over matrices; L left, R right; RSD: change of values; ?: unresolved, left out",
+            "means over matrices; L left, R right; RSD: change of values; ?: unresolved",
             style="italic dim",
         )
         if every := over_all_ranks(comparison.summaries[pair][-1]):
