@@ -253,7 +253,7 @@ def test_filters(pair: tuple[Path, Path]) -> None:
         specbasis.compare(*pair, roles=["nonsense"])
     with pytest.raises(InputError, match=r"no matrix to compare: .* match none of roles .*ffn.up.*blocks 0 to 1"):
         specbasis.compare(*pair, name="nothing*")
-    for what, given in (("roles", "ffn"), ("blocks", 1), ("measures", "rsd")):
+    for what, given in (("roles", 3), ("blocks", 1), ("measures", 2)):
         with pytest.raises(InputError, match=f"got {what} = .*want a list"):
             specbasis.compare(*pair, **{what: given})
 

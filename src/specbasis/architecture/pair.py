@@ -64,7 +64,7 @@ def pair(
         common_rows: compare the first rows that both have where only the number of rows differs (a vocabulary that
             grew), instead of skipping the matrix.
         transposed: the matrices of tuned are stored (in, out) where those of base are (out, in), or the other way.
-        admits: which matrices are wanted, as in `model_map`; those of base that it excludes are skipped as such.
+        admits: which matrices are wanted, as in `model_map`; what it excludes is not listed as skipped.
 
     Raises:
         InputError: no name in common, or two alignments of prefixes fit equally well.
@@ -110,12 +110,6 @@ def pair(
         replace(item, side="both" if stripped(item.name, drop_base) in counterparts else "base")
         for item in model.skipped
         if item.name not in {ref.key.name for ref in untied}
-    ]
-    wanted = {ref.key.name for ref in model.matrices}
-    skipped += [
-        Skipped(ref.key.name, "both", "not asked for", prod(ref.shape))
-        for ref in (recognition.model(None).matrices if admits else ())
-        if ref.key.name not in wanted
     ]
     skipped += [
         Skipped(name, "tuned", unusable(name, tuned.entries) or "not in base", matrix_size(name, tuned.entries))

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from specbasis.architecture.cut import laid_out
+from specbasis.architecture.cut import laid_out, matrix_size
 from specbasis.architecture.family import STRUCTURAL
-from specbasis.architecture.key import ROLES
+from specbasis.architecture.key import ROLES, Skipped
 from specbasis.architecture.pair import MatrixPair, Pairing, pair
 from specbasis.checkpoint import Checkpoint, open_checkpoint, open_tuned, other_weights
 from specbasis.checkpoint.entry import watched
@@ -132,7 +133,7 @@ class Matched:
                 base=base,
                 pairs=kept.get("pairs", {})
                 | {
-                    label: _about(pairing, by_label[label], self.options, base)
+                    label: _about(pairing, self._unasked(pairing), by_label[label], self.options, base)
                     | {"other_base": self._other_base(label, base)}
                     for label, pairing in self.pairings.items()
                 },
@@ -142,6 +143,18 @@ class Matched:
             )
             results.write_manifest()
             yield results
+
+    def _unasked(self, pairing: Pairing) -> list[Skipped]:
+        """The parameters of base that roles, blocks or name leave out, wholly or in part; nothing is read."""
+        if self.options.filter is None:
+            return []
+        left = {name: matrix_size(name, self.base.entries) for name in self.base.entries}
+        for m in pairing.matched:
+            left[m.base.parameter] -= prod(m.base.shape)
+        known = {item.name for item in pairing.skipped}
+        return [
+            Skipped(n, "both", "not asked for", size) for n, size in left.items() if size > 0 and n not in known
+        ]
 
     def _other_base(self, label: str, base: Mapping[str, Any]) -> str:
         """What an adapter's file says of other weights that it was made from; else empty."""
@@ -167,14 +180,18 @@ def _check_heads(base: Checkpoint, pairings: Mapping[str, Pairing], options: Opt
 
 
 def _about(
-    pairing: Pairing, provenance: dict[str, Any], options: Options, base: Mapping[str, Any]
+    pairing: Pairing,
+    unasked: Iterable[Skipped],
+    provenance: dict[str, Any],
+    options: Options,
+    base: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What the manifest says of one pair."""
     return {
         "tuned": provenance,
         "architecture": pairing.family.name,
         "matrices": [m.key.name for m in pairing.matched],
-        "skipped": [asdict(item) for item in pairing.skipped],
+        "skipped": [asdict(item) for item in (*pairing.skipped, *unasked)],
         "notes": [
             *([f"no architecture file matches: {STRUCTURAL.title}"] if pairing.family is STRUCTURAL else []),
             *options.notes(m.key for m in pairing.matched),
