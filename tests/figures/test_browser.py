@@ -98,6 +98,7 @@ def test_desktop(browser: Any, pages: Callable[[str], Path], scheme: str) -> Non
 
 def test_figures_are_drawn_only_when_they_come_into_view(browser: Any, pages: Callable[[str], Path]) -> None:
     with opened(browser, pages("two_pairs")) as page:
+        page.locator("#alignment").scroll_into_view_if_needed()
         page.wait_for_selector("#alignment .main-svg", state="attached")
         assert page.locator("#angles .main-svg").count() == 0
 

@@ -103,7 +103,7 @@ def test_the_page_stands_in_the_folder_with_its_picture_and_asks_for_nothing(cas
 
 
 def test_the_page_of_an_extraction_has_every_matrix_and_what_is_left_out(pages: Any) -> None:
-    text = pages("extract").read_text()
+    text = pages("extract").read_text().replace("<wbr>", "")  # where a long name may break
     for name, tensor in BASE.items():
         if tensor.ndim > 1:
             assert f">{name}<" in text or f"{name}</code>" in text, name

@@ -32,7 +32,7 @@ def test_a_command_that_is_told_works_when_it_is_pasted(tmp_path: Path) -> None:
     (label,) = comparison.pairs
     step, last = next_steps(comparison, label, [str(base), str(tuned)])
     assert last.command.startswith("specbasis forgetting ")
-    assert f"{low_rank_size(comparison.rows, label)[0]:.0%} of the squared update" in step.reason  # type: ignore[index]
+    assert f"{low_rank_size(comparison.rows, label)[0]:.0%} of their squared update" in step.reason  # type: ignore[index]
     words = shlex.split(step.command)
     assert words[:4] == ["specbasis", "extract", str(base), str(tuned)]
     assert (

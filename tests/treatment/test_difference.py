@@ -142,9 +142,10 @@ def test_matrices_that_are_stored_in_out_are_put_back_so(tmp_path: Path) -> None
 def test_a_base_of_other_files_is_named(models, tmp_path: Path, form: str) -> None:
     extract(*models, tmp_path / "out", form=form)
     other = write(tmp_path / "other.safetensors", {name: W + 0.1 for name, W in BASE.items()})
-    pairs = [specbasis.compare(path, tmp_path / "out").manifest["pairs"]["out"] for path in (models[0], other)]
-    notes = [pair["notes"] for pair in pairs]
-    assert [any("other files" in note for note in of_one) for of_one in notes] == [False, True]
+    found = [specbasis.compare(path, tmp_path / "out") for path in (models[0], other)]
+    wrong = [[f.sentence for f in one.findings["out"] if f.kind == "wrong-base"] for one in found]
+    assert wrong[0] == []
+    assert "tuned was made from other files than those of" in wrong[1][0]
 
 
 def test_a_base_of_another_shape_is_refused(models, tmp_path: Path) -> None:

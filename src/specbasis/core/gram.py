@@ -79,6 +79,16 @@ def left_vectors(A: Blocks, k: int) -> tuple[Tensor, Tensor, Tensor]:
     return X[:, :k], spectrum, torch.cat(errors)[order]
 
 
+def gram_values(W: Tensor) -> Tensor:
+    """All singular values of a matrix, ascending, from its Gram matrix alone: at half the price of `left_vectors`.
+
+    Those below 1e-6 of the largest have few right digits.
+    """
+    A = Blocks.of(W, None, "matrix", W.device)
+    squares: Tensor = torch.linalg.eigvalsh(A.gram(None), UPLO="U")
+    return squares.clamp(min=0).sqrt() * A.scale
+
+
 def _leading_eigenvectors(G: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """All eigenvalues of a symmetric matrix (its upper triangle; overwritten), descending, and k eigenvectors.
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from math import hypot, nan, prod
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -386,11 +387,7 @@ def _frontier(repair: Repair) -> Figure | None:
 
 VIEWS: dict[type[Treated], View] = {
     Extraction: View(
-        "extract",
-        _extraction_tables,
-        lambda extraction: extraction.matrices,
-        _extraction_sentences,
-        _extraction_figure,
+        "extract", _extraction_tables, attrgetter("matrices"), _extraction_sentences, _extraction_figure
     ),
     Forgetting: View("forgetting", lambda forgetting: (_metrics_table(forgetting.record["scores"]),)),
     Merging: View("merge", _merging_tables, _merging_lines, _merging_sentences, _merging_figure),

@@ -46,7 +46,14 @@ COMPARISON = Kind(
     form={
         "base": _WEIGHTS,
         "pairs": {
-            EACH: {"tuned": _WEIGHTS, "architecture": str, "matrices": [str], "skipped": [_SKIPPED], "notes": [str]}
+            EACH: {
+                "tuned": _WEIGHTS,
+                "architecture": str,
+                "matrices": [str],
+                "skipped": [_SKIPPED],
+                "notes": [str],
+                "other_base": str,
+            }
         },
         "measures": [{"name": str}],
         "failed": [{"error": str}],

@@ -28,10 +28,10 @@ from specbasis.checkpoint import Checkpoint, joined_sha256, open_checkpoint
 from specbasis.checkpoint.digest import SEAL, digest, sealed, sha256
 from specbasis.checkpoint.entry import reading
 from specbasis.checkpoint.places import NotStreamable, locate
-from specbasis.core.blocks import Blocks
 from specbasis.core.dtypes import FORMATS
 from specbasis.core.entries import GROUP, grid
 from specbasis.core.errors import InputError
+from specbasis.core.gram import gram_values
 
 SIZES = ((512, 64), (256, 64), (128, 32), (64, 16), (32, 8))
 """Entries of a matrix, and numbers of each ordered list: the first that fits into `LARGEST` is taken."""
@@ -295,7 +295,7 @@ def _orders(W: Tensor, q: int) -> Floats:
     lists = [torch.zeros(0), *(x.sqrt() for x in squares)]
     lists += [(y / x.square().clamp(min=1e-300)) ** 0.25 for x, y in zip(squares, fourths, strict=True)]
     if min(W.shape) <= SPECTRUM_SIDE and float(squares[1].sum()) > 0:
-        lists[0] = _spectrum(W)
+        lists[0] = gram_values(W)
     result = np.full((len(ORDERS), q), np.nan)
     for row, numbers in enumerate(lists):
         ordered = numbers.sort(descending=True).values.numpy()
@@ -304,15 +304,6 @@ def _orders(W: Tensor, q: int) -> Floats:
         ordered = ordered if len(ordered) <= q else ordered[picked]
         result[row, : len(ordered)] = ordered
     return result
-
-
-def _spectrum(W: Tensor) -> Tensor:
-    """All singular values, from the Gram matrix alone: those below 1e-6 of the largest have few right digits, and
-    `half_svd`, which mends that, takes twice as long.
-    """
-    A = Blocks.of(W, None, "matrix", W.device)
-    squares: Tensor = torch.linalg.eigvalsh(A.gram(None), UPLO="U")
-    return squares.clamp(min=0).sqrt() * A.scale
 
 
 def _beside(source: str | Path | Mapping[str, Tensor]) -> dict[str, Any]:
