@@ -117,7 +117,7 @@ def test_where_no_example_changed_the_sentence_says_how_many_may(models) -> None
     told = forgetting(*models, Reading(lambda _: 1.0, noise=0.0))
     assert (told.record["worse_low"], told.record["worse_high"]) == (0, 0)
     assert (
-        f"no example's read changed; with 95 % confidence that of at most {1 - 0.05 ** (1 / 40):.1%} may"
+        f"no example's read changed; with 95 % confidence that of at most {1 - 0.05 ** (1 / 40):.1%} of all would"
         in told.sentence
     )  # (1 − p)^40 = .05
 
