@@ -70,6 +70,9 @@ def test_its_card_says_how_it_was_made_and_of_what(
     for source in sources:
         assert weights_sha256(open_checkpoint(place / f"{source}.safetensors")) in text
     assert ("scale 0.7" in text) is (name == "merged")
+    heading = "n" if name == "merged" else "matrices"
+    assert f"| {heading} |" in text
+    assert f"\n{heading}, number of" in text
     data = hub.ModelCard.load(card).data.to_dict()
     assert data == {"base_model": "org/base", "base_model_relation": relation, "tags": ["specbasis", verb]}
     assert specbasis(*words).returncode == 0

@@ -38,21 +38,18 @@ def card(
         raise InputError(f"--base-model got {base_model!r}; want org/name on the Hub")
     fields = {"base_model": hub_name(base_model) if base_model else "", "base_model_relation": relation}
     given = {name: value for name, value in fields.items() if value}
-    treated = None if (folder / CONFIG).is_file() else opened(folder)
-    model = getattr(treated, "model", folder)
-    if model is None:
-        raise InputError(
-            f"{folder}: the repair wrote no model ({getattr(treated, 'sentence', '')}); so no card of it"
-        )
-    place = readme or model / CARD
-    if treated is not None:
-        from specbasis.figures.documents import write_treated_card
-
-        notes = write_treated_card(treated, place, **given)
-    elif (folder / CONFIG).is_file():
+    place = readme or folder / CARD
+    if (folder / CONFIG).is_file():
         from specbasis.adapter.card import write_card
 
         notes = write_card(folder, place, **given)
+    elif (treated := opened(folder)) is not None:
+        from specbasis.figures.documents import write_treated_card
+
+        if treated.model is None:
+            raise InputError(f"{folder}: the repair wrote no model ({treated.sentence}); so no card of it")
+        place = readme or treated.model / CARD
+        notes = write_treated_card(treated, place, **given)
     else:
         from specbasis.figures.documents import write_card as write_comparison
 

@@ -83,7 +83,7 @@ def show(treated: Treated) -> None:
     shown = tables(treated)
     for table in shown:
         STDOUT.print(table.terminal())
-    if columns := legend(shown):
+    if columns := legend(shown, narrow=True):
         line(f"columns: {columns}", style="italic dim")
     left_out = treated.record.get("left_out", [])
     for text in [*view(treated).sentences(treated), *treated.record.get("notes", [])]:

@@ -55,16 +55,9 @@ class Matched:
         Raises:
             InputError: no tuned checkpoint, one that cannot be read, or nothing in common.
         """
-        is_labelled = isinstance(tuned, Mapping) and not any(isinstance(x, Tensor) for x in tuned.values())
-        is_one = isinstance(tuned, str | Path | Mapping) or hasattr(
-            tuned, "state_dict"
-        )  # a module, which is refused
-        sources: Any = tuned if is_labelled else [tuned] if is_one else list(tuned)
+        source, sources = _in_words(base), _listed(tuned)
         if not sources:
             raise InputError("got no tuned checkpoint; want at least one")
-        # A path in words means the same in a worker process.
-        source, *words = (str(s) if isinstance(s, Path) else s for s in (base, *_values(sources)))
-        sources = dict(zip(sources, words, strict=True)) if is_labelled else words
         opened = open_checkpoint(source, stream=options.stream)
         places, by_label = store.opened_by_label(sources, lambda s: open_tuned(s, opened, stream=options.stream))
         if layouts := options.layouts:
@@ -162,8 +155,18 @@ class Matched:
         return other_weights(tuned, base["sha256"] if tuned.under is self.base else "")
 
 
-def _values(sources: Any) -> Iterable[Any]:
-    return sources.values() if isinstance(sources, Mapping) else sources
+def _in_words(source: Any) -> Any:
+    """A path in words means the same in a worker process."""
+    return str(source) if isinstance(source, Path) else source
+
+
+def _listed(tuned: Any) -> Any:
+    """The tuned checkpoints, one or several, as a list, or by the labels that a mapping gives them."""
+    if isinstance(tuned, Mapping) and not any(isinstance(value, Tensor) for value in tuned.values()):
+        return {label: _in_words(source) for label, source in tuned.items()}
+    # A module is one, although some can be iterated over; opening it says what to give.
+    is_one = isinstance(tuned, str | Path | Mapping) or hasattr(tuned, "state_dict")
+    return [_in_words(source) for source in ([tuned] if is_one else tuned)]
 
 
 def _check_heads(base: Checkpoint, pairings: Mapping[str, Pairing], options: Options) -> None:

@@ -176,15 +176,22 @@ class Table:
         """A line of the body; its first cell is its heading."""
         cells = []
         for i, (column, value) in enumerate(zip(self.columns, row, strict=True)):
-            text = value.__html__() if hasattr(value, "__html__") else escape(column.text(value))
-            if i == 0 or column.words:  # a long name breaks behind its parts, not inside of a word
-                text = text if hasattr(value, "__html__") else re.sub(r"(?<=[._+/])(?=\w)", "<wbr>", text)
+            if hasattr(value, "__html__"):
+                text = value.__html__()
+            else:
+                plain = escape(column.text(value))
+                text = breakable(plain) if i == 0 or column.words else plain
             weight = f"font-weight:{600 if total else 400}"
             style = _style(inline, _WORDS if column.words else _CELL, weight)
             tag, scope = ("th", ' scope="row"') if i == 0 else ("td", _word(column))
             cells.append(f"<{tag}{scope}{style}>{text}</{tag}>")
         start = '<tr class="total">' if total else "<tr>"
         return f"{start}{''.join(cells)}</tr>"
+
+
+def breakable(markup: str) -> str:
+    """A path or name, escaped, that may be broken into lines behind its parts, and not inside of a word."""
+    return re.sub(r"(?<=[/._+\[])(?=\S)", "<wbr>", markup)
 
 
 def _word(column: Column) -> str:

@@ -53,8 +53,7 @@ def opened(folder: Path) -> Treated | None:
     Raises:
         InputError: its record is not what was written.
     """
-    kinds = (kind for kind in VIEWS if kind.RECORD and (folder / kind.RECORD).is_file())
-    return next((kind.load(folder) for kind in kinds), None)
+    return next((k.load(folder) for k in VIEWS if k.RECORD and (folder / k.RECORD).is_file()), None)
 
 
 def tables(treated: Treated) -> tuple[Table, ...]:
@@ -62,9 +61,10 @@ def tables(treated: Treated) -> tuple[Table, ...]:
     return view(treated).tables(treated)
 
 
-def legend(shown: Iterable[Table]) -> str:
-    """What the headings of numbers stand for, in one line."""
-    columns = {c.narrow or c.name: c.title for table in shown for c in table.columns if c.title and not c.words}
+def legend(shown: Iterable[Table], *, narrow: bool = False) -> str:
+    """What the headings of numbers stand for, in one line; ``narrow``: as a terminal has them."""
+    titled = (c for table in shown for c in table.columns if c.title and not c.words)
+    columns = {(c.narrow if narrow else "") or c.name: c.title for c in titled}
     return "; ".join(f"{name}, {title}" for name, title in columns.items())
 
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from specbasis.checkpoint import open_checkpoint, open_tuned, weights_sha256
+from specbasis.checkpoint import open_checkpoint, open_tuned
 from specbasis.checkpoint.writer import write_model
 from specbasis.core.errors import InputError
 from specbasis.core.options import takes
@@ -118,6 +118,7 @@ def repair(
     for evaluator in (keep, recover):  # data that cannot be had stops all before anything is decomposed
         getattr(evaluator, "prepare", lambda: None)()
     ways = Ways.of(pretrained, finetuned, factors_in(chosen.cache, chosen.cache_size))
+    weights = weights_of({"base": pretrained, "tuned": finetuned})
     bench = _Bench(ways, keep, recover, chosen.resamples)
     run = partial(
         run_experiments,
@@ -125,8 +126,7 @@ def repair(
         out=out,
         config={
             "experiment": "repair",
-            "base": weights_sha256(pretrained),
-            "tuned": weights_sha256(finetuned),
+            **{of["name"]: of["sha256"] for of in weights},
             "keep": describe(keep),
             "recover": describe(recover),
             **chosen.config(),
@@ -144,7 +144,7 @@ def repair(
         record = {
             "base": shareable(pretrained.source),
             "tuned": shareable(finetuned.source),
-            "weights": weights_of({"base": pretrained, "tuned": finetuned}),
+            "weights": weights,
             **conclude(rows, chosen.tolerance / 100),
         }
         point = record["chosen"]

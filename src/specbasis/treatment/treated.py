@@ -51,6 +51,11 @@ class Treated:
             ) from error
 
     @property
+    def model(self) -> Path | None:
+        """The folder of what was made; None where nothing was."""
+        return self.folder
+
+    @property
     def sentence(self) -> str:
         """What came of it; empty where its table alone says so."""
         return str(self.record.get("sentence", ""))

@@ -6,14 +6,13 @@ import base64
 import gzip
 import hashlib
 import json
-import re
 from importlib.resources import files
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from specbasis.comparison.comparison import Comparison
 from specbasis.figures.data import MARKED_RANKS, SIDES, Band, Floats, Pair, Series
@@ -28,7 +27,7 @@ from specbasis.figures.summary import (
     over_all_ranks,
     summary_table,
 )
-from specbasis.figures.table import Column, Table
+from specbasis.figures.table import Column, Table, breakable
 from specbasis.measures.table import registered
 from specbasis.treatment.advice import next_steps
 
@@ -211,9 +210,8 @@ def _json(content: Any) -> str:
 
 
 def _breakable(text: str) -> Markup:
-    """A path or name that may be broken into lines behind its separators."""
-    parts = re.split(r"(?<=[/._\[])", text)
-    return Markup("<wbr>").join(parts)
+    """See `breakable`; of a text that is not escaped yet."""
+    return Markup(breakable(escape(text)))
 
 
 def _asset(name: str) -> str:
