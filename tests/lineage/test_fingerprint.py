@@ -79,7 +79,7 @@ def test_many_matrices_still_fit_into_what_is_allowed(monkeypatch: pytest.Monkey
     for blocks in (2, 4, 13, 40):
         found = fingerprint(bert_state(blocks=blocks, width=4))
         assert found.values.nbytes <= 145_000
-        assert len(found.labels) == len(found.values)
+        assert len(found.layout.labels) == len(found.values)
     assert found.header["entries"] < 512
 
 
@@ -193,4 +193,4 @@ def test_what_the_hub_has_in_an_old_format_is_downloaded(hub: Any, tmp_path: Pat
     torch.save(bert_state(), tmp_path / "m.bin")
     content = (tmp_path / "m.bin").read_bytes()
     hub.repositories["org/old"] = {"pytorch_model.bin": content, "config.json": b"{}"}
-    assert len(fingerprint("hub:org/old").labels) == len(fingerprint(tmp_path / "m.bin").labels)
+    assert len(fingerprint("hub:org/old").layout.labels) == len(fingerprint(tmp_path / "m.bin").layout.labels)

@@ -29,7 +29,7 @@ def fingerprint(model: MODEL, out: OUT, name: NAME = "") -> None:
 
     record = run(model)
     write(out, [record.named(name, base=False)])
-    line(f"{out}: {number_of(len(record.labels), 'matrix')} of {record.name}, {out.stat().st_size:,} bytes")
+    line(f"{out}: {number_of(len(record.layout.labels), 'matrix')} of {record.name}, {out.stat().st_size:,} bytes")
 
 
 def which_base(
@@ -89,7 +89,7 @@ def list_(file: FILE, json: JSON = False) -> None:
     from specbasis.lineage.database import read
 
     keys = ("name", "source", "revision", "base", "weights", "config", "tokenizer")
-    rows = [{key: r.header[key] for key in keys} | {"matrices": len(r.labels)} for r in read(file)]
+    rows = [{key: r.header[key] for key in keys} | {"matrices": len(r.values)} for r in read(file)]
     if json:
         document(rows)
         return

@@ -57,14 +57,14 @@ class Correspondence:
 def correspondence(query: Fingerprint, record: Fingerprint) -> Correspondence:
     """The way in which a query corresponds to a record most surely, of three, for which the p-value pays."""
     pairs = by_label(query, record)
-    here = log_p(*scores(query.roots, record.roots, pairs), len(query.labels))
+    here = log_p(*scores(query.roots, record.roots, pairs), len(query.layout.labels))
     tried = [Correspondence(record, pairs, "in place", here)]
-    if here > math.log(SURE) or len(query.blocks) != len(record.blocks):
+    if here > math.log(SURE) or len(query.layout.blocks) != len(record.layout.blocks):
         tried.append(_by_blocks(query, record))
     if here > math.log(SURE) and query.header["orders"] == record.header["orders"]:
         # Where a part was made anew, what is left in place is weak evidence, and says all the same where it is.
         way = "in place" if here < math.log(WEAK) else "without the order of units"
-        p = log_p(*scores(query.spacings, record.spacings, pairs), len(query.labels))
+        p = log_p(*scores(query.spacings, record.spacings, pairs), len(query.layout.labels))
         tried.append(Correspondence(record, pairs, way, p))
     best = next((c for c in tried if c.depth and c.log_p < math.log(SURE)), min(tried, key=lambda c: c.log_p))
     return Correspondence(record, best.pairs, best.way, min(0.0, best.log_p + math.log(3)), best.depth)
@@ -77,16 +77,16 @@ def by_label(query: Fingerprint, record: Fingerprint) -> Pairs:
     return _matched(query.layout, record.layout)
 
 
-@lru_cache(maxsize=16)  # the finetunes of one base have its layout
+@lru_cache(maxsize=64)
 def _matched(ours: Layout, theirs: Layout) -> Pairs:
     ways: list[Pairs] = []
     for key_of in (lambda label, end: label, lambda label, end: (end, label[3]), lambda label, end: label[3]):
         waiting = defaultdict[Any, list[int]](list)
-        for k, matrix in enumerate(theirs):
-            waiting[key_of(*matrix)].append(k)
-        keys = [key_of(*matrix) for matrix in ours]
+        for k, key in enumerate(map(key_of, theirs.labels, theirs.ends)):
+            waiting[key].append(k)
+        keys = map(key_of, ours.labels, ours.ends)
         ways.append([(k, waiting[key].pop(0)) for k, key in enumerate(keys) if waiting[key]])
-        if 2 * len(ways[-1]) >= min(len(ours), len(theirs)):
+        if 2 * len(ways[-1]) >= min(len(ours.labels), len(theirs.labels)):
             return ways[-1]
     return max(ways, key=len)
 
@@ -116,8 +116,8 @@ def log_p(z: Floats, weight: Floats, whole: int) -> float:
 
 def _by_blocks(query: Fingerprint, record: Fingerprint) -> Correspondence:
     """Each block of the query beside the block of the record that is most like it, wherever that stands."""
-    ours, theirs = query.blocks, record.blocks
-    kinds = [kind for kind in query.kinds if kind in record.kinds]
+    ours, theirs = query.layout.blocks, record.layout.blocks
+    kinds = [kind for kind in query.layout.kinds if kind in record.layout.kinds]
     n = min(query.header["entries"], record.header["entries"])
     A, B = _laid_out(query, n, kinds, ours), _laid_out(record, n, kinds, theirs)
     size = np.sqrt(np.square(A) @ np.square(B).mT)
@@ -134,9 +134,9 @@ def _by_blocks(query: Fingerprint, record: Fingerprint) -> Correspondence:
         theirs[k] if sure < math.log(SURE) else None for k, sure in zip(z.argmax(1), block_log_p, strict=True)
     ]
     depth = dict(zip(ours, matched, strict=True))
-    counterparts = {label: k for k, label in enumerate(record.labels)}
+    counterparts = record.layout.numbers
     pairs = []
-    for k, (stack, block, *rest) in enumerate(query.labels):
+    for k, (stack, block, *rest) in enumerate(query.layout.labels):
         place = (stack, block) if block is None else depth[stack, block]
         if place is not None and (*place, *rest) in counterparts:
             pairs.append((k, counterparts[(*place, *rest)]))
@@ -148,7 +148,7 @@ def _laid_out(
     fingerprint: Fingerprint, n: int, kinds: Sequence[Any], blocks: Sequence[Block]
 ) -> NDArray[np.float32]:
     """(kinds, blocks, n): the roots of each matrix; zeros where a block has none of a kind."""
-    roots, numbers = fingerprint.roots[:, :n], fingerprint.kinds
+    roots, numbers = fingerprint.roots[:, :n], fingerprint.layout.kinds
     padded: NDArray[np.float32] = np.vstack([roots, np.zeros_like(roots[:1])])
     rows = [numbers[kind].get(block, -1) for kind in kinds for block in blocks]
     laid_out: NDArray[np.float32] = padded[np.array(rows, int).reshape(len(kinds), len(blocks))]

@@ -12,8 +12,9 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +47,52 @@ ORDERS = ("singular values", "norms of rows", "norms of columns", "shapes of row
 """The ordered lists. The shape of a row is ‖·‖₄ / ‖·‖₂: a factor on it changes nothing."""
 
 BAND = 2**18  # entries of the band of rows in which the seeded places lie
+THREADS = 2  # matrices that are in memory at once
 SPECTRUM_SIDE = 1024  # of a larger short side the eigensolver takes too long
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.txt", "vocab.json")
 
 Floats = NDArray[np.float64]
 Block = tuple[str, int]
 Label = tuple[str, int | None, str, tuple[int, int], int]
-Layout = tuple[tuple[Label, str], ...]
+Named = tuple[str, int | None, str, str, int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """The matrices of a model: all that is known of them without a value.
+
+    Attributes:
+        labels: what matrices of two models must agree in to be compared: stack, block, role, shape, and which of
+            those that agree in these it is.
+        ends: of their names.
+        numbers: label → number of the matrix.
+        kinds: role, shape, and which of those with equal labels → block → number of the matrix.
+        blocks: in order.
+    """
+
+    labels: tuple[Label, ...]
+    ends: tuple[str, ...]
+    numbers: Mapping[Label, int]
+    kinds: Mapping[tuple[str, tuple[int, int], int], Mapping[Block, int]]
+    blocks: Sequence[Block]
+
+
+@lru_cache(maxsize=64)  # the finetunes of one base have its layout
+def _layout(matrices: tuple[Named, ...]) -> Layout:
+    seen = Counter[tuple[Any, ...]]()
+    labels = []
+    kinds: dict[Any, dict[Block, int]] = defaultdict(dict)
+    for k, (stack, block, role, name, out, width) in enumerate(matrices):
+        # Of a role that says nothing the end of the name does, such as weight_ih.
+        role = f"{role} {name.rpartition('.')[2]}" if role in ("other", "conv") else role
+        place = (stack, block, role, shape := (height(out), width))
+        labels.append((*place, seen[place]))
+        if block is not None:
+            kinds[role, shape, seen[place]][stack, block] = k
+        seen[place] += 1
+    blocks = sorted({(stack, block) for stack, block, *_ in matrices if block is not None})
+    ends = tuple(name.rpartition(".")[2] for _, _, _, name, *_ in matrices)
+    return Layout(tuple(labels), ends, {label: k for k, label in enumerate(labels)}, dict(kinds), blocks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +135,8 @@ class Fingerprint:
         Roots, so that outliers do not decide what a sum of products says.
         """
         n = self.header["entries"]
-        centred = np.nan_to_num(self.values[:, :n] - self.values[:, n : 2 * n])
+        centred = self.values[:, :n] - self.values[:, n : 2 * n]
+        centred[~np.isfinite(centred)] = 0
         roots: NDArray[np.float32] = np.copysign(np.sqrt(np.abs(centred)), centred)
         return roots
 
@@ -115,44 +156,16 @@ class Fingerprint:
         """
         gaps = -np.diff(self.orders, axis=2)
         pairs = gaps[..., : gaps.shape[2] // 2 * 2].reshape(len(gaps), -1, 2)
-        whole = pairs.sum(-1)
+        whole = pairs[..., 0] + pairs[..., 1]
         known = whole > 0
         shares = np.divide(pairs[..., 0], whole, out=np.zeros_like(whole), where=known)
-        mean = shares.sum(0) / known.sum(0).clip(min=1)
-        return np.where(known & (known.sum(0) >= 4), shares - mean, 0)
-
-    @cached_property
-    def labels(self) -> list[Label]:
-        """What matrices of two models must agree in to be compared; last, which of those with equal labels."""
-        seen = Counter[tuple[Any, ...]]()
-        labels = []
-        for stack, block, role, name, out, width, _ in self.header["matrices"]:
-            # Of a role that says nothing the end of the name does, such as weight_ih.
-            role = f"{role} {name.rpartition('.')[2]}" if role in ("other", "conv") else role
-            place = (stack, block, role, (height(out), width))
-            labels.append((*place, seen[place]))
-            seen[place] += 1
-        return labels
+        count = np.count_nonzero(known, axis=0)
+        return np.where(known & (count >= 4), shares - shares.sum(0) / count.clip(min=1), 0)
 
     @cached_property
     def layout(self) -> Layout:
-        """Label of each matrix, and the end of its name."""
-        ends = (matrix[3].rpartition(".")[2] for matrix in self.header["matrices"])
-        return tuple(zip(self.labels, ends, strict=True))
-
-    @cached_property
-    def kinds(self) -> dict[tuple[str, tuple[int, int], int], dict[Block, int]]:
-        """Role, shape, and which of those with equal labels → block → number of the matrix."""
-        kinds: dict[tuple[str, tuple[int, int], int], dict[Block, int]] = defaultdict(dict)
-        for k, (stack, block, role, shape, number) in enumerate(self.labels):
-            if block is not None:
-                kinds[role, shape, number][stack, block] = k
-        return kinds
-
-    @property
-    def blocks(self) -> list[Block]:
-        """The blocks, in order."""
-        return sorted({(stack, block) for stack, block, *_ in self.header["matrices"] if block is not None})
+        """Which matrices it has; one object for all models that have the same."""
+        return _layout(tuple(tuple(matrix[:6]) for matrix in self.header["matrices"]))
 
     def named(self, name: str, base: bool) -> Fingerprint:
         """The same under a name, and declared to be a base or not."""
@@ -165,7 +178,6 @@ def seal(header: Mapping[str, Any], values: NDArray[np.float32]) -> Fingerprint:
     return Fingerprint(sealed({**content, "values": digest(values.tobytes())}), values)
 
 
-@torch.no_grad()
 def fingerprint(source: str | Path | Mapping[str, Tensor], *, budget: int = BUDGET) -> Fingerprint:
     """The fingerprint of a model; from the Hub at most about ``budget`` bytes are read, by byte range.
 
@@ -186,19 +198,14 @@ def fingerprint(source: str | Path | Mapping[str, Tensor], *, budget: int = BUDG
     most = LARGEST // (4 * _width(n, q))
     if len(refs) > most:
         refs = [refs[int(k)] for k in np.linspace(0, len(refs) - 1, most).round()]
-    values = np.full((len(refs), _width(n, q)), np.nan, np.float32)
-    matrices, whole = [], _read_whole(checkpoint, refs, budget)
-    for row, (ref, is_whole) in enumerate(zip(refs, whole, strict=True)):
-        W = ref.read(checkpoint) if is_whole else None
-        band = _band(checkpoint, ref) if W is None else W[slice(*rows_of(ref.shape))]
-        if not bool(torch.isfinite(band).all()):
-            raise InputError(f"{checkpoint.source}: {ref.key.name} has NaN or Inf entries; no fingerprint of it")
-        values[row, : 3 * n] = _entries(band, ref.shape, n).ravel()
-        if W is not None:
-            values[row, 3 * n : -1] = _orders(W, q).ravel()
-        values[row, -1] = float((band if W is None else W).float().square().mean().sqrt())
-        key, proof = ref.key, "" if W is None else digest(W.to(torch.float32))
-        matrices.append([key.stack, key.block, key.role, key.name, *ref.shape, proof])
+    whole = _read_whole(checkpoint, refs, budget)
+    with ThreadPoolExecutor(THREADS) as pool:  # nearly all of it is in libraries that let threads run
+        rows = list(pool.map(lambda ref, is_whole: _matrix(checkpoint, ref, is_whole, n, q), refs, whole))
+    values = np.stack([row for row, _ in rows])
+    matrices = [
+        [ref.key.stack, ref.key.block, ref.key.role, ref.key.name, *ref.shape, proof]
+        for ref, (_, proof) in zip(refs, rows, strict=True)
+    ]
     header = {
         "version": 1, "name": checkpoint.source, "source": checkpoint.source, "base": False,
         "revision": checkpoint.revision, "entries": n, "orders": q, "matrices": matrices,
@@ -207,6 +214,23 @@ def fingerprint(source: str | Path | Mapping[str, Tensor], *, budget: int = BUDG
         **_beside(source),
     }  # fmt: skip
     return seal(header, values)
+
+
+@torch.no_grad()
+def _matrix(
+    checkpoint: Checkpoint, ref: MatrixRef, is_whole: bool, n: int, q: int
+) -> tuple[NDArray[np.float32], str]:
+    """The numbers of a matrix, and the digest of its values where all were read."""
+    W = ref.read(checkpoint) if is_whole else None
+    band = _band(checkpoint, ref) if W is None else W[slice(*rows_of(ref.shape))]
+    if not bool(torch.isfinite(band).all()):
+        raise InputError(f"{checkpoint.source}: {ref.key.name} has NaN or Inf entries; no fingerprint of it")
+    values = np.full(_width(n, q), np.nan, np.float32)
+    values[: 3 * n] = _entries(band, ref.shape, n).ravel()
+    if W is not None:
+        values[3 * n : -1] = _orders(W, q).ravel()
+    values[-1] = float((band if W is None else W).float().square().mean().sqrt())
+    return values, "" if W is None else digest(W.to(torch.float32))
 
 
 def height(out: int) -> int:

@@ -217,11 +217,11 @@ def _judged(query: Fingerprint, relatives: Sequence[Relative]) -> tuple[str, str
     """Kind, sentence, and what else the answer holds."""
     best = relatives[0]
     record, words, name = best.link.record, counted(best.forms), best.name
-    whole = len(best.link.pairs) == len(query.labels)
+    whole = len(best.link.pairs) == len(query.layout.labels)
     if (
         whole
         and not best.link.depth
-        and len(record.labels) == len(query.labels)
+        and len(record.layout.labels) == len(query.layout.labels)
         and set(best.forms) <= {"equal", "undecided"}
         and False not in (proofs := {same_values(query, record, k, j) for k, j in best.link.pairs})
     ):
@@ -231,8 +231,8 @@ def _judged(query: Fingerprint, relatives: Sequence[Relative]) -> tuple[str, str
     if depth := best.link.depth:
         shown = {_block(b): "new" if at is None else _block(at) for b, at in depth.items()}
         used = [at for at in depth.values() if at is not None]
-        more = len(used) > len(set(used)) or len(depth) > len(record.blocks)
-        kind = "grown" if more else "pruned" if len(set(used)) < len(record.blocks) else "reordered"
+        more = len(used) > len(set(used)) or len(depth) > len(record.layout.blocks)
+        kind = "grown" if more else "pruned" if len(set(used)) < len(record.layout.blocks) else "reordered"
         blocks = ", ".join(f"{b} ← {at}" for b, at in shown.items())
         return kind, f"{kind} from {name}, block by block: {blocks}; matrices: {words}", {"depth": shown}
     if smaller := _smaller(query, record):
@@ -249,7 +249,7 @@ def _judged(query: Fingerprint, relatives: Sequence[Relative]) -> tuple[str, str
     rest = (
         f"; not from it: {', '.join(unlike[:3])}{' …' if len(unlike) > 3 else ''} ({len(unlike)})" if unlike else ""
     )
-    if missing := len(query.labels) - len(best.link.pairs):
+    if missing := len(query.layout.labels) - len(best.link.pairs):
         rest += f"; without a counterpart: {number_of(missing, 'matrix')}"
     if best.link.way == "without the order of units":
         return "related", f"related to {name}, its hidden units in another order or rescaled, and changed", {}
