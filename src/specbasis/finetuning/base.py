@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -19,6 +20,9 @@ from specbasis.checkpoint.places import transformers_address
 from specbasis.core.errors import InputError
 from specbasis.finetuning.tasks import Split, Task
 
+SECOND = "second"
+"""Where an example has the inputs of its second text, if the two go through the encoder one by one."""
+
 
 @dataclass(frozen=True, eq=False)
 class Base:
@@ -30,6 +34,7 @@ class Base:
         address: arguments of ``from_pretrained`` that load the same checkpoint.
         task: whose head it has.
         max_length: tokens at which texts are cut.
+        head: where the head stands: "first", or "mean" (see `heads`).
     """
 
     model: Any
@@ -37,6 +42,12 @@ class Base:
     address: Mapping[str, Any]
     task: Task
     max_length: int
+    head: str = "first"
+
+    @property
+    def apart(self) -> bool:
+        """Whether the two texts of an example go through the encoder one by one."""
+        return self.head == "mean" and self.task.pair
 
     def encode(self, split: Split) -> Examples:
         """The inputs of every example with its label; texts are tokenised here, images are read when asked for.
@@ -46,16 +57,24 @@ class Base:
         """
         if self.task.images:
             return Images(split, self.processor)
+        labels = split.labels if self.task.regression else map(int, split.labels)
         columns = list(map(list, zip(*split.inputs, strict=True)))
+        if self.apart and columns:
+            first, second = (self._tokens(column) for column in columns)
+            return [{**u, SECOND: v, "labels": y} for u, v, y in zip(first, second, labels, strict=True)]
+        return [{**row, "labels": y} for row, y in zip(self._tokens(*columns), labels, strict=True)]
+
+    def _tokens(self, *columns: list[str]) -> list[dict[str, Any]]:
+        if not columns:
+            return []
         added = self.processor.num_special_tokens_to_add(pair=len(columns) > 1)
         if self.max_length <= added:
             raise InputError(
                 f"got max_length = {self.max_length}; want more than {added}: the tokenizer adds so many tokens"
             )
-        encoded = self.processor(*columns, truncation=True, max_length=self.max_length) if columns else {}
+        encoded = self.processor(*columns, truncation=True, max_length=self.max_length)
         names = [name for name in encoded if name in self.processor.model_input_names]
-        labels = split.labels if self.task.regression else map(int, split.labels)
-        return [{**{name: encoded[name][i] for name in names}, "labels": y} for i, y in enumerate(labels)]
+        return [{name: encoded[name][i] for name in names} for i in range(len(columns[0]))]
 
     def collator(self) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
         """Batches: padded to the longest of each batch."""
@@ -64,7 +83,19 @@ class Base:
         collate: Callable[[list[dict[str, Any]]], dict[str, Tensor]] = (
             default_data_collator if self.task.images else DataCollatorWithPadding(self.processor)
         )
-        return collate
+        return partial(_texts_apart, collate) if self.apart else collate
+
+
+def _texts_apart(collate: Callable[[Any], Mapping[str, Tensor]], examples: Sequence[Any]) -> dict[str, Tensor]:
+    """A batch of pairs: a row for each text, an example's second behind its first, and a label for each example."""
+    rows = [{k: v for k, v in e.items() if k not in (SECOND, "labels")} for e in examples]
+    texts = [text for row, example in zip(rows, examples, strict=True) for text in (row, example[SECOND])]
+    return {**collate(texts), "labels": torch.tensor([example["labels"] for example in examples])}
+
+
+def tokens_of(example: Mapping[str, Any]) -> int:
+    """Tokens of an example, of the longer of its texts where these are apart."""
+    return max(len(text["input_ids"]) for text in (example, example.get(SECOND, example)))
 
 
 class Images(Dataset[dict[str, Any]]):
@@ -92,7 +123,9 @@ Examples = list[dict[str, Any]] | Images
 """What a Trainer takes as a dataset."""
 
 
-def load_base(base: str | Path, task: Task, *, max_length: int = 256, scratch: bool = False) -> Base:
+def load_base(
+    base: str | Path, task: Task, *, max_length: int = 256, scratch: bool = False, head: str = "first"
+) -> Base:
     """Load a pretrained model with a head for a task, in float32; a head that it lacks is drawn from torch's
     generator.
 
@@ -102,10 +135,11 @@ def load_base(base: str | Path, task: Task, *, max_length: int = 256, scratch: b
         task: what is to be predicted.
         max_length: tokens at which texts are cut; less where the model takes less.
         scratch: the same architecture with every weight drawn anew: what pretraining is compared with.
+        head: what it stands on: "first", as transformers' own class has it, or "mean"; see `heads`.
 
     Raises:
         InputError: nothing there, no ``config.json``, or a model that transformers cannot give such a head without
-            running code from the checkpoint.
+            running code from the checkpoint; a mean head for images.
     """
     import transformers
 
@@ -116,7 +150,10 @@ def load_base(base: str | Path, task: Task, *, max_length: int = 256, scratch: b
         config.id2label = dict(enumerate(task.labels))
         config.label2id = {name: index for index, name in enumerate(task.labels)}
     config.problem_type = "regression" if task.regression else "single_label_classification"
-    texts = (transformers.AutoModelForSequenceClassification, transformers.AutoTokenizer)
+    if head == "mean" and task.images:
+        raise InputError(f"got a mean head for {task.title}; want a task of texts, or the head of the model's own")
+    own = transformers.AutoModelForSequenceClassification
+    texts = (transformers.AutoModel if head == "mean" else own, transformers.AutoTokenizer)
     images = (transformers.AutoModelForImageClassification, transformers.AutoImageProcessor)
     kind, processors = images if task.images else texts
     processor = loading(base, lambda: processors.from_pretrained(**address, trust_remote_code=False))
@@ -129,6 +166,10 @@ def load_base(base: str | Path, task: Task, *, max_length: int = 256, scratch: b
             else kind.from_pretrained(**address, **weights, ignore_mismatched_sizes=True)
         ),
     )
+    if head == "mean":
+        from specbasis.finetuning.heads import under_mean_head
+
+        model = under_mean_head(model, task.pair)
     if not task.images:
         if len(processor) <= len(set(processor.all_special_ids)):
             raise InputError(
@@ -138,7 +179,7 @@ def load_base(base: str | Path, task: Task, *, max_length: int = 256, scratch: b
         let_pad(processor, base)
         if model.config.pad_token_id is None:
             model.config.pad_token_id = processor.pad_token_id
-    return Base(model, processor, address, task, min(max_length, longest_input(model, processor)))
+    return Base(model, processor, address, task, min(max_length, longest_input(model, processor)), head)
 
 
 def let_pad(tokenizer: Any, base: str | Path) -> None:

@@ -33,6 +33,8 @@ def model_card(
     share = 100 * parameters["adapter"] / parameters["total"]
     base, title = markdown(config["base"]), markdown(task.title)
     known = hub_name(config["base"])
+    # transformers has no class with such a head, so PEFT alone would lose it.
+    under = ", a head on the mean of the last states" if protocol.get("head") == "mean" else ""
     fields = {
         "base_model": known,
         "base_model_relation": known and ("adapter" if adapter else "finetune"),
@@ -59,7 +61,7 @@ def model_card(
         f"Seed {config['seed']}, {protocol['epochs']:g} epochs of {metrics['train_examples']:,} examples, AdamW, "
         f"learning rate {protocol['learning_rate']:g} (linear, {protocol['warmup']:.0%} warm-up), batch "
         f"{protocol['batch_size']}, texts cut at {protocol['max_length']} tokens, weight decay "
-        f"{protocol['weight_decay']:g}, {protocol['precision']}. The dev set chose nothing.",
+        f"{protocol['weight_decay']:g}, {protocol['precision']}{under}. The dev set chose nothing.",
         "",
         forgetting(metrics),
         "",
@@ -71,7 +73,7 @@ def model_card(
         'model, processor = load("FOLDER")',
         "```",
         "",
-        *(["or with PEFT:", "", loading(adapter, len(task.labels) or 1)] if adapter else []),
+        *(["or with PEFT:", "", loading(adapter, len(task.labels) or 1)] if adapter and not under else []),
     ]
     if metrics["notes"]:
         lines += ["## Notes", "", *(f"- {markdown(note)}" for note in metrics["notes"]), ""]

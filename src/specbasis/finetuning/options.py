@@ -26,6 +26,7 @@ def require_libraries() -> None:
 PRECISIONS = ("float32", "bf16", "fp16")
 SELECTIONS = ("last", "best")
 PLACEMENTS = ("gradient", "uniform")
+HEADS = ("first", "mean")
 BASES = ("pretrained", "gradient", "random", "shuffled")
 
 
@@ -36,7 +37,8 @@ class Protocol(Options):
     AdamW; the learning rate rises linearly over the first 6 % of the steps and falls linearly to zero; gradients
     are clipped at norm 1, transformers' default, on which the paper is silent. A text is cut at ``max_length``
     tokens; ``group_by_length`` makes batches of another order than a plain shuffle; with autocast the weights stay
-    float32; the part of train on which the ``best`` epoch is chosen is not trained on.
+    float32; the part of train on which the ``best`` epoch is chosen is not trained on. Under a ``head`` on the mean
+    the two texts of a pair go through the encoder one by one; see `heads`.
 
     Source: Yu et al. 2026, App. M.
     """
@@ -50,6 +52,12 @@ class Protocol(Options):
     group_by_length: bool = option(False, "batches of texts of similar length: less padding", panel=ADVANCED)
     precision: str = option("float32", "float32, bf16, fp16", panel=ADVANCED, choices=PRECISIONS)
     gradient_checkpointing: bool = option(False, "less memory, more time", panel=ADVANCED)
+    head: str = option(
+        "first",
+        "what the task head stands on: the first state, or the mean of all (sentence encoders)",
+        panel=ADVANCED,
+        choices=HEADS,
+    )
     select: str = option(
         "last", "last epoch, or the best on a fixed part of train", panel=ADVANCED, choices=SELECTIONS
     )

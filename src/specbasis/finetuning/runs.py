@@ -164,19 +164,27 @@ def _whole_base(adapted: Checkpoint, place: Path) -> Path:
     return place if place.is_dir() else write_model(adapted, place)
 
 
+_HEAD = ("name", "title", "metrics", "labels", "images")
+"""What a manifest says of the task that the head is for."""
+
+
 def _config(
     base: str | Path, base_sha256: str, data: TaskData, method: str, options: FinetuneOptions
 ) -> dict[str, Any]:
     """What makes two runs the same."""
+    protocol = dataclasses.asdict(options.part(Protocol))
+    head = _HEAD + (("pair",) if options.head == "mean" else ())
+    if options.head == "first":
+        del protocol["head"]  # versions before know no other
     return {
         "base": str(base),
         "base_sha256": base_sha256,
         "task": data.task.name,
-        "head": {name: getattr(data.task, name) for name in ("name", "title", "metrics", "labels", "images")},
+        "head": {name: getattr(data.task, name) for name in head},
         "data": data.digest,
         "method": method,
         "seed": options.seed,
-        "protocol": dataclasses.asdict(options.part(Protocol)),
+        "protocol": protocol,
         "placement": dataclasses.asdict(options.part(Placement)),
         "cache_prefix": options.cache_prefix is not None,
     }
@@ -261,7 +269,9 @@ def _loaded(place: Path, base: str | Path | None) -> tuple[Attached, Any]:
     with quiet():
         own = place / BASE_MODEL
         source = base or (own if own.is_dir() else config["base"])
-        loaded = load_base(source, task, max_length=config["protocol"]["max_length"])
+        protocol = config["protocol"]
+        head = protocol.get("head", "first")
+        loaded = load_base(source, task, max_length=protocol["max_length"], head=head)
         return load_method(place, loaded.model), loaded.processor
 
 

@@ -135,7 +135,7 @@ def _own_task(path: Path, dev: Path | None, where: Source) -> TaskData:
     metrics = CORRELATIONS if regression else ("accuracy", "f1") if len(names) == 2 else ("accuracy",)
     train = examples(rows, str(path), text, label, names)
     held = examples(read_table(dev, (*text, label)), str(dev), text, label, names) if dev else None
-    return _with_dev(Task(path.stem, path.stem, metrics, names), train, held)
+    return _with_dev(Task(path.stem, path.stem, metrics, names, pair=len(text) == 2), train, held)
 
 
 def _with_dev(task: Task, train: Split, dev: Split | None) -> TaskData:

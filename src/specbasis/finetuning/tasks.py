@@ -54,6 +54,7 @@ class Task:
         labels: names of the classes, in the order of the logits; empty for regression.
         layout: the official files; None for a user's own task.
         images: the inputs are image files.
+        pair: an example is two texts.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Task:
     labels: tuple[str, ...] = ()
     layout: Layout | None = None
     images: bool = False
+    pair: bool = False
 
     @property
     def regression(self) -> bool:
@@ -88,6 +90,7 @@ _MRPC = Layout(
     pair=("#1 ID", "#2 ID"),
     hub_texts=_PAIR,
 )
+_QQP = Layout(_QUESTIONS, "is_duplicate", drops_short=True)
 _MNLI = Layout(_PAIR, "gold_label", dev=("dev_matched", "dev_mismatched"), hub_texts=("premise", "hypothesis"))
 
 GLUE = {
@@ -95,13 +98,13 @@ GLUE = {
     for task in (
         Task("cola", "CoLA", ("matthews",), _BINARY, _COLA),
         Task("sst2", "SST-2", ("accuracy",), _BINARY, Layout(("sentence",), "label")),
-        Task("mrpc", "MRPC", ("accuracy", "f1"), _BINARY, _MRPC),
-        Task("stsb", "STS-B", CORRELATIONS, (), Layout(_PAIR, "score")),
-        Task("qqp", "QQP", ("accuracy", "f1"), _BINARY, Layout(_QUESTIONS, "is_duplicate", drops_short=True)),
-        Task("mnli", "MNLI", ("accuracy",), _THREE, _MNLI),
-        Task("qnli", "QNLI", ("accuracy",), _ENTAILMENT, Layout(("question", "sentence"), "label")),
-        Task("rte", "RTE", ("accuracy",), _ENTAILMENT, Layout(_PAIR, "label")),
-        Task("wnli", "WNLI", ("accuracy",), _BINARY, Layout(_PAIR, "label")),
+        Task("mrpc", "MRPC", ("accuracy", "f1"), _BINARY, _MRPC, pair=True),
+        Task("stsb", "STS-B", CORRELATIONS, (), Layout(_PAIR, "score"), pair=True),
+        Task("qqp", "QQP", ("accuracy", "f1"), _BINARY, _QQP, pair=True),
+        Task("mnli", "MNLI", ("accuracy",), _THREE, _MNLI, pair=True),
+        Task("qnli", "QNLI", ("accuracy",), _ENTAILMENT, Layout(("question", "sentence"), "label"), pair=True),
+        Task("rte", "RTE", ("accuracy",), _ENTAILMENT, Layout(_PAIR, "label"), pair=True),
+        Task("wnli", "WNLI", ("accuracy",), _BINARY, Layout(_PAIR, "label"), pair=True),
     )
 }
 """GLUE by name: the eight tasks of Yu et al. 2026, Tab. 1, and WNLI. Metrics: Wang et al. 2019 (GLUE), Tab. 1."""

@@ -27,7 +27,7 @@ from specbasis.checkpoint import open_checkpoint
 from specbasis.checkpoint.regular import read_json
 from specbasis.core.errors import InputError
 from specbasis.core.extras import quiet
-from specbasis.finetuning.base import Base, Images, load_base
+from specbasis.finetuning.base import Base, Images, load_base, tokens_of
 from specbasis.finetuning.costs import Stopwatch, peak_memory, weights_bytes
 from specbasis.finetuning.forgetting import Pretraining, pretraining_loss
 from specbasis.finetuning.methods import Attached, attach
@@ -78,7 +78,9 @@ def train(run: Run, folder: Path, callbacks: Sequence[TrainerCallback] = ()) -> 
         pretraining, before = _pretraining(str(run.base), data.task, tuple(texts))
         with peak_memory() as peak:
             set_seed(options.seed)
-            base = load_base(run.base, data.task, max_length=options.max_length, scratch=run.scratch)
+            base = load_base(
+                run.base, data.task, max_length=options.max_length, scratch=run.scratch, head=options.head
+            )
             run.unchanged()
             attached = attach(base.model, run.method, options.part(Placement), seed=options.seed)
             placed = _give_basis(attached, base, run)
@@ -267,7 +269,10 @@ def _trainer(run: Run, base: Base, attached: Attached, folder: Path) -> Iterator
         if run.options.cache_prefix is not None:
             datasets = [examples, *map(base.encode, run.scored.values())]
             model = attached.model.to(args.device)
-            cache = _prefix_cache(model, datasets, collator, run.options.cache_prefix, notes)
+            if base.apart:
+                notes.append("no prefix cache: under a mean head the two texts of a pair are two rows of a batch")
+            else:
+                cache = _prefix_cache(model, datasets, collator, run.options.cache_prefix, notes)
         if cache is None:  # what runs from a cache is narrowed already
             stack.enter_context(narrowed(attached.model))
         else:
@@ -287,7 +292,7 @@ def _trainer(run: Run, base: Base, attached: Attached, folder: Path) -> Iterator
         trainer.model_accepts_loss_kwargs = False
         trainer.remove_callback(PrinterCallback)  # the log is in the metrics, and goes where `report_to` says
         if run.options.group_by_length and not isinstance(examples, Images):
-            trainer.lengths = [len(example["input_ids"]) for example in examples]
+            trainer.lengths = [tokens_of(example) for example in examples]
         yield trainer
 
 

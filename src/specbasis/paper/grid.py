@@ -17,7 +17,7 @@ from specbasis.checkpoint import open_checkpoint, weights_sha256
 from specbasis.core.errors import InputError
 from specbasis.core.options import rules
 from specbasis.finetuning.methods import METHODS
-from specbasis.finetuning.options import FinetuneOptions, require_libraries
+from specbasis.finetuning.options import FinetuneOptions, Protocol, require_libraries
 from specbasis.finetuning.sources import load_task
 from specbasis.finetuning.tasks import Split, TaskData, subset
 from specbasis.jobs.environment import WHERE_USED
@@ -38,6 +38,7 @@ class Experiment:
         method: name in `methods.METHODS`, or `SCRATCH`.
         selection: size of the fixed part of train that is scored, in place of the dev set.
         checkpoint: `SCRATCH`, or the path of the model whose basis is used.
+        held_out: size of the fixed part of train that is scored in place of the dev set, and trained on by nothing.
 
     The other fields are those of `FinetuneOptions`.
     """
@@ -53,6 +54,9 @@ class Experiment:
     interval: tuple[int, int] | None = None
     blocks: tuple[int, ...] | None = None
     checkpoint: str | None = None
+    basis: str | None = None
+    budget: str | None = None
+    held_out: int | None = None
 
     def row(self) -> dict[str, Any]:
         """As `jobs.experiments` wants it: flat, and without what is not set."""
@@ -67,6 +71,27 @@ class Experiment:
         """The experiment of a row."""
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
         return cls(**fields)
+
+
+VARIED = ("rank", "basis", "budget")
+"""Fields of an experiment that the name of a method in a grid may set."""
+
+
+def variant(method: str) -> tuple[str, dict[str, Any]]:
+    """A method's name and the fields that are set in it: "lora", "lora@8", "spectral@basis=gradient@budget=1k".
+
+    Raises:
+        InputError: it is none.
+    """
+    name, *settings = method.split("@")
+    fields: dict[str, Any] = {}
+    for setting in settings:
+        field, is_set, value = setting.partition("=")
+        field, value = (field, value) if is_set else ("rank", setting)
+        if field not in VARIED or not value or (field == "rank" and not value.isdigit()):
+            raise InputError(f"got method {method!r}; want NAME, NAME@RANK, or NAME@basis=BASIS@budget=BUDGET")
+        fields[field] = int(value) if field == "rank" else value
+    return name, fields
 
 
 def base_name(base: str) -> str:
@@ -136,7 +161,7 @@ def run_experiment(row: Mapping[str, Any], options: GlueOptions, out: Path, keep
     experiment = Experiment.of(row)
     task, method, searches = experiment.task, experiment.method, bool(experiment.selection)
     data_dir = None if options.data_dir is None else str(options.data_dir)
-    data = _data(task, data_dir, experiment.examples, experiment.selection)
+    data = _data(task, data_dir, experiment.examples, experiment.selection, experiment.held_out)
     checkpoint = experiment.checkpoint
     if checkpoint == SCRATCH:
         checkpoint = str(kept_model(out, SCRATCH, task))
@@ -166,7 +191,8 @@ def run_experiment(row: Mapping[str, Any], options: GlueOptions, out: Path, keep
 
 def _protocol(options: GlueOptions) -> dict[str, Any]:
     """The protocol's fields beside epochs and learning rate that differ from their defaults."""
-    return {"group_by_length": True} if options.group_by_length else {}
+    asked, usual = {"group_by_length": options.group_by_length, "head": options.head}, Protocol()
+    return {name: value for name, value in asked.items() if value != getattr(usual, name)}
 
 
 @functools.cache
@@ -180,8 +206,20 @@ whole_task = functools.lru_cache(maxsize=8)(load_task)
 
 
 @functools.lru_cache(maxsize=8)
-def _data(task: str, data_dir: str | None, examples: int | None, selection: int | None) -> TaskData:
+def _data(
+    task: str, data_dir: str | None, examples: int | None, selection: int | None, held_out: int | None
+) -> TaskData:
     data = whole_task(task, data_dir=data_dir)
+    if held_out:
+        order = data.train.by_content()
+        if held_out + (examples or 1) > len(order):
+            raise InputError(
+                f"{data.task.title}: train holds {len(order)} examples; got {held_out} to score on and "
+                f"{examples or 'the rest'} to train on"
+            )
+        # The last ones: searches of learning rates take the first.
+        scored = {"held-out": data.train.take(sorted(order[-held_out:]))}
+        data = replace(data, train=data.train.take(sorted(order[:-held_out])), dev=scored)
     if examples or selection:
         data = subset(data, examples=examples, selection=selection)
     return replace(data, selection=Split([], []), dev={"selection": data.selection}) if selection else data
@@ -260,6 +298,6 @@ class Search:
         return max(factors, key=lambda factor: (score[factor], -abs(math.log(factor))))
 
     def _experiment(self, task: str, method: str, factor: float) -> Experiment:
-        task = self.task or task
-        rate = scaled_rate(method, task, factor)
-        return Experiment(task, method, self.seed, self.epochs, rate, *search_sizes(task))
+        task, (name, fields) = self.task or task, variant(method)
+        rate = scaled_rate(name, task, factor)
+        return Experiment(task, name, self.seed, self.epochs, rate, *search_sizes(task), **fields)

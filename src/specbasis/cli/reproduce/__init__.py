@@ -28,6 +28,7 @@ from specbasis.paper.options import (
     OneTaskOptions,
     PanelOptions,
     PretrainOptions,
+    ScoreboardOptions,
     TableOptions,
     Training,
 )
@@ -63,6 +64,7 @@ class _Verbs(TyperGroup):
                 "basis": _basis,
                 "anatomy": _anatomy,
                 "one-task": _one_task,
+                "scoreboard": _scoreboard,
             }
             for entry in entries():
                 if entry.family:
@@ -149,6 +151,10 @@ def _from_grid(
 
 
 # --- finetuning ---------------------------------------------------------------------------------------------------
+
+
+def _scoreboard(out: OUT, options: ScoreboardOptions, no_run: NO_RUN = False) -> None:
+    _table("scoreboard", out, options, no_run)
 
 
 def _table(figure: str, out: OUT, options: TableOptions, no_run: NO_RUN = False) -> None:
