@@ -167,10 +167,10 @@ class ScoreboardOptions(TableOptions):
     head: str = option("mean", "what the task head stands on: the first state, or the mean of all", choices=HEADS)
     group_by_length: bool = option(True, "batches of texts of similar length: less padding", panel=ADVANCED)
     epochs: tuple[tuple[str, float], ...] = option(
-        (("", 2.0),), "for all tasks, or for some: 3, or sst2=2,rte=3", parse=_by_task(float)
+        (), "for all tasks, or for some: 3, or sst2=2,rte=3; default: 2", parse=_by_task(float)
     )
     examples: tuple[tuple[str, int], ...] = option(
-        (("sst2", 8000),), "train on a fixed part: 8000, or sst2=8000", parse=_by_task(int)
+        (), "train on a fixed part: 8000, or sst2=8000; default: sst2=8000", parse=_by_task(int)
     )
     search: tuple[float, ...] = option(
         (1.0, 4.0, 16.0), "factors on each method's learning rate, tried on a part of train: 1,4,16", parse=_factors

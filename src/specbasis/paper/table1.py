@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from specbasis.core.errors import InputError
@@ -69,8 +69,35 @@ FRONT = (
     "probe",
 )
 """The first is what the others are compared with. LoRA-XS trains 900 numbers so, at the paper's place."""
-TASKS = {"controls": ("sst2",), "scoreboard": ("sst2", "cola", "stsb")}
-METHODS_OF = {"table1": COMPARED, "controls": CONTROLS, "scoreboard": FRONT}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What a grid is where nothing else is asked for.
+
+    Attributes:
+        methods: in the order in which they run.
+        tasks: of GLUE.
+        epochs: of each task.
+        examples: of tasks that are cut down.
+        own_rates: each method has a search of its own, at each of its sizes; else those of `RATE_FROM` take over
+            another's, and sizes that of the method.
+    """
+
+    methods: tuple[str, ...]
+    tasks: tuple[str, ...]
+    epochs: Mapping[str, float] = field(default_factory=lambda: EPOCHS)
+    examples: Mapping[str, int] = field(default_factory=dict)
+    own_rates: bool = False
+
+
+PRESETS = {
+    "table1": Preset(COMPARED, tuple(task for task in GLUE if task in EPOCHS)),
+    "controls": Preset(CONTROLS, ("sst2",)),
+    "scoreboard": Preset(
+        FRONT, ("sst2", "cola", "stsb"), dict.fromkeys(GLUE, 2.0), examples={"sst2": 8000}, own_rates=True
+    ),
+}
 
 RATE_FROM = {
     SCRATCH: "full",
@@ -120,11 +147,11 @@ class Comparison:
     @property
     def references(self) -> list[str]:
         """The methods that the others are compared with."""
-        return list(self.methods[:1]) if self.name == "scoreboard" else ours(self.methods)
+        return list(self.methods[:1]) if PRESETS[self.name].own_rates else ours(self.methods)
 
     def rate_from(self, method: str) -> str:
-        """The method whose search chooses this one's learning rate, at whatever rank; on the scoreboard its own."""
-        if self.name == "scoreboard":
+        """The method whose search chooses this one's learning rate; see `Preset.own_rates`."""
+        if PRESETS[self.name].own_rates:
             return method
         name = variant(method)[0]
         return RATE_FROM.get(name, name)
@@ -184,21 +211,21 @@ def comparison(name: str, options: TableOptions | None = None, **keywords: Any) 
         InputError: a task or a method does not exist, or no seeds.
     """
     options = TableOptions.of(options, keywords)
-    paper = tuple(task for task in GLUE if task in EPOCHS)
-    tasks = tuple(task_named(task).name for task in options.tasks) or TASKS.get(name, paper)
-    methods = options.methods or METHODS_OF[name]
+    preset = PRESETS[name]
+    tasks = tuple(task_named(task).name for task in options.tasks) or preset.tasks
+    methods = options.methods or preset.methods
     for method in methods:
         if (first := variant(method)[0]) != SCRATCH:
             method_named(first)
     if not options.seeds:
         raise InputError("got no seeds; want at least one")
-    epochs = {**EPOCHS, **_by_task(options.epochs)}
+    epochs = {**preset.epochs, **_by_task(options.epochs)}
     unknown = [task for task in tasks if task not in epochs]
     if unknown:
         raise InputError(f"the paper has no epochs for {GLUE[unknown[0]].title}; say --epochs {unknown[0]}=NUMBER")
     search_task = task_named(options.search_task).name if options.search_task else ""
     search = Search(options.search, search_task) if options.search else None
-    examples = _by_task(options.examples)
+    examples = {**preset.examples, **_by_task(options.examples)}
     return Comparison(name, tasks, methods, options.seeds, epochs, examples, search, options.held_out)
 
 
