@@ -5,10 +5,14 @@ import itertools
 import json
 import re
 from dataclasses import replace
+from functools import partial
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
 from scipy import stats
+from scipy.spatial import distance
+from sklearn.linear_model import LogisticRegression, Ridge
 from typer.testing import CliRunner
 
 from specbasis.cli import app
@@ -16,13 +20,18 @@ from specbasis.core.errors import InputError
 from specbasis.finetuning import train
 from specbasis.finetuning.methods import METHODS, TABLE_5
 from specbasis.finetuning.metrics import Predictions
+from specbasis.finetuning.sources import load_task
 from specbasis.finetuning.tasks import GLUE
 from specbasis.jobs.experiments import Row, read_experiments
 from specbasis.paper import table1
-from specbasis.paper.grid import scaled_rate
+from specbasis.paper.floors import FLOORS, floor
+from specbasis.paper.grid import _data, scaled_rate, whole_task
+from specbasis.paper.options import ScoreboardOptions
+from specbasis.paper.scoreboard import front
 from specbasis.paper.table1 import comparison, lines
 from specbasis.paper.table1_page import markdown, printed, write
 from tests.finetuning import lab
+from tests.finetuning.test_heads import mean_of
 
 
 def page(what, rows):
@@ -84,8 +93,8 @@ def test_mean_spread_and_paired_test_are_those_of_scipy_and_missing_runs_stay_em
     assert found["sst2", "full"].differences["spectral"].p is None
     text = page(what, rows)
     assert "7 of 18 runs" in text
-    assert "| Full FT | 90,000 | 90.00 (1) | – |" in text
-    assert f"| LoRA-K | 90,000 | 85.67 ± {100 * np.std(lora, ddof=1):.2f} | – |" in text
+    assert "| Full FT | 90,000 | 0.9 | 90.00 (1) | – |" in text
+    assert f"| LoRA-K | 90,000 | 0.9 | 85.67 ± {100 * np.std(lora, ddof=1):.2f} | – |" in text
     assert "RuntimeError: out of memory" in text
     assert "| Our method | 0.36 M | 95.53 | 84.12 |" in text
 
@@ -128,7 +137,7 @@ def test_the_interval_of_a_difference_is_a_paired_bootstrap_over_the_dev_set(tas
     )
     one = Predictions.unpacked(rows[0].values["predictions"]["dev"])
     chance = max(one.labels.mean(), 1 - one.labels.mean()) if task == "sst2" else 0.0
-    assert f"| Always the most frequent class | – | {100 * chance:.2f} |" in page(what, rows)
+    assert f"| Always the most frequent class | – | – | {100 * chance:.2f} |" in page(what, rows)
     written = write(what, rows, "pico", tmp_path)
     assert [path.name for path in written] == ["table1.md", "table1.png", "table1.svg"]
     without = {name: value for name, value in rows[-1].values.items() if name != "predictions"}
@@ -263,7 +272,7 @@ def test_controls_run_resume_and_are_rebuilt_from_rows_alone(place, tmp_path, mo
     assert "a finished cell was run again" in (out / "controls.md").read_text(encoding="utf-8")
     shown = typed(place, *words, "scratch,probe", "--no-run")
     assert shown.exit_code == 0
-    assert re.search(r"\| Full, random start \| [\d,]+ \| \d+\.\d\d ± \d+\.\d\d \|", shown.output)
+    assert re.search(r"\| Full, random start \| [\d,]+ \| [\d.]+ \| \d+\.\d\d ± \d+\.\d\d \|", shown.output)
 
 
 def test_models_are_kept_where_they_are_asked_for_and_it_is_said_where_they_are_not(place, tmp_path):
@@ -290,3 +299,108 @@ def test_figure_5_is_written_with_its_axes(place, tmp_path):
     assert {"fig5b.md", "fig5b.svg", "fig5b.png"} <= {path.name for path in out.iterdir()}
     assert "| 1, 2 | 0 … 16 | 1,024 |" in (out / "fig5b.md").read_text(encoding="utf-8")
     assert "<!-- blocks that are adapted -->" in (out / "fig5b.svg").read_text(encoding="utf-8")
+
+
+# --- the scoreboard -----------------------------------------------------------------------------------------------
+
+
+def test_a_method_of_the_scoreboard_is_searched_at_its_own_size_and_scored_on_what_nothing_uses():
+    what = comparison("scoreboard", ScoreboardOptions())
+    assert (what.epochs["cola"], what.examples, what.held_out) == (2, {"sst2": 8000}, 5000)
+    ours = what.cell("sst2", "spectral@basis=gradient@budget=0.1%", 42, {})
+    assert (ours.method, ours.basis, ours.budget, ours.held_out) == ("spectral", "gradient", "0.1%", 5000)
+    assert what.cell("cola", "lora@1", 42, {}).held_out is None
+    assert what.cell("cola", "lora@1", 42, {}).rank == 1
+    searched = {(cell.method, cell.rank, cell.basis, cell.budget) for cell in what.search_cells()}
+    assert {("lora", None, None, None), ("lora", 1, None, None)} <= searched
+    assert len(searched) == len(what.methods) - len(FLOORS)
+    assert what.references == ["spectral@basis=gradient@budget=0.1%"]
+
+
+def test_the_held_out_examples_are_in_no_training_and_in_no_search(place):
+    data_dir = str(place / "glue")
+    whole = whole_task("sst2", data_dir=data_dir).train
+    scored = _data("sst2", data_dir, 20, None, 10)
+    searched = _data("sst2", data_dir, 15, 10, None)
+    held = set(scored.dev["held-out"].inputs)
+    assert len(scored.dev["held-out"]) == 10
+    assert len(scored.train) == 20
+    rows = [set(split.rows) for split in (scored.dev["held-out"], scored.train)]
+    assert not rows[0] & rows[1]
+    for split in (searched.train, *searched.dev.values()):
+        assert not rows[0] & set(split.rows)
+    assert held <= set(whole.inputs)
+    with pytest.raises(InputError, match="train holds 40 examples; got 30 to score on and 20 to train on"):
+        _data("sst2", data_dir, 20, None, 30)
+
+
+def test_the_front_is_what_none_beats_for_as_little():
+    what = comparison("scoreboard", ScoreboardOptions(tasks=("sst2",), seeds=(1,)))
+    sizes = {"probe": (0, 0.70), "bitfit": (25_728, 0.80), "lora": (331_776, 0.85), "spectral": (90_000, 0.79)}
+    rows = []
+    for method, (size, score) in sizes.items():
+        made = row(what.cell("sst2", method, 1, {}), score)
+        rows.append(
+            replace(made, values={**made.values, "parameters": {"adapter": size, "head": 2, "total": 10**7}})
+        )
+    table = [line for line in lines(replace(what, search=None), rows) if line.scores]
+    assert [line.method for line in front(table)] == ["probe", "bitfit", "lora"]
+
+
+def test_the_scoreboard_runs_and_is_drawn_again_from_its_rows(place, tmp_path):
+    out = tmp_path / "rows"
+    words = ["scoreboard", "--out", out, "--tasks", "sst2,stsb", "--examples", "sst2=20", "--held-out", "20"]
+    words += ["--search", "", "--seeds", "1", "--methods", "spectral@budget=20,lora@1,probe,cosine,converged-probe"]
+    words += ["--epochs", "1"]
+    done = typed(place, *words)
+    assert done.exit_code == 0, done.output
+    assert json.loads((out / "manifest.json").read_text())["config"]["protocol"] == {
+        "group_by_length": True,
+        "head": "mean",
+    }
+    ran = {(row.experiment["task"], row.experiment["method"]): row.values for row in read_experiments(out)}
+    assert len(ran) == 9, "there is no cosine of one text"
+    assert ran["stsb", "cosine"]["parameters"]["head"] == 0
+    assert ran["sst2", "spectral"]["parameters"] == {"adapter": 20, "head": 34, "total": ANY}
+    assert ran["stsb", "spectral"]["parameters"]["head"] == 4 * 16 + 1, "u, v, |u − v|, u·v"
+    assert "held-out" in ran["sst2", "probe"]["predictions"]
+    page = (out / "scoreboard.md").read_text(encoding="utf-8")
+    assert "on 20 held-out examples of train (SST-2) or dev" in page
+    assert "## The front" in page
+    drawn = (out / "scoreboard.svg").read_text(encoding="utf-8")
+    assert "<!-- trained numbers, with the head -->" in drawn
+    again = typed(place, *words, "--no-run")
+    assert again.exit_code == 0
+    assert (out / "scoreboard.md").read_text(encoding="utf-8") == page
+
+
+@pytest.mark.parametrize("task", ["sst2", "stsb"])
+def test_floors_are_what_scikit_learn_and_scipy_make_of_the_frozen_means(place, task):
+    data = load_task(task, data_dir=place / "glue")
+
+    def means(split):
+        rows = [[mean_of(place / "base", text).detach().double() for text in texts] for texts in split.inputs]
+        return [row if len(row) == 1 else [*row, (row[0] - row[1]).abs(), row[0] * row[1]] for row in rows]
+
+    train, dev = ([np.concatenate(row) for row in means(split)] for split in (data.train, data.dev["dev"]))
+    found = floor("converged-probe", str(place / "base"), data, "mean")
+    said = Predictions.unpacked(found["predictions"]["dev"]).predicted
+    centre = np.mean(train, axis=0)
+    unit = np.sqrt(np.square(train - centre).mean())
+    kind = Ridge if task == "stsb" else partial(LogisticRegression, tol=1e-8, max_iter=10_000)
+    oracle = kind().fit((train - centre) / unit, data.train.labels).predict((dev - centre) / unit)
+    np.testing.assert_allclose(said, oracle, atol=2e-3)
+    if task == "stsb":
+        found = floor("cosine", str(place / "base"), data, "mean")
+        cosines = [1 - distance.cosine(row[0], row[1]) for row in means(data.dev["dev"])]
+        labels = data.dev["dev"].labels
+        wanted = (stats.pearsonr(cosines, labels)[0] + stats.spearmanr(cosines, labels)[0]) / 2
+        assert found["score"] == pytest.approx(wanted, abs=1e-3)
+    with pytest.raises(InputError, match="want --head mean"):
+        floor("cosine", str(place / "base"), data, "first")
+
+
+@pytest.mark.parametrize("method", ["spectral@", "spectral@x", "spectral@seed=1", "lora@rank=x", "spectral@basis="])
+def test_a_setting_that_no_method_has_is_refused(method):
+    with pytest.raises(InputError, match=f"got method '{method}'; want NAME, NAME@RANK, or"):
+        comparison("scoreboard", ScoreboardOptions(methods=(method,)))

@@ -23,6 +23,7 @@ from specbasis.finetuning.tasks import Split, TaskData, subset
 from specbasis.jobs.environment import WHERE_USED
 from specbasis.jobs.experiments import Row, read_experiments, run_experiments
 from specbasis.jobs.progress import Report
+from specbasis.paper.floors import FLOORS, floor
 from specbasis.paper.options import GlueOptions
 
 SCRATCH = "scratch"
@@ -35,7 +36,7 @@ class Experiment:
 
     Attributes:
         task: name of a GLUE task.
-        method: name in `methods.METHODS`, or `SCRATCH`.
+        method: name in `methods.METHODS`, `SCRATCH`, or one of `floors.FLOORS`, which are not trained.
         selection: size of the fixed part of train that is scored, in place of the dev set.
         checkpoint: `SCRATCH`, or the path of the model whose basis is used.
         held_out: size of the fixed part of train that is scored in place of the dev set, and trained on by nothing.
@@ -162,6 +163,8 @@ def run_experiment(row: Mapping[str, Any], options: GlueOptions, out: Path, keep
     task, method, searches = experiment.task, experiment.method, bool(experiment.selection)
     data_dir = None if options.data_dir is None else str(options.data_dir)
     data = _data(task, data_dir, experiment.examples, experiment.selection, experiment.held_out)
+    if method in FLOORS:
+        return floor(method, options.base, data, options.head)
     checkpoint = experiment.checkpoint
     if checkpoint == SCRATCH:
         checkpoint = str(kept_model(out, SCRATCH, task))
@@ -241,7 +244,9 @@ def search_sizes(task: str) -> tuple[int, int]:
 
 
 def scaled_rate(method: str, task: str, factor: float = 1.0) -> float:
-    """A multiple of the learning rate that a method is published with (Tab. 5's for the spectral ones)."""
+    """A multiple of the learning rate of a method's recipe (spectral: Tab. 5's); 0 of what is not trained."""
+    if method in FLOORS:
+        return 0.0
     rate = METHODS["full" if method == SCRATCH else method].recipe(task)[1] * factor
     return float(f"{rate:.6g}")
 

@@ -13,12 +13,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from specbasis.core.errors import InputError
-from specbasis.core.statistics import mean_and_spread
+from specbasis.core.statistics import mean_and_spread, percentile_interval
 from specbasis.finetuning.methods import METHODS, TABLE_5, method_named
 from specbasis.finetuning.tasks import GLUE, task_named
 from specbasis.jobs.experiments import Row
-from specbasis.paper.differences import Difference, difference, runs
+from specbasis.paper.differences import Difference, Run, difference, runs
+from specbasis.paper.floors import FLOORS, exists
 from specbasis.paper.grid import SCRATCH, Experiment, Search, scaled_rate, variant
 from specbasis.paper.options import TableOptions
 
@@ -67,6 +70,7 @@ FRONT = (
     "bitfit",
     "full",
     "probe",
+    *FLOORS,
 )
 """The first is what the others are compared with. LoRA-XS trains 900 numbers so, at the paper's place."""
 
@@ -163,6 +167,7 @@ class Comparison:
             for seed in self.seeds
             for task in self.tasks
             for method in self.methods
+            if method not in FLOORS or (seed == self.seeds[0] and exists(method, GLUE[task]))
         ]
 
     def cell(self, task: str, method: str, seed: int, factors: Factors) -> Experiment:
@@ -172,7 +177,7 @@ class Comparison:
             task,
             name,
             seed,
-            self.epochs[task],
+            0.0 if name in FLOORS else self.epochs[task],
             scaled_rate(name, task, factors.get((task, self.rate_from(method)), 1.0)),
             self.examples.get(task),
             checkpoint=SCRATCH if name == "spectral-scratch" else None,
@@ -195,7 +200,7 @@ class Comparison:
         return {key: factor for key, factor in chosen.items() if factor is not None}
 
     def _searched(self) -> list[tuple[str, str]]:
-        names = dict.fromkeys(self.rate_from(method) for method in self.methods)
+        names = dict.fromkeys(self.rate_from(method) for method in self.methods if method not in FLOORS)
         return [(task, name) for task in self.tasks for name in names]
 
 
@@ -215,7 +220,7 @@ def comparison(name: str, options: TableOptions | None = None, **keywords: Any) 
     tasks = tuple(task_named(task).name for task in options.tasks) or preset.tasks
     methods = options.methods or preset.methods
     for method in methods:
-        if (first := variant(method)[0]) != SCRATCH:
+        if (first := variant(method)[0]) not in (SCRATCH, *FLOORS):
             method_named(first)
     if not options.seeds:
         raise InputError("got no seeds; want at least one")
@@ -249,6 +254,7 @@ def rows_of(plan: Comparison, run: Callable[[list[Experiment]], list[Row]]) -> l
 FIGURES = {
     "adapter": ("parameters", "adapter"),
     "head": ("parameters", "head"),
+    "total": ("parameters", "total"),
     "memory": ("peak_memory_bytes",),
     "seconds": ("cpu_seconds_per_epoch",),
     "wall": ("seconds_per_epoch",),
@@ -268,6 +274,7 @@ class Line:
         scores: of the seeds that ran.
         differences: to the spectral method, by its name (``spectral``, ``spectral@300``) among the methods; without
             itself, and what has no seed in common.
+        interval: 95 % interval of the mean score over the examples, these seeds; None without predictions.
         chance: score of the class that is most frequent in the dev set, or 0 for a correlation; None where the
             rows have no predictions.
         values: means of the other figures over the seeds.
@@ -277,8 +284,14 @@ class Line:
     method: str
     scores: Mapping[int, float]
     differences: Mapping[str, Difference]
+    interval: tuple[float, float] | None
     chance: float | None
     values: Mapping[str, float | None]
+
+    @property
+    def mean(self) -> float:
+        """Of the scores, over the seeds."""
+        return mean_and_spread(list(self.scores.values()))[0]
 
 
 def lines(plan: Comparison, rows: Sequence[Row]) -> list[Line]:
@@ -297,11 +310,17 @@ def lines(plan: Comparison, rows: Sequence[Row]) -> list[Line]:
                     method,
                     {seed: run.score for seed, run in seeds.items()},
                     {name: moved for name, moved in moves.items() if moved is not None},
+                    _interval(list(seeds.values())),
                     next((run.chance for run in seeds.values()), None),
                     {name: _mean([run.values for run in seeds.values()], path) for name, path in FIGURES.items()},
                 )
             )
     return table
+
+
+def _interval(runs: Sequence[Run]) -> tuple[float, float] | None:
+    resamples = [scores for run in runs if (scores := run.resampled) is not None]
+    return percentile_interval(np.mean(resamples, axis=0)) if resamples else None
 
 
 def _mean(runs: Sequence[Any], path: Sequence[str]) -> float | None:
@@ -316,9 +335,12 @@ def ours(methods: Iterable[str]) -> list[str]:
     return [method for method in methods if method.partition("@")[0] == OURS]
 
 
+_TITLES = {SCRATCH: "Full, random start", **FLOORS}
+
+
 def title_of(method: str) -> str:
     """A method's name in tables and figures."""
     name, fields = variant(method)
-    title = "Full, random start" if name == SCRATCH else METHODS[name].title
+    title = _TITLES.get(name) or METHODS[name].title
     words = {"rank": "K = {}", "basis": "{} basis", "budget": "{} coefficients"}
     return ", ".join([title, *(words[field].format(value) for field, value in fields.items())])

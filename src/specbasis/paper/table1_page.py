@@ -16,6 +16,7 @@ from specbasis.figures.table import Column, Table, number
 from specbasis.finetuning.tasks import GLUE
 from specbasis.jobs.experiments import Row
 from specbasis.paper.differences import MEANING, Difference, percent
+from specbasis.paper.floors import FLOORS
 from specbasis.paper.grid import BEYOND, search_sizes
 from specbasis.paper.table1 import Comparison, Factors, Line, lines, title_of
 
@@ -45,8 +46,8 @@ def markdown(plan: Comparison, table: Sequence[Line], rows: Sequence[Row], base:
     runs = sum(len(line.scores) for line in table)
     parts = [
         f"# {plan.name}: {base}",
-        f"{runs} of {len(table) * len(plan.seeds)} runs; seeds {', '.join(map(str, plan.seeds))}. "
-        "Scores in percent: mean ± standard deviation over seeds on the dev set, which chose nothing; "
+        f"{runs} of {len(plan.cells({}))} runs; seeds {', '.join(map(str, plan.seeds))}. "
+        f"Scores in percent: mean ± standard deviation over seeds on {_scored(plan)}, which chose nothing; "
         f"– is a run that is missing, (n) fewer seeds than {len(plan.seeds)}.",
         _scores(plan, by_cell),
     ]
@@ -70,6 +71,12 @@ def markdown(plan: Comparison, table: Sequence[Line], rows: Sequence[Row], base:
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 
 
+def _scored(plan: Comparison) -> str:
+    """What the scores are of."""
+    apart = [GLUE[task].title for task in plan.tasks if plan.held_out and task in plan.examples]
+    return f"{plan.held_out:,} held-out examples of train ({', '.join(apart)}) or dev" if apart else "the dev set"
+
+
 def _by_task(first: Sequence[str], tasks: Sequence[str], body: Sequence[tuple[str | None, ...]]) -> str:
     """A table with some columns and then one for each task."""
     columns = [Column(name) for name in (*first, *(GLUE[task].title for task in tasks))]
@@ -80,16 +87,19 @@ def _scores(plan: Comparison, by_cell: Mapping[tuple[str, str], Line]) -> str:
     body: list[tuple[str | None, ...]] = []
     for method in plan.methods:
         cells = [by_cell[task, method] for task in plan.tasks]
-        size = next((line.values["adapter"] for line in cells if line.scores), None)
+        values: Mapping[str, Any] = next((line.values for line in cells if line.scores), {})
+        size, whole = values.get("adapter"), values.get("total")
+        share = None if size is None or not whole else 100 * size / whole
         scores = [
             percent(list(line.scores.values()))
             + (f" ({n})" if 0 < (n := len(line.scores)) < len(plan.seeds) else "")
             for line in cells
         ]
-        body.append((title_of(method), number(size, ",.0f"), *scores))
+        body.append((title_of(method), number(size, ",.0f"), number(share, ".3g"), *scores))
     chance = {line.task: line.chance for line in by_cell.values() if line.chance is not None}
-    body.append(("Always the most frequent class", None, *(number(chance.get(t), ".2f", 0.01) for t in plan.tasks)))
-    return _by_task(["method", "parameters"], plan.tasks, body)
+    floors = (number(chance.get(task), ".2f", 0.01) for task in plan.tasks)
+    body.append(("Always the most frequent class", None, None, *floors))
+    return _by_task(["method", "parameters", "% of all"], plan.tasks, body)
 
 
 def _cost(table: Sequence[Line]) -> str:
@@ -127,7 +137,7 @@ def _rates(plan: Comparison, rows: Sequence[Row]) -> list[str]:
             f"{BEYOND} beyond it. A factor with * is still at an end: a better one may lie beyond."
         )
     body = []
-    for method in plan.methods:
+    for method in (method for method in plan.methods if method not in FLOORS):
         source = plan.rate_from(method)
         shared = f" (factor of {title_of(source)})" if plan.search and source != method else ""
         rates = (_rate(plan, rows, factors, task, method) for task in plan.tasks)

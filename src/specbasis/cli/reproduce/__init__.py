@@ -154,11 +154,20 @@ def _from_grid(
 
 
 def _scoreboard(out: OUT, options: ScoreboardOptions, no_run: NO_RUN = False) -> None:
-    _table("scoreboard", out, options, no_run)
+    from specbasis.paper.scoreboard import write
+
+    _methods("scoreboard", out, options, no_run, write)
 
 
 def _table(figure: str, out: OUT, options: TableOptions, no_run: NO_RUN = False) -> None:
-    from specbasis.paper import table1, table1_page
+    from specbasis.paper.table1_page import write
+
+    _methods(figure, out, options, no_run, write)
+
+
+def _methods(figure: str, out: Path, options: TableOptions, no_run: bool, write: Callable[..., list[Path]]) -> None:
+    """Run the methods of a grid on its tasks, unless their rows alone are wanted, and write its page."""
+    from specbasis.paper import table1
     from specbasis.paper.grid import base_name, kept_model, run_grid
 
     plan = table1.comparison(figure, options)
@@ -166,7 +175,7 @@ def _table(figure: str, out: OUT, options: TableOptions, no_run: NO_RUN = False)
     with progress_by_run() as tell:
         run = partial(run_grid, options=options, out=out, keep=options.keep, no_run=no_run, progress=tell)
         rows = table1.rows_of(plan, run)
-    paths = table1_page.write(plan, rows, base_name(options.base), out)
+    paths = write(plan, rows, base_name(options.base), out)
     line(paths[0].read_text(encoding="utf-8"))
     _written(paths)
     for method, name in [(method, name) for method in kept for name in plan.tasks]:
