@@ -80,6 +80,7 @@ def test_a_merged_run_is_the_encoder_for_transformers_and_its_head_is_read_again
     run(place, tmp_path / "run", "stsb")
     merge(tmp_path / "run", tmp_path / "merged")
     model, processor = load(tmp_path / "run")
+    assert json.loads((tmp_path / "merged/config.json").read_text())["architectures"] == ["BertModel"]
     encoder = AutoModel.from_pretrained(tmp_path / "merged").eval()
     inputs = processor(["the film is good .", "a book"], padding=True, return_tensors="pt")
     with torch.no_grad():

@@ -38,8 +38,7 @@ def under_mean_head(backbone: Any, pair: bool) -> Any:
     """
     if not isinstance(getattr(backbone.config, "hidden_size", None), int):
         raise InputError(f"{type(backbone).__name__}: has no hidden_size; a mean head stands on a text encoder")
-    family = next(kind for kind in type(backbone).__mro__ if PreTrainedModel in kind.__bases__)
-    model = _class(family)(backbone.config, pair=pair)
+    model = _class(type(backbone))(backbone.config, pair=pair)
     if getattr(backbone, "pooler", None) is not None:
         backbone.pooler = None
     setattr(model, model.base_model_prefix, backbone)
@@ -47,8 +46,9 @@ def under_mean_head(backbone: Any, pair: bool) -> Any:
 
 
 @functools.cache
-def _class(family: type[Any]) -> type[Any]:
-    """The model with a mean head, as a class of a family of transformers."""
+def _class(encoder: Any) -> Any:
+    """The model with a mean head, as a class of its encoder's family in transformers."""
+    family: Any = next(kind for kind in encoder.__mro__ if PreTrainedModel in kind.__bases__)
 
     class MeanHead(family):
         """See the module."""
@@ -83,6 +83,8 @@ def _class(family: type[Any]) -> type[Any]:
             logits = self.mean_head(features(states, attention_mask, self.pair))
             return SequenceClassifierOutput(loss=_loss(logits, labels, self.config), logits=logits)
 
+    # Under this name a configuration is saved, for readers that know the encoder alone.
+    MeanHead.__name__ = encoder.__name__
     return MeanHead
 
 
