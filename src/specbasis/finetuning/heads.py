@@ -38,7 +38,8 @@ def under_mean_head(backbone: Any, pair: bool) -> Any:
     """
     if not isinstance(getattr(backbone.config, "hidden_size", None), int):
         raise InputError(f"{type(backbone).__name__}: has no hidden_size; a mean head stands on a text encoder")
-    model = _class(type(backbone))(backbone.config, pair=pair)
+    kind: Any = type(backbone)
+    model = _class(kind)(backbone.config, pair=pair)
     if getattr(backbone, "pooler", None) is not None:
         backbone.pooler = None
     setattr(model, model.base_model_prefix, backbone)
