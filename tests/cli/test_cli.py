@@ -249,20 +249,23 @@ def test_formats_that_cannot_be_meant(specbasis: Run, folder: Path, options: tup
     assert not (folder / "never").exists()
 
 
-def test_a_finding_that_could_not_be_found_is_no_silent_pass(specbasis: Run, folder: Path, tmp_path: Path) -> None:
-    arguments = (
-        "base.safetensors",
-        "tuned.safetensors",
-        "--quick",
-        "--fail-on",
-        "intruders,zeros",
-        "--format",
-        "junit",
-    )
-    done = specbasis("compare", *arguments, cwd=folder)
-    assert done.returncode == 0
-    assert done.stderr == "warning: tuned: --fail-on intruders: what it reads was not measured\n"
+def test_a_gate_that_could_not_find_what_it_names_does_not_pass(
+    specbasis: Run, folder: Path, tmp_path: Path
+) -> None:
+    pair = ("compare", "base.safetensors", "tuned.safetensors")
+    for options in (("--quick",), ("--measures", "relative_update")):
+        done = specbasis(*pair, *options, "--out", "never", "--fail-on", "intruders,zeros", cwd=folder)
+        assert done.returncode == 2
+        assert "--fail-on intruders: cannot be looked for without" in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+        assert not (folder / "never").exists(), "it is known before anything is read"
+    out = str(tmp_path / "quick")
+    assert specbasis(*pair, "--quick", "--out", out, "--no-report", cwd=folder).returncode == 0
+    done = specbasis("report", out, "--fail-on", "intruders,zeros", "--format", "junit")
+    assert (done.returncode, "cannot be looked for" in done.stderr) == (2, True)
     assert ElementTree.fromstring(done.stdout).find(".//testcase[@name='intruders']/skipped") is not None
+    same = specbasis("compare", "base.safetensors", "base.safetensors", "--fail-on", "noise,intruders", cwd=folder)
+    assert (same.returncode, same.stderr) == (0, "")
 
 
 def test_without_a_folder_nothing_is_kept(

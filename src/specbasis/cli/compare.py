@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -80,6 +80,7 @@ def compare(
             )
         print_plan(plan(base, tuned, out, options))
         return
+    _want_looked_for({measure.name for measure in options.taken}, output.fail_on)
     with progress() as tell:
         comparison = specbasis.compare(base, tuned, out, options, progress=tell)
     _tell(
@@ -180,7 +181,6 @@ def _tell(
 ) -> None:
     """Print what was found and write the page; end with the exit code that it comes to."""
     from specbasis.cli.tables import print_comparison
-    from specbasis.comparison.check import unlooked
     from specbasis.figures.documents import DOCUMENTS, failing
     from specbasis.treatment.advice import next_steps
 
@@ -194,9 +194,6 @@ def _tell(
                 line(f"  {step.command}")
     if page:
         write_page(comparison, figures=figures, quiet=output.format != "text")
-    for label, facts in comparison.facts.items():
-        for kind in [check.kind for check in unlooked(facts) if check.kind in output.fail_on]:
-            line(f"warning: {label}: --fail-on {kind}: what it reads was not measured", console=STDERR)
     hits = failing(comparison, output.fail_on)
     for label, finding in hits:
         line(f"failed on {label}: {finding.sentence}", console=STDERR, style="red")
@@ -204,6 +201,22 @@ def _tell(
         raise typer.Exit(2)
     if hits:
         raise typer.Exit(1)
+    for facts in comparison.facts.values():
+        if any(m["relative_update"] > 0 for m in facts.matrices):  # where nothing moved there is nothing to find
+            _want_looked_for(facts.measures, output.fail_on)
+
+
+def _want_looked_for(measures: Set[str], fail_on: Sequence[str]) -> None:
+    """Refuse a gate that would pass whatever there is to find."""
+    from specbasis.comparison.check import unlooked
+
+    blind = [check for check in unlooked(measures) if check.kind in fail_on]
+    if blind:
+        lacking = ", ".join(name for name in blind[0].needs if name not in measures)
+        raise InputError(
+            f"--fail-on {blind[0].kind}: cannot be looked for without {lacking}, which --quick, --measures or the "
+            "options of this comparison leave out; measure it, or leave the finding out"
+        )
 
 
 def write_page(comparison: Comparison, *, figures: bool = False, quiet: bool = False) -> None:

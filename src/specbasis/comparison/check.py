@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -102,9 +102,9 @@ CHECKS: list[Check] = []
 """All checks, in the order in which their findings are told."""
 
 
-def unlooked(facts: Facts) -> list[Check]:
-    """The checks for which nothing was measured in a pair: that they found nothing says nothing."""
-    return [check for check in CHECKS if not facts.measures.issuperset(check.needs)]
+def unlooked(measures: Set[str]) -> list[Check]:
+    """The checks that these measures say nothing of: that they found nothing says nothing."""
+    return [check for check in CHECKS if not measures >= {*check.needs}]
 
 
 def check(

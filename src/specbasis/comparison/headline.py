@@ -51,4 +51,4 @@ def headline(facts: Facts, verdict: Verdict, findings: Iterable[Finding]) -> str
 
 def unmeasured(facts: Facts) -> list[str]:
     """The problems that nobody could look for, as what shows them was not measured."""
-    return [check.kind for check in unlooked(facts) if check.severity == "problem"]
+    return [check.kind for check in unlooked(facts.measures) if check.severity == "problem"]
