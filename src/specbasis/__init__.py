@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from specbasis.core.edits import Edit as Edit
     from specbasis.core.low_rank import low_rank_svd as low_rank_svd
     from specbasis.core.svd import SVD as SVD, decompose as decompose
+    from specbasis.figures.card import card as card
     from specbasis.finetuning.runs import finetune as finetune
     from specbasis.interventions.grid import intervene as intervene
     from specbasis.interventions.live import edited as edited, matrix_edits as matrix_edits

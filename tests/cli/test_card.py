@@ -51,6 +51,9 @@ def test_the_section_says_what_the_comparison_does(specbasis: Run, place: Path, 
                     "tags": ["specbasis"]}  # fmt: skip
     assert specbasis(*words).returncode == 0
     assert card.read_text(encoding="utf-8") == text
+    written = library.card(place / "results", tmp_path / "mine.md", pair="tuned", base_model="org/base")
+    assert written.path == tmp_path / "mine.md"
+    assert section(comparison, "tuned").strip() in written.path.read_text(encoding="utf-8")
 
 
 def test_an_independent_model_has_no_base(specbasis: Run, place: Path, tmp_path: Path) -> None:

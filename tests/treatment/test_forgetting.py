@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,12 +13,14 @@ import pytest
 import torch
 from torch import nn
 
+import specbasis
 from specbasis import forgetting, open_checkpoint
 from specbasis.checkpoint import Checkpoint
 from specbasis.core.errors import InputError, NonFiniteError
+from specbasis.figures.treatment import opened
 from specbasis.interventions.evaluators import judge
 from specbasis.interventions.samples import Sample
-from specbasis.treatment.forgetting import in_base, named
+from specbasis.treatment.forgetting import Forgetting, in_base, named
 from specbasis.treatment.judged import judge_pair, refuse_chance
 from specbasis.treatment.updates import differing
 from tests.interventions.test_evaluators import WORDS, tokenizer
@@ -327,3 +330,18 @@ def test_the_model_whose_scores_are_not_finite_is_named(models) -> None:
 def test_a_change_that_four_decimals_would_hide_is_printed_with_its_size(models) -> None:
     told = forgetting(*models, Reading(lambda own: 3e-6 * torch.equal(own[NAME], TUNED[NAME]), noise=0.0))
     assert "+3e-06 [+3e-06, +3e-06]" in told.sentence
+
+
+def test_a_record_that_is_kept_says_of_which_weights_it_is_and_opens_again(models, tmp_path) -> None:
+    kept = forgetting(*models, Reading(norm), tmp_path / "kept")
+    again = Forgetting.load(tmp_path / "kept")
+    assert (again.sentence, again.record) == (kept.sentence, kept.record)
+    hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in models]
+    assert [about["sha256"] for about in again.record["weights"]] == hashes
+    assert {"versions", "commit"} <= set(again.record)
+    assert opened(tmp_path / "kept").sentence == kept.sentence
+    with pytest.raises(InputError, match="kept"):
+        forgetting(*models, Reading(norm), tmp_path / "kept")
+    assert Forgetting.load(tmp_path / "kept").record == again.record
+    with pytest.raises(InputError, match="holds no model"):
+        specbasis.card(tmp_path / "kept")

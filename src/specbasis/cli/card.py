@@ -7,9 +7,7 @@ from typing import Annotated
 
 import typer
 
-import specbasis
 from specbasis.cli.common import line, note
-from specbasis.core.errors import InputError, want
 
 
 def card(
@@ -28,32 +26,9 @@ def card(
 
     Run again, it replaces that section. The rest of the card stays; missing entries are added to its YAML.
     """
-    from specbasis.checkpoint.adapter_file import CONFIG
-    from specbasis.checkpoint.card import CARD, RELATIONS, hub_name
-    from specbasis.figures.treatment import opened
+    from specbasis.figures.card import card as run
 
-    if relation:
-        want("relation", RELATIONS, relation)
-    if base_model and not hub_name(base_model):
-        raise InputError(f"--base-model got {base_model!r}; want org/name on the Hub")
-    fields = {"base_model": hub_name(base_model) if base_model else "", "base_model_relation": relation}
-    given = {name: value for name, value in fields.items() if value}
-    place = readme or folder / CARD
-    if (folder / CONFIG).is_file():
-        from specbasis.adapter.card import write_card
-
-        notes = write_card(folder, place, **given)
-    elif (treated := opened(folder)) is not None:
-        from specbasis.figures.documents import write_treated_card
-
-        if treated.model is None:
-            raise InputError(f"{folder}: the repair wrote no model ({treated.sentence}); so no card of it")
-        place = readme or treated.model / CARD
-        notes = write_treated_card(treated, place, **given)
-    else:
-        from specbasis.figures.documents import write_card as write_comparison
-
-        notes = write_comparison(specbasis.load(folder), place, pair, **given)
-    line(f"card: {place}")
-    for text in notes:
+    written = run(folder, readme, pair=pair, base_model=base_model, relation=relation)
+    line(f"card: {written.path}")
+    for text in written.notes:
         note(text)

@@ -129,6 +129,7 @@ def forgetting(
         ),
     ],
     examples: Examples,
+    out: Annotated[Path | None, typer.Option("--out", help="new folder for the record and its page")] = None,
     tolerance: Annotated[
         float | None,
         typer.Option("--tolerance", min=0, help="exit code 1 if the whole interval is worse by more than this"),
@@ -138,7 +139,7 @@ def forgetting(
     """Tell whether a finetune forgot what its base could do: the loss, or a task's metric, before and after."""
     from specbasis.treatment.forgetting import forgetting as run, named
 
-    result = run(base, tuned, named(held_back, base, **examples.judging))
+    result = run(base, tuned, named(held_back, base, **examples.judging), out)
     if json:
         document(result.record)
     else:

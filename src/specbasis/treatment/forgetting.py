@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from specbasis.checkpoint import Checkpoint, open_checkpoint, open_tuned
+from specbasis.checkpoint.atomic import whole, writing
+from specbasis.checkpoint.writer import want_new
 from specbasis.core.errors import InputError
 from specbasis.core.text import named_parts, shareable
 from specbasis.finetuning.tables import READERS
@@ -15,21 +17,29 @@ from specbasis.interventions.evaluators import describe, judge
 from specbasis.interventions.evaluators.kit import Judge
 from specbasis.interventions.evaluators.text import Sentences, Text, passages
 from specbasis.interventions.samples import Sample
+from specbasis.jobs.environment import environment
 from specbasis.treatment.judged import LEVEL, compared, decides, refuse_chance, score
-from specbasis.treatment.treated import Treated
+from specbasis.treatment.treated import Treated, weights_of, written_record
 from specbasis.treatment.updates import Update, base_entries, differing
 
 
 @dataclass(frozen=True, eq=False)
 class Forgetting(Treated):
-    """What `forgetting` found; nothing is written.
+    """What `forgetting` found.
 
     Attributes:
+        folder: with its record; None where none was asked for.
         record: base, tuned, held_back; metric: the one that decides; scores: metric → base, tuned and, of scores of
             single examples, change (tuned − base), change_low, change_high, p, examples; worse: by how much that
             metric is worse, and worse_low, worse_high; sentence: whether something was forgotten, and how much can
-            be excluded.
+            be excluded; kept in a folder, weights: the SHA-256 of both.
     """
+
+    RECORD: ClassVar[str] = "forgetting.json"
+
+    @property
+    def model(self) -> None:
+        """None: nothing is made."""
 
     @property
     def is_forgotten(self) -> bool:
@@ -59,6 +69,7 @@ def forgetting(
     base: str | Path,
     tuned: str | Path,
     held_back: str | Path | Judge,
+    out: str | Path | None = None,
     *,
     limit: int | None = None,
     resamples: int = 1000,
@@ -75,16 +86,19 @@ def forgetting(
         tuned: the finetune, or an adapter of base.
         held_back: a text file, on which the loss decides that the base was pretrained for (see `pretraining`); a
             task, such as ``glue:sst2``; or an evaluator.
+        out: new folder for the record, with its seal, the SHA-256 of both sources and the versions.
         limit: judge on this many examples, of a file or of a task that is named.
         resamples: of the intervals.
         seed: of the resamples.
 
     Raises:
         InputError: a source cannot be read; tuned is no finetune of base, or equals it; or base cannot be judged
-            or does no better than chance.
+            or does no better than chance; ``out`` is there and not empty, or cannot be written.
 
     Cost: both checkpoints are read once, and two models are judged. Memory: one model.
     """
+    if out is not None:
+        want_new(Path(out))
     pretrained = open_checkpoint(base)
     finetuned = open_tuned(tuned, pretrained)
     evaluator = named(held_back, base, limit=limit) if isinstance(held_back, str | Path) else held_back
@@ -111,7 +125,14 @@ def forgetting(
         worse = [-x for x in (ends[0], ends[2], ends[1])] if sample.higher_is_better else ends
         record |= dict(zip(("worse", "worse_low", "worse_high"), (x + 0.0 for x in worse), strict=True))
     notes = [*_about(evaluator), *_kept(pretrained, changes)]
-    return Forgetting(None, record | {"sentence": _sentence(record), "notes": notes})
+    record |= {"sentence": _sentence(record), "notes": notes}
+    if out is None:
+        return Forgetting(None, record)
+    folder = Path(out)
+    record |= {"weights": weights_of({"base": pretrained, "tuned": finetuned}), **environment(("transformers",))}
+    with writing(folder), whole(folder) as temporary:
+        temporary.mkdir()
+        return Forgetting(folder, written_record(temporary / Forgetting.RECORD, record))
 
 
 def named(held_back: str | Path, base: str | Path, **options: Any) -> Judge:
