@@ -87,11 +87,11 @@ def test_a_check_sees_what_it_is_for(kind: str) -> None:
 def test_a_check_says_what_it_reads(kind: str) -> None:
     """All is looked for by default; without the measures that it names a check finds nothing, and that is said."""
     c = specbasis.compare(BASE, CASES[kind](), ranks=12, workers=1)
-    assert unlooked(c.facts["state_dict"]) == []
+    assert unlooked(c.facts["state_dict"].measures) == []
     known = next(known for known in CHECKS if known.kind == kind)
     names = c.rows["measure"].cast("string")
     for measure in known.needs:
-        assert known in unlooked(Facts(c.rows.filter(pc.not_equal(names, measure))))
+        assert known in unlooked(Facts(c.rows.filter(pc.not_equal(names, measure))).measures)
     facts = Facts(c.rows.filter(pc.invert(pc.is_in(names, pa.array(known.needs)))))
     assert known.find(Judged(facts, c.verdicts["state_dict"]), known.threshold) is None
 

@@ -24,6 +24,7 @@ from specbasis.paper.ablation_page import REFERENCE, Runs
 from specbasis.paper.differences import Difference, Run, difference, runs
 from specbasis.paper.fig5 import panel
 from specbasis.paper.formation_claims import claims
+from specbasis.paper.one_task import ALL, correlations
 from specbasis.paper.options import PanelOptions, TableOptions
 from specbasis.paper.table1 import comparison
 from specbasis.paper.table1_page import printed
@@ -325,6 +326,19 @@ def basis(results: Results, task: str, size: int, basis: str) -> Effect:
             over = f"{len(of_size.each(basis, 'score'))} seeds × {row.values['examples']:,} examples, bootstrap"
             return Effect(mean, low, high, over)
     raise NoRowsError(f"no runs of K = {size}")
+
+
+@number
+def one_task(results: Results, figure: str, part: str = ALL) -> Effect:
+    """Spearman's correlation of alignment with the score, the size, or the score at equal size; finetunes of one
+    base on one task.
+    """
+    rows = [row for row in results.rows("population/one-task") if row.error is None]
+    lines = results.kept("one task", lambda: correlations(rows))
+    line = next(line for line in lines if line["part"] == part)
+    value, low, high = line[figure]
+    over = f"{line['finetunes']} finetunes of {line['settings']} settings, bootstrap over settings"
+    return Effect(value, low, high, over)
 
 
 @number
