@@ -7,6 +7,8 @@ import sys
 import numpy as np
 import pytest
 import torch
+from scipy import stats
+from scipy.spatial import distance
 from torch import nn
 
 from specbasis import InputError
@@ -293,3 +295,33 @@ def test_an_evaluator_is_one_file(tmp_path, monkeypatch):
 def test_a_task_of_glue_needs_no_more_than_its_name(name: str) -> None:
     alone, spelt = (judge(text, data_dir="glue") for text in (name, f"glue:{name}"))
     assert evaluators.describe(alone) == evaluators.describe(spelt)
+
+
+def test_an_encoder_without_a_head_is_judged_by_the_cosines_of_its_means(tmp_path):
+    words = tokenizer(tmp_path / "m")
+    torch.manual_seed(0)
+    bert().base_model.save_pretrained(tmp_path / "m")
+    pairs = [("the cat sat on a mat", "a dog ran"), ("dog ran", "the dog ran far"), ("mat", "the mat"),
+             ("a cat", "a dog sat on the cat"), ("far", "mat")]  # fmt: skip
+    labels = [0.5, 4.0, 4.5, 2.0, 0.0]
+    table = tmp_path / "table.csv"
+    table.write_text("a,b,score\n" + "".join(f"{a},{b},{y}\n" for (a, b), y in zip(pairs, labels, strict=True)))
+    evaluate = judge(f"similarity:{table}", text=["a", "b"], label="score")
+    evaluate.prepare()
+    loaded = evaluate.load(str(tmp_path / "m"))
+    found = evaluate(loaded)
+
+    def mean(text):
+        with torch.no_grad():
+            return loaded(**words(text, return_tensors="pt")).last_hidden_state[0].mean(0).double().numpy()
+
+    cosines = [1 - distance.cosine(mean(a), mean(b)) for a, b in pairs]
+    assert found["pearson"].value == pytest.approx(stats.pearsonr(cosines, labels)[0], abs=1e-5)
+    assert found[evaluate.metric].value == pytest.approx(stats.spearmanr(cosines, labels)[0])
+    np.testing.assert_allclose(found["pearson"].values[:, 0], cosines, atol=1e-6)
+    assert found["spearman"].chance == 0
+    with pytest.raises(InputError, match="got task 'likeness'; want one of"):
+        judge("similarity:likeness")
+    single = judge(f"similarity:{table}", text=["a"], label="score")
+    with pytest.raises(InputError, match="table: is no task of two texts; want one, such as similarity:stsb"):
+        single.prepare()

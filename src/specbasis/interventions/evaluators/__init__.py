@@ -23,7 +23,7 @@ __all__ = ["Classification", "Harness", "Judge", "Numbering", "Text", "describe"
 
 def judge(text: str, /, **options: Any) -> Judge:
     """The evaluator that a text names: ``glue:TASK``, ``table:FILE``, ``images:FOLDER``, ``text:FILE``,
-    ``anarcii:RECEPTOR``, ``harness:TASK,TASK``, or as another file of this folder has it.
+    ``similarity:TASK|FILE``, ``anarcii:RECEPTOR``, ``harness:TASK,TASK``, or as another file of this folder has it.
 
     Args:
         text: as above; of GLUE the task's name alone does as well.

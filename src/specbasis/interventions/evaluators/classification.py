@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -41,6 +41,9 @@ class Classification(Encoded):
     label: str = ""
     max_length: int = 256
 
+    regression: ClassVar[bool] = False
+    """Whether the labels of one's own table are numbers."""
+
     @cached_property
     def _data(self) -> tuple[Task, Split]:
         data = load_task(
@@ -49,6 +52,7 @@ class Classification(Encoded):
             dev=self._own_file if self._own_file.exists() else None,
             text=self.text,
             label=self.label,
+            regression=self.regression and self._own_file.exists(),
         )
         split = next(iter(data.dev.values()))
         if self.limit is not None and self.limit < len(split):
