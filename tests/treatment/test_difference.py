@@ -267,3 +267,18 @@ def test_a_dense_difference_takes_no_size(models, tmp_path: Path) -> None:
     for options in ({"energy": 0.5}, {"size": "1MB"}, {"rank": 3}):
         with pytest.raises(InputError, match="with --as dense"):
             extract(*models, tmp_path / "out", form="dense", **options)
+
+
+@pytest.mark.parametrize("form", ["delta", "lora"])
+def test_more_bytes_hold_no_less(tmp_path: Path, form: str) -> None:
+    """What names and shapes take jumps with the choice; the nearest choices may not fit, and others do."""
+    base = bert_state()
+    pair = write(tmp_path / "b.safetensors", base), write(tmp_path / "t.safetensors", finetuned(base, 0.3))
+    sizes = [*range(9_000, 22_000, 1_013), 13_965, 15_620, 15_951, 16_944, 17_937, 18_268, 19_592]
+    held = 0.0
+    for size in sorted(sizes):
+        total = extract(*pair, tmp_path / str(size), form=form, size=size).record["total"]
+        assert total["bytes"] <= size
+        assert total["share"] >= held - 0.01, f"{size} bytes hold less than fewer did"
+        held = max(held, total["share"])
+    assert held > 0.8

@@ -25,7 +25,7 @@ Source = str | Path | Mapping[str, Tensor]
 Choice = Sequence[int]
 """Of each matrix one of its options, in the order of `Form.matrices`; 0 stores nothing."""
 
-ROUNDS = 8
+ROUNDS = 12
 """How often a size is shared out anew, with what names and shapes turned out to take."""
 
 
@@ -110,16 +110,21 @@ class Form(ABC):
         budget = self.options.budget
         if budget is None:
             return shared_out(curves, None, self.options.energy or 1.0)
-        best, least, room = None, float("inf"), budget
+        # What names and shapes take depends on the choice, and not in the order of sizes: near ones may take more.
+        best, least, room, low, high = None, float("inf"), float(budget), 0.0, float(budget)
         for _ in range(ROUNDS):
             choice = shared_out(curves, room)
-            left = budget - self.size(choice)
-            lost = sum(float(curve.lost[option]) for curve, option in zip(curves, choice, strict=True))
-            if left >= 0 and any(choice) and lost < least:
+            taken, lost = (
+                sum(float(numbers[option]) for numbers, option in zip(parts, choice, strict=True))
+                for parts in ([c.bytes for c in curves], [c.lost for c in curves])
+            )
+            beside = self.size(choice) - taken
+            low, high = (room, high) if taken + beside <= budget else (low, room)
+            if low == room and any(choice) and lost < least:
                 best, least = choice, lost
-            room += left
-            if not left or room <= 0:
+            if high - low < 1:
                 break
+            room = budget - beside if low < budget - beside < high else (low + high) / 2
         return best or self._smallest(curves, budget)
 
     def _smallest(self, curves: Sequence[Curve], budget: int) -> list[int]:
