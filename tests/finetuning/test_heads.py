@@ -57,7 +57,7 @@ def test_the_encoder_is_called_as_below_transformers_own_head(place):
     assert {name for name, _ in ours.named_parameters()} == names | {"mean_head.weight", "mean_head.bias"}
 
 
-@pytest.mark.parametrize("method", ["spectral", "lora", "full", "houlsby", "probe"])
+@pytest.mark.parametrize("method", ["spectral", "lora", "full", "houlsby", "pfeiffer", "probe"])
 @pytest.mark.parametrize("task", ["sst2", "stsb"])
 def test_what_a_run_loads_as_predicts_what_it_wrote(place, tmp_path, method, task):
     run(place, tmp_path / "run", task, method=method)
@@ -74,6 +74,9 @@ def test_what_a_run_loads_as_predicts_what_it_wrote(place, tmp_path, method, tas
     card = (tmp_path / "run/README.md").read_text(encoding="utf-8")
     assert "a head on the mean of the last states" in card
     assert "or with PEFT" not in card, "PEFT alone would lose the head"
+    if method == "lora":
+        specbasis.card(tmp_path / "run")
+        assert "PeftModel" not in (tmp_path / "run/README.md").read_text(encoding="utf-8")
 
 
 def test_a_merged_run_is_the_encoder_for_transformers_and_its_head_is_read_again(place, tmp_path):
@@ -133,6 +136,14 @@ def test_folders_of_the_usual_head_say_what_those_of_versions_before_say(place, 
     assert "pair" not in config["head"]
 
 
-def test_images_are_refused(place):
+def test_images_and_decoders_are_refused(place, tmp_path):
+    from transformers import BartConfig, BartModel
+
+    small = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    BartModel(BartConfig(vocab_size=26, d_model=8, **small, **heads)).save_pretrained(tmp_path / "bart")
+    AutoTokenizer.from_pretrained(place / "base").save_pretrained(tmp_path / "bart")
+    with pytest.raises(InputError, match="got a mean head on an encoder with a decoder; want an encoder"):
+        load_base(tmp_path / "bart", GLUE["sst2"], head="mean")
     with pytest.raises(InputError, match="got a mean head for Photos; want a task of texts"):
         load_base(place / "base", Task("photos", "Photos", ("accuracy",), ("a", "b"), images=True), head="mean")

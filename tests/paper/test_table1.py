@@ -332,6 +332,8 @@ def test_the_held_out_examples_are_in_no_training_and_in_no_search(place):
     assert held <= set(whole.inputs)
     with pytest.raises(InputError, match="train holds 40 examples; got 30 to score on and 20 to train on"):
         _data("sst2", data_dir, 20, None, 30)
+    with pytest.raises(InputError, match="got 10 to score on and 31 to train on or to search learning rates on"):
+        _data("sst2", data_dir, 20, None, 10, 31)
 
 
 def test_the_front_is_what_none_beats_for_as_little():
@@ -400,7 +402,39 @@ def test_floors_are_what_scikit_learn_and_scipy_make_of_the_frozen_means(place, 
         floor("cosine", str(place / "base"), data, "first")
 
 
-@pytest.mark.parametrize("method", ["spectral@", "spectral@x", "spectral@seed=1", "lora@rank=x", "spectral@basis="])
-def test_a_setting_that_no_method_has_is_refused(method):
-    with pytest.raises(InputError, match=f"got method '{method}'; want NAME, NAME@RANK, or"):
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        *((f"spectral@{odd}", "want NAME or NAME@RANK") for odd in ("", "x", "seed=1", "rank=x", "basis=")),
+        ("lora@8@rank=4", "want NAME or NAME@RANK"),
+        ("lora@0", "want lora@1 or more"),
+        ("converged-probe@3", "want converged-probe"),
+        ("lora@budget=100", "lora takes a rank alone"),
+        ("psoft@basis=gradient", "psoft takes a rank alone"),
+        ("spectral@basis=foo", "got basis = 'foo'; want one of"),
+        ("spectral@budget=abc", "abc"),
+    ],
+)
+def test_a_method_that_could_not_run_is_refused_before_any_does(method, said):
+    with pytest.raises(InputError, match=said):
         comparison("scoreboard", ScoreboardOptions(methods=(method,)))
+
+
+def test_floors_need_the_mean_and_are_drawn_alone(place, tmp_path):
+    with pytest.raises(InputError, match="got converged-probe with a head on the first state; want --head mean"):
+        comparison("table1", methods=["converged-probe"])
+    words = [
+        "scoreboard",
+        "--out",
+        tmp_path / "rows",
+        "--tasks",
+        "sst2",
+        "--examples",
+        "sst2=20",
+        "--held-out",
+        "20",
+    ]
+    done = typed(place, *words, "--search", "", "--seeds", "1,2", "--methods", "converged-probe")
+    assert done.exit_code == 0, done.output
+    assert "1 of 1 runs" in done.output
+    assert "LOAD REPORT" not in done.output

@@ -343,5 +343,5 @@ def test_a_record_that_is_kept_says_of_which_weights_it_is_and_opens_again(model
     with pytest.raises(InputError, match="kept"):
         forgetting(*models, Reading(norm), tmp_path / "kept")
     assert Forgetting.load(tmp_path / "kept").record == again.record
-    with pytest.raises(InputError, match="holds no model"):
+    with pytest.raises(InputError, match="holds no model, so there is no card of it"):
         specbasis.card(tmp_path / "kept")

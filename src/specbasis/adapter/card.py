@@ -91,7 +91,9 @@ def write_card(folder: Path, readme: Path, **fields: str) -> list[str]:
 
 
 def loading(config: Mapping[str, Any], labels: int | None) -> str:
-    """The code by which PEFT loads an adapter on its base."""
+    """The code by which an adapter is loaded on its base: PEFT's, or that of a finetune whose head PEFT has not."""
+    if "mean_head" in (config.get("modules_to_save") or ()):
+        return '```python\nfrom specbasis.finetuning import load\n\nmodel, processor = load("FOLDER")\n```\n'
     model_class = MODEL_CLASSES.get(str(config.get("task_type")), "AutoModel")
     given = f", num_labels={labels}" if labels else ""
     name = _base(config)

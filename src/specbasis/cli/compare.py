@@ -199,11 +199,17 @@ def _tell(
         line(f"failed on {label}: {finding.sentence}", console=STDERR, style="red")
     if comparison.failed:
         raise typer.Exit(2)
+    try:
+        for facts in comparison.facts.values():
+            moved = any(m["relative_update"] > 0 for m in facts.matrices)
+            if moved:  # else there is nothing to find
+                _want_looked_for(facts.measures, output.fail_on)
+    except InputError as error:
+        if not hits:
+            raise
+        note(str(error), console=STDERR)
     if hits:
         raise typer.Exit(1)
-    for facts in comparison.facts.values():
-        if any(m["relative_update"] > 0 for m in facts.matrices):  # where nothing moved there is nothing to find
-            _want_looked_for(facts.measures, output.fail_on)
 
 
 def _want_looked_for(measures: Set[str], fail_on: Sequence[str]) -> None:
@@ -214,8 +220,8 @@ def _want_looked_for(measures: Set[str], fail_on: Sequence[str]) -> None:
     if blind:
         lacking = ", ".join(name for name in blind[0].needs if name not in measures)
         raise InputError(
-            f"--fail-on {blind[0].kind}: cannot be looked for without {lacking}, which --quick, --measures or the "
-            "options of this comparison leave out; measure it, or leave the finding out"
+            f"--fail-on {blind[0].kind}: cannot be looked for without {lacking}, which --quick or --measures left "
+            "out; measure it, or leave the finding out"
         )
 
 

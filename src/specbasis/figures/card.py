@@ -62,6 +62,6 @@ def card(
     if (treated := opened(folder)) is None:
         return Card(place, tuple(of_comparison(load(folder), place, pair, **given)))
     if treated.model is None:
-        raise InputError(f"{folder}: holds no model ({treated.sentence}); so no card of it")
+        raise InputError(f"{folder}: holds no model, so there is no card of it: {treated.sentence}")
     place = Path(readme) if readme else treated.model / CARD
     return Card(place, tuple(write_treated_card(treated, place, **given)))

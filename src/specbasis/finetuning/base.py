@@ -152,6 +152,8 @@ def load_base(
     config.problem_type = "regression" if task.regression else "single_label_classification"
     if head == "mean" and task.images:
         raise InputError(f"got a mean head for {task.title}; want a task of texts, or the head of the model's own")
+    if head == "mean" and getattr(config, "is_encoder_decoder", False):
+        raise InputError(f"{base}: got a mean head on an encoder with a decoder; want an encoder, or --head first")
     own = transformers.AutoModelForSequenceClassification
     texts = (transformers.AutoModel if head == "mean" else own, transformers.AutoTokenizer)
     images = (transformers.AutoModelForImageClassification, transformers.AutoImageProcessor)

@@ -54,7 +54,7 @@ class Protocol(Options):
     gradient_checkpointing: bool = option(False, "less memory, more time", panel=ADVANCED)
     head: str = option(
         "first",
-        "what the task head stands on: the first state, or the mean of all (sentence encoders)",
+        "what the task head stands on: one state, or the mean of all states (sentence encoders)",
         panel=ADVANCED,
         choices=HEADS,
     )

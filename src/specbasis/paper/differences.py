@@ -25,8 +25,9 @@ from specbasis.paper.grid import Experiment
 RESAMPLES = 2000
 """Of a dev set, for an interval."""
 MEANING = (
-    f"[95 % interval over the examples of the dev set, these seeds; {RESAMPLES} paired resamples]; p of Student's "
-    "paired t-test over the seeds, on this dev set, two-sided. Neither is corrected for the number of comparisons."
+    f"[95 % interval over the examples that are scored, these seeds; {RESAMPLES} paired resamples]; p of Student's "
+    "paired t-test over the seeds, on these examples, two-sided. Neither is corrected for the number "
+    "of comparisons."
 )
 """What `Difference.shown` shows behind the mean."""
 
@@ -45,7 +46,7 @@ class Run:
 
     @property
     def score(self) -> float:
-        """On the dev set."""
+        """On what is scored."""
         return float(self.values["score"])
 
     @cached_property

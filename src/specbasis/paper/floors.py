@@ -13,6 +13,7 @@ from torch import Tensor
 
 from specbasis.adapter.gradients import converged_head
 from specbasis.core.errors import InputError
+from specbasis.core.extras import quiet
 from specbasis.finetuning.base import Base, load_base
 from specbasis.finetuning.metrics import Predictions
 from specbasis.finetuning.tasks import Split, Task, TaskData
@@ -35,7 +36,8 @@ def floor(name: str, base: str, data: TaskData, head: str) -> dict[str, Any]:
     """
     if head != "mean":
         raise InputError(f"got {name} with a head on the first state; want --head mean")
-    loaded = load_base(base, data.task, head=head)
+    with quiet():
+        loaded = load_base(base, data.task, head=head)
     loaded.model.eval()
     scored = {key: _features(loaded, split) for key, split in data.dev.items()}
     width = loaded.model.config.hidden_size

@@ -16,8 +16,8 @@ from typing import Any
 from specbasis.checkpoint import open_checkpoint, weights_sha256
 from specbasis.core.errors import InputError
 from specbasis.core.options import rules
-from specbasis.finetuning.methods import METHODS
-from specbasis.finetuning.options import FinetuneOptions, Protocol, require_libraries
+from specbasis.finetuning.methods import METHODS, method_named
+from specbasis.finetuning.options import FinetuneOptions, Placement, Protocol, require_libraries
 from specbasis.finetuning.sources import load_task
 from specbasis.finetuning.tasks import Split, TaskData, subset
 from specbasis.jobs.environment import WHERE_USED
@@ -89,10 +89,30 @@ def variant(method: str) -> tuple[str, dict[str, Any]]:
     for setting in settings:
         field, is_set, value = setting.partition("=")
         field, value = (field, value) if is_set else ("rank", setting)
-        if field not in VARIED or not value or (field == "rank" and not value.isdigit()):
-            raise InputError(f"got method {method!r}; want NAME, NAME@RANK, or NAME@basis=BASIS@budget=BUDGET")
+        if field not in VARIED or field in fields or not value or (field == "rank" and not value.isdigit()):
+            raise InputError(
+                f"got method {method!r}; want NAME or NAME@RANK, and of the spectral ones also NAME@basis=BASIS, "
+                "NAME@budget=BUDGET or both"
+            )
         fields[field] = int(value) if field == "rank" else value
     return name, fields
+
+
+def check_method(method: str) -> None:
+    """Refuse a method that could not be run, before others are.
+
+    Raises:
+        InputError: there is none of the name, or it does not take what is set.
+    """
+    name, fields = variant(method)
+    known = {SCRATCH, *FLOORS}
+    if name not in known:
+        method_named(name)
+    Placement(**fields)  # refuses what no method takes
+    if fields.get("rank") == 0 or (fields and name in known):
+        raise InputError(f"got method {method!r}; want {name if name in known else f'{name}@1 or more'}")
+    if fields.keys() & {"basis", "budget"} and not METHODS[name].takes_budget:
+        raise InputError(f"got method {method!r}; {name} takes a rank alone, as a basis and a budget are of cores")
 
 
 def base_name(base: str) -> str:
@@ -162,7 +182,8 @@ def run_experiment(row: Mapping[str, Any], options: GlueOptions, out: Path, keep
     experiment = Experiment.of(row)
     task, method, searches = experiment.task, experiment.method, bool(experiment.selection)
     data_dir = None if options.data_dir is None else str(options.data_dir)
-    data = _data(task, data_dir, experiment.examples, experiment.selection, experiment.held_out)
+    apart = sum(search_sizes(task)) if getattr(options, "search", ()) else 0
+    data = _data(task, data_dir, experiment.examples, experiment.selection, experiment.held_out, apart)
     if method in FLOORS:
         return floor(method, options.base, data, options.head)
     checkpoint = experiment.checkpoint
@@ -210,17 +231,24 @@ whole_task = functools.lru_cache(maxsize=8)(load_task)
 
 @functools.lru_cache(maxsize=8)
 def _data(
-    task: str, data_dir: str | None, examples: int | None, selection: int | None, held_out: int | None
+    task: str,
+    data_dir: str | None,
+    examples: int | None,
+    selection: int | None,
+    held_out: int | None,
+    apart: int = 0,
 ) -> TaskData:
+    """A task, or parts of its train; ``apart``: how many the search of learning rates takes."""
     data = whole_task(task, data_dir=data_dir)
     if held_out:
         order = data.train.by_content()
-        if held_out + (examples or 1) > len(order):
+        used = max(examples or 1, apart)
+        if held_out + used > len(order):
             raise InputError(
-                f"{data.task.title}: train holds {len(order)} examples; got {held_out} to score on and "
-                f"{examples or 'the rest'} to train on"
+                f"{data.task.title}: train holds {len(order)} examples; got {held_out} to score on and {used} to "
+                "train on or to search learning rates on; want fewer"
             )
-        # The last ones: searches of learning rates take the first.
+        # The last ones: searches take the first.
         scored = {"held-out": data.train.take(sorted(order[-held_out:]))}
         data = replace(data, train=data.train.take(sorted(order[:-held_out])), dev=scored)
     if examples or selection:

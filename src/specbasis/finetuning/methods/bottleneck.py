@@ -122,7 +122,7 @@ def norms_behind(model: nn.Module, sites: Sequence[Site]) -> dict[str, str]:
             handles.append(module.register_forward_hook(partial(ends, name)))
     try:
         with hooked(*handles), evaluating(model), torch.no_grad():
-            model(**make_probe(model, 1, 4).batch)
+            model(**make_probe(model, 2, 4).batch)
     except Exception as error:  # any model may fail in any way on made-up inputs
         raise InputError(f"{type(model).__name__}: does not run on a plain input ({one_line(error)})") from error
     missing = [name for name in blocks if name not in hosts]

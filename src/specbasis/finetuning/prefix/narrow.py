@@ -52,7 +52,7 @@ def find_narrow(model: nn.Module) -> str | None:
     """Name of the module after which one position is enough; None where there is no such module."""
     with probing(model):
         try:
-            return search_narrow(model, make_probe(model, 3, 11))
+            return search_narrow(model, make_probe(model, 4, 11))
         except Exception:  # any model may fail in any way on made-up inputs, and goes on as it is
             return None
 
