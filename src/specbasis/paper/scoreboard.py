@@ -82,7 +82,13 @@ def _figure(plan: Comparison, ran: Sequence[Line], base: str) -> Figure:
     methods = [method for method in plan.methods if any(line.method == method for line in ran)]
     look = {m: (kit.COLORS[i % len(kit.COLORS)], "os^Dv"[i // len(kit.COLORS)]) for i, m in enumerate(methods)}
     axes: Any
-    figure, axes = kit.free_panels(len(tasks), len(COSTS), (3.0, 2.6), f"{plan.name}: {base}", sharey="row")
+    figure, axes = kit.free_panels(
+        len(tasks),
+        len(COSTS),
+        (3.0, 2.6),
+        f"{plan.name}: {base}. Bars: 95 % over the examples, these seeds; dotted: what has no such cost",
+        sharey="row",
+    )
     for down, task in zip(axes, tasks, strict=True):
         of_task = [line for line in ran if line.task == task]
         for ax, (cost, (label, _)) in zip(down, COSTS.items(), strict=True):
@@ -101,9 +107,12 @@ def _figure(plan: Comparison, ran: Sequence[Line], base: str) -> Figure:
             ax.set_xlabel(label)
             if cost == "trained":
                 ax.set_ylabel(f"{GLUE[task].title}: score (%)")
-            if cost != "after" and any(places.values()):
+            if not any(places.values()):
+                ax.set_xticks([])
+            elif cost != "after":
                 kit.logarithmic(ax, "x")
                 kit.few_decades(ax)
     handles = [Line2D([], [], color=c, marker=m, linestyle="none", markersize=5) for c, m in look.values()]
-    kit.legend_below(figure, handles, [title_of(method) for method in methods], 3)
+    names = [title_of(method) for method in methods]
+    figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize=8)
     return figure
