@@ -226,7 +226,7 @@ def test_a_failed_run_of_a_search_leaves_the_method_unsearched_and_ends():
     ("given", "message"),
     [
         ({"methods": ["lorra"]}, "got method 'lorra'"),
-        ({"methods": ["spectral@x"]}, "want NAME, NAME@RANK"),
+        ({"methods": ["spectral@x"]}, "want NAME or NAME@RANK"),
         ({"tasks": ["snli"]}, "got task 'snli'"),
         ({"tasks": ["wnli"]}, "the paper has no epochs for WNLI; say --epochs wnli=NUMBER"),
         ({"seeds": []}, "got no seeds"),

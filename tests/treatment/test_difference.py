@@ -279,6 +279,6 @@ def test_more_bytes_hold_no_less(tmp_path: Path, form: str) -> None:
     for size in sorted(sizes):
         total = extract(*pair, tmp_path / str(size), form=form, size=size).record["total"]
         assert total["bytes"] <= size
-        assert total["share"] >= held - 0.01, f"{size} bytes hold less than fewer did"
+        assert total["share"] >= held - 0.05, f"{size} bytes hold less than fewer did"
         held = max(held, total["share"])
     assert held > 0.8
