@@ -35,6 +35,9 @@ PIPELINES = {
 }
 """The same in the Hub's words."""
 
+OWN_LOADING = '```python\nfrom specbasis.finetuning import load\n\nmodel, processor = load("FOLDER")\n```\n'
+"""The code by which a finetune is loaded, whatever its method and head."""
+
 METHODS = {"LORA": "LoRA", "ADALORA": "AdaLoRA", "SPECTRAL": "Spectral adapter"}
 
 
@@ -93,7 +96,7 @@ def write_card(folder: Path, readme: Path, **fields: str) -> list[str]:
 def loading(config: Mapping[str, Any], labels: int | None) -> str:
     """The code by which an adapter is loaded on its base: PEFT's, or that of a finetune whose head PEFT has not."""
     if "mean_head" in (config.get("modules_to_save") or ()):
-        return '```python\nfrom specbasis.finetuning import load\n\nmodel, processor = load("FOLDER")\n```\n'
+        return OWN_LOADING
     model_class = MODEL_CLASSES.get(str(config.get("task_type")), "AutoModel")
     given = f", num_labels={labels}" if labels else ""
     name = _base(config)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from specbasis.adapter.card import loading
+from specbasis.adapter.card import OWN_LOADING, loading
 from specbasis.checkpoint.adapter_file import CONFIG
 from specbasis.checkpoint.card import front_matter, hub_name
 from specbasis.checkpoint.regular import read_json
@@ -67,12 +67,7 @@ def model_card(
         "",
         "## Use",
         "",
-        "```python",
-        "from specbasis.finetuning import load",
-        "",
-        'model, processor = load("FOLDER")',
-        "```",
-        "",
+        OWN_LOADING,
         *(["or with PEFT:", "", loading(adapter, len(task.labels) or 1)] if adapter and not under else []),
     ]
     if metrics["notes"]:

@@ -26,6 +26,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from specbasis.checkpoint.regular import read_json
+from specbasis.core.pooling import mean_state
 from specbasis.finetuning.base import Base, encoder_of, longest_input
 from specbasis.finetuning.prefix.probe import evaluating
 
@@ -150,8 +151,7 @@ def losses_of_halves(encoder: Any, tokenizer: Any, texts: Sequence[str], max_len
         batch = tokenizer(list(texts), padding=True, truncation=True, max_length=max_length, return_tensors="pt")
         with torch.inference_mode():
             states = encoder(**{name: value.to(device) for name, value in batch.items()}).last_hidden_state
-        mask = batch["attention_mask"].unsqueeze(-1).float()
-        return F.normalize((states.float().cpu() * mask).sum(1) / mask.sum(1), dim=-1)
+        return F.normalize(mean_state(states.float().cpu(), batch["attention_mask"]), dim=-1)
 
     words = [text.split() for text in texts]
     losses = []

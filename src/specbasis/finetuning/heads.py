@@ -22,6 +22,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from specbasis.checkpoint import open_checkpoint
 from specbasis.core.errors import InputError
+from specbasis.core.pooling import mean_state
 
 FEATURES = {False: 1, True: 4}
 """Widths of the encoder that the head reads, by whether there are two texts."""
@@ -93,8 +94,7 @@ def features(
     states: Float[Tensor, "texts tokens width"], mask: Tensor | None, pair: bool
 ) -> Float[Tensor, "examples features"]:
     """What the head reads: the mean over each text's own tokens; of pairs (u, v, |u − v|, u·v)."""
-    weight = torch.ones_like(states[..., :1]) if mask is None else mask.unsqueeze(-1).to(states.dtype)
-    mean = (states * weight).sum(1) / weight.sum(1).clamp(min=1)
+    mean = states.mean(1) if mask is None else mean_state(states, mask)
     if not pair:
         return mean
     u, v = mean[0::2], mean[1::2]

@@ -16,6 +16,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from specbasis.adapter.gradients import converged_head, summed_gradients
 from specbasis.core.errors import InputError
+from specbasis.core.pooling import mean_state
 from specbasis.finetuning.base import load_base
 from specbasis.finetuning.methods.sites import FEED_FORWARD, sites
 from specbasis.finetuning.prefix.narrow import slicing
@@ -153,8 +154,7 @@ def pooled(encoder: Encoder, states: Float[Tensor, "n tokens width"], lengths: T
     if encoder.first:
         first: Tensor = encoder.model.pooler(states)  # type: ignore[operator]
         return first
-    weight = mask[:, :, None].to(states.dtype)
-    return (states * weight).sum(1) / weight.sum(1)
+    return mean_state(states, mask)
 
 
 def batch(examples: Examples, rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,6 +12,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from specbasis.core.errors import InputError
+from specbasis.core.pooling import mean_state
 from specbasis.finetuning.metrics import METRICS
 from specbasis.finetuning.tasks import CORRELATIONS, task_named
 from specbasis.interventions.evaluators.classification import Classification
@@ -60,8 +61,7 @@ class Similarity(Classification):
             for indices, batch in self.batches(model, self.max_length):
                 states = model(**{name: x.to(device) for name, x in batch.items()}).last_hidden_state.float().cpu()
                 want_finite(states)
-                weight = batch["attention_mask"].unsqueeze(-1).float()
-                for index, mean in zip(indices, (states * weight).sum(1) / weight.sum(1), strict=True):
+                for index, mean in zip(indices, mean_state(states, batch["attention_mask"]), strict=True):
                     means[index] = mean
         u, v = torch.stack(means).double().chunk(2)
         values = np.stack([F.cosine_similarity(u, v).numpy(), np.asarray(split.labels, np.float64)], axis=1)
